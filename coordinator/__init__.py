@@ -1,1 +1,1 @@
-
+"""The coordinator: holds the queue, talks to workers and to clients. Depends on `protocol` only."""

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from protocol.faults import Fault
-from protocol.framing import Frame, encode_frame
+from protocol.framing import INLINE_BYTES, Frame, encode_frame
 
 RunNumber = int  # u32, unique within the life of one instance
 
@@ -36,11 +36,15 @@ LAST_RUN = 2**32 - 1
 
 
 class Down(msgspec.Struct, tag_field="t", frozen=True, omit_defaults=True, kw_only=True):
-    """Base of everything the host sends."""
+    """Base of everything the host sends. `blobs` belongs to the framing: sizes of what follows the header."""
+
+    blobs: tuple[int, ...] = ()
 
 
 class Up(msgspec.Struct, tag_field="t", frozen=True, omit_defaults=True, kw_only=True):
-    """Base of everything the engine sends."""
+    """Base of everything the engine sends. `blobs` as in `Down`."""
+
+    blobs: tuple[int, ...] = ()
 
 
 class Model(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -273,10 +277,23 @@ def unpack(raw: msgspec.Raw, type_: Any = Any, json: bool = False) -> Any:
         raise WireError(str(error)) from None
 
 
+# The one field of these messages that may be large: above INLINE_BYTES it travels as a blob behind the header.
+_BULK: dict[type, str] = {Validate: "params", Run: "params", Chunk: "data", Result: "body"}
+_NIL = msgspec.Raw(b"\xc0")
+
+
 def encode(message: Down | Up, json: bool = False) -> Sequence[bytes | memoryview]:
-    """Return the buffers of one frame, ready for writev."""
+    """Return the buffers of one frame, ready for writev.
+
+    Raises:
+        FramingError: the message exceeds a limit of the framing.
+    """
     if json:
         return [_json.encode(message) + b"\n"]
+    field = _BULK.get(type(message))
+    if field is not None and len(bulk := getattr(message, field)) > INLINE_BYTES:
+        header = msgspec.structs.replace(message, **{field: _NIL, "blobs": (len(bulk),)})
+        return encode_frame(_msgpack.encode(header), [memoryview(bulk)])
     return encode_frame(_msgpack.encode(message))
 
 
@@ -292,6 +309,12 @@ def decode_up(frame: Frame) -> UpMessage:
 
 def _decode(frame: Frame, side: type) -> Any:
     try:
-        return _decoders[side, frame.json].decode(frame.header)
+        message = _decoders[side, frame.json].decode(frame.header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a message of this wire: {error}") from None
+    if not frame.blobs:
+        return message
+    field = _BULK.get(type(message))
+    if field is None or len(frame.blobs) != 1:
+        raise WireError("blobs where none belong")
+    return msgspec.structs.replace(message, **{field: msgspec.Raw(frame.blobs[0]), "blobs": ()})

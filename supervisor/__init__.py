@@ -1,1 +1,1 @@
-
+"""The supervisor: one small trio process that owns the coordinator link and every engine child."""

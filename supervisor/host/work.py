@@ -1,0 +1,117 @@
+"""What the host is asked to do and how it ends, as data. Shared by host/, link/ and app.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocol.engine_wire import Model, OutputFile
+from protocol.faults import Fault
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How to start an engine: interpreter, module, extra environment."""
+
+    name: str
+    module: str
+    python: str
+    env: Mapping[str, str] = {}
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One servable model: the engine that runs it, what to load, and digests to check before the load."""
+
+    name: str
+    engine: EngineSpec
+    model: Model
+    sha256: Mapping[str, str] = {}
+
+
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt for the host.
+
+    Attributes:
+        model: public name.
+        params: msgpack of a params struct of protocol/work.py.
+        inputs: name -> absolute path.
+        folder: for outputs; exists, empty, absolute.
+        deadline_s: seconds from now; None means `limits.job_s`.
+        label: job and attempt, for logs.
+    """
+
+    model: str
+    kind: str
+    params: bytes
+    folder: Path
+    inputs: Mapping[str, Path] = {}
+    stream: bool = False
+    deadline_s: float | None = None
+    label: str = ""
+
+
+class Started(msgspec.Struct, frozen=True):
+    """Validation passed, the engine works."""
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """One chunk, msgpack of a chunk struct of protocol/work.py; `seq` from 0."""
+
+    seq: int
+    data: bytes
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Work done; also sent while the model loads (phase "load")."""
+
+    n: int
+    total: int | None = None
+    phase: str = ""
+    text: str = ""
+
+
+RunEvent = Started | Chunk | Progress
+OnEvent = Callable[[RunEvent], None]  # must not block; called on the trio thread
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """The run succeeded. `body` is msgpack of a result struct; files lie in the request's folder."""
+
+    body: bytes
+    files: tuple[OutputFile, ...] = ()
+    usage: Mapping[str, float] = {}
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
+    """The run failed; `streamed` says whether chunks had gone out."""
+
+    fault: Fault
+    streamed: bool = False
+
+
+RunEnd = Done | Failed
+
+
+class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What `status` shows of one model's instance.
+
+    Attributes:
+        state: cold, starting, loading, ready, busy, stopping, backoff, failed.
+        reason: one sentence when it does not serve.
+        ready: fields of the engine's `ready`.
+    """
+
+    model: str
+    engine: str
+    state: str
+    pid: int = 0
+    running: int = 0
+    queued: int = 0
+    slots: int = 1
+    restarts: int = 0
+    reason: str = ""
+    device: str = ""
+    limits: Mapping[str, Any] = {}
+    rss_bytes: int = 0

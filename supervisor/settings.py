@@ -1,0 +1,141 @@
+"""worker.toml as structs. Reading, checking and editing the file is in config.py.
+
+Every field has a default that works on a fresh box; unknown keys are errors. Relative paths belong to the folder
+of worker.toml.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+CONFIG_VERSION = 1
+
+_Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all tables of worker.toml."""
+
+
+class CoordinatorTable(Table, frozen=True):
+    """Where jobs come from.
+
+    Attributes:
+        url: "embedded" starts a coordinator as a supervised child; otherwise ws:// or wss:// of one.
+        listen: HOST:PORT of the embedded coordinator; port 0 takes a free one.
+        dialect: protocol spoken with the coordinator.
+        token_file: file that holds this worker's token (remote coordinator); mode 0600.
+        tls_cert, tls_key: PEM files for the embedded coordinator's HTTPS.
+        tls_ca: PEM file to trust for a remote coordinator.
+        connect_s: deadline over TCP + TLS + upgrade + welcome as a whole.
+    """
+
+    url: str = "embedded"
+    listen: str = "127.0.0.1:8080"
+    dialect: Literal["native"] = "native"
+    token_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+    connect_s: _Seconds = 15.0
+
+
+class WorkerTable(Table, frozen=True):
+    """Who this worker is. `state_dir` holds everything that outlives a run; "" means the default place."""
+
+    name: str = ""
+    state_dir: str = ""
+    labels: dict[str, str] = {}
+
+
+class EngineTable(Table, frozen=True):
+    """One engine: `[engines.NAME]`.
+
+    Attributes:
+        module: for an engine of another repository.
+        python: interpreter that has the engine's libraries; "" means the supervisor's own.
+        device: default for its models.
+        env: more environment for the child.
+        options: default load options for its models.
+    """
+
+    module: str = ""
+    python: str = ""
+    device: str = ""
+    env: dict[str, str] = {}
+    options: dict[str, Any] = {}
+
+
+class ModelTable(Table, frozen=True):
+    """One model: `[[models]]`.
+
+    Attributes:
+        name: public name that clients ask for.
+        engine: name of the engine.
+        path: the main file or folder (role "model").
+        files: further files by role.
+        sha256: role -> hex; checked before the load when given.
+        kinds: narrower than what the engine can do; empty means all of its kinds.
+        device: "cpu", "cuda" or "auto"; with "cuda" a fall back to the CPU is a failed load.
+        gpus: UUIDs of the device set.
+        options: load options of the engine (n_ctx, compute_type, argv, …).
+        preload: load at start instead of on first use.
+    """
+
+    name: Annotated[str, Meta(min_length=1, max_length=200)]
+    engine: str
+    path: str = ""
+    files: dict[str, str] = {}
+    sha256: dict[str, Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")]] = {}
+    backend: str = ""
+    kinds: list[str] = []
+    device: Literal["", "cpu", "cuda", "auto"] = ""
+    gpus: list[str] = []
+    options: dict[str, Any] = {}
+    preload: bool = False
+
+
+class LimitsTable(Table, frozen=True):
+    """Bounds on every wait. `*_stall_s`: the longest time without progress in that phase before it is ended.
+
+    Attributes:
+        drain_s: how long a drain waits for running jobs.
+        start_s: spawn to hello.
+        load_s: load without progress.
+        first_output_s: run to first progress, chunk or result.
+        stall_s: between two signs of progress of a run.
+        cancel_grace_s: cancel to the end of the run, then the instance is ended.
+        term_grace_s: SIGTERM to SIGKILL.
+        job_s: default deadline of a job that brings none.
+    """
+
+    drain_s: _Seconds = 60.0
+    start_s: _Seconds = 60.0
+    load_s: _Seconds = 600.0
+    first_output_s: _Seconds = 300.0
+    stall_s: _Seconds = 120.0
+    cancel_grace_s: _Seconds = 5.0
+    term_grace_s: _Seconds = 3.0
+    job_s: _Seconds = 3600.0
+
+
+class LogTable(Table, frozen=True):
+    """Log of the supervisor on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class Settings(Table, frozen=True):
+    """The whole of worker.toml."""
+
+    config_version: int = CONFIG_VERSION
+    coordinator: CoordinatorTable = CoordinatorTable()
+    worker: WorkerTable = WorkerTable()
+    engines: dict[str, EngineTable] = {}
+    models: list[ModelTable] = []
+    limits: LimitsTable = LimitsTable()
+    log: LogTable = LogTable()
