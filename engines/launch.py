@@ -74,8 +74,9 @@ def _limits(spec: dict[str, Any]) -> None:
 def _become(spec: dict[str, Any]) -> NoReturn:
     """Close what is not ours, set the environment, exec the engine's interpreter."""
     os.closerange(3, 65536)
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    environment |= _ENVIRONMENT | spec.get("env", {})
+    kept = [*_KEPT, *spec.get("keep", [])]  # `keep`: names granted by the operator; values never travel in argv
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment = _ENVIRONMENT | environment | spec.get("env", {})
     if "scratch" in spec:
         environment |= {"HOME": spec["scratch"], "TMPDIR": spec["scratch"]}
         os.chdir(spec["scratch"])

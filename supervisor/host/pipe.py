@@ -1,0 +1,118 @@
+"""Pipes to children: eager non-blocking reads and gathered writes under trio.
+
+`trio.lowlevel.FdStream` always takes a checkpoint before it tries; a pipe that already holds data is read here at
+once, which is worth 3-5 µs of a 45 µs echo. Both ends are asked for 1 MiB of buffer: with the default 64 KiB a
+1 MiB frame costs 3.5 times as much, in context switches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+
+import trio
+
+PIPE_BYTES = 2**20
+READ_BYTES = 2**18
+_IOV_MAX = 16
+_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
+
+
+def prepare(fd: int) -> None:
+    """Make a pipe end of ours non-blocking and large; a refused size is harmless (the per-user cap)."""
+    os.set_blocking(fd, False)
+    if _F_SETPIPE_SZ is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
+
+
+class PipeReader:
+    """Reads one pipe.
+
+    Args:
+        fd: owned from now on.
+        over: whether the writer is known to be dead. A grandchild may hold the pipe open for ever; what the dead
+            writer wrote is in the pipe already, so an empty pipe then counts as its end.
+    """
+
+    def __init__(self, fd: int, over: Callable[[], bool]) -> None:
+        prepare(fd)
+        self._fd, self._over = fd, over
+
+    async def read(self, max_bytes: int = READ_BYTES) -> bytes:
+        """Return what is there, waiting for at least one byte; b"" at the end.
+
+        Cancellation: nothing is lost; bytes stay in the pipe.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self._fd >= 0:
+            try:
+                data = os.read(self._fd, max_bytes)
+            except BlockingIOError:
+                if self._over():
+                    return b""
+                with contextlib.suppress(trio.ClosedResourceError):  # woken: look again
+                    await trio.lowlevel.wait_readable(self._fd)
+            else:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return data
+        return b""
+
+    def wake(self) -> None:
+        """Make a waiting read look again, because `over` has changed."""
+        if self._fd >= 0:
+            trio.lowlevel.notify_closing(self._fd)
+
+    def close(self) -> None:
+        """Close the descriptor; a waiting read returns b""."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+
+class PipeWriter:
+    """Writes one pipe; one caller at a time, in the order they came."""
+
+    def __init__(self, fd: int) -> None:
+        prepare(fd)
+        self._fd = fd
+        self._lock = trio.StrictFIFOLock()
+
+    async def write(self, *buffers: bytes | memoryview) -> None:
+        """Write all buffers.
+
+        Raises:
+            BrokenPipeError: nobody reads any more.
+            trio.ClosedResourceError: closed on our side.
+
+        Cancellation: may leave a frame half written; the caller must then give the child up.
+        """
+        async with self._lock:
+            left = [memoryview(part).cast("B") for part in buffers if len(part)]
+            while left:
+                if self._fd < 0:
+                    raise trio.ClosedResourceError("the pipe is closed")
+                try:
+                    written = os.writev(self._fd, left[:_IOV_MAX])
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._fd)
+                else:
+                    left = _rest(left, written)
+
+    def close(self) -> None:
+        """Close the descriptor; the child reads the end of its input."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+
+def _rest(buffers: Sequence[memoryview], written: int) -> list[memoryview]:
+    for index, buffer in enumerate(buffers):
+        if written < len(buffer):
+            return [buffer[written:], *buffers[index + 1 :]]
+        written -= len(buffer)
+    return []
