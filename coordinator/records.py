@@ -1,0 +1,182 @@
+"""What the coordinator's halves tell each other: submissions, job records, events, served models.
+
+All instants are milliseconds since the epoch by the store's clock; all durations are milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from protocol.faults import Fault
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class StoredInput(msgspec.Struct, frozen=True):
+    """An input file that lies in the blobs: `blob` is its key there, `name` what the engine calls it."""
+
+    name: str
+    blob: str
+    size: int
+    sha256: str
+    mime: str = "application/octet-stream"
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """An output file of a succeeded job: `blob` is its key in the blobs."""
+
+    name: str
+    blob: str
+    mime: str
+    size: int
+    sha256: str
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as a client asks for it, already checked by `protocol.work.parse_params`.
+
+    Attributes:
+        params: msgpack of the parameter struct of `kind`.
+        inputs: files that the worker fetches before the run.
+        stream: whether chunks are wanted.
+        idempotency_key: a second submission of this tenant with the same key returns the first one's job.
+        deadline_ms: time from now until the answer is worthless, queueing included; 0 means none.
+        max_attempts: how many accepted attempts a job may have in all.
+        wait_for_worker: queue even when nobody serves the model now.
+    """
+
+    kind: str
+    model: str
+    params: bytes
+    inputs: tuple[StoredInput, ...] = ()
+    stream: bool = False
+    tenant: str = "default"
+    key_id: str = ""
+    idempotency_key: str = ""
+    priority: int = 0
+    deadline_ms: int = 0
+    labels: dict[str, str] = {}
+    vram_gb_estimate: float = 0.0
+    max_attempts: int = 3
+    wait_for_worker: bool = False
+    traceparent: str = ""
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the store as others may see it.
+
+    Attributes:
+        attempt: the latest fencing token; offers that were declined have used numbers, too.
+        tries: how many attempts were accepted by a worker; this is what `max_attempts` bounds.
+        result: msgpack of the result struct, only when succeeded.
+        usage: what was counted; a cancelled job keeps it as well.
+        streamed: a chunk was forwarded, so no new attempt will start.
+        worker: who runs or ran the latest attempt.
+        deadline_at_ms: 0 means none.
+    """
+
+    id: str
+    kind: str
+    model: str
+    state: JobState
+    tenant: str
+    attempt: int
+    created_ms: int
+    params: bytes
+    key_id: str = ""
+    tries: int = 0
+    started_ms: int | None = None
+    finished_ms: int | None = None
+    result: bytes | None = None
+    files: tuple[StoredFile, ...] = ()
+    usage: dict[str, float] = {}
+    fault: Fault | None = None
+    inputs: tuple[StoredInput, ...] = ()
+    stream: bool = False
+    streamed: bool = False
+    worker: str = ""
+    priority: int = 0
+    deadline_at_ms: int = 0
+    labels: dict[str, str] = {}
+    vram_gb_estimate: float = 0.0
+    max_attempts: int = 3
+    traceparent: str = ""
+    idempotency_key: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is terminal."""
+        return self.state in TERMINAL
+
+
+class JobEvent(msgspec.Struct, frozen=True):
+    """Base of what a watcher of one job sees."""
+
+
+class JobStarted(JobEvent, frozen=True):
+    """The engine's validation passed and the work began: response headers may go out now."""
+
+
+class JobChunk(JobEvent, frozen=True):
+    """One piece of streamed output: `data` is msgpack of the kind's chunk struct; `seq` rises from 0 by 1."""
+
+    seq: int
+    data: bytes
+
+
+class JobProgress(JobEvent, frozen=True):
+    """How far the work is; may be dropped when the watcher is slow."""
+
+    n: int
+    total: int | None = None
+    phase: str = ""
+    text: str = ""
+
+
+class JobEnded(JobEvent, frozen=True):
+    """The job's terminal row; always the last event."""
+
+    record: JobRecord
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One model over all connected workers.
+
+    Attributes:
+        workers: ids of the connected workers that serve it.
+        slots: concurrent jobs over all of them.
+        limits: what the engine reported (context length, voices, …), of the first worker that said anything.
+        resident: whether it is loaded anywhere now.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    workers: tuple[str, ...]
+    slots: int
+    limits: dict[str, Any] = {}
+    engines: tuple[str, ...] = ()
+    resident: bool = False
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One connected worker, for health and metrics. `accepting` is false while it drains or is paused."""
+
+    id: str
+    accepting: bool
+    reason: str
+    running: int
+    slots: int
+    models: tuple[str, ...]
+    version: str = ""
+    machine: str = ""
+    labels: dict[str, str] = {}
+
+
+class WorkerScope(msgspec.Struct, frozen=True):
+    """What a worker token allows. `worker` pins the token to one worker id; "" allows any."""
+
+    worker: str = ""
+    key_id: str = ""
