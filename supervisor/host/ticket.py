@@ -1,0 +1,60 @@
+"""One run as the host follows it, from the queue to its end."""
+
+from __future__ import annotations
+
+import trio
+
+from protocol.faults import Fault
+from supervisor.host.work import Chunk, Failed, OnEvent, RunEnd, RunEvent, RunRequest, Started
+
+
+class Ticket:
+    """A run: what is asked, what has been seen of it, and its end, which is set exactly once.
+
+    Attributes:
+        deadline: trio time after which the run is worthless.
+        last_sign: trio time of the latest sign of progress; None before the run was sent to an engine.
+        started: the engine validated the run and works.
+        produced: it has shown progress since.
+        streamed: whether a chunk went out.
+        wanted_end: the fault that the run shall end with when the engine obeys a cancel of ours.
+    """
+
+    def __init__(self, request: RunRequest, on_event: OnEvent, deadline: float) -> None:
+        self.request = request
+        self.deadline = deadline
+        self.started = False
+        self.produced = False
+        self.streamed = False
+        self.last_sign: float | None = None
+        self.wanted_end: Fault | None = None
+        self.end: RunEnd | None = None
+        self.ended = trio.Event()
+        self.cancel_asked = trio.Event()
+        self._on_event = on_event
+
+    def tell(self, event: RunEvent) -> None:
+        """Pass an event on, and take note of what it proves."""
+        if self.end is not None:
+            return
+        self.last_sign = trio.current_time()
+        self.produced = self.produced or (self.started and not isinstance(event, Started))
+        self.started = self.started or isinstance(event, Started)
+        self.streamed = self.streamed or isinstance(event, Chunk)
+        self._on_event(event)
+
+    def finish(self, end: RunEnd) -> None:
+        """Set the end; a second one is ignored, because an engine may die while its result is on the way."""
+        if self.end is None:
+            self.end = end
+            self.ended.set()
+
+    def fail(self, fault: Fault) -> None:
+        """End with a fault."""
+        self.finish(Failed(fault=fault, streamed=self.streamed))
+
+    def ask_cancel(self, fault: Fault) -> None:
+        """Want the run to end with `fault`; the first wish counts."""
+        if self.wanted_end is None:
+            self.wanted_end = fault
+        self.cancel_asked.set()
