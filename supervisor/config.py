@@ -1,0 +1,368 @@
+"""Reading worker.toml: strict, and all errors at once, each with its place.
+
+Order of strength: defaults < file < environment (`BULKHEAD__SECTION__KEY`, for example
+`BULKHEAD__COORDINATOR__URL`; a list item by its index, `BULKHEAD__MODELS__0__DEVICE`). Relative paths belong to
+the folder of the file, `~` is the home folder. Every error reads
+
+    worker.toml:12: models[0].engine: there is no engine "lmm" (did you mean "llm"?)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engines.catalog import CATALOG
+from protocol.engine_wire import Model
+from protocol.work import Kind, is_kind
+from supervisor.config_walk import BAD, EnvText, build, did_you_mean, dotted
+from supervisor.errors import ConfigError
+from supervisor.host.work import EngineSpec, ModelSpec
+from supervisor.settings import CONFIG_VERSION, CoordinatorTable, EngineTable, ModelTable, Settings
+from supervisor.toml_lines import Path as KeyPath
+from supervisor.toml_lines import key_lines, line_of
+
+ENV_PREFIX = "BULKHEAD__"
+SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml")
+# A model named by these engines makes up its answers; the name must say so.
+_MADE_UP = "synthetic"
+_SECRET = re.compile(r"token|secret|password|passwd|key|credential", re.IGNORECASE)
+_SAFE_NAME = re.compile(r"[^\x00-\x1f\x7f]+\Z")
+
+
+def find_config(given: str | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the configuration file: the given one, else the first that exists of `SEARCH`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if given:
+        candidates = [given]
+    elif "BULKHEAD_CONFIG" in environ:
+        candidates = [environ["BULKHEAD_CONFIG"]]
+    else:
+        candidates = list(SEARCH[1:])
+    for candidate in candidates:
+        path = Path(candidate).expanduser()
+        if path.is_file():
+            return path
+    raise ConfigError([f"{candidates[0]}: no such file; looked at {', '.join(SEARCH)}; name one with --config"])
+
+
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read, check and complete the settings of `path`; all paths in the result are absolute.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    try:
+        text = path.read_bytes().decode()
+        raw = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start})"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([_syntax(path, text, str(error))]) from None
+    return _Reader(path, text, raw, environ).settings()
+
+
+def _syntax(path: Path, text: str, message: str) -> str:
+    found = re.search(r" \(at line (\d+), column (\d+)\)", message)
+    if found is None:  # tomllib says "(at end of document)"
+        return f"{path}:{len(text.splitlines()) or 1}: {message}"
+    return f"{path}:{found[1]}: column {found[2]}: {message[: found.start()]}"
+
+
+class _Reader:
+    """One reading of one file."""
+
+    def __init__(self, path: Path, text: str, raw: dict[str, Any], environ: Mapping[str, str]) -> None:
+        self._path = path
+        self._raw = raw
+        self._lines = key_lines(text)
+        self._origin: dict[KeyPath, str] = {}  # path -> environment variable
+        self._problems: list[tuple[int, str]] = []
+        self._bad: set[KeyPath] = set()
+        self._environ = environ
+
+    def settings(self) -> Settings:
+        version = self._raw.get("config_version", CONFIG_VERSION)
+        if type(version) is int and version > CONFIG_VERSION:
+            self.report(
+                ("config_version",),
+                f"{version} is newer than this program knows ({CONFIG_VERSION}); install a newer release",
+            )
+            raise self._error()
+        self._overlay()
+        settings: Settings = build(self._raw, Settings, (), self.report)
+        if settings is not BAD:
+            settings = _absolute(settings, self._path.resolve().parent)
+            for path, sentence in _crosscheck(settings):
+                if not any(bad[: len(path)] == path for bad in self._bad):
+                    self.report(path, sentence)
+        if self._problems:
+            raise self._error()
+        return settings
+
+    def report(self, path: KeyPath, sentence: str) -> None:
+        """Note a problem at `path`."""
+        self._bad.add(path)
+        line = line_of(path, self._lines)
+        for known, variable in self._origin.items():
+            # The value itself, or a parent of it, came from a variable; or only a variable made this parent.
+            if path[: len(known)] == known or (line is None and known[: len(path)] == path):
+                self._problems.append((0, f"{variable}: {dotted(path)}: {sentence}"))
+                return
+        place = f"{self._path}:{line}" if line else str(self._path)
+        self._problems.append((line or 0, f"{place}: {dotted(path) or '(top)'}: {sentence}"))
+
+    def _error(self) -> ConfigError:
+        return ConfigError([text for _, text in sorted(self._problems)])
+
+    def _overlay(self) -> None:
+        """Put the environment's values over the file's."""
+        for variable, text in sorted(self._environ.items()):
+            if not variable.startswith(ENV_PREFIX):
+                continue
+            parts = [part.lower() for part in variable.removeprefix(ENV_PREFIX).split("__")]
+            try:
+                path = _place(self._raw, parts, EnvText(text))
+            except (TypeError, ValueError, IndexError):
+                self._problems.append((0, f"{variable}: there is no place {'.'.join(parts)} in the configuration"))
+            else:
+                self._origin[path] = variable
+
+
+def _place(raw: dict[str, Any], parts: list[str], value: EnvText) -> KeyPath:
+    """Set `value` at `parts` within `raw`. Keys are matched without regard to case."""
+    here: Any = raw
+    path: KeyPath = ()
+    for number, part in enumerate(parts):
+        key: str | int = part
+        if isinstance(here, list):
+            key = int(part)
+            here[key]  # an index that does not exist is an error, not a new item
+        elif isinstance(here, dict):
+            key = next((known for known in here if known.lower() == part), part)
+        else:
+            raise TypeError(part)
+        path = (*path, key)
+        if number == len(parts) - 1:
+            here[key] = value
+        else:
+            here = here.setdefault(key, {}) if isinstance(here, dict) else here[key]
+    return path
+
+
+# ---- paths ---------------------------------------------------------------------------------------------------
+
+
+def _absolute(settings: Settings, folder: Path) -> Settings:
+    """Make every path of the settings absolute. Links stay: a venv's python is one, and must not be followed."""
+
+    def absolute(text: Any) -> Any:
+        return os.path.join(folder, os.path.expanduser(text)) if isinstance(text, str) and text else text
+
+    def interpreter(text: str) -> Any:
+        return absolute(text) if "/" in text or not text else shutil.which(text) or text
+
+    def engine(table: EngineTable) -> EngineTable:
+        return msgspec.structs.replace(table, python=interpreter(table.python))
+
+    def model(table: ModelTable) -> ModelTable:
+        files = {role: absolute(path) for role, path in table.files.items()}
+        return msgspec.structs.replace(table, path=absolute(table.path), files=files)
+
+    link = settings.coordinator
+    return msgspec.structs.replace(
+        settings,
+        coordinator=msgspec.structs.replace(
+            link, **{name: absolute(getattr(link, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_ca")}
+        ),
+        worker=msgspec.structs.replace(settings.worker, state_dir=absolute(settings.worker.state_dir)),
+        engines={name: table if table is BAD else engine(table) for name, table in settings.engines.items()},
+        models=[table if table is BAD else model(table) for table in settings.models],
+    )
+
+
+def state_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder for what outlives a run: configured, else systemd's, else the XDG place."""
+    if settings.worker.state_dir:
+        return Path(settings.worker.state_dir)
+    if environ.get("STATE_DIRECTORY"):
+        return Path(environ["STATE_DIRECTORY"].split(":")[0])
+    base = environ.get("XDG_STATE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state"
+    return home / "bulkhead"
+
+
+# ---- checks over several fields --------------------------------------------------------------------------------
+
+Finding = tuple[KeyPath, str]
+
+
+def _crosscheck(settings: Settings) -> Iterator[Finding]:
+    yield from _check_coordinator(settings.coordinator)
+    for name, table in settings.engines.items():
+        if table is not BAD:
+            yield from _check_engine(name, table)
+    seen: dict[str, int] = {}
+    for number, model in enumerate(settings.models):
+        if model is BAD:
+            continue
+        if model.name in seen:
+            yield ("models", number, "name"), f'models[{seen[model.name]}] is named "{model.name}" already'
+        seen.setdefault(model.name, number)
+        for path, sentence in _check_model(model, settings.engines):
+            yield ("models", number, *path), sentence
+
+
+def _check_coordinator(table: CoordinatorTable) -> Iterator[Finding]:
+    def at(name: str, sentence: str) -> Finding:
+        return ("coordinator", name), sentence
+
+    if table.url == "embedded":
+        yield from (at("listen", sentence) for sentence in _check_listen(table.listen))
+        if bool(table.tls_cert) != bool(table.tls_key):
+            missing = "tls_key" if table.tls_cert else "tls_cert"
+            yield at(missing, "is missing: tls_cert and tls_key go together")
+    else:
+        if not re.match(r"wss?://[^/\s?#]+[^\s?#]*\Z", table.url):
+            yield at("url", f'"{table.url}" is neither "embedded" nor the ws:// or wss:// address of a coordinator')
+        elif not table.token_file:
+            yield at("token_file", "is missing: a remote coordinator wants this worker's token")
+    for name in ("tls_cert", "tls_key", "tls_ca"):
+        if (path := getattr(table, name)) and not os.path.isfile(path):
+            yield at(name, f"there is no file {path}")
+    if table.token_file:
+        yield from (at("token_file", sentence) for sentence in _check_secret(table.token_file))
+
+
+def _check_listen(listen: str) -> Iterator[str]:
+    host, separator, port = listen.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        yield f'"{listen}" is not HOST:PORT with a port from 0 to 65535'
+
+
+def _check_secret(path: str) -> Iterator[str]:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        yield f"{path} cannot be read: {error.strerror}"
+        return
+    if mode & 0o077:
+        yield f"{path} can be read by others than its owner; run: chmod 600 {path}"
+    elif not os.access(path, os.R_OK):
+        yield f"{path} cannot be read by this user"
+
+
+def _check_engine(name: str, table: EngineTable) -> Iterator[Finding]:
+    at = ("engines", name)
+    if name not in CATALOG and not table.module:
+        hint = did_you_mean(name, CATALOG)
+        yield at, f'there is no engine "{name}"{hint}; an engine of your own needs `module`'
+    if table.module and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", table.module):
+        yield (*at, "module"), f'"{table.module}" is not the name of a Python module'
+    if table.python and not os.access(table.python, os.X_OK):
+        yield (*at, "python"), f"there is no program {table.python}"
+    if table.device not in ("", "cpu", "cuda", "auto"):
+        yield (*at, "device"), f'"{table.device}" is not one of cpu, cuda, auto'
+
+
+def _check_model(model: ModelTable, engines: Mapping[str, EngineTable]) -> Iterator[Finding]:
+    entry = CATALOG.get(model.engine)
+    table = engines.get(model.engine)
+    if not _SAFE_NAME.match(model.name):
+        yield ("name",), "holds a control character"
+    if entry is None and table is None:
+        yield ("engine",), f'there is no engine "{model.engine}"{did_you_mean(model.engine, {*CATALOG, *engines})}'
+        return
+    external = entry is None or (table is not None and table is not BAD and bool(table.module))
+    if not external:
+        assert entry is not None
+        if model.backend and model.backend not in entry.backends:
+            known = [name for name in entry.backends if name]
+            hint = did_you_mean(model.backend, known) if known else "; leave it out"
+            yield ("backend",), f'engine "{model.engine}" has no backend "{model.backend}"{hint}'
+        if entry.needs_model and not model.path and not model.files:
+            yield ("path",), f'is missing: engine "{model.engine}" needs the file or folder of a model'
+        if model.engine == _MADE_UP and not model.name.startswith(_MADE_UP):
+            yield ("name",), f'a model of the engine "{_MADE_UP}" must be named {_MADE_UP}…: its answers are made up'
+    yield from _check_kinds(model, entry.kinds if entry is not None and not external else None)
+    yield from _check_files(model)
+
+
+def _check_kinds(model: ModelTable, known: tuple[str, ...] | None) -> Iterator[Finding]:
+    if known is None and not model.kinds:
+        yield ("kinds",), f'is missing: engine "{model.engine}" is not in the catalogue, so name its task kinds'
+    for number, kind in enumerate(model.kinds):
+        if kind is BAD:
+            continue
+        if known is not None and kind not in known:
+            hint = did_you_mean(kind, known)
+            yield ("kinds", number), f'engine "{model.engine}" does not serve "{kind}"{hint}'
+        elif known is None and not is_kind(kind):
+            yield ("kinds", number), f'there is no task kind "{kind}"{did_you_mean(kind, [str(k) for k in Kind])}'
+
+
+def _check_files(model: ModelTable) -> Iterator[Finding]:
+    if model.path and "model" in model.files:
+        yield ("files", "model"), "the role model is given by `path` already"
+    named = {("path",): model.path} | {("files", role): path for role, path in model.files.items()}
+    for path, text in named.items():
+        if isinstance(text, str) and text and not os.path.exists(text):
+            yield path, f"there is no file or folder {text}"
+    roles = set(model.files) | ({"model"} if model.path else set())
+    for role in model.sha256:
+        if role not in roles:
+            yield ("sha256", role), f'no file has the role "{role}"{did_you_mean(role, roles)}'
+
+
+# ---- what the host needs -----------------------------------------------------------------------------------------
+
+
+def build_models(settings: Settings) -> list[ModelSpec]:
+    """Turn checked settings into what the host loads, with the engine's defaults filled in."""
+    return [_spec(model, settings.engines.get(model.engine, EngineTable())) for model in settings.models]
+
+
+def _spec(model: ModelTable, table: EngineTable) -> ModelSpec:
+    entry = CATALOG.get(model.engine)
+    default = entry.module if entry is not None else ""
+    files = ({"model": model.path} if model.path else {}) | model.files
+    return ModelSpec(
+        name=model.name,
+        engine=EngineSpec(
+            name=model.engine,
+            module=table.module or default,
+            python=table.python or sys.executable,
+            env=table.env,
+        ),
+        model=Model(
+            name=model.name,
+            kinds=tuple(model.kinds) or (entry.kinds if entry is not None else ()),
+            files=files,
+            backend=model.backend,
+            device=model.device or table.device or "auto",
+            devices=tuple(model.gpus),
+            options=table.options | model.options,
+        ),
+        sha256={role: digest.lower() for role, digest in model.sha256.items()},
+    )
+
+
+def masked(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values for people, with what looks like a secret blotted out."""
+    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    for engine in plain["engines"].values():
+        engine["env"] = {name: "****" if _SECRET.search(name) else value for name, value in engine["env"].items()}
+    return plain

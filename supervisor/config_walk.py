@@ -1,0 +1,151 @@
+"""From plain values to structs, collecting every error on the way.
+
+msgspec stops at its first error and loses dict keys and list indexes from its paths, so this walk goes down the
+struct types itself and lets msgspec judge only the leaves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from supervisor.toml_lines import Path
+
+
+class EnvText(str):
+    """A value from an environment variable: text that may stand for a number, a boolean or a TOML value."""
+
+    __slots__ = ()
+
+
+class _Bad:
+    """Stands where a value could not be made; whoever needs it leaves out the check."""
+
+    def __repr__(self) -> str:
+        return "BAD"
+
+
+BAD: Any = _Bad()
+Report = Callable[[Path, str], None]  # path and sentence
+
+
+def dotted(path: Path) -> str:
+    """`models[0].name` for ("models", 0, "name")."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean "…"?)`, or the known words when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, 1)
+    if near:
+        return f' (did you mean "{near[0]}"?)'
+    return f" (known: {', '.join(names)})" if names else ""
+
+
+def build(value: Any, type_: Any, path: Path, report: Report) -> Any:
+    """Return `value` as `type_`, or BAD; every error below is told to `report`."""
+    plain = typing.get_args(type_)[0] if typing.get_origin(type_) is typing.Annotated else type_
+    origin = typing.get_origin(plain)
+    if isinstance(plain, type) and issubclass(plain, msgspec.Struct):
+        return _struct(value, plain, path, report)
+    if origin is dict:
+        return _dict(value, typing.get_args(plain)[1], path, report)
+    if origin is list:
+        return _list(value, typing.get_args(plain)[0], path, report)
+    return _leaf(value, type_, path, report)
+
+
+def _struct(value: Any, type_: type[msgspec.Struct], path: Path, report: Report) -> Any:
+    value = _opened(value)
+    if not isinstance(value, dict):
+        report(path, f"expected a table, got {_named(value)}")
+        return BAD
+    hints = typing.get_type_hints(type_, include_extras=True)
+    fields = {field.encode_name: field for field in msgspec.structs.fields(type_)}
+    for key in value.keys() - fields.keys():
+        report((*path, key), f"unknown key{did_you_mean(key, fields)}")
+    made: dict[str, Any] = {}
+    whole = True
+    for name, field in fields.items():
+        if name in value:
+            built = build(value[name], hints[field.name], (*path, name), report)
+            if built is not BAD:
+                made[field.name] = built
+            else:
+                whole = whole and not field.required
+        elif field.required:
+            report((*path, name), "is missing")
+            whole = False
+    return type_(**made) if whole else BAD
+
+
+def _dict(value: Any, item: Any, path: Path, report: Report) -> Any:
+    value = _opened(value)
+    if not isinstance(value, dict):
+        report(path, f"expected a table, got {_named(value)}")
+        return BAD
+    return {key: build(inner, item, (*path, key), report) for key, inner in value.items()}
+
+
+def _list(value: Any, item: Any, path: Path, report: Report) -> Any:
+    value = _opened(value)
+    if not isinstance(value, list):
+        report(path, f"expected a list, got {_named(value)}")
+        return BAD
+    return [build(inner, item, (*path, number), report) for number, inner in enumerate(value)]
+
+
+def _leaf(value: Any, type_: Any, path: Path, report: Report) -> Any:
+    try:
+        return _convert(value, type_)
+    except msgspec.ValidationError as error:
+        report(path, _sentence(str(error), value, type_))
+        return BAD
+
+
+def _convert(value: Any, type_: Any) -> Any:
+    if not isinstance(value, EnvText):
+        return msgspec.convert(value, type_)
+    try:
+        return msgspec.convert(str(value), type_, strict=False)
+    except msgspec.ValidationError:
+        opened = _opened(value)
+        if isinstance(opened, EnvText):
+            raise
+        return msgspec.convert(opened, type_)
+
+
+def _opened(value: Any) -> Any:
+    """What the text of an environment variable says in TOML; anything else as it is."""
+    if isinstance(value, EnvText):
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except (tomllib.TOMLDecodeError, KeyError):
+            return value
+    return value
+
+
+def _sentence(text: str, value: Any, type_: Any) -> str:
+    """msgspec's message as ours: lower case, no path, and the choices of a Literal."""
+    plain = typing.get_args(type_)[0] if typing.get_origin(type_) is typing.Annotated else type_
+    if typing.get_origin(plain) is typing.Literal and isinstance(value, str):
+        choices = [choice for choice in typing.get_args(plain) if choice]
+        near = difflib.get_close_matches(value, choices, 1)
+        hint = f' (did you mean "{near[0]}"?)' if near else ""
+        return f'"{value}" is not one of {", ".join(choices)}{hint}'
+    text = text.split(" - at `$")[0].replace("`", "")
+    return text[:1].lower() + text[1:]
+
+
+def _named(value: Any) -> str:
+    names = {dict: "a table", list: "a list", str: "a text", EnvText: "a text", bool: "a boolean", int: "a number"}
+    return names.get(type(value), type(value).__name__)
