@@ -82,7 +82,11 @@ async def test_a_grandchild_that_holds_the_pipe_cannot_hold_us():
     code = "import subprocess; p = subprocess.Popen(['sleep', '60'], start_new_session=True); print(p.pid, flush=True)"
     with trio.fail_after(10):
         async with open_child(python(code)) as child:
-    X    os.kill(pid, signal.SIGKILL)
+            said = b""
+            while data := await child.read():
+                said += data
+    pid = int(said)
+    os.kill(pid, signal.SIGKILL)
 
 
 async def test_large_data_both_ways_does_not_deadlock():
