@@ -1,0 +1,217 @@
+"""What a store is: plain synchronous functions over rows, each one transaction.
+
+The row is the truth. An attempt number is a fencing token: `claim` mints it, it is never used twice, and every
+later step names it, so that whoever comes late changes nothing. States in the row are those of `JobState` plus
+`offered`, which is `queued` to everybody outside.
+
+    queued ──claim──► offered ──accept──► running ──complete──► succeeded
+       ▲                 │ release            │ fail
+       └─────────────────┴────────────────────┴──► failed
+    cancel: from queued, offered and running ──► cancelled
+
+Functions may be called from any thread. They raise `FaultError` for what a client is told (conflict,
+storage_full) and `StoreError` for what the operator has to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from coordinator.records import JobRecord, StoredFile, Submission
+from protocol.faults import Fault
+
+FIRST_BACKOFF_MS = 250
+LONGEST_BACKOFF_MS = 30_000
+
+
+class StoreError(Exception):
+    """The store itself is in trouble; the sentence says what to do."""
+
+
+class StoreBusy(StoreError):
+    """Another coordinator has this store open."""
+
+
+class StoreTooNew(StoreError):
+    """A later version of the coordinator wrote this store."""
+
+
+class Want(msgspec.Struct, frozen=True):
+    """Free slots: up to `limit` jobs of this model whose kind is one of `kinds`."""
+
+    model: str
+    kinds: tuple[str, ...]
+    limit: int
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a successful attempt left."""
+
+    result: bytes
+    files: tuple[StoredFile, ...] = ()
+    usage: dict[str, float] = {}
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """What the end of an attempt changed.
+
+    Attributes:
+        verdict: "stored" (this call ended the attempt), "again" (this very end is stored already), "late" (the
+            job was cancelled before; only usage was taken), "fenced" (the attempt is not the job's any more).
+        record: the row afterwards; None when there is no such job.
+        requeued: the job went back to the queue.
+    """
+
+    verdict: Literal["stored", "again", "late", "fenced"]
+    record: JobRecord | None = None
+    requeued: bool = False
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """`won`: this call cancelled it; otherwise it had ended before and nothing changed."""
+
+    record: JobRecord
+    won: bool
+
+
+class OpenAttempt(msgspec.Struct, frozen=True):
+    """A row that is offered or running."""
+
+    job: str
+    attempt: int
+    state: Literal["offered", "running"]
+    worker: str
+    kind: str
+    model: str
+    streamed: bool = False
+
+
+class Adoption(msgspec.Struct, frozen=True):
+    """Answer to a worker that still holds an attempt.
+
+    `verdict`: "adopted", "stored" (its success is stored already), "cancelled" (stop it), "fenced".
+    """
+
+    verdict: Literal["adopted", "stored", "cancelled", "fenced"]
+    record: JobRecord | None = None
+
+
+class Purged(msgspec.Struct, frozen=True):
+    """A finished job that was deleted, and the input blobs that belonged to it."""
+
+    job: str
+    blobs: tuple[str, ...]
+
+
+class Store(Protocol):
+    """One implementation per database; all pass the same contract suite."""
+
+    def now_ms(self) -> int:
+        """The store's clock, milliseconds since the epoch."""
+
+    def shift_clock(self, ms: int) -> None:
+        """Move the store's clock by `ms` from now on; for tests."""
+
+    def insert(self, job_id: str, submission: Submission) -> tuple[JobRecord, bool]:
+        """Queue a job. With a known idempotency key returns that job and False.
+
+        Raises:
+            FaultError: `conflict` when the key was used with another request, `storage_full`.
+        """
+
+    def by_key(self, submission: Submission) -> JobRecord | None:
+        """The job that the submission's idempotency key names. Raises FaultError(conflict) as `insert` does."""
+
+    def get(self, job_id: str, tenant: str | None = None) -> JobRecord | None:
+        """The row; with a tenant only when it is the tenant's."""
+
+    def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
+        """Newest first, without params and result."""
+
+    def claim(self, wants: Sequence[Want]) -> list[JobRecord]:
+        """Take due jobs (higher priority first, then older) as offered, each with a new attempt number."""
+
+    def release(self, job_id: str, attempt: int, delay_ms: int = 0) -> bool:
+        """Put an offered job back; uncounted. False when it is not this attempt's any more."""
+
+    def accept(self, job_id: str, attempt: int, worker: str) -> bool:
+        """Offered to running; counts a try."""
+
+    def mark_streamed(self, job_id: str, attempt: int, worker: str) -> bool:
+        """Before the first chunk is forwarded. False when fenced: then nothing may be forwarded."""
+
+    def complete(self, job_id: str, attempt: int, worker: str, outcome: Outcome) -> Ending:
+        """Running to succeeded, with result, files and usage, in one transaction."""
+
+    def fail(self, job_id: str, attempt: int, worker: str, fault: Fault, streamed: bool = False) -> Ending:
+        """Running to queued or failed, as `after_failure` says."""
+
+    def cancel(self, job_id: str, tenant: str, fault: Fault) -> Cancelled | None:
+        """To cancelled from any state that is not terminal. None when the tenant has no such job."""
+
+    def end(self, job_id: str, attempt: int, fault: Fault) -> Ending:
+        """Offered or running to failed, without any retry."""
+
+    def adopt(self, job_id: str, attempt: int, worker: str) -> Adoption:
+        """A worker came back with an attempt: running (or offered, when the accept was lost) stays with it."""
+
+    def open_attempts(self) -> list[OpenAttempt]:
+        """All rows that are offered or running."""
+
+    def expire(self, slack_ms: int) -> list[JobRecord]:
+        """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
+
+    def queued(self) -> dict[tuple[str, str], int]:
+        """(kind, model) -> jobs that wait."""
+
+    def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
+        """Delete jobs that ended more than `retention_ms` ago; at most `limit` of them."""
+
+    def has_blob(self, key: str) -> bool:
+        """Whether a job's input has this key."""
+
+    def has_job(self, job_id: str) -> bool:
+        """Whether there is such a row."""
+
+    def close(self) -> None:
+        """Release the store; later calls raise StoreError."""
+
+
+class Failing(msgspec.Struct, frozen=True):
+    """What `after_failure` needs of a row."""
+
+    tries: int
+    max_attempts: int
+    streamed: bool
+    deadline_at_ms: int
+
+
+def after_failure(row: Failing, fault: Fault, now_ms: int) -> int | Fault:
+    """Decide what a failed attempt does to its job: requeue after so many ms, or end with that fault.
+
+    After the first chunk no new attempt starts: the client has seen part of an answer that another attempt
+    would contradict.
+    """
+    if row.streamed or not fault.may_retry:
+        return fault
+    delay = min(LONGEST_BACKOFF_MS, FIRST_BACKOFF_MS * 2 ** max(0, row.tries - 1))
+    if row.tries < row.max_attempts:
+        if row.deadline_at_ms and now_ms + delay >= row.deadline_at_ms:
+            return deadline_fault(fault)
+        return delay
+    if row.tries <= 1:
+        return fault
+    return Fault(
+        "attempts_exhausted",
+        f"All {row.tries} attempts failed; the last one: {fault.message}",
+        detail={"attempts": row.tries, "last": msgspec.to_builtins(fault)},
+    )
+
+
+def deadline_fault(last: Fault | None = None) -> Fault:
+    """The fault of a job that ran out of time."""
+    detail = {"last": msgspec.to_builtins(last)} if last else {}
+    return Fault("deadline_exceeded", "The job's deadline passed before it was done.", detail=detail)

@@ -1,0 +1,102 @@
+"""Between rows of the SQLite store and the structs that the rest of the coordinator sees."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from typing import Any, TypeVar
+
+import msgspec
+
+from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
+from protocol.faults import Fault, refuse
+
+T = TypeVar("T")
+Row = sqlite3.Row
+_pack = msgspec.msgpack.encode
+
+# Columns of a listing: no params, no result, which may be megabytes.
+LIGHT = (
+    "id, kind, model, state, tenant, attempt, created_ms, key_id, tries, started_ms, finished_ms, files, usage, fault, "
+    "inputs, stream, streamed, worker, priority, deadline_at_ms, labels, vram_gb_estimate, max_attempts, traceparent, "
+    "idempotency_key"
+)
+
+def _fingerprint(submission: Submission) -> bytes:
+    """What makes two submissions the same request."""
+    files = [(file.name, file.sha256) for file in submission.inputs]
+    return hashlib.sha256(_pack([submission.kind, submission.model, submission.params, files])).digest()
+
+
+def same_request(row: Row, submission: Submission) -> JobRecord:
+    """The job that a used idempotency key names. Raises FaultError(conflict) for another request."""
+    if row["fingerprint"] != _fingerprint(submission):
+        raise refuse(
+            "conflict",
+            "This idempotency key was used with another request; use a new key for a new request.",
+            "idempotency_key",
+        )
+    return record(row)
+
+
+def columns(job_id: str, submission: Submission, now: int) -> dict[str, Any]:
+    """Column -> value of a new row."""
+    return {
+        "id": job_id,
+        "tenant": submission.tenant,
+        "key_id": submission.key_id,
+        "idempotency_key": submission.idempotency_key,
+        "fingerprint": _fingerprint(submission),
+        "kind": submission.kind,
+        "model": submission.model,
+        "max_attempts": submission.max_attempts,
+        "priority": submission.priority,
+        "deadline_at_ms": now + submission.deadline_ms if submission.deadline_ms else 0,
+        "created_ms": now,
+        "stream": int(submission.stream),
+        "vram_gb_estimate": submission.vram_gb_estimate,
+        "traceparent": submission.traceparent,
+        "labels": _pack(submission.labels),
+        "params": submission.params,
+        "inputs": _pack(submission.inputs),
+    }
+
+
+def _unpack(data: bytes | None, type_: Any, default: T) -> T:
+    return default if data is None else msgspec.msgpack.decode(data, type=type_)
+
+
+def record(row: Row, *, light: bool = False) -> JobRecord:
+    """The row as others see it; `light` rows have only the columns of `LIGHT`."""
+    state = "queued" if row["state"] == "offered" else row["state"]
+    return JobRecord(
+        id=row["id"],
+        kind=row["kind"],
+        model=row["model"],
+        state=state,
+        tenant=row["tenant"],
+        attempt=row["attempt"],
+        created_ms=row["created_ms"],
+        params=b"" if light else row["params"],
+        key_id=row["key_id"],
+        tries=row["tries"],
+        started_ms=row["started_ms"],
+        finished_ms=row["finished_ms"],
+        result=None if light else row["result"],
+        files=_unpack(row["files"], tuple[StoredFile, ...], ()),
+        usage=_unpack(row["usage"], dict[str, float], {}),
+        # A job that waits for its next try has had a fault, but is not at fault yet.
+        fault=_unpack(row["fault"], Fault, None) if state in ("failed", "cancelled") else None,
+        inputs=_unpack(row["inputs"], tuple[StoredInput, ...], ()),
+        stream=bool(row["stream"]),
+        streamed=bool(row["streamed"]),
+        worker=row["worker"],
+        priority=row["priority"],
+        deadline_at_ms=row["deadline_at_ms"],
+        labels=_unpack(row["labels"], dict[str, str], {}),
+        vram_gb_estimate=row["vram_gb_estimate"],
+        max_attempts=row["max_attempts"],
+        traceparent=row["traceparent"],
+        idempotency_key=row["idempotency_key"],
+    )
+
