@@ -107,8 +107,7 @@ class SqliteStore:
         """Newest first, without params and result."""
         states = {"queued": ("queued", "offered")}.get(state or "", (state, state))
         rows = self._read(
-            f"SELECT {LIGHT} FROM jobs "
-            "WHERE tenant = ? AND (? IS NULL OR state IN (?, ?)) ORDER BY seq DESC LIMIT ?",
+            f"SELECT {LIGHT} FROM jobs WHERE tenant = ? AND (? IS NULL OR state IN (?, ?)) ORDER BY seq DESC LIMIT ?",
             tenant,
             state,
             *states,

@@ -22,6 +22,7 @@ LIGHT = (
     "idempotency_key"
 )
 
+
 def _fingerprint(submission: Submission) -> bytes:
     """What makes two submissions the same request."""
     files = [(file.name, file.sha256) for file in submission.inputs]
@@ -99,4 +100,3 @@ def record(row: Row, *, light: bool = False) -> JobRecord:
         traceparent=row["traceparent"],
         idempotency_key=row["idempotency_key"],
     )
-

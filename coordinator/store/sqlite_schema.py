@@ -7,9 +7,7 @@ from __future__ import annotations
 
 # `strftime('%s')` has whole seconds only and SQLite 3.40 (Debian 12) has no 'subsec'; a julian day as a double
 # resolves about 40 µs.
-NOW = (
-    "SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + (SELECT shift_ms FROM clock) AS now"
-)
+NOW = "SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + (SELECT shift_ms FROM clock) AS now"
 
 MIGRATIONS: tuple[str, ...] = (
     """

@@ -1,0 +1,79 @@
+"""`/v1/blobs`: where workers fetch inputs and leave outputs. The signature in the URL is the only right needed."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from coordinator.blobs import PREFIX, Blobs
+from coordinator.errors import Json, fault_response
+from protocol.faults import FaultError, refuse
+
+# What a worker or a client uploaded is never rendered by a browser as a page of ours.
+SAFE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; sandbox",
+    "cache-control": "private, no-store",
+}
+Admit = Callable[[str, int], Awaitable[bool]]
+
+
+def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
+    """Routes of the blob endpoints.
+
+    Args:
+        blobs: where the files are.
+        admit: whether outputs of (job, attempt) are still wanted; others are refused as conflict before a byte
+            of them is read.
+    """
+
+    async def upload(request: Request) -> Response:
+        try:
+            return await _upload(request, blobs, admit)
+        except FaultError as error:
+            return fault_response(error.fault)
+        except ClientDisconnect:
+            return Response(status_code=400)
+
+    async def download(request: Request) -> Response:
+        try:
+            return _download(request, blobs)
+        except FaultError as error:
+            return fault_response(error.fault)
+
+    return [
+        Route(PREFIX + "/{job}/{attempt:int}/{name}", upload, methods=["PUT"]),
+        Route(PREFIX + "/{key:path}", download, methods=["GET"]),
+    ]
+
+
+async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Response:
+    job, attempt, name = (request.path_params[part] for part in ("job", "attempt", "name"))
+    blobs.check("PUT", f"{job}/{attempt}/", *_signature(request))
+    if admit is not None and not await admit(job, attempt):
+        raise refuse("conflict", "This attempt is over; its outputs are not wanted any more.")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > blobs.max_output_bytes:
+        raise refuse("payload_too_large", f"An output has at most {blobs.max_output_bytes} bytes.")
+    expected = request.headers.get("x-content-sha256", "")
+    stored = await blobs.put_output(job, attempt, name, request.stream(), expected)
+    return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
+
+
+def _download(request: Request, blobs: Blobs) -> Response:
+    key: str = request.path_params["key"]
+    blobs.check("GET", key, *_signature(request))
+    path = blobs.path(key)
+    if not path.is_file():
+        raise refuse("not_found", "The file is gone; files are deleted with their job.")
+    name = key.rsplit("/", 1)[-1]
+    filename = name[65:] if "/" in key else name
+    return FileResponse(path, filename=filename, headers=SAFE_HEADERS)
+
+
+def _signature(request: Request) -> tuple[str, str]:
+    values = request.query_params
+    return values.get("exp", ""), values.get("sig", "")
