@@ -29,7 +29,7 @@ from supervisor.host.child import Child, ChildSpec, Exit
 from supervisor.host.launching import engine_child
 from supervisor.host.means import REAL_MEANS, Means
 from supervisor.host.ticket import Ticket
-from supervisor.host.work import Chunk, Done, ModelSpec, Progress, Started
+from supervisor.host.work import Chunk, Done, ModelSpec, Progress, RunRequest, Started
 from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Instance:
 
     Attributes:
         ready: what the engine said after the load; None before.
-        runs: tickets in flight, by run number.
+        admitted: tickets that hold a slot.
         draining: takes no new runs; see the module's theory.
         over: set when the process is dead, or can no longer be trusted and is about to be ended.
         exit: how the process ended, once it has.
@@ -55,12 +55,13 @@ class Instance:
     def __init__(self, spec: ModelSpec, limits: LimitsTable, child: Child) -> None:
         self.spec, self.limits, self.child = spec, limits, child
         self.ready: wire.Ready | None = None
-        self.runs: dict[int, Ticket] = {}
+        self.admitted: list[Ticket] = []
         self.draining = False
         self.over = trio.Event()
         self.broken: Fault | None = None
         self.changed: Callable[[], None] = lambda: None
         self._session = EngineSession(Role.HOST)
+        self._runs: dict[int, Ticket] = {}
         self._next_run = wire.FIRST_RUN
         self._hello = trio.Event()
         self._loaded = trio.Event()
@@ -73,7 +74,7 @@ class Instance:
         """How many more runs it takes now."""
         if self.ready is None or self.draining or self.over.is_set():
             return 0
-        return max(0, self.ready.slots - len(self.runs))
+        return max(0, self.ready.slots - len(self.admitted))
 
     # ---- sending
 
@@ -83,7 +84,7 @@ class Instance:
 
     async def _send_quietly(self, message: wire.Down) -> None:
         """Send when the engine still listens; its death is noticed elsewhere."""
-        with contextlib.suppress(ProtocolError, BrokenPipeError, trio.ClosedResourceError):
+        with contextlib.suppress(BrokenPipeError, trio.ClosedResourceError):
             await self._send(message)
 
     # ---- load
@@ -136,45 +137,37 @@ class Instance:
 
     # ---- runs
 
-    def admit(self, ticket: Ticket) -> int:
-        """Give a run its slot and number; the caller has seen a free slot and calls `serve` next."""
-        run, self._next_run = self._next_run, self._next_run + 1
-        self.runs[run] = ticket
+    def admit(self, ticket: Ticket) -> Ticket:
+        """Give a run its slot; the caller has seen a free one and calls `serve` next."""
         ticket.last_sign = trio.current_time()
+        self.admitted.append(ticket)
         self.changed()
-        return run
+        return ticket
 
-    async def serve(self, run: int) -> None:
+    async def serve(self, ticket: Ticket) -> None:
         """Take an admitted run to its end; the ticket always gets one.
 
         Cancellation: the run ends with `worker_stopping`; the engine is not asked, it is about to be ended.
         """
-        ticket = self.runs[run]
+        # The wire wants run numbers in order: from here to the write lock there is no checkpoint.
+        run, self._next_run = self._next_run, self._next_run + 1
+        self._runs[run] = ticket
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_run, run, ticket)
+
+                async def until_ended() -> None:
+                    await ticket.ended.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(until_ended)
                 nursery.start_soon(self._limit, ticket)
                 nursery.start_soon(self._obey_cancel, run, ticket)
-                await ticket.ended.wait()
-                nursery.cancel_scope.cancel()
+                await self._send_quietly(_run_message(run, ticket.request))
         finally:
             ticket.fail(Fault("worker_stopping", "The worker stopped before the job was done."))
-            self.runs.pop(run, None)
+            self._runs.pop(run, None)
+            self.admitted.remove(ticket)
             self.changed()
-
-    async def _send_run(self, run: int, ticket: Ticket) -> None:
-        request = ticket.request
-        await self._send_quietly(
-            wire.Run(
-                run=run,
-                kind=request.kind,
-                params=msgspec.Raw(request.params),
-                inputs={name: str(path) for name, path in request.inputs.items()},
-                folder=str(request.folder),
-                stream=request.stream,
-                log=request.label,
-            )
-        )
 
     async def _limit(self, ticket: Ticket) -> None:
         """Ask for a cancel when the deadline or the time without progress is over."""
@@ -236,7 +229,7 @@ class Instance:
 
     def _all_over(self) -> None:
         self.over.set()
-        for ticket in list(self.runs.values()):
+        for ticket in list(self.admitted):
             ticket.fail(ticket.wanted_end or self.end_fault("while it ran this job"))
         self.changed()
 
@@ -284,7 +277,7 @@ class Instance:
         self._hello.set()
 
     def _take_run(self, message: wire.Started | wire.Progress | wire.Chunk | wire.Result | wire.RunFault) -> None:
-        ticket = self.runs.get(message.run)
+        ticket = self._runs.get(message.run)
         if ticket is None:
             return  # given up before; the engine has ended it after all
         match message:
@@ -308,6 +301,18 @@ class Instance:
             await self._send_quietly(wire.Shutdown())
             self.child.close_stdin()
             await self.child.wait()
+
+
+def _run_message(run: int, request: RunRequest) -> wire.Run:
+    return wire.Run(
+        run=run,
+        kind=request.kind,
+        params=msgspec.Raw(request.params),
+        inputs={name: str(path) for name, path in request.inputs.items()},
+        folder=str(request.folder),
+        stream=request.stream,
+        log=request.label,
+    )
 
 
 @contextlib.asynccontextmanager

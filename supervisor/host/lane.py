@@ -107,7 +107,7 @@ class Lane:
             engine=self.spec.engine.name,
             state=self._state,
             pid=instance.child.pid if instance else 0,
-            running=len(instance.runs) if instance else 0,
+            running=len(instance.admitted) if instance else 0,
             queued=len(self._waiting),
             slots=ready.slots if ready else 1,
             restarts=max(0, self._starts - 1),
@@ -177,7 +177,7 @@ class Lane:
         self._changed()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._ring_when_over, instance)
-            while not instance.over.is_set() and not (instance.draining and not instance.runs):
+            while not instance.over.is_set() and not (instance.draining and not instance.admitted):
                 while self._waiting and instance.free_slots:
                     ticket = self._waiting.popleft()
                     nursery.start_soon(instance.serve, instance.admit(ticket))
@@ -229,7 +229,7 @@ class Lane:
         """Something about the instance's runs changed: derive the state again and look at the queue."""
         instance = self._instance
         if instance is not None and not instance.over.is_set() and self._state != "stopping":
-            self._state = "busy" if instance.runs else "ready"
+            self._state = "busy" if instance.admitted else "ready"
             self._reason = ""
         self._ring()
 

@@ -74,7 +74,7 @@ async def test_the_whole_group_dies_with_its_leader():
         grandchild = int(await child.read())
         await child.wait()
     with trio.fail_after(5):
-        while alive(grandchild):
+        while alive(grandchild):  # noqa: ASYNC110  nothing tells us of another process
             await trio.sleep(0.01)
 
 

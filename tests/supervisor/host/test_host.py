@@ -282,6 +282,7 @@ async def test_one_stuck_run_never_kills_its_neighbour(tmp_path, autojump_clock)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, "works")
+            await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(lambda: run("stuck", label="stuck"))
             await trio.sleep(1)
             host.cancel("stuck")
