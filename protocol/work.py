@@ -8,7 +8,6 @@ coordinator without a model. What needs the model (grammar, vocabulary, context,
 from __future__ import annotations
 
 import enum
-import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,18 @@ import msgspec
 from msgspec import Meta
 
 from protocol.faults import FaultError, refuse
+from protocol.ranges import MAX_AUDIO_BYTES as MAX_AUDIO_BYTES
+from protocol.ranges import MAX_BATCH as MAX_BATCH
+from protocol.ranges import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES
+from protocol.ranges import MAX_INPUT_BYTES as MAX_INPUT_BYTES
+from protocol.ranges import MAX_MESSAGES as MAX_MESSAGES
+from protocol.ranges import MAX_PIXELS as MAX_PIXELS
+from protocol.ranges import MAX_SIDE as MAX_SIDE
+from protocol.ranges import MAX_STOP as MAX_STOP
+from protocol.ranges import MAX_TEXT_CHARS as MAX_TEXT_CHARS
+from protocol.ranges import MAX_VIDEO_FRAMES as MAX_VIDEO_FRAMES
+from protocol.ranges import MIN_SIDE as MIN_SIDE
+from protocol.ranges import embedding_input, finite, multiple_of_8
 
 
 class Kind(enum.StrEnum):
@@ -31,19 +42,7 @@ class Kind(enum.StrEnum):
     COMMAND = "command"
 
 
-# ---- limits ------------------------------------------------------------------------------------------------
-
-MAX_TEXT_CHARS = 2_000_000
-MAX_MESSAGES = 4096
-MAX_STOP = 16
-MAX_BATCH = 2048
-MAX_AUDIO_BYTES = 100 * 2**20
-MAX_IMAGE_BYTES = 20 * 2**20
-MAX_SIDE = 4096
-MIN_SIDE = 16
-MAX_PIXELS = 4096 * 4096
-MAX_VIDEO_FRAMES = 3600
-MAX_INPUT_BYTES: dict[str, int] = {"audio": MAX_AUDIO_BYTES, "image": MAX_IMAGE_BYTES}
+# ---- types with ranges --------------------------------------------------------------------------------------
 
 _Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
 _Prompt = Annotated[str, Meta(min_length=1, max_length=100_000)]
@@ -104,7 +103,7 @@ class LlmParams(Params, frozen=True):
             raise ValueError("messages: give exactly one of `messages` and `prompt`")
         if self.json_schema is not None and self.grammar is not None:
             raise ValueError("grammar: give at most one of `json_schema` and `grammar`")
-        _finite(self, "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
+        finite(self, "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -143,7 +142,7 @@ class EmbeddingParams(Params, frozen=True):
     dimensions: Annotated[int, Meta(ge=1, le=65_536)] | None = None
 
     def __post_init__(self) -> None:
-        _check_embedding_input(self.input)
+        embedding_input(self.input)
 
 
 class EmbeddingResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -191,7 +190,7 @@ class SttParams(Params, frozen=True):
     chunk_length_s: Annotated[int, Meta(ge=1, le=30)] | None = None
 
     def __post_init__(self) -> None:
-        _finite(self, "temperature")
+        finite(self, "temperature")
 
 
 class Word(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -258,7 +257,7 @@ class TtsParams(Params, frozen=True):
     language: Annotated[str, Meta(max_length=35)] | None = None
 
     def __post_init__(self) -> None:
-        _finite(self, "speed")
+        finite(self, "speed")
         if not self.text.strip():
             raise ValueError("text: there is nothing to say in an empty text")
 
@@ -297,8 +296,8 @@ class ImageParams(Params, frozen=True):
     quality: Annotated[int, Meta(ge=1, le=100)] = 90
 
     def __post_init__(self) -> None:
-        _finite(self, "guidance", "strength")
-        _multiple_of_8(self.width, self.height)
+        finite(self, "guidance", "strength")
+        multiple_of_8(self.width, self.height)
 
 
 class ImageResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -330,8 +329,8 @@ class VideoParams(Params, frozen=True):
     format: VideoFormat = "webm"
 
     def __post_init__(self) -> None:
-        _finite(self, "guidance", "strength", "seconds")
-        _multiple_of_8(self.width, self.height)
+        finite(self, "guidance", "strength", "seconds")
+        multiple_of_8(self.width, self.height)
         if not 1 <= self.frames <= MAX_VIDEO_FRAMES:
             raise ValueError(f"seconds: {self.frames} frames are not between 1 and {MAX_VIDEO_FRAMES}")
 
@@ -489,35 +488,3 @@ def _named(text: str) -> FaultError:
             break
     sentence = what[:1].upper() + what[1:]
     return refuse("invalid_parameter", f"{field}: {sentence}" if field else sentence, field or None)
-
-
-def _finite(params: Params, *names: str) -> None:
-    for name in names:
-        value = getattr(params, name)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number")
-
-
-def _multiple_of_8(width: int, height: int) -> None:
-    for name, value in (("width", width), ("height", height)):
-        if value % 8:
-            raise ValueError(f"{name}: {value} is not a multiple of 8")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"width: {width} x {height} exceeds {MAX_PIXELS} pixels")
-
-
-def _check_embedding_input(value: Any) -> None:
-    """msgspec cannot tell two array types apart in one union, so the batch is judged here."""
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCH:
-        raise ValueError(f"input: expected a list of 1 to {MAX_BATCH} texts or token lists")
-    texts = all(isinstance(item, str) for item in value)
-    tokens = all(
-        isinstance(item, list) and item and all(type(token) is int and 0 <= token < 2**31 for token in item)
-        for item in value
-    )
-    if not texts and not tokens:
-        raise ValueError("input: expected texts only, or non-empty lists of token ids only")
-    if texts and any(not item for item in value):
-        raise ValueError("input: an empty text has no embedding")
-    if texts and sum(len(item) for item in value) > MAX_TEXT_CHARS:
-        raise ValueError(f"input: the batch exceeds {MAX_TEXT_CHARS} characters")

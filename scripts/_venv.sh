@@ -1,0 +1,46 @@
+# Sourced by the other scripts: makes .venv at the root of the checkout and puts packages into it.
+# Needs Python 3.11 or newer and nothing else. Re-running is cheap: a stamp says what is installed.
+
+ROOT=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+VENV="$ROOT/.venv"
+cd "$ROOT" || exit 1
+
+say() { printf '%s\n' "$*" >&2; }
+
+find_python() {
+    for name in "${BULKHEAD_PYTHON:-}" python3.13 python3.12 python3.11 python3 python; do
+        [ -n "$name" ] && command -v "$name" >/dev/null 2>&1 || continue
+        "$name" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null || continue
+        command -v "$name"
+        return 0
+    done
+    say "Bulkhead needs Python 3.11, 3.12 or 3.13 and found none. Install it, or set BULKHEAD_PYTHON to its path."
+    return 1
+}
+
+make_venv() {
+    [ -x "$VENV/bin/python" ] && return 0
+    python=$(find_python) || exit 1
+    say "Making .venv with $("$python" --version)"
+    "$python" -m venv "$VENV" || {
+        say "The venv could not be made. On Debian and Ubuntu: apt install python3-venv"
+        exit 1
+    }
+    "$VENV/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1' || exit 1
+}
+
+# install STAMP ARGS…: pip install ARGS unless the stamp is newer than pyproject.toml.
+install() {
+    stamp="$VENV/.bulkhead-$1"
+    shift
+    [ -e "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && return 0
+    if [ -t 2 ]; then bar=on; else bar=off; fi
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar "$bar" "$@" |
+        grep -Ev '^(Requirement already|Looking in|  Using cached|Obtaining|  Preparing|  Installing build|  Checking if|  Getting req)' >&2
+    # A pipe hides pip's status: ask whether it worked.
+    "$VENV/bin/python" -m pip check -q >&2 || {
+        say "Installing failed; the lines above say why."
+        exit 1
+    }
+    : >"$stamp"
+}

@@ -1,0 +1,171 @@
+"""The invariants of ARCHITECTURE.md, enforced."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("protocol", "engines", "supervisor", "coordinator")
+GPU_LIBRARIES = {"pynvml", "onnxruntime", "ctranslate2", "faster_whisper", "llama_cpp", "xllamacpp", "piper", "torch"}
+# Children that the supervisor starts; they live in its package but never in its process.
+CHILD_FILES = {"supervisor/machine/gpu_child.py", "supervisor/pull_child.py"}
+
+
+def sources(package: str) -> list[Path]:
+    return [path for path in sorted((ROOT / package).rglob("*.py")) if "fixture" not in path.parts]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted name, at module level) of everything a file imports."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            yield name, id(node) in top
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def offenders(package: str, forbidden) -> list[str]:
+    return [
+        f"{relative(path)} imports {name}"
+        for path in sources(package)
+        for name, _top in imports(path)
+        if forbidden(path, name)
+    ]
+
+
+def root_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_protocol_imports_nothing_of_ours_and_nothing_that_acts():
+    banned = {"trio", "socket", "asyncio", "threading", "time", "subprocess", "os", "random", "secrets"}
+    others = {"engines", "supervisor", "coordinator"}
+    assert offenders("protocol", lambda _path, name: root_of(name) in banned | others) == []
+
+
+def test_engines_import_protocol_and_their_own_folder_only():
+    shared = {"runtime", "diffusion", "catalog"}
+
+    def forbidden(path: Path, name: str) -> bool:
+        if root_of(name) in ("supervisor", "coordinator", "trio"):
+            return True
+        if root_of(name) != "engines" or len(name.split(".")) < 2:
+            return False
+        own = path.relative_to(ROOT / "engines").parts[0]
+        return name.split(".")[1] not in shared | {own}
+
+    # A server engine is tested with llama.cpp's own server on the llm engine's fixture; it names only the file.
+    assert offenders("engines", forbidden) == []
+
+
+def test_engine_runtime_imports_no_engine():
+    def forbidden(path: Path, name: str) -> bool:
+        inside = relative(path).startswith("engines/runtime/")
+        return inside and root_of(name) == "engines" and name.split(".")[1] != "runtime"
+
+    assert offenders("engines", forbidden) == []
+
+
+def test_coordinator_imports_protocol_only():
+    assert offenders("coordinator", lambda _path, name: root_of(name) in ("engines", "supervisor", "trio")) == []
+
+
+def test_supervisor_never_imports_an_engine_or_a_gpu_library():
+    def forbidden(path: Path, name: str) -> bool:
+        if root_of(name) == "engines":
+            return not name.startswith("engines.catalog")
+        if root_of(name) == "coordinator":
+            return True
+        return root_of(name) in GPU_LIBRARIES and relative(path) not in CHILD_FILES
+
+    assert offenders("supervisor", forbidden) == []
+
+
+def test_only_the_host_spawns_and_signals():
+    calls = re.compile(
+        r"\b(subprocess\.|os\.kill\b|os\.killpg\b|os\.fork\b|os\.posix_spawn|trio\.run_process|open_process)"
+    )
+    found = [
+        relative(path)
+        for path in sources("supervisor")
+        if not relative(path).startswith("supervisor/host/")
+        and relative(path) not in CHILD_FILES
+        and calls.search(path.read_text())
+    ]
+    assert found == []
+
+
+def test_intake_is_pure():
+    banned = {"trio", "os", "time", "random", "socket", "subprocess", "psutil", "httpx"}
+    found = [
+        f"{relative(path)} imports {name}"
+        for path in sources("supervisor/intake")
+        for name, _top in imports(path)
+        if root_of(name) in banned
+    ]
+    assert found == []
+
+
+def test_no_pickle_anywhere():
+    banned = {"pickle", "cPickle", "shelve", "marshal", "dill", "cloudpickle"}
+    for package in OURS:
+        assert offenders(package, lambda _path, name: root_of(name) in banned) == []
+
+
+def test_heavy_libraries_are_not_imported_by_the_runtime():
+    heavy = GPU_LIBRARIES | {"numpy", "av", "PIL", "tokenizers", "soundfile"}
+    found = [
+        f"{relative(path)} imports {name}"
+        for path in [*sources("engines/runtime"), ROOT / "engines/catalog.py", ROOT / "engines/launch.py"]
+        for name, top in imports(path)
+        if root_of(name) in heavy and top
+    ]
+    assert found == []
+
+
+def test_the_launcher_is_standard_library_only():
+    names = {root_of(name) for name, _top in imports(ROOT / "engines/launch.py")}
+    assert names <= {"__future__", "ctypes", "json", "os", "resource", "signal", "sys", "typing"}
+
+
+def test_no_dialect_is_asked_for_outside_its_room():
+    found = [
+        relative(path)
+        for path in sources("supervisor")
+        if "link/dialects" not in relative(path) and re.search(r"\bif .*dialect\s*==", path.read_text())
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_our_packages_are_not_those_of_the_package_index(package: str):
+    """PyPI has packages `supervisor`, `protocol` and `engines`; none of their modules may be ours by name."""
+    theirs = {"supervisor": {"supervisord", "supervisorctl", "options", "process", "rpcinterface", "http"}}
+    modules = {path.stem for path in (ROOT / package).glob("*.py")}
+    assert not modules & theirs.get(package, set())
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_every_module_has_a_docstring_and_stays_readable(package: str):
+    problems = []
+    for path in sources(package):
+        text = path.read_text()
+        if text.strip() and ast.get_docstring(ast.parse(text)) is None:
+            problems.append(f"{relative(path)} has no docstring")
+        if len(text.splitlines()) > 520:
+            problems.append(f"{relative(path)} has {len(text.splitlines())} lines")
+    assert problems == []
