@@ -1,0 +1,221 @@
+"""The host against real processes that really do it: crashes, hangs, broken frames. Real clock, short limits."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import trio
+
+from protocol import engine_wire as wire
+from protocol import work
+from supervisor.host.host import Host, open_host
+from supervisor.host.work import Chunk, Done, EngineSpec, Failed, ModelSpec, RunEnd, RunRequest
+from supervisor.settings import LimitsTable
+
+LIMITS = LimitsTable(
+    start_s=20, load_s=1.0, first_output_s=1.0, stall_s=1.0, cancel_grace_s=0.3, term_grace_s=0.3, job_s=30
+)
+
+
+def model(name: str = "synthetic-m", env: dict[str, str] | None = None, **options: object) -> ModelSpec:
+    engine = EngineSpec(name="misbehave", module="engines.synthetic.misbehave", python=sys.executable, env=env or {})
+    return ModelSpec(name=name, engine=engine, model=wire.Model(name=name, device="cpu", options=options))
+
+
+class Bench:
+    """A host with one misbehaving model, and a way to ask it."""
+
+    def __init__(self, host: Host, folder: Path) -> None:
+        self.host, self._folder, self._count = host, folder, 0
+        self.events: list[object] = []
+
+    async def ask(self, prompt: str, **more: object) -> RunEnd:
+        self._count += 1
+        folder = self._folder / f"a{self._count}"
+        folder.mkdir()
+        params = msgspec.msgpack.encode({"prompt": prompt})
+        request = RunRequest(model="synthetic-m", kind="llm", params=params, folder=folder, stream=True, **more)
+        with trio.fail_after(30):
+            return await self.host.run(request, self.events.append)
+
+    async def says(self, prompt: str) -> str | None:
+        end = await self.ask(prompt)
+        assert isinstance(end, Done), end
+        return msgspec.msgpack.decode(end.body, type=work.LlmResult).content
+
+    async def fault(self, prompt: str, **more: object):
+        end = await self.ask(prompt, **more)
+        assert isinstance(end, Failed), end
+        return end.fault
+
+    @property
+    def pid(self) -> int:
+        return self.host.snapshot()[0].pid
+
+
+@pytest.fixture
+async def bench(tmp_path: Path):
+    async with open_host([model()], LIMITS, tmp_path / "scratch") as host:
+        yield Bench(host, tmp_path)
+    assert not [child for child in psutil.Process().children() if "misbehave" in " ".join(child.cmdline())]
+    assert not list((tmp_path / "scratch" / "m0").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "signal_or_code"),
+    [
+        ("crash:SIGSEGV", {"signal": 11}),
+        ("crash:SIGABRT", {"signal": 6}),
+        ("crash:SIGKILL", {"signal": 9}),
+        ("exit:1", {"exit_code": 1}),
+        ("exit:0", {"exit_code": 0}),
+    ],
+)
+async def test_death_is_told_by_its_cause_and_the_next_job_works(bench, prompt, signal_or_code):
+    assert await bench.says("hello") == "hello"
+    first = bench.pid
+    fault = await bench.fault(prompt)
+    assert fault.code == "engine_crashed"
+    assert fault.may_retry
+    assert signal_or_code.items() <= fault.detail.items()
+    assert await bench.says("again") == "again"
+    assert bench.pid != first
+
+
+async def test_a_native_crash_leaves_its_stack_as_evidence(bench):
+    fault = await bench.fault("crash:SIGSEGV")
+    assert any("Segmentation fault" in line for line in fault.detail["stderr_tail"])
+
+
+async def test_chunks_before_the_crash_were_streamed(bench):
+    end = await bench.ask("crash-after:3")
+    assert isinstance(end, Failed)
+    assert end.streamed
+    assert [event.seq for event in bench.events if isinstance(event, Chunk)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prompt", ["hang", "hang-gil", "spin", "stop", "ignore-term"])
+async def test_every_kind_of_hang_ends_in_bounded_time_and_the_next_job_works(bench, prompt):
+    await bench.says("warm")
+    began = trio.current_time()
+    fault = await bench.fault(prompt)
+    assert fault.code == "engine_hung"
+    assert trio.current_time() - began < 1.0 + 0.3 + 3.0
+    assert await bench.says("next") == "next"
+
+
+async def test_a_hang_leaves_the_stacks_of_all_threads(bench):
+    await bench.says("warm")
+    fault = await bench.fault("hang")
+    assert any("_hang" in line for line in fault.detail["stderr_tail"])
+
+
+async def test_work_past_its_deadline_is_cancelled_though_it_makes_progress(bench):
+    await bench.says("warm")
+    fault = await bench.fault("progress", deadline_s=0.5)
+    assert fault.code == "deadline_exceeded"
+    pid = bench.pid
+    assert await bench.says("next") == "next"
+    assert bench.pid == pid  # it obeyed the cancel: nothing was killed
+
+
+async def test_deaf_to_cancel_is_replaced(bench):
+    await bench.says("warm")
+    pid = bench.pid
+    fault = await bench.fault("deaf", deadline_s=0.5)
+    assert fault.code == "deadline_exceeded"
+    assert await bench.says("next") == "next"
+    assert bench.pid != pid
+
+
+@pytest.mark.parametrize("kind", ["garbage", "huge", "blobs", "tag", "body", "run", "seq", "hello"])
+async def test_broken_frames_end_the_instance_not_us(bench, kind):
+    fault = await bench.fault(f"frame:{kind}")
+    assert fault.code == "engine_protocol"
+    assert await bench.says("next") == "next"
+
+
+async def test_noise_on_stdout_and_floods_on_stderr_are_harmless(bench):
+    assert await bench.says("stdout") == "quiet"
+    assert await bench.says("stderr:4") == "wrote 4 MiB"
+    assert await bench.says("next") == "next"
+
+
+async def test_a_python_error_keeps_the_process(bench):
+    await bench.says("warm")
+    pid = bench.pid
+    fault = await bench.fault("raise:the words")
+    assert fault.code == "engine_failed"
+    assert "the words" in fault.message
+    assert bench.pid == pid
+
+
+async def test_a_grandchild_that_holds_the_pipe_does_not_hold_the_job(bench):
+    fault = await bench.fault("fork:exit")
+    assert fault.detail["exit_code"] == 9
+    grandchild = int(next(line for line in fault.detail["stderr_tail"] if "grandchild" in line).split()[1])
+    os.kill(grandchild, 9)
+
+
+async def test_neighbours_of_a_crash_are_told_at_once(bench):
+    await bench.says("warm")
+    ends: list[RunEnd] = []
+    async with trio.open_nursery() as nursery:
+
+        async def neighbour() -> None:
+            ends.append(await bench.ask("progress"))
+
+        nursery.start_soon(neighbour)
+        while not any(type(event).__name__ == "Progress" for event in bench.events):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        await bench.fault("crash:SIGSEGV")
+    assert isinstance(ends[0], Failed)
+    assert ends[0].fault.code == "engine_crashed"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"load": "fault"}, "model_corrupt"),
+        ({"load": "raise"}, "load_failed"),
+        ({"load": "crash:SIGSEGV"}, "engine_crashed"),
+        ({"load": "exit:3"}, "engine_crashed"),
+        ({"load": "stall"}, "engine_hung"),
+        ({"loda": "x"}, "load_failed"),
+    ],
+)
+async def test_every_bad_load_is_typed(tmp_path, options, code):
+    async with open_host([model(**options)], LIMITS, tmp_path / "scratch") as host:
+        fault = await Bench(host, tmp_path).fault("hello")
+        assert fault.code == code
+        assert host.snapshot()[0].state == "failed"
+        assert host.snapshot()[0].reason
+
+
+async def test_a_slow_load_with_progress_is_waited_for(tmp_path):
+    async with open_host([model(load="slow:2.5")], LIMITS, tmp_path / "scratch") as host:
+        bench = Bench(host, tmp_path)
+        assert await bench.says("hello") == "hello"
+        assert any(getattr(event, "phase", "") == "load" for event in bench.events)
+
+
+@pytest.mark.parametrize(("start", "code"), [("exit:4", "engine_crashed"), ("noise", None)])
+async def test_misdeeds_before_the_greeting(tmp_path, start, code):
+    spec = model(env={"MISBEHAVE_START": start})
+    async with open_host([spec], LIMITS, tmp_path / "scratch") as host:
+        end = await Bench(host, tmp_path).ask("hello")
+        assert (end.fault.code if isinstance(end, Failed) else None) == code
+
+
+async def test_an_interpreter_that_is_not_there_is_a_load_fault(tmp_path):
+    engine = EngineSpec(name="misbehave", module="engines.synthetic.misbehave", python="/no/such/python")
+    spec = ModelSpec(name="synthetic-m", engine=engine, model=wire.Model(name="synthetic-m"))
+    async with open_host([spec], LIMITS, tmp_path / "scratch") as host:
+        fault = await Bench(host, tmp_path).fault("hello")
+        assert fault.code == "engine_crashed"
+        assert any("No such file" in line for line in fault.detail["stderr_tail"])
