@@ -214,9 +214,9 @@ class Instance:
     async def _death(self) -> str:
         with trio.move_on_after(self.patience_s):
             await self.child.wait()
-        how = self.child.exit.describe() if self.child.exit else "closed its pipe"
+        how = self.child.exit.describe() if self.child.exit else "its pipe is closed"
         tail = self.child.stderr_tail(3)
-        return f"the engine {how}" + (f": {' | '.join(tail)}" if tail else "")
+        return f"the engine is gone ({how})" + (f": {' | '.join(tail)}" if tail else "")
 
 
 @contextlib.asynccontextmanager
