@@ -1,0 +1,1 @@
+"""Runs a program of the operator's, one process per job."""

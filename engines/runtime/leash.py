@@ -1,0 +1,166 @@
+"""Holds a program that an engine starts: none of its processes outlives the run, however it or the engine ends.
+
+    python -I -S leash.py LIFELINE_FD GRACE_S PROGRAM [ARG …]
+
+Theory of operation. The leash is the program's parent and (on Linux) the reaper of its orphans, so a grandchild
+that left for a session of its own still becomes our child when its parent dies. The engine holds the write end of
+the lifeline: a byte means "end it" (SIGTERM, GRACE_S, SIGKILL), the end of file means that the engine is gone
+(SIGKILL at once). Once the program has ended, whatever is left of its family is killed, and the leash ends exactly as
+the program did: same exit code, same signal. 126 and 127 mean, as in a shell, that it could not be started.
+
+Standard library only, single-threaded: it may fork by hand.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LINUX = sys.platform.startswith("linux")
+# Processes that ignore SIGKILL for this long are stuck in the kernel; waiting longer helps nobody.
+SWEEP_S = 5.0
+_SWEEP_STEP_S = 0.002
+
+
+def main() -> NoReturn:
+    """Entry point; never returns."""
+    lifeline, grace_s, argv = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    os.set_inheritable(lifeline, False)
+    woken, wake = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # the wakeup descriptor tells
+    if _LINUX:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    pid = _start(argv)
+    status = _watch(pid, lifeline, woken, grace_s)
+    _sweep(pid)
+    _end_like(status)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _start(argv: list[str]) -> int:
+    leash = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        if _LINUX:  # if even the leash is killed, the program at least goes with it
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != leash:
+                os._exit(127)
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+        os._exit(126 if isinstance(error, PermissionError) else 127)
+    os._exit(127)
+
+
+def _watch(pid: int, lifeline: int, woken: int, grace_s: float) -> int:
+    """Until the program has ended; returns its wait status."""
+    poll = select.poll()
+    poll.register(woken, select.POLLIN)
+    poll.register(lifeline, select.POLLIN)
+    kill_at: float | None = None
+    while True:
+        if (status := _reaped(pid)) is not None:
+            return status
+        timeout = None if kill_at is None else max(0.0, kill_at - time.monotonic())
+        ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000 + 1)]
+        if kill_at is not None and time.monotonic() >= kill_at:
+            _signal_group(pid, signal.SIGKILL)
+            kill_at = None
+        asked = woken in ready and _asked_to_end(woken)
+        if lifeline in ready:
+            asked = True
+            if not os.read(lifeline, 64):
+                poll.unregister(lifeline)
+                _signal_group(pid, signal.SIGKILL)
+                continue
+        if asked and kill_at is None:
+            _signal_group(pid, signal.SIGTERM)
+            kill_at = time.monotonic() + grace_s
+
+
+def _asked_to_end(woken: int) -> bool:
+    numbers = os.read(woken, 4096)
+    return signal.SIGTERM in numbers or signal.SIGINT in numbers
+
+
+def _reaped(pid: int) -> int | None:
+    """Reap everything that has ended; the program's status if it is among them."""
+    found = None
+    while True:
+        try:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if ended == 0:
+            return found
+        if ended == pid:
+            found = status
+
+
+def _signal_group(pid: int, number: int) -> None:
+    for send in (os.killpg, os.kill):  # the group does not exist before the child's setsid
+        try:
+            send(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+        return
+
+
+def _sweep(pid: int) -> None:
+    """Kill what is left of the family. Killed parents hand us their children, so look until there are none."""
+    _signal_group(pid, signal.SIGKILL)
+    until = time.monotonic() + SWEEP_S
+    while time.monotonic() < until:
+        for child in _children():
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        _reaped(pid)
+        try:
+            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(_SWEEP_STEP_S)
+        except ChildProcessError:
+            return
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
+
+
+def _end_like(status: int) -> NoReturn:
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # a signal that does not kill
+    os._exit(os.WEXITSTATUS(status))
+
+
+if __name__ == "__main__":
+    main()
