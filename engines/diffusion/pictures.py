@@ -1,0 +1,86 @@
+"""Pixels to picture files, and untrusted picture files to pixels, through Pillow."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from protocol import work
+from protocol.faults import FaultError, refuse
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+
+# Content decides, never the file name. Pillow knows more formats; some start other programs (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_START_PIXELS = 64 * 2**20  # about 200 MB decoded; a PNG of a few KB can claim gigapixels
+_WEBP_METHOD = 4  # Pillow's middle way between speed and size
+
+
+def encode(pixels: Pixels, format: str, quality: int) -> bytes:
+    """One picture as a file.
+
+    Args:
+        pixels: (height, width, 3).
+        format: a key of work.IMAGE_MIME.
+        quality: 1 to 100 for JPEG and WebP; PNG has no loss and ignores it.
+    """
+    options: dict[str, Any] = {"png": {}, "webp": {"method": _WEBP_METHOD}, "jpeg": {}}[format]
+    if format != "png":
+        options = {**options, "quality": quality}
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(buffer, format.upper(), **options)
+    return buffer.getvalue()
+
+
+def open_start(path: Path, width: int, height: int, field: str = "image") -> Pixels:
+    """Decode a start image and fit it: scaled to cover width x height, the overhang cut evenly.
+
+    Turned upright by its EXIF tag; of an animation, the first frame; transparency becomes black.
+
+    Raises:
+        FaultError: `payload_too_large`, or `invalid_input_file` for what is no picture, is broken, or is a
+            decompression bomb; `field` is named.
+    """
+    if path.stat().st_size > work.MAX_IMAGE_BYTES:
+        raise refuse("payload_too_large", f"{field}: the file exceeds {work.MAX_IMAGE_BYTES} bytes.", field)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                return _fit(image, width, height, field)
+    except (FaultError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels(field) from None
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise refuse("invalid_input_file", f"{field}: the file is none of {known}.", field) from None
+    except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        text = " ".join(str(error).split())[:200]
+        raise refuse("invalid_input_file", f"{field}: the picture is broken: {text}.", field) from error
+
+
+def _fit(image: Image.Image, width: int, height: int, field: str) -> Pixels:
+    import numpy as np
+
+    if image.width * image.height > MAX_START_PIXELS:
+        raise _too_many_pixels(field)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        clear = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
+    fitted = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.uint8)
+
+
+def _too_many_pixels(field: str) -> FaultError:
+    return refuse("invalid_input_file", f"{field}: the picture exceeds {MAX_START_PIXELS} pixels.", field)

@@ -1,0 +1,1 @@
+"""Text to image: latent diffusion over the diffusers ONNX layout."""

@@ -1,0 +1,1 @@
+"""Text to video: frames of a latent diffusion model, encoded as they are made."""
