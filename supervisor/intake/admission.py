@@ -1,0 +1,103 @@
+"""Admission: whether an offered job is taken. Pure: an offer and the situation in, a verdict out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from protocol import work
+from protocol.faults import FaultError
+from protocol.ids import is_safe_id
+from protocol.link_wire import Offer
+
+# Jobs that may wait at the model beyond those that run: the next one starts without a round trip to the coordinator.
+QUEUE_AHEAD = 2
+BUSY_RETRY_MS = 1000
+DRAINING_RETRY_MS = 60_000
+PAUSED_RETRY_MS = 10_000
+
+
+class ModelState(msgspec.Struct, frozen=True, kw_only=True):
+    """One model as admission sees it.
+
+    Attributes:
+        kinds: task kinds it serves.
+        slots: runs at once.
+        taken: attempts of it that this worker holds and that have not ended.
+        available: whether it is announced; `reason` says why not.
+    """
+
+    kinds: tuple[str, ...]
+    slots: int = 1
+    taken: int = 0
+    available: bool = True
+    reason: str = ""
+
+
+class Situation(msgspec.Struct, frozen=True, kw_only=True):
+    """What admission knows besides the offer.
+
+    Attributes:
+        draining: reason, or "" when not.
+        paused: reason, or "" when not; `paused_ms` is what is left of it, 0 when its end is not known.
+    """
+
+    models: Mapping[str, ModelState]
+    draining: str = ""
+    paused: str = ""
+    paused_ms: int = 0
+
+
+class Take(msgspec.Struct, frozen=True):
+    """The job is taken."""
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """The job is not taken. `code` as in `protocol.link_wire.Decline`; `reason` is one sentence."""
+
+    code: str
+    reason: str
+    retry_after_ms: int = 0
+
+
+Verdict = Take | Refuse
+
+
+def admit(offer: Offer, job: str, attempt: int, situation: Situation) -> Verdict:
+    """Judge an offer. What could be mended by waiting comes first, what never can be last."""
+    if situation.draining:
+        return Refuse("draining", f"The worker is draining: {situation.draining}.", DRAINING_RETRY_MS)
+    if situation.paused:
+        return Refuse("paused", f"The worker is paused: {situation.paused}.", situation.paused_ms or PAUSED_RETRY_MS)
+    if not is_safe_id(job) or attempt < 1:
+        return Refuse("bad_offer", f"{job!r} with attempt {attempt} is not a job id and an attempt from 1.")
+    model = situation.models.get(offer.model)
+    if model is None:
+        return Refuse("unknown_model", f"This worker has no model {offer.model!r}.")
+    if not model.available:
+        return Refuse("unknown_model", f"The model {offer.model!r} is not available: {model.reason}")
+    if offer.kind not in model.kinds:
+        return Refuse("unsupported", f"The model {offer.model!r} does not serve {offer.kind!r}.")
+    if problem := _bad_content(offer):
+        return problem
+    if model.taken >= model.slots + QUEUE_AHEAD:
+        return Refuse("busy", f"The model {offer.model!r} has {model.taken} jobs already.", BUSY_RETRY_MS)
+    return Take()
+
+
+def _bad_content(offer: Offer) -> Refuse | None:
+    try:
+        work.parse_params(offer.kind, offer.params)
+    except FaultError as error:
+        return Refuse("bad_offer", error.fault.message)
+    except msgspec.MsgspecError as error:
+        return Refuse("bad_offer", f"The parameters are not msgpack: {error}.")
+    names = [file.name for file in offer.inputs]
+    if len(set(names)) != len(names) or not all(is_safe_id(name) for name in names):
+        return Refuse("bad_offer", "The names of the input files are not distinct plain names.")
+    for file in offer.inputs:
+        ceiling = work.MAX_INPUT_BYTES.get(file.name, work.MAX_AUDIO_BYTES)
+        if not 0 <= file.size <= ceiling:
+            return Refuse("too_large", f"The input {file.name!r} of {file.size} bytes exceeds {ceiling} bytes.")
+    return None

@@ -1,0 +1,226 @@
+"""What happens to an offer that was taken: fetch, run, deliver, tell, until the coordinator has its end.
+
+Theory of operation. Each claim has one task; sessions come and go beside it. What the task has to say is posted
+when there is a session, and stays in the claim in any case, so that a later session can say it again: whether it
+has started, the chunks that are not acknowledged, and the end. A claim leaves the ledger only by `ack`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from protocol import link_wire as wire
+from protocol.engine_wire import OutputFile
+from protocol.faults import Fault, FaultError, refuse
+from supervisor.host import work
+from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
+from supervisor.link.session import Post
+from supervisor.link.transfer import Transfer
+
+log = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 0.25  # progress is for eyes: more often only costs
+
+
+class Runs(Protocol):
+    """The part of the host that is used here."""
+
+    async def run(self, request: work.RunRequest, on_event: work.OnEvent) -> work.RunEnd:
+        """See `supervisor.host.host.Host.run`."""
+
+    def cancel(self, label: str) -> None:
+        """See `supervisor.host.host.Host.cancel`."""
+
+
+class Attempts:
+    """All claims of this worker and their tasks, which live in `nursery`.
+
+    Args:
+        folder: below it each attempt has a folder of its own; exists.
+    """
+
+    def __init__(self, host: Runs, transfer: Transfer, folder: Path, nursery: trio.Nursery) -> None:
+        self.ledger = Ledger()
+        self._host = host
+        self._transfer = transfer
+        self._folder = folder
+        self._nursery = nursery
+        self._post: Post | None = None
+
+    # ---- sessions
+
+    def attach(self, post: Post) -> None:
+        """A session opened: say again what the coordinator may not know."""
+        self._post = post
+        for claim in self.ledger:
+            if claim.started:
+                self._tell(claim, wire.Started())
+            for chunk in claim.unacked:
+                self._tell(claim, chunk)
+            if claim.end is not None:
+                self._tell(claim, claim.end)
+
+    def detach(self) -> None:
+        """The session is over; the work goes on."""
+        self._post = None
+
+    def _tell(self, claim: Claim, body: wire.Body) -> None:
+        if self._post is not None:
+            self._post(body, claim.job, claim.attempt)
+
+    # ---- what the coordinator says
+
+    def begin(self, job: str, attempt: int, offer: wire.Offer) -> None:
+        """Claim an offer and start working on it; `accept` goes out first."""
+        now = trio.current_time()
+        deadline = now + offer.deadline_ms / 1000 if offer.deadline_ms > 0 else None
+        claim = Claim(job, attempt, offer, self._folder / f"{job}.{attempt}", deadline)
+        self.ledger.record(claim)
+        self._tell(claim, wire.Accept())
+        log.info("taken", extra={"job": job, "attempt": attempt, "model": offer.model, "kind": offer.kind})
+        self._nursery.start_soon(self._work, claim)
+
+    def cancel(self, job: str, attempt: int, reason: str) -> None:
+        """Ask an attempt to end; it still ends with `complete` or `fail`."""
+        claim = self.ledger.get(job, attempt)
+        if claim is not None and claim.end is None and claim.stopped is None:
+            claim.stopped = Fault("cancelled", f"The job was cancelled{f': {reason}' if reason else ''}.")
+            if claim.at_host:
+                self._host.cancel(claim.label)
+            else:
+                claim.scope.cancel()
+
+    def chunk_acked(self, job: str, attempt: int, seq: int) -> None:
+        """The coordinator has the chunks up to `seq`."""
+        if claim := self.ledger.get(job, attempt):
+            claim.acked(seq)
+
+    def acked(self, job: str, attempt: int, verdict: str) -> None:
+        """The coordinator has the end of this attempt, or does not want it ("fenced")."""
+        claim = self.ledger.get(job, attempt)
+        if claim is None:
+            return
+        if verdict == "fenced":
+            log.warning("fenced: the job went on without us", extra={"job": job, "attempt": attempt})
+        claim.forgotten = True
+        claim.scope.cancel()
+        self.ledger.forget(claim)
+        if claim.end is not None:  # else its task removes the folder when it has let go of it
+            self._nursery.start_soon(_remove, claim.folder)
+
+    def stop_all(self, fault: Fault) -> None:
+        """End what still runs, with `fault`; each says so as its end."""
+        for claim in self.ledger:
+            if claim.end is None:
+                claim.stopped = claim.stopped or fault
+                claim.scope.cancel()
+
+    # ---- the task of one claim
+
+    async def _work(self, claim: Claim) -> None:
+        end: wire.Complete | wire.Fail | None = None
+        try:
+            with claim.scope:
+                end = await self._run(claim)
+        except FaultError as error:
+            end = wire.Fail(fault=error.fault, streamed=claim.streamed)
+        except OSError as error:
+            fault = refuse("worker_failed", f"The attempt's folder cannot be used: {error}.").fault
+            end = wire.Fail(fault=fault, streamed=claim.streamed)
+        if claim.forgotten:
+            await _remove(claim.folder)
+            return
+        if end is None:
+            fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
+            end = wire.Fail(fault=fault, streamed=claim.streamed)
+        claim.end = end
+        outcome = end.fault.code if isinstance(end, wire.Fail) else "done"
+        log.info("ended: %s", outcome, extra={"job": claim.job, "attempt": claim.attempt})
+        self._tell(claim, end)
+
+    async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
+        inputs = await self._fetch(claim)
+        outputs = claim.folder / "out"
+        await trio.to_thread.run_sync(outputs.mkdir)
+        request = work.RunRequest(
+            model=claim.offer.model,
+            kind=claim.offer.kind,
+            params=bytes(claim.offer.params),
+            folder=outputs,
+            inputs=inputs,
+            stream=claim.offer.stream,
+            deadline_s=None if claim.deadline is None else max(0.0, claim.deadline - trio.current_time()),
+            label=claim.label,
+        )
+        claim.at_host = True
+        try:
+            end = await self._host.run(request, lambda event: self._event(claim, event))
+        finally:
+            claim.at_host = False
+        match end:
+            case work.Failed(fault=fault, streamed=streamed):
+                # When we asked for the end, the reason is ours; a cancelled run is not the engine's failure.
+                ours = claim.stopped if fault.code == "cancelled" else None
+                return wire.Fail(fault=ours or fault, streamed=streamed or claim.streamed)
+            case work.Done():
+                return await self._deliver(claim, end, outputs)
+
+    async def _fetch(self, claim: Claim) -> Mapping[str, Path]:
+        folder = claim.folder / "in"
+        # A folder of this name can only be left over from an attempt that was fenced a moment ago.
+        await _remove(claim.folder)
+        await trio.to_thread.run_sync(lambda: folder.mkdir(parents=True, mode=0o700))
+        inputs = {file.name: folder / file.name for file in claim.offer.inputs}
+        for file in claim.offer.inputs:
+            await self._transfer.fetch(file, inputs[file.name])
+        return inputs
+
+    def _event(self, claim: Claim, event: work.RunEvent) -> None:
+        """Called by the host for each event of a run; must not block."""
+        if claim.forgotten:
+            return
+        match event:
+            case work.Started():
+                claim.started = True
+                self._tell(claim, wire.Started())
+            case work.Chunk(seq=seq, data=data):
+                chunk = wire.Chunk(seq=seq, data=msgspec.Raw(data))
+                if not claim.keep(chunk) and claim.stopped is None:
+                    mib = MAX_UNACKED_BYTES // 2**20
+                    claim.stopped = Fault("worker_failed", f"The stream ran {mib} MiB ahead of its reader.")
+                    self._host.cancel(claim.label)
+                self._tell(claim, chunk)
+            case work.Progress():
+                now = trio.current_time()
+                if now - claim.progress_at >= PROGRESS_EVERY_S:
+                    claim.progress_at = now
+                    progress = wire.Progress(n=event.n, total=event.total, phase=event.phase, text=event.text)
+                    self._tell(claim, progress)
+
+    async def _deliver(self, claim: Claim, done: work.Done, outputs: Path) -> wire.Complete:
+        upload = claim.offer.upload
+        for file in done.files:
+            if file.name == wire.RESULT_FILE:
+                raise refuse("engine_protocol", f"The engine named an output {wire.RESULT_FILE!r}, which is ours.")
+            await self._transfer.upload(upload, file, outputs / file.name, claim.deadline)
+        result: msgspec.Raw | None = msgspec.Raw(done.body)
+        if len(done.body) > wire.INLINE_BYTES:
+            digest = hashlib.sha256(done.body).hexdigest()
+            file = OutputFile(wire.RESULT_FILE, "application/msgpack", len(done.body), digest)
+            await self._transfer.upload(upload, file, done.body, claim.deadline)
+            result = None
+        return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
+
+
+async def _remove(folder: Path) -> None:
+    """Remove an attempt's folder, in a thread: it may hold gigabytes."""
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -1,0 +1,65 @@
+"""When to try the coordinator again: for ever, with growing, jittered pauses.
+
+A laptop that slept through ten pauses must not wake as a dead worker, so there is no last try. A coordinator
+that welcomes and then drops must not be hit every second, so only a session that stayed well for `stable_s`
+brings the pause back to its beginning. Without jitter a restarted coordinator would meet all its workers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from supervisor.link.session import SessionEnd
+
+log = logging.getLogger(__name__)
+
+FIRST_S = 1.0
+LAST_S = 64.0
+STABLE_S = 30.0
+
+
+class Backoff:
+    """The one pause policy of the supervisor.
+
+    Args:
+        first_s, last_s: shortest and longest pause before jitter, which takes away up to half of it.
+        stable_s: a span at least this long was well, and forgets the failures before it.
+        chance: returns a number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        first_s: float = FIRST_S,
+        last_s: float = LAST_S,
+        stable_s: float = STABLE_S,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._first_s, self._last_s, self._stable_s = first_s, last_s, stable_s
+        self._chance = chance
+        self._failures = 0
+
+    def pause_s(self, lasted_s: float = 0.0) -> float:
+        """Return the pause after a span that lasted `lasted_s`, and count it as a failure."""
+        if lasted_s >= self._stable_s:
+            self._failures = 0
+        whole: float = min(self._last_s, self._first_s * 2.0 ** min(self._failures, 32))
+        self._failures += 1
+        return whole * (0.5 + 0.5 * self._chance())
+
+
+async def keep_link(converse: Callable[[], Awaitable[SessionEnd]], backoff: Backoff) -> SessionEnd:
+    """Hold one session after another; return only when the coordinator refused this worker for good.
+
+    Cancellation: ends the current session, or the pause.
+    """
+    while True:
+        end = await converse()
+        if end.final:
+            return end
+        pause_s = backoff.pause_s(end.lasted_s)
+        log.warning("%s; trying again in %.1f s", end.sentence, pause_s)
+        await trio.sleep(pause_s)

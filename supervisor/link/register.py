@@ -1,0 +1,96 @@
+"""What this worker announces: the models that were proved to work. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from protocol.link_wire import Capabilities, ModelOffer
+from supervisor.host.work import InstanceStatus, ModelSpec
+from supervisor.intake.admission import ModelState
+
+RESIDENT = frozenset({"ready", "busy"})
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checks at start found out about one model.
+
+    Attributes:
+        ok: whether it may be announced.
+        reason: why not; "" when ok.
+        revision: of its files and load config.
+    """
+
+    ok: bool
+    reason: str = ""
+    revision: str = ""
+
+
+PENDING = Proof(ok=False, reason="it is still being checked")
+
+
+def why_not(proof: Proof, status: InstanceStatus | None) -> str:
+    """Why a model cannot be announced now; "" when it can."""
+    if not proof.ok:
+        return proof.reason or "it did not pass its checks"
+    if status is not None and status.state == "failed":
+        return status.reason or "it cannot be loaded"
+    return ""
+
+
+def model_states(
+    specs: Iterable[ModelSpec], proofs: Mapping[str, Proof], snapshot: Iterable[InstanceStatus]
+) -> dict[str, ModelState]:
+    """Every configured model as admission sees it; `taken` is the ledger's to fill in."""
+    statuses = {status.model: status for status in snapshot}
+    states = {}
+    for spec in specs:
+        status = statuses.get(spec.name)
+        reason = why_not(proofs.get(spec.name, PENDING), status)
+        states[spec.name] = ModelState(
+            kinds=spec.model.kinds,
+            slots=status.slots if status else 1,
+            available=not reason,
+            reason=reason,
+        )
+    return states
+
+
+def model_offers(
+    specs: Iterable[ModelSpec], proofs: Mapping[str, Proof], snapshot: Iterable[InstanceStatus]
+) -> tuple[ModelOffer, ...]:
+    """The announcement of every model that works, in the order of the configuration."""
+    statuses = {status.model: status for status in snapshot}
+    offers = []
+    for spec in specs:
+        proof, status = proofs.get(spec.name, PENDING), statuses.get(spec.name)
+        if why_not(proof, status):
+            continue
+        offers.append(
+            ModelOffer(
+                name=spec.name,
+                kinds=spec.model.kinds,
+                engine=spec.engine.name,
+                slots=status.slots if status else 1,
+                resident=status is not None and status.state in RESIDENT,
+                device=(status.device if status else "") or spec.model.device,
+                revision=proof.revision,
+                limits=dict(status.limits) if status else {},
+            )
+        )
+    return tuple(offers)
+
+
+def capabilities(
+    models: tuple[ModelOffer, ...], *, labels: Mapping[str, str], machine: str, version: str, not_accepting: str = ""
+) -> Capabilities:
+    """The whole announcement; `not_accepting` is the reason why no jobs are taken, or ""."""
+    return Capabilities(
+        models=models,
+        labels=dict(labels),
+        version=version,
+        machine=machine,
+        accepting=not not_accepting,
+        reason=not_accepting,
+    )

@@ -1,0 +1,390 @@
+"""One connected span with the coordinator, from TCP to its end as data.
+
+Theory of operation. `connect_s` covers name, TCP, TLS, upgrade, hello and welcome as a whole: a peer that stalls
+in any of them is left. Then three loops share the span: the reader, which hands what it hears to the side; the
+writer, which empties the queue that `post` fills; and the heart, which beats. Every beat is answered, so silence
+for three beats means that the connection is dead, whatever TCP thinks; the reader then leaves, and takes the other
+two with it. `LinkSession` judges every message in both directions before it counts.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import logging
+import ssl
+import urllib.parse
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+import trio
+from trio_websocket import (
+    CloseReason,
+    ConnectionClosed,
+    ConnectionRejected,
+    HandshakeError,
+    WebSocketConnection,
+    wrap_client_stream,
+)
+
+from protocol import link_wire as wire
+from protocol.link_session import LinkProtocolError, LinkSession, Role
+from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
+
+log = logging.getLogger(__name__)
+
+SILENT_BEATS = 3
+MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
+CLOSE_PATIENCE_S = 1.0  # for the closing handshake with a peer that may be gone
+INBOX_MESSAGES = 64
+
+Post = Callable[[wire.Body, str, int], None]
+_Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+class Address(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the coordinator is and what opens its door.
+
+    Attributes:
+        url: ws:// or wss:// address, with or without a path prefix.
+        token: bearer token of this worker; never logged.
+        connect_s: deadline over the whole way to `welcome`.
+        tls: context for wss://; None means the system's trust.
+    """
+
+    url: str
+    token: str
+    connect_s: float = 15.0
+    tls: ssl.SSLContext | None = None
+
+    @property
+    def worker_url(self) -> str:
+        """Address of the WebSocket route."""
+        base = self.url.rstrip("/")
+        return base if base.endswith("/v1/worker") else base + "/v1/worker"
+
+    @property
+    def http_url(self) -> str:
+        """What relative URLs of files belong to; ends with a slash."""
+        return "http" + self.worker_url.removesuffix("v1/worker").removeprefix("ws")
+
+    def __repr__(self) -> str:
+        return f"Address({self.url!r})"
+
+
+class Why(enum.Enum):
+    """Why a session ended."""
+
+    LOST = "lost"  # network, silence, a coordinator that stops
+    PROTOCOL = "protocol"  # one of the two broke the rules of the link
+    REFUSED = "refused"  # authentication, revoked
+    DUPLICATE = "duplicate"  # a newer session of the same worker id
+    DELETED = "deleted"
+    REVISION = "revision"
+
+
+_FINAL = frozenset({Why.REFUSED, Why.DUPLICATE, Why.DELETED, Why.REVISION})
+_BY_CLOSE_CODE = {
+    wire.CLOSE_AUTH: Why.REFUSED,
+    wire.CLOSE_PROTOCOL: Why.PROTOCOL,
+    wire.CLOSE_DUPLICATE: Why.DUPLICATE,
+    wire.CLOSE_DELETED: Why.DELETED,
+    wire.CLOSE_REVISION: Why.REVISION,
+}
+_BY_ERROR_CODE = {
+    "auth_failed": Why.REFUSED,
+    "protocol_violation": Why.PROTOCOL,
+    "duplicate_worker": Why.DUPLICATE,
+    "worker_deleted": Why.DELETED,
+    "bad_revision": Why.REVISION,
+}
+
+
+class SessionEnd(msgspec.Struct, frozen=True):
+    """How a session ended. `lasted_s` counts from welcome; 0 when there was none."""
+
+    why: Why
+    sentence: str
+    lasted_s: float = 0.0
+
+    @property
+    def final(self) -> bool:
+        """Whether trying again is pointless."""
+        return self.why in _FINAL
+
+
+class Side(Protocol):
+    """Whom a session speaks for. Nothing here may block."""
+
+    def hello(self) -> wire.Hello:
+        """The first message."""
+
+    def opened(self, post: Post) -> None:
+        """Welcome came; `post` sends until `closed`."""
+
+    def heard(self, body: wire.Body, job: str, attempt: int) -> None:
+        """A legal message came."""
+
+    def broken_offer(self, job: str, attempt: int, reason: str) -> None:
+        """An offer came whose body cannot be read: it has to be declined."""
+
+    def closed(self) -> None:
+        """The session is over; `post` must not be used any more."""
+
+    def holds(self, job: str, attempt: int) -> bool:
+        """Whether this attempt is known here already."""
+
+    @property
+    def running(self) -> int:
+        """Attempts that have not ended."""
+
+
+class _Over(Exception):
+    """Carries the end of the session out of the loops."""
+
+    def __init__(self, why: Why, sentence: str) -> None:
+        super().__init__(sentence)
+        self.why = why
+        self.sentence = sentence
+
+
+async def converse(address: Address, side: Side) -> SessionEnd:
+    """Connect, greet and talk until the session ends; never raises for what the network or the peer does.
+
+    Cancellation: the connection is closed properly, within `CLOSE_PATIENCE_S`.
+    """
+    span = _Span(address, side)
+    try:
+        async with trio.open_nursery() as nursery:
+            await span.talk(nursery)
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        over = _translated(group)
+        if over is None:
+            raise
+        return SessionEnd(over.why, over.sentence, span.lasted_s)
+    raise AssertionError("a session ends by raising")  # pragma: no cover
+
+
+class _Span:
+    def __init__(self, address: Address, side: Side) -> None:
+        self._address = address
+        self._side = side
+        self._session = LinkSession(Role.WORKER)
+        self._queue: collections.deque[tuple[wire.Body, str, int]] = collections.deque()
+        self._bell = trio.Event()
+        self._beat_s = 5.0
+        self._opened_at: float | None = None
+        self._stream: _Stream | None = None
+
+    @property
+    def lasted_s(self) -> float:
+        return 0.0 if self._opened_at is None else trio.current_time() - self._opened_at
+
+    async def talk(self, nursery: trio.Nursery) -> None:
+        """The whole span; ends by raising."""
+        socket: WebSocketConnection | None = None
+        try:
+            with trio.move_on_after(self._address.connect_s) as connecting:
+                socket = await self._connect(nursery)
+                await self._greet(socket)
+            if connecting.cancelled_caught or socket is None:
+                raise _Over(Why.LOST, f"{self._address.url} did not welcome us in {self._address.connect_s:g} s")
+            self._opened_at = trio.current_time()
+            self._side.opened(self.post)
+            nursery.start_soon(self._write, socket)
+            nursery.start_soon(self._beat)
+            await self._read(socket)
+        finally:
+            if self._opened_at is not None:
+                self._side.closed()
+            if socket is not None:
+                await self._close(socket)
+            if self._stream is not None:  # a stalled upgrade leaves no socket to close it by
+                await trio.aclose_forcefully(self._stream)
+
+    async def _connect(self, nursery: trio.Nursery) -> WebSocketConnection:
+        parts = urllib.parse.urlsplit(self._address.worker_url)
+        self._stream = await _open_stream(parts, self._address.tls)
+        socket = await wrap_client_stream(
+            nursery,
+            self._stream,
+            parts.netloc.rpartition("@")[2],
+            parts.path + (f"?{parts.query}" if parts.query else ""),
+            subprotocols=[LINK_SUBPROTOCOL],
+            extra_headers=[(b"Authorization", b"Bearer " + self._address.token.encode())],
+            max_message_size=wire.MAX_MESSAGE_BYTES,
+            message_queue_size=INBOX_MESSAGES,
+            receive_buffer_size=2**16,
+        )
+        if socket.closed is not None:
+            raise _closed(socket.closed)
+        if socket.subprotocol != LINK_SUBPROTOCOL:
+            await self._close(socket)
+            raise _Over(Why.REVISION, f"{self._address.url} does not speak {LINK_SUBPROTOCOL}")
+        return socket
+
+    async def _greet(self, socket: WebSocketConnection) -> None:
+        hello = self._side.hello()
+        self._session.sending(hello)
+        await socket.send_message(wire.encode(hello))
+        while True:
+            envelope = await self._receive(socket)
+            try:
+                body = wire.decode_body(envelope, wire.DOWN)
+            except wire.BodyError as error:
+                raise _Over(Why.PROTOCOL, f"the coordinator's greeting cannot be read: {error}") from None
+            self._session.received(body, envelope.job, envelope.attempt)
+            if isinstance(body, wire.Error):
+                raise _Over(_BY_ERROR_CODE.get(body.code, Why.LOST), _said(body))
+            if isinstance(body, wire.Welcome):
+                break
+        if not LINK_WIRE.low <= body.revision <= LINK_WIRE.high:
+            raise _Over(Why.REVISION, f"the coordinator chose link revision {body.revision}, which is not ours")
+        self._beat_s = min(max(body.heartbeat_ms / 1000, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S)
+        log.info("welcomed by %s", self._address.url, extra={"session": body.session})
+
+    # ---- the three loops
+
+    def post(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
+        """Queue a message; it is judged now, so that what was posted in order is legal in order."""
+        self._session.sending(body, job, attempt)
+        self._queue.append((body, job, attempt))
+        self._bell.set()
+
+    async def _write(self, socket: WebSocketConnection) -> None:
+        try:
+            while True:
+                while self._queue:
+                    await socket.send_message(wire.encode(*self._queue.popleft()))
+                await self._bell.wait()
+                self._bell = trio.Event()
+        except ConnectionClosed:
+            pass  # the reader learns the reason, and it leaves for both
+
+    async def _beat(self) -> None:
+        number = 0
+        while True:
+            await trio.sleep(self._beat_s)
+            number += 1
+            self.post(wire.Heartbeat(n=number, running=self._side.running))
+
+    async def _read(self, socket: WebSocketConnection) -> None:
+        while True:
+            with trio.move_on_after(self._beat_s * SILENT_BEATS) as patience:
+                envelope = await self._receive(socket)
+            if patience.cancelled_caught:
+                raise _Over(Why.LOST, f"{self._address.url} was silent for {self._beat_s * SILENT_BEATS:g} s")
+            self._hear(envelope)
+
+    async def _receive(self, socket: WebSocketConnection) -> wire.Envelope:
+        message = await socket.get_message()
+        if isinstance(message, str):
+            raise _Over(Why.PROTOCOL, "the coordinator sent a text message on a binary link")
+        try:
+            return wire.decode_envelope(message)
+        except wire.EnvelopeError as error:
+            raise _Over(Why.PROTOCOL, f"the coordinator sent what is not a message: {error}") from None
+
+    def _hear(self, envelope: wire.Envelope) -> None:
+        job, attempt = envelope.job, envelope.attempt
+        if envelope.t == "offer" and self._side.holds(job, attempt):
+            log.warning("offered again what is held already", extra={"job": job, "attempt": attempt})
+            return
+        try:
+            body = wire.decode_body(envelope, wire.DOWN)
+        except wire.BodyError as error:
+            self._broken(envelope, str(error))
+            return
+        self._session.received(body, job, attempt)
+        if isinstance(body, wire.Error):
+            raise _Over(_BY_ERROR_CODE.get(body.code, Why.LOST), _said(body))
+        if isinstance(body, wire.Ack):  # what still waits here for it is not wanted any more
+            waiting = [item for item in self._queue if item[1:] != (job, attempt)]
+            self._queue = collections.deque(waiting)
+        self._side.heard(body, job, attempt)
+
+    def _broken(self, envelope: wire.Envelope, reason: str) -> None:
+        """A body that cannot be read costs that one job, not the session."""
+        log.warning("ignored: %s", reason, extra={"job": envelope.job, "attempt": envelope.attempt})
+        if envelope.t == "offer":
+            empty = wire.Offer(kind="", model="", params=msgspec.Raw(b"\x80"))
+            self._session.received(empty, envelope.job, envelope.attempt)
+            self._side.broken_offer(envelope.job, envelope.attempt, reason)
+
+    async def _close(self, socket: WebSocketConnection) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_PATIENCE_S):
+            await socket.aclose()
+
+
+async def _open_stream(parts: urllib.parse.SplitResult, tls: ssl.SSLContext | None) -> _Stream:
+    """TCP, and TLS with its handshake done, so that a bad certificate is told as what it is."""
+    host = parts.hostname or ""
+    secure = parts.scheme == "wss"
+    plain = await trio.open_tcp_stream(host, parts.port or (443 if secure else 80))
+    if not secure:
+        return plain
+    stream = trio.SSLStream(plain, tls or ssl.create_default_context(), server_hostname=host, https_compatible=True)
+    try:
+        await stream.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(plain)
+        raise
+    return stream
+
+
+# ---- endings --------------------------------------------------------------------------------------------------
+
+
+def _said(body: wire.Error) -> str:
+    return f"the coordinator ended the session: {body.message or body.code}"
+
+
+def _closed(reason: CloseReason | None) -> _Over:
+    if reason is None:
+        return _Over(Why.LOST, "the connection was closed")
+    why = _BY_CLOSE_CODE.get(reason.code, Why.LOST)
+    return _Over(why, f"the connection was closed with {reason.code}{f': {reason.reason}' if reason.reason else ''}")
+
+
+def _rejected(error: ConnectionRejected) -> _Over:
+    words = (error.body or b"").decode(errors="replace").strip()[:200]
+    sentence = f"the coordinator answered the upgrade with HTTP {error.status_code}{f': {words}' if words else ''}"
+    return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, sentence)
+
+
+def _translated(group: BaseExceptionGroup[BaseException]) -> _Over | None:
+    """The one place where foreign errors become our ending; None when something else went wrong too."""
+    known = (_Over, LinkProtocolError, ConnectionClosed, HandshakeError, OSError, trio.BrokenResourceError)
+    if group.split((*known, trio.ClosedResourceError))[1] is not None:
+        return None
+    if over := _first(group, _Over):
+        return over
+    if rejected := _first(group, ConnectionRejected):
+        return _rejected(rejected)
+    if illegal := _first(group, LinkProtocolError):
+        if illegal.ours:
+            log.error("we broke the rules of the link: %s", illegal)
+        return _Over(Why.PROTOCOL, f"the session broke: {illegal}")
+    if closed := _first(group, ConnectionClosed):
+        return _closed(closed.reason)
+    if broken := _first(group, trio.BrokenResourceError):
+        return _Over(Why.LOST, f"the connection broke: {_root(broken)}")
+    return _Over(Why.LOST, f"the coordinator cannot be reached: {_root(group)}")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The innermost reason of a failed connect: trio wraps one error for each address that it tried."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return _root(error.__cause__) if error.__cause__ is not None else error
+
+
+def _first(group: BaseExceptionGroup[BaseException], type_: type[_Error]) -> _Error | None:
+    for error in group.exceptions:
+        found = _first(error, type_) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, type_):
+            return found
+    return None

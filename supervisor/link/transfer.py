@@ -1,0 +1,248 @@
+"""Files over HTTP: inputs in, outputs out, both checked by size and sha256.
+
+A relative URL belongs to the coordinator and is opened with this worker's token; an absolute one (a presigned
+store) gets no token. Delivery is retried apart from computing: one bad answer of a proxy must not cost a job its
+GPU time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import os
+import stat
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from protocol.engine_wire import OutputFile
+from protocol.faults import refuse
+from protocol.link_wire import FileRef
+from supervisor.link.reconnect import Backoff
+from supervisor.link.session import Address
+
+if TYPE_CHECKING:
+    import httpx
+
+PIECE_BYTES = 2**20
+FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
+UPLOAD_PATIENCE_S = 600.0  # a result has cost GPU time: try much longer
+IDLE_S = 30.0  # without a byte, in either direction
+
+_Value = TypeVar("_Value")
+
+
+class _Transient(Exception):
+    """Worth another try."""
+
+
+class Transfer:
+    """The supervisor's HTTP client towards one coordinator. An async context manager.
+
+    httpx costs 0.3 s of import, so it is imported in a thread at the first use, or by `warm_up`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        backoff: Callable[[], Backoff] = lambda: Backoff(0.5, 15.0),
+        fetch_patience_s: float = FETCH_PATIENCE_S,
+        upload_patience_s: float = UPLOAD_PATIENCE_S,
+    ) -> None:
+        self._address = address
+        self._backoff = backoff
+        self._fetch_patience_s, self._upload_patience_s = fetch_patience_s, upload_patience_s
+        self._client: httpx.AsyncClient | None = None
+        self._opening = trio.Lock()
+
+    async def __aenter__(self) -> Transfer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await self._client.aclose()
+
+    async def warm_up(self) -> None:
+        """Import and open the client before the first file needs it."""
+        await self._http()
+
+    async def _http(self) -> httpx.AsyncClient:
+        async with self._opening:
+            if self._client is None:
+                module: Any = await trio.to_thread.run_sync(importlib.import_module, "httpx")
+                self._client = module.AsyncClient(
+                    verify=self._address.tls if self._address.tls is not None else True,
+                    timeout=IDLE_S,
+                    trust_env=False,  # a proxy of the environment must not stand before a loopback coordinator
+                    follow_redirects=False,
+                )
+            return self._client
+
+    def _target(self, url: str) -> tuple[str, dict[str, str]]:
+        base = self._address.http_url
+        # Not urljoin: "/v1/…" has to stay below the path prefix of a coordinator that has one.
+        whole = url if urllib.parse.urlsplit(url).scheme else base + url.lstrip("/")
+        ours = urllib.parse.urlsplit(whole)[:2] == urllib.parse.urlsplit(base)[:2]
+        return whole, {"Authorization": f"Bearer {self._address.token}"} if ours else {}
+
+    # ---- in
+
+    async def fetch(self, file: FileRef, target: Path) -> None:
+        """Write an input file to `target`.
+
+        Raises:
+            FaultError: input_unavailable, worker_disk_full.
+
+        Cancellation: a partial file is left; the attempt's folder goes with the attempt.
+        """
+
+        async def once() -> None:
+            await self._fetch_once(file, target)
+
+        try:
+            await self._with_retries(once, self._fetch_patience_s)
+        except _Transient as error:
+            sentence = f"The input {file.name!r} cannot be fetched: {error}."
+            raise refuse("input_unavailable", sentence, file.name) from None
+
+    async def _fetch_once(self, file: FileRef, target: Path) -> None:
+        client = await self._http()
+        url, headers = self._target(file.url)
+        digest, size = hashlib.sha256(), 0
+        async with client.stream("GET", url, headers=headers) as response:
+            self._judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
+            async with await trio.open_file(target, "wb") as out:
+                async for piece in response.aiter_bytes(PIECE_BYTES):
+                    size += len(piece)
+                    if size > file.size:
+                        break
+                    digest.update(piece)
+                    await out.write(piece)
+        if size != file.size:
+            more = "more than " if size > file.size else ""
+            raise _Transient(f"{more}{min(size, file.size)} of {file.size} bytes came")
+        if digest.hexdigest() != file.sha256.lower():
+            raise _Transient(f"its sha256 is {digest.hexdigest()}, not {file.sha256.lower()}")
+
+    # ---- out
+
+    async def upload(self, template: str, file: OutputFile, source: Path | bytes, until: float | None = None) -> None:
+        """PUT an output to `template` with its name filled in.
+
+        Args:
+            source: a path, or the content itself.
+            until: trio time after which nobody wants it; None leaves the usual patience.
+
+        Raises:
+            FaultError: upload_failed; engine_protocol when the file is not what the engine said.
+        """
+        if not template:
+            raise refuse("upload_failed", "The offer names no place for output files.")
+
+        async def once() -> None:
+            await self._upload_once(template, file, source)
+
+        patience_s = self._upload_patience_s
+        if until is not None:
+            patience_s = max(0.0, min(patience_s, until - trio.current_time()))
+        try:
+            await self._with_retries(once, patience_s)
+        except _Transient as error:
+            sentence = f"The output {file.name!r} cannot be delivered: {error}."
+            raise refuse("upload_failed", sentence, file.name) from None
+
+    async def _upload_once(self, template: str, file: OutputFile, source: Path | bytes) -> None:
+        client = await self._http()
+        url, headers = self._target(template.replace("{name}", urllib.parse.quote(file.name, safe="")))
+        headers |= {
+            "Content-Type": file.mime,
+            "Content-Length": str(file.size),
+            "X-Content-SHA256": file.sha256,
+        }
+        if isinstance(source, bytes):
+            response = await client.put(url, headers=headers, content=source)
+        else:
+            with _opened(source, file) as fd:
+                response = await client.put(url, headers=headers, content=_Pieces(fd, file.size))
+        self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
+
+    # ---- both
+
+    def _judge(self, status: int, code: str, sentence: str) -> None:
+        if status < 300:
+            return
+        if status >= 500 or status in (408, 425, 429):
+            raise _Transient(f"HTTP {status}")
+        raise refuse(code, f"{sentence}: HTTP {status}.")
+
+    async def _with_retries(self, once: Callable[[], Awaitable[_Value]], patience_s: float) -> _Value:
+        await self._http()  # imports httpx in a thread, so that the line below costs nothing
+        import httpx
+
+        backoff, until = self._backoff(), trio.current_time() + patience_s
+        while True:
+            try:
+                return await once()
+            except _Transient as error:
+                last = error
+            except (httpx.TransportError, httpx.StreamError) as error:
+                last = _Transient(f"{type(error).__name__}: {error}")
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise refuse("worker_disk_full", f"The worker's disk is full: {error.strerror}.") from None
+                raise refuse("worker_failed", f"A file of the job cannot be used: {error}.") from None
+            pause_s = backoff.pause_s()
+            if trio.current_time() + pause_s >= until:
+                raise last
+            await trio.sleep(pause_s)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, file: OutputFile) -> Iterator[int]:
+    """Open an output of an engine: its name and its nature are the engine's word, so both are checked."""
+    name = file.name
+    if "/" in name or name in ("", ".", "..") or "\0" in name:
+        raise refuse("engine_protocol", f"The engine named an output {name!r}, which is not a plain file name.")
+    try:
+        # A link would let an engine hand out a file that only the supervisor may read.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise refuse("engine_protocol", f"The output {name!r} cannot be opened: {error.strerror}.") from None
+    try:
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode):
+            raise refuse("engine_protocol", f"The output {name!r} is not a regular file.")
+        if state.st_size != file.size:
+            raise refuse("engine_protocol", f"The output {name!r} has {state.st_size} bytes, not {file.size}.")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class _Pieces:
+    """The content of an open file, read in threads. A class, because an abandoned generator cannot be closed here."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd, self._size = fd, size
+        self._at = 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        wanted = min(PIECE_BYTES, self._size - self._at)
+        piece = await trio.to_thread.run_sync(os.pread, self._fd, wanted, self._at) if wanted else b""
+        if not piece:
+            raise StopAsyncIteration
+        self._at += len(piece)
+        return piece

@@ -1,0 +1,191 @@
+"""This box as the coordinator sees it: who it is, what it offers, whether it takes jobs.
+
+The side of the link that a session speaks for. It holds the reasons for not taking jobs (a drain, the
+coordinator's pause) and hands everything that speaks of an attempt to `Attempts`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import msgspec
+import trio
+
+from protocol import link_wire as wire
+from protocol.revision import LINK_WIRE
+from supervisor.intake.admission import ModelState, Refuse, Situation, admit
+from supervisor.link.attempts import Attempts
+from supervisor.link.session import Post
+
+log = logging.getLogger(__name__)
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Who says hello. `boot` is new with every start of the supervisor."""
+
+    name: str
+    boot: str
+
+
+class Worker:
+    """See the module.
+
+    Args:
+        offered: what is announced now, given the reason for not taking jobs ("" when there is none).
+        models: the models as admission sees them, without `taken`.
+        on_shutdown: the coordinator asks the supervisor to drain and end.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        attempts: Attempts,
+        *,
+        offered: Callable[[str], wire.Capabilities],
+        models: Callable[[], Mapping[str, ModelState]],
+        on_shutdown: Callable[[str], None],
+    ) -> None:
+        self._identity = identity
+        self._attempts = attempts
+        self._offered = offered
+        self._models = models
+        self._on_shutdown = on_shutdown
+        self._post: Post | None = None
+        self._announced: wire.Capabilities | None = None
+        self._draining = ""
+        self._drain_asked = ""  # by the coordinator; its `resume` lifts it
+        self._paused = ""
+        self._paused_until = float("inf")
+        self.welcomed = trio.Event()  # once, at the first welcome
+
+    @property
+    def connected(self) -> bool:
+        """Whether a session is open now."""
+        return self._post is not None
+
+    # ---- what others ask of us
+
+    def drain(self, reason: str) -> None:
+        """Take no more jobs, and tell the coordinator so."""
+        self._draining = reason
+        if self._post is not None:
+            self._post(wire.Draining(reason=reason), "", 0)
+
+    def announce(self) -> None:
+        """Announce the capabilities again, when they differ from what was announced last."""
+        if self._post is None:
+            return
+        now = self._offered(self._not_accepting())
+        if now != self._announced:
+            self._announced = now
+            self._post(wire.Announce(capabilities=now), "", 0)
+
+    def _not_accepting(self) -> str:
+        if self._paused and trio.current_time() >= self._paused_until:
+            self._paused = ""
+        return self._draining or self._drain_asked or self._paused
+
+    # ---- the side of a session
+
+    def hello(self) -> wire.Hello:
+        """The first message of a session."""
+        self._announced = self._offered(self._not_accepting())
+        return wire.Hello(
+            worker=self._identity.name,
+            low=LINK_WIRE.low,
+            high=LINK_WIRE.high,
+            boot=self._identity.boot,
+            capabilities=self._announced,
+            held=self._attempts.ledger.held(),
+        )
+
+    def opened(self, post: Post) -> None:
+        """A session is open."""
+        self._post = post
+        self.welcomed.set()
+        self._attempts.attach(post)
+        self.announce()  # what changed between hello and welcome
+        if self._draining:
+            post(wire.Draining(reason=self._draining), "", 0)
+
+    def closed(self) -> None:
+        """The session is over."""
+        self._post = None
+        self._attempts.detach()
+
+    def holds(self, job: str, attempt: int) -> bool:
+        """Whether this attempt is claimed."""
+        return self._attempts.ledger.get(job, attempt) is not None
+
+    @property
+    def running(self) -> int:
+        """Attempts that have not ended."""
+        return self._attempts.ledger.running
+
+    def broken_offer(self, job: str, attempt: int, reason: str) -> None:
+        """Decline what cannot be read."""
+        self._decline(job, attempt, Refuse("bad_offer", reason))
+
+    def heard(self, body: wire.Body, job: str, attempt: int) -> None:
+        """Act on a message."""
+        match body:
+            case wire.Offer():
+                self._judge(job, attempt, body)
+            case wire.Cancel(reason=reason):
+                self._attempts.cancel(job, attempt, reason)
+            case wire.Ack(verdict=verdict):
+                self._attempts.acked(job, attempt, verdict)
+            case wire.ChunkAck(seq=seq):
+                self._attempts.chunk_acked(job, attempt, seq)
+            case wire.Drain():
+                self._drain_asked = "the coordinator asked for a drain"
+                self.announce()
+            case wire.Pause(reason=reason, for_ms=for_ms):
+                self._paused = reason or "the coordinator paused it"
+                self._paused_until = trio.current_time() + for_ms / 1000 if for_ms > 0 else float("inf")
+                self.announce()
+            case wire.Resume():
+                self._paused = self._drain_asked = ""
+                self.announce()
+            case wire.ShutdownWorker(reason=reason):
+                self._on_shutdown(reason or "the coordinator asked for it")
+            case _:
+                pass  # heartbeat_ack: that it came is all it says
+
+    async def keep_announced(self) -> None:
+        """Announce again when a pause runs out. Runs until cancelled."""
+        while True:
+            left_s = self._paused_until - trio.current_time() if self._paused else 1.0
+            await trio.sleep(min(max(left_s, 0.01), 1.0))
+            if self._paused and trio.current_time() >= self._paused_until:
+                self.announce()
+
+    # ---- offers
+
+    def _judge(self, job: str, attempt: int, offer: wire.Offer) -> None:
+        verdict = admit(offer, job, attempt, self._situation())
+        if isinstance(verdict, Refuse):
+            self._decline(job, attempt, verdict)
+        else:
+            self._attempts.begin(job, attempt, offer)
+
+    def _situation(self) -> Situation:
+        reason = self._not_accepting()
+        left_s = self._paused_until - trio.current_time()
+        ledger = self._attempts.ledger
+        models = {
+            name: msgspec.structs.replace(state, taken=ledger.taken(name)) for name, state in self._models().items()
+        }
+        return Situation(
+            models=models,
+            draining=self._draining or self._drain_asked,
+            paused=reason if self._paused else "",
+            paused_ms=int(left_s * 1000) if left_s < float("inf") else 0,
+        )
+
+    def _decline(self, job: str, attempt: int, verdict: Refuse) -> None:
+        log.info("declined: %s", verdict.reason, extra={"job": job, "attempt": attempt, "code": verdict.code})
+        if self._post is not None:
+            body = wire.Decline(code=verdict.code, reason=verdict.reason, retry_after_ms=verdict.retry_after_ms)
+            self._post(body, job, attempt)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import trio
+
+from supervisor.link.reconnect import Backoff, keep_link
+from supervisor.link.session import SessionEnd, Why
+
+
+def test_pauses_double_up_to_a_ceiling_and_jitter_takes_up_to_half():
+    highest = Backoff(chance=lambda: 1.0)
+    assert [highest.pause_s() for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    lowest = Backoff(chance=lambda: 0.0)
+    assert [lowest.pause_s() for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 32, 32]
+
+
+def test_only_a_stable_span_forgets_the_failures():
+    backoff = Backoff(stable_s=30, chance=lambda: 1.0)
+    assert [backoff.pause_s(lasted) for lasted in (0, 5, 29.9, 30, 0)] == [1, 2, 4, 1, 2]
+
+
+def test_a_thousand_failures_do_not_overflow():
+    backoff = Backoff(chance=lambda: 1.0)
+    assert {backoff.pause_s() for _ in range(2000)} == {1, 2, 4, 8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("why", [Why.REFUSED, Why.DUPLICATE, Why.DELETED, Why.REVISION])
+async def test_it_goes_on_until_the_coordinator_refuses(autojump_clock, why):
+    times: list[float] = []
+
+    async def converse() -> SessionEnd:
+        times.append(trio.current_time())
+        if len(times) == 100:
+            return SessionEnd(why, "refused")
+        return SessionEnd(Why.LOST if len(times) % 2 else Why.PROTOCOL, "lost")
+
+    end = await keep_link(converse, Backoff(chance=lambda: 1.0))
+    assert end.why is why
+    assert len(times) == 100
+    assert [later - earlier for earlier, later in itertools.pairwise(times)][:8] == pytest.approx(
+        [1, 2, 4, 8, 16, 32, 64, 64]
+    )
+
+
+async def test_a_peer_that_welcomes_and_drops_is_not_hammered(autojump_clock):
+    times: list[float] = []
+
+    async def converse() -> SessionEnd:
+        times.append(trio.current_time())
+        await trio.sleep(0.1)
+        if len(times) == 10:
+            return SessionEnd(Why.DELETED, "deleted")
+        return SessionEnd(Why.LOST, "lost", 0.1)
+
+    await keep_link(converse, Backoff(chance=lambda: 1.0))
+    assert times[-1] > 200
+
+
+async def test_cancelling_ends_the_pause(autojump_clock):
+    with trio.move_on_after(0.4) as scope:
+
+        async def converse() -> SessionEnd:
+            return SessionEnd(Why.LOST, "lost")
+
+        await keep_link(converse, Backoff(chance=lambda: 1.0))
+    assert scope.cancelled_caught
+    assert trio.current_time() == pytest.approx(0.4, abs=1e-6)
