@@ -1,30 +1,75 @@
 """The dispatcher: takes submissions, gives them to workers, tells watchers how they go.
 
-The store row is the truth; what is held in memory here only makes it fast.
+The store row is the truth; what is held in memory only makes it fast. The dispatch loop wakes by a doorbell
+(a submission, a free slot, a worker) and otherwise polls, so that a doorbell that was lost costs half a second
+and never a job. `Attempts` is the other half: what workers say about what they hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
+import anyio
 import msgspec
+from anyio.to_thread import run_sync
 
-from coordinator.records import JobEvent, JobRecord, ServedModel, Submission, WorkerView
+from coordinator.attempts import Attempts, Counters
+from coordinator.blobs import Blobs
+from coordinator.bus import Bus, BusClosed, Lagged, LocalBus, Subscription
+from coordinator.fleet import HeldAttempt, Worker
+from coordinator.records import JobEnded, JobEvent, JobRecord, ServedModel, Submission, WorkerView
+from coordinator.store import Store, StoreError
+from coordinator.store.threads import StoreThreads
+from protocol import link_wire as wire
+from protocol.faults import Fault, FaultError, refuse
+from protocol.ids import RANDOM_BYTES, new_id
+from protocol.work import is_kind
 
-if TYPE_CHECKING:
-    from coordinator.blobs import Blobs
-    from coordinator.bus import Bus
-    from coordinator.store import Store
+log = logging.getLogger(__name__)
+
+# Params travel inside the offer; what is left of a message is for everything else in it.
+MAX_PARAMS_BYTES = wire.MAX_MESSAGE_BYTES - 256 * 2**10
+RETRY_HINT_S = 5
+
+# Inside the class `list` is the method.
+Records = list[JobRecord]
+Models = list[ServedModel]
+Workers = list[WorkerView]
+Events = AsyncIterator[JobEvent]
 
 
 class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Tunables, in seconds unless named otherwise."""
+    """Tunables, in seconds unless named otherwise.
 
+    Attributes:
+        poll_s: longest pause between two looks at the queue.
+        sweep_s: pause between two looks for deadlines, orphans and unanswered offers.
+        worker_grace_s: how long a worker may be away before its attempts are lost. A reconnect takes about 1 s.
+        startup_grace_s: the same after a start of ours, when all workers reconnect at once.
+        offer_s: how long an offer may stay unanswered.
+        deadline_slack_s: a running job is ended by its worker; only this long after the deadline by us.
+        retention_s: how long ended jobs and their files are kept.
+        purge_s, orphan_sweep_s: pause between two purges of old jobs, and of files without a job.
+        repair_s: a silent watcher reads the row this often, in case an event was lost.
+        blob_url_s: how long a worker may fetch inputs and leave outputs.
+        max_queued: waiting jobs beyond this are refused as overloaded.
+    """
+
+    poll_s: float = 0.5
+    sweep_s: float = 1.0
     worker_grace_s: float = 4.0
     startup_grace_s: float = 10.0
+    offer_s: float = 10.0
+    deadline_slack_s: float = 5.0
     retention_s: float = 86_400.0
+    purge_s: float = 60.0
+    orphan_sweep_s: float = 3600.0
+    repair_s: float = 5.0
+    blob_url_s: float = 86_400.0
     max_queued: int = 10_000
 
 
@@ -34,55 +79,287 @@ class Dispatcher:
     def __init__(
         self, store: Store, blobs: Blobs, bus: Bus | None = None, settings: DispatchSettings | None = None
     ) -> None:
-        raise NotImplementedError
+        self.settings = settings or DispatchSettings()
+        self._store, self._blobs = store, blobs
+        self._bus: Bus = bus or LocalBus()
+        self._threads = StoreThreads()
+        self.attempts = Attempts(store, self._threads, blobs, self._bus, self._ring)
+        self._accepting = True
+        self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
+        self._bell = anyio.Event()
+        self._due = float("inf")  # when the next ring is wanted, on anyio's clock
 
-    async def run(self) -> None:
-        """Dispatch, sweep and reconcile until cancelled."""
-        raise NotImplementedError
+    @property
+    def counters(self) -> Counters:
+        """What happened since the start."""
+        return self.attempts.counters
+
+    @property
+    def waiting(self) -> int:
+        """About how many jobs wait."""
+        return self._waiting
+
+    @property
+    def accepting(self) -> bool:
+        """Whether `submit` takes jobs."""
+        return self._accepting
+
+    # ---- for clients ---------------------------------------------------------------------------------------
 
     async def submit(self, s: Submission) -> JobRecord:
-        """Queue a job; the same idempotency key returns the first job.
+        """Queue a job; the same idempotency key returns the first job, even when nobody serves it now.
 
         Raises:
-            FaultError: model_not_found, no_worker, unsupported, overloaded, payload_too_large, conflict.
+            FaultError: model_not_found, no_worker, unsupported, overloaded, payload_too_large,
+                invalid_parameter, conflict, storage_full.
         """
-        raise NotImplementedError
+        record, _ = await self._insert(_new_job_id(), s)
+        return record
 
     @asynccontextmanager
-    async def submit_and_watch(self, s: Submission) -> AsyncIterator[tuple[JobRecord, AsyncIterator[JobEvent]]]:
+    async def submit_and_watch(self, s: Submission) -> AsyncIterator[tuple[JobRecord, Events]]:
         """Submit with the watcher registered before the row is committed, so that no event is lost.
 
-        The events end with `JobEnded`; FaultError(overloaded) when the reader of a stream fell too far behind.
+        The events end with `JobEnded`; they raise FaultError(overloaded) when the reader of a stream fell so
+        far behind that chunks had to be dropped. Leaving the context does not cancel the job.
         """
-        raise NotImplementedError
-        yield
+        job_id = _new_job_id()
+        with self._bus.subscribe(job_id) as early:
+            record, created = await self._insert(job_id, s)
+            if created:
+                yield record, self._events(record, early)
+                return
+        with self._bus.subscribe(record.id) as late:
+            row = await self._row(record.id)
+            yield row, self._events(row, late)
 
     @asynccontextmanager
-    async def watch(self, job_id: str) -> AsyncIterator[AsyncIterator[JobEvent]]:
-        """Events of a job from now on, ending with `JobEnded`; FaultError(not_found) for an unknown job."""
-        raise NotImplementedError
-        yield
+    async def watch(self, job_id: str) -> AsyncIterator[Events]:
+        """Events of a job from now on, as in `submit_and_watch`. Raises FaultError(not_found)."""
+        with self._bus.subscribe(job_id) as subscription:
+            record = await self._threads.read(self._store.get, job_id)
+            if record is None:
+                raise _no_job(job_id)
+            yield self._events(record, subscription)
 
     async def get(self, job_id: str, tenant: str) -> JobRecord | None:
         """The row, when it belongs to the tenant."""
-        raise NotImplementedError
+        return await self._threads.read(self._store.get, job_id, tenant)
 
-    async def list(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
+    async def list(self, tenant: str, limit: int, state: str | None = None) -> Records:
         """Newest first, without params and result."""
-        raise NotImplementedError
+        return await self._threads.read(self._store.recent, tenant, limit, state)
 
     async def cancel(self, job_id: str, tenant: str, reason: str) -> JobRecord | None:
-        """Cancel; returns the row as it is afterwards (unchanged when it had ended before), None when unknown."""
-        raise NotImplementedError
+        """Cancel; returns the row as it is afterwards (unchanged when it had ended before), None when unknown.
 
-    def models(self) -> list[ServedModel]:
-        """Models of all connected workers, by name."""
-        raise NotImplementedError
+        The job is cancelled when this returns. A worker that runs it is told to stop; what it still sends is
+        not kept, but its usage counts.
+        """
+        fault = Fault("cancelled", reason or "The job was cancelled.")
+        cancelled = await self._threads.write(self._store.cancel, job_id, tenant, fault)
+        if cancelled is None:
+            return None
+        if cancelled.won:
+            self.attempts.stop(cancelled.record, fault.message)
+        return cancelled.record
 
-    def workers(self) -> list[WorkerView]:
-        """All connected workers."""
-        raise NotImplementedError
+    def models(self) -> Models:
+        """Models of all connected workers that are not draining, by name."""
+        return self.attempts.fleet.models()
+
+    def workers(self) -> Workers:
+        """All connected workers, by id."""
+        return self.attempts.fleet.views()
 
     def stop_accepting(self) -> None:
         """From now on `submit` answers 503; jobs that are queued or running go on."""
-        raise NotImplementedError
+        self._accepting = False
+
+    async def wants_upload(self, job_id: str, attempt: int) -> bool:
+        """Whether outputs of this attempt are still of use."""
+        record = await self._threads.read(self._store.get, job_id)
+        return record is not None and not record.ended and record.attempt == attempt
+
+    async def _insert(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
+        if known := await self._threads.read(self._store.by_key, s):
+            return known, False
+        self._check(s)
+        record, created = await self._threads.write(self._store.insert, job_id, s)
+        if created:
+            self._waiting += 1
+            self.counters.submitted[s.kind, s.model] += 1
+            self._ring(0)
+        return record, created
+
+    def _check(self, s: Submission) -> None:
+        if not self._accepting:
+            raise refuse("overloaded", "The coordinator is shutting down; try again later.", retry_after_s=RETRY_HINT_S)
+        if self._waiting >= self.settings.max_queued:
+            raise refuse("overloaded", "Too many jobs wait; try again later.", retry_after_s=RETRY_HINT_S)
+        if not is_kind(s.kind):
+            raise refuse("unsupported", f"There is no task kind named {s.kind!r}.", "kind")
+        if len(s.params) > MAX_PARAMS_BYTES:
+            raise refuse("payload_too_large", f"The parameters exceed {MAX_PARAMS_BYTES} bytes.", "params")
+        if s.max_attempts < 1:
+            raise refuse("invalid_parameter", "max_attempts: Expected at least 1.", "max_attempts")
+        if s.deadline_ms < 0:
+            raise refuse("invalid_parameter", "deadline_ms: Expected 0 (none) or more.", "deadline_ms")
+        fault = None if s.wait_for_worker else self.attempts.fleet.judge(s.kind, s.model)
+        if fault is not None:
+            raise FaultError(fault)
+
+    async def _events(self, record: JobRecord, subscription: Subscription) -> Events:
+        """What a watcher iterates over. Only `receive` waits, so nothing needs finalising when it is dropped."""
+        if record.ended:
+            yield JobEnded(record)
+            return
+        while True:
+            event: JobEvent | None = None
+            try:
+                with anyio.move_on_after(self.settings.repair_s):
+                    event = await subscription.receive()
+            except Lagged:
+                if record.stream:
+                    raise refuse("overloaded", "The stream was read too slowly; parts of it are lost.") from None
+            except BusClosed:
+                if (row := await self._row(record.id)).ended:
+                    yield JobEnded(row)
+                    return
+                raise refuse("overloaded", "The coordinator is stopping; ask for the job again later.") from None
+            if event is None:  # silence, or events were dropped: the row knows whether the end was among them
+                row = await self._row(record.id)
+                event = JobEnded(row) if row.ended else None
+            if event is not None:
+                yield event
+            if isinstance(event, JobEnded):
+                return
+
+    async def _row(self, job_id: str) -> JobRecord:
+        row = await self._threads.read(self._store.get, job_id)
+        if row is None:
+            raise _no_job(job_id)
+        return row
+
+    # ---- the loops -----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Dispatch, sweep and reconcile until cancelled; watchers end with it.
+
+        Trouble with the store (a full disk) is logged and tried again; it does not end the loops.
+        """
+        try:
+            await self._guarded(self._reconcile_first)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._dispatch_loop)
+                tasks.start_soon(self._repeat, self._sweep, self.settings.sweep_s)
+                tasks.start_soon(self._repeat, self._purge, self.settings.purge_s)
+                tasks.start_soon(self._repeat, self._sweep_blobs, self.settings.orphan_sweep_s)
+        finally:
+            self._bus.close()
+
+    def _ring(self, after_s: float) -> None:
+        """Wake the dispatch loop in `after_s` seconds at the latest."""
+        self._due = min(self._due, anyio.current_time() + after_s)
+        self._bell.set()
+
+    async def _dispatch_loop(self) -> None:
+        while True:
+            await self._guarded(self._dispatch)
+            until = anyio.current_time() + self.settings.poll_s
+            while (pause := min(until, self._due) - anyio.current_time()) > 0:
+                self._bell = anyio.Event()
+                with anyio.move_on_after(pause):
+                    await self._bell.wait()
+            self._due = float("inf")
+
+    async def _dispatch(self) -> None:
+        """Claim what free slots allow, and offer it."""
+        wants = self.attempts.fleet.wants(anyio.current_time())
+        if not wants:
+            return
+        for record, left_ms in await self._threads.write(self._store.claim, wants):
+            worker = self.attempts.fleet.place(record, anyio.current_time())
+            if worker is None:  # the worker left meanwhile, or it has just declined this job
+                delay_ms = int(self.settings.poll_s * 1000)
+                await self._threads.write(self._store.release, record.id, record.attempt, delay_ms)
+                continue
+            self._waiting = max(0, self._waiting - 1)
+            self._offer(worker, record, left_ms)
+
+    def _offer(self, worker: Worker, record: JobRecord, left_ms: int) -> None:
+        ttl_s = self.settings.blob_url_s
+        held = HeldAttempt(
+            record.id,
+            record.attempt,
+            record.kind,
+            record.model,
+            "offered",
+            stream=record.stream,
+            since=anyio.current_time(),
+        )
+        worker.attempts[held.key] = held
+        self.counters.events["offers"] += 1
+        offer = wire.Offer(
+            kind=record.kind,
+            model=record.model,
+            params=msgspec.Raw(record.params),
+            inputs=tuple(
+                wire.FileRef(
+                    name=file.name,
+                    url=self._blobs.url(file.blob, ttl_s),
+                    size=file.size,
+                    sha256=file.sha256,
+                    mime=file.mime,
+                )
+                for file in record.inputs
+            ),
+            upload=self._blobs.upload_template(record.id, record.attempt, ttl_s),
+            stream=record.stream,
+            deadline_ms=left_ms,
+            traceparent=record.traceparent,
+            labels=record.labels,
+            tenant=record.tenant,
+            priority=record.priority,
+            vram_gb_estimate=record.vram_gb_estimate,
+        )
+        worker.port.send(offer, *held.key)
+
+    async def _reconcile_first(self) -> None:
+        await self.attempts.reconcile(self.settings.startup_grace_s)
+
+    async def _sweep(self) -> None:
+        for record in await self._threads.write(self._store.expire, int(self.settings.deadline_slack_s * 1000)):
+            self.attempts.stop(record, "The job's deadline has passed.")
+        await self.attempts.give_up_offers(self.settings.offer_s)
+        await self.attempts.reconcile(self.settings.worker_grace_s)
+        self._waiting = sum((await self._threads.read(self._store.queued)).values())
+
+    async def _purge(self) -> None:
+        """Delete old jobs; rows first, so that no row ever names a file that is gone."""
+        while purged := await self._threads.write(self._store.purge, int(self.settings.retention_s * 1000)):
+            for job in purged:
+                await run_sync(self._blobs.delete, job.job, job.blobs)
+
+    async def _sweep_blobs(self) -> None:
+        await run_sync(self._blobs.sweep, self._store.has_blob, self._store.has_job)
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]], pause_s: float) -> None:
+        while True:
+            await self._guarded(step)
+            await anyio.sleep(pause_s)
+
+    async def _guarded(self, step: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await step()
+        except (StoreError, FaultError, OSError):
+            log.exception("The dispatcher goes on after trouble with its store")
+            await anyio.sleep(self.settings.poll_s)
+
+
+def _new_job_id() -> str:
+    return new_id("job", int(time.time() * 1000), os.urandom(RANDOM_BYTES))
+
+
+def _no_job(job_id: str) -> FaultError:
+    return refuse("not_found", f"There is no job {job_id!r}.", "job")

@@ -59,8 +59,9 @@ class Ending(msgspec.Struct, frozen=True):
     """What the end of an attempt changed.
 
     Attributes:
-        verdict: "stored" (this call ended the attempt), "again" (this very end is stored already), "late" (the
-            job was cancelled before; only usage was taken), "fenced" (the attempt is not the job's any more).
+        verdict: "stored" (this call ended the attempt), "again" (this end is stored already, or the job was
+            cancelled before), "late" (cancelled before, and the usage was taken now), "fenced" (the attempt is
+            not the job's any more).
         record: the row afterwards; None when there is no such job.
         requeued: the job went back to the queue.
     """
@@ -131,8 +132,11 @@ class Store(Protocol):
     def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
         """Newest first, without params and result."""
 
-    def claim(self, wants: Sequence[Want]) -> list[JobRecord]:
-        """Take due jobs (higher priority first, then older) as offered, each with a new attempt number."""
+    def claim(self, wants: Sequence[Want]) -> list[tuple[JobRecord, int]]:
+        """Take due jobs (higher priority first, then older) as offered, each with a new attempt number.
+
+        With each comes the time left until its deadline in ms, 0 when it has none.
+        """
 
     def release(self, job_id: str, attempt: int, delay_ms: int = 0) -> bool:
         """Put an offered job back; uncounted. False when it is not this attempt's any more."""
@@ -197,7 +201,7 @@ def after_failure(row: Failing, fault: Fault, now_ms: int) -> int | Fault:
     """
     if row.streamed or not fault.may_retry:
         return fault
-    delay = min(LONGEST_BACKOFF_MS, FIRST_BACKOFF_MS * 2 ** max(0, row.tries - 1))
+    delay = min(LONGEST_BACKOFF_MS, FIRST_BACKOFF_MS << max(0, row.tries - 1))
     if row.tries < row.max_attempts:
         if row.deadline_at_ms and now_ms + delay >= row.deadline_at_ms:
             return deadline_fault(fault)

@@ -152,17 +152,15 @@ class SqliteStore:
                 if known is not None:
                     return same_request(known, submission), False
             values = columns(job_id, submission, now)
-            row = self._one(
-                f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join(':' + name for name in values)}) RETURNING *",
-                **values,
-            )
+            names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+            row = self._one(f"INSERT INTO jobs ({names}) VALUES ({places}) RETURNING *", **values)
             assert row is not None
             for file in submission.inputs:
                 self._one("INSERT OR IGNORE INTO input_blobs VALUES (:key, :job)", key=file.blob, job=job_id)
             return record(row), True
 
-    def claim(self, wants: Sequence[Want]) -> list[JobRecord]:
-        """Take due jobs as offered, each with a new attempt number, in the order in which they are due."""
+    def claim(self, wants: Sequence[Want]) -> list[tuple[JobRecord, int]]:
+        """Take due jobs as offered, each with a new attempt number and its time left, in the order they are due."""
         claimed: list[Row] = []
         with self._transaction() as now:
             for want in wants:
@@ -179,7 +177,7 @@ class SqliteStore:
                     **kinds,
                 )
         claimed.sort(key=lambda row: (-row["priority"], row["seq"]))  # RETURNING has no order of its own
-        return [record(row) for row in claimed]
+        return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in claimed]
 
     def release(self, job_id: str, attempt: int, delay_ms: int = 0) -> bool:
         """Offered back to queued; uncounted."""
@@ -357,9 +355,7 @@ class SqliteStore:
         )
         if row is None:
             return Ending("fenced")
-        if row["state"] == same_end:
-            return Ending("again", record(row))
-        return Ending("late" if row["state"] == "cancelled" else "fenced", record(row))
+        return Ending("again" if row["state"] in (same_end, "cancelled") else "fenced", record(row))
 
     def _fail_row(self, job_id: str, fault: Fault, now: int) -> JobRecord:
         row = self._one(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
+from coordinator.records import JobRecord, JobState, StoredFile, StoredInput, Submission
 from protocol.faults import Fault, refuse
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def _unpack(data: bytes | None, type_: Any, default: T) -> T:
 
 def record(row: Row, *, light: bool = False) -> JobRecord:
     """The row as others see it; `light` rows have only the columns of `LIGHT`."""
-    state = "queued" if row["state"] == "offered" else row["state"]
+    state: JobState = "queued" if row["state"] == "offered" else row["state"]
     return JobRecord(
         id=row["id"],
         kind=row["kind"],

@@ -1,0 +1,352 @@
+"""The worker's half of the dispatcher: what becomes of an attempt between its offer and its acknowledgement.
+
+The gateway calls one method per message. Each step is a conditional UPDATE of the row, and only when that says
+so does anything else happen: a watcher is told, the worker is acknowledged, the slot is free. An attempt whose
+worker vanished is an *orphan* until its grace period is over or the worker says in `hello` that it still has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import anyio
+
+from coordinator.blobs import Blobs
+from coordinator.bus import Bus
+from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
+from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
+from coordinator.results import judge_result
+from coordinator.store import Store
+from coordinator.store.base import Ending, OpenAttempt
+from coordinator.store.threads import StoreThreads
+from protocol import link_wire as wire
+from protocol.faults import Fault
+
+log = logging.getLogger(__name__)
+
+FIRST_DECLINE_S = 0.25  # doubled with every decline of the same job, because most declines say "busy"
+LONGEST_DECLINE_S = 10.0
+ORPHAN_AVOID_S = 5.0  # after a failed attempt the job goes elsewhere, if there is an elsewhere
+_FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not take this job, ever
+_WHOLE_WORKER = ("paused", "draining")
+
+Message = tuple[wire.Body, str, int]
+
+
+class Counters:
+    """What happened since the start, for metrics. Only ever counts up.
+
+    Attributes:
+        jobs: (kind, model, outcome) -> ended jobs; outcome is a terminal state.
+        faults: (kind, model, code) -> jobs that ended with this fault.
+        usage: (model, key) -> sum, of jobs that succeeded or were cancelled.
+        submitted: (kind, model) -> jobs.
+        declines: code -> declined offers.
+        events: offers, accepted, requeued, fenced, adopted, lost, offer_timeouts, chunks, sessions, …
+    """
+
+    def __init__(self) -> None:
+        self.jobs: Counter[tuple[str, str, str]] = Counter()
+        self.faults: Counter[tuple[str, str, str]] = Counter()
+        self.usage: dict[tuple[str, str], float] = {}
+        self.submitted: Counter[tuple[str, str]] = Counter()
+        self.declines: Counter[str] = Counter()
+        self.events: Counter[str] = Counter()
+
+    def add_usage(self, model: str, usage: dict[str, float]) -> None:
+        """Add what one job used."""
+        for key, value in usage.items():
+            self.usage[model, key] = self.usage.get((model, key), 0.0) + value
+
+
+@dataclasses.dataclass
+class Orphan:
+    """An open row that no connected worker holds, until `until`. `held` is what was known of it in memory."""
+
+    state: str
+    worker: str
+    until: float
+    held: HeldAttempt | None = None
+
+
+class Attempts:
+    """See the module. Everything is called on the event loop."""
+
+    def __init__(
+        self, store: Store, threads: StoreThreads, blobs: Blobs, bus: Bus, ring: Callable[[float], None]
+    ) -> None:
+        """`ring` wakes the dispatch loop after so many seconds."""
+        self.fleet, self.counters = Fleet(), Counters()
+        self._store, self._threads, self._blobs, self._bus, self._ring = store, threads, blobs, bus, ring
+        self._orphans: dict[Key, Orphan] = {}
+        self._declined: Counter[str] = Counter()
+        self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
+
+    # ---- sessions ------------------------------------------------------------------------------------------
+
+    async def join(self, port: Port, hello: wire.Hello, grace_s: float) -> tuple[Worker, list[Message]]:
+        """A worker said hello; `joining` is held. Returns it, and what to send right after welcome.
+
+        An older session of the same worker is ended. Attempts that the worker still holds go on with it; those
+        that it held and does not name are lost at once, without waiting for the grace period.
+        """
+        if older := self.fleet.workers.get(hello.worker):
+            self.leave(older, grace_s)
+            older.port.close("duplicate_worker", "The same worker has opened a newer session.")
+        worker = Worker(hello.worker, port, hello.capabilities)
+        follow_up: list[Message] = []
+        for claim in hello.held:
+            follow_up += await self._adopt(worker, claim)
+        for row in await self._threads.read(self._store.open_attempts):
+            orphan = self._orphans.get((row.job, row.attempt))
+            if row.worker == worker.id or (orphan is not None and orphan.worker == worker.id):
+                if (row.job, row.attempt) not in worker.attempts:
+                    await self.lose(row)
+        return worker, follow_up
+
+    def open(self, worker: Worker) -> None:
+        """Welcome was sent: offers may follow."""
+        self.counters.events["sessions"] += 1
+        self.fleet.add(worker)
+        self._ring(0)
+
+    def leave(self, worker: Worker, grace_s: float) -> None:
+        """Its session is over: what it holds is orphaned for the grace period."""
+        if not self.fleet.remove(worker):
+            return
+        until = anyio.current_time() + grace_s
+        for held in worker.attempts.values():
+            if held.state != "abandoned":
+                self._orphans[held.key] = Orphan(held.state, worker.id, until, held)
+        self._ring(grace_s)
+
+    def announce(self, worker: Worker, capabilities: wire.Capabilities) -> None:
+        """Its capabilities changed."""
+        self.fleet.announce(worker, capabilities)
+        self._ring(0)
+
+    def drain(self, worker: Worker) -> None:
+        """No more offers; it finishes what it holds."""
+        worker.draining = True
+
+    async def _adopt(self, worker: Worker, claim: wire.Held) -> list[Message]:
+        key = (claim.job, claim.attempt)
+        adoption = await self._threads.write(self._store.adopt, claim.job, claim.attempt, worker.id)
+        orphan = self._orphans.pop(key, None)
+        record = adoption.record
+        if adoption.verdict in ("fenced", "stored") or record is None:
+            self.counters.events["fenced"] += adoption.verdict == "fenced"
+            verdict = wire.Ack(verdict="stored" if adoption.verdict == "stored" else "fenced")
+            return [(verdict, claim.job, claim.attempt)]
+        known = orphan.held if orphan else None
+        held = known or HeldAttempt(
+            *key, record.kind, record.model, "running", record.stream, record.streamed, next_seq=None
+        )
+        worker.attempts[key] = held
+        held.state = "running"
+        if adoption.verdict == "cancelled":
+            held.state = "abandoned"
+            return [(wire.Cancel(reason="The job was cancelled."), claim.job, claim.attempt)]
+        self.counters.events["adopted"] += 1
+        return []
+
+    # ---- one method per message ----------------------------------------------------------------------------
+
+    async def accept(self, worker: Worker, key: Key) -> None:
+        """The worker took the offer."""
+        held = worker.attempts[key]
+        if held.state == "abandoned":
+            return  # the Cancel is on its way already
+        if await self._threads.write(self._store.accept, *key, worker.id):
+            self.counters.events["accepted"] += 1
+            if held.state == "offered":  # not when it was cancelled meanwhile
+                held.state = "running"
+        else:
+            self.abandon(worker, held, "The offer is not open any more.")
+
+    async def decline(self, worker: Worker, key: Key, body: wire.Decline) -> None:
+        """The worker did not take it: back to the queue, uncounted, and not to the same worker at once."""
+        held = worker.attempts.pop(key)
+        self.counters.declines[body.code] += 1
+        if held.state == "abandoned":
+            self._ring(0)
+            return
+        now = anyio.current_time()
+        declines = self._declined[held.job]
+        self._declined[held.job] += 1
+        pause = min(LONGEST_DECLINE_S, FIRST_DECLINE_S * 2.0 ** min(declines, 10))
+        if body.retry_after_ms > 0:
+            pause = min(60.0, body.retry_after_ms / 1000)
+        self._block(worker, held, body.code, now + pause)
+        if self.fleet.refused_by_all(held.kind, held.model, held.job):
+            fault = Fault("unsupported", f"No worker can run this job: {body.reason or body.code}")
+            await self._ended(await self._threads.write(self._store.end, *key, fault))
+            return
+        elsewhere = self.fleet.others(held.kind, held.model, held.job, worker.id, now)
+        delay = 0.0 if elsewhere else pause
+        await self._threads.write(self._store.release, *key, int(delay * 1000))
+        self._ring(delay)
+
+    def _block(self, worker: Worker, held: HeldAttempt, code: str, until: float) -> None:
+        if code in _FOR_GOOD:
+            self.fleet.avoid(held.job, worker.id, FOREVER)
+            return
+        self.fleet.avoid(held.job, worker.id, until)
+        if code == "draining":
+            worker.draining = True
+        # Without this, a thousand waiting jobs would be offered and declined one after the other.
+        worker.block("" if code in _WHOLE_WORKER else held.model, until)
+
+    def started(self, worker: Worker, key: Key) -> None:
+        """Validation passed, the engine works."""
+        if worker.attempts[key].state == "running":
+            self._publish(key[0], JobStarted())
+
+    async def chunk(self, worker: Worker, key: Key, body: wire.Chunk) -> bool:
+        """Forward a chunk to the watchers. False when a chunk before it is missing."""
+        held = worker.attempts[key]
+        if held.state != "running":
+            return True
+        if held.next_seq is not None and body.seq != held.next_seq:
+            return body.seq < held.next_seq  # sent again after a reconnect
+        if held.stream and not held.streamed:
+            # In the row before the client sees it, so that no restart of ours can begin a second answer.
+            if not await self._threads.write(self._store.mark_streamed, *key, worker.id):
+                self.abandon(worker, held, "The attempt is not the job's any more.")
+                return True
+            held.streamed = True
+        held.next_seq = body.seq + 1
+        if held.stream:
+            self.counters.events["chunks"] += 1
+            self._publish(key[0], JobChunk(body.seq, bytes(body.data)))
+        return True
+
+    def progress(self, worker: Worker, key: Key, body: wire.Progress) -> None:
+        """Tell the watchers how far it is."""
+        if worker.attempts[key].state == "running":
+            self._publish(key[0], JobProgress(body.n, body.total, body.phase, body.text))
+
+    async def complete(self, worker: Worker, key: Key, body: wire.Complete) -> None:
+        """The attempt succeeded, says the worker: judge the result, store it, acknowledge."""
+        held = worker.attempts[key]
+        outcome = await judge_result(self._blobs, *key, held.kind, body)
+        if isinstance(outcome, Fault):
+            log.warning("%s#%d on %s: %s", *key, worker.id, outcome.message)
+            await self.fail(worker, key, wire.Fail(fault=outcome, streamed=held.streamed))
+            return
+        ending = await self._threads.write(self._store.complete, *key, worker.id, outcome)
+        if ending.verdict in ("stored", "late"):
+            self.counters.add_usage(held.model, outcome.usage)
+        await self._finish(worker, key, ending)
+
+    async def fail(self, worker: Worker, key: Key, body: wire.Fail) -> None:
+        """The attempt failed: requeue the job or end it, then acknowledge."""
+        held = worker.attempts[key]
+        ending = await self._threads.write(
+            self._store.fail, *key, worker.id, body.fault, body.streamed or held.streamed
+        )
+        if ending.requeued:
+            self.fleet.avoid(key[0], worker.id, anyio.current_time() + ORPHAN_AVOID_S)
+        await self._finish(worker, key, ending)
+
+    async def _finish(self, worker: Worker, key: Key, ending: Ending) -> None:
+        worker.attempts.pop(key, None)
+        fenced = ending.verdict == "fenced"
+        self.counters.events["fenced"] += fenced
+        worker.port.send(wire.Ack(verdict="fenced" if fenced else "stored"), *key)
+        await self._ended(ending)
+
+    def abandon(self, worker: Worker, held: HeldAttempt, reason: str) -> None:
+        """The row went on without this attempt: let the worker stop it. Its slot is free when it has."""
+        if held.state != "abandoned":
+            held.state = "abandoned"
+            worker.port.send(wire.Cancel(reason=reason), *held.key)
+
+    async def spoil(self, worker: Worker, key: Key, fault: Fault) -> None:
+        """The worker sent something unreadable about this attempt: it fails, the worker is told to stop it."""
+        held = worker.attempts.get(key)
+        if held is None or held.state == "abandoned":
+            return
+        if held.state == "offered":
+            await self._threads.write(self._store.release, *key, int(FIRST_DECLINE_S * 1000))
+            self.fleet.avoid(key[0], worker.id, anyio.current_time() + ORPHAN_AVOID_S)
+            self._ring(FIRST_DECLINE_S)
+        else:
+            await self._ended(await self._threads.write(self._store.fail, *key, worker.id, fault, held.streamed))
+        self.abandon(worker, held, "The coordinator could not read a message about it.")
+
+    # ---- orphans -------------------------------------------------------------------------------------------
+
+    async def reconcile(self, grace_s: float) -> None:
+        """Compare the open rows with what workers hold, and give up orphans whose grace period is over.
+
+        This finds rows of an earlier life, of workers that vanished, and claims whose answer was lost.
+        """
+        rows = {(row.job, row.attempt): row for row in await self._threads.read(self._store.open_attempts)}
+        now = anyio.current_time()
+        for key, row in rows.items():
+            if self.fleet.holder(key) is None and key not in self._orphans:
+                self._orphans[key] = Orphan(row.state, row.worker, now + grace_s)
+                self._ring(grace_s)
+        for key, orphan in list(self._orphans.items()):
+            if key not in rows or self.fleet.holder(key) is not None:
+                self._orphans.pop(key, None)
+            elif orphan.until <= now and not self.joining.locked():
+                await self.lose(rows[key])
+
+    async def lose(self, row: OpenAttempt) -> None:
+        """Nobody holds the attempt any more."""
+        self._orphans.pop((row.job, row.attempt), None)
+        self.counters.events["lost"] += 1
+        if row.state == "offered":
+            await self._threads.write(self._store.release, row.job, row.attempt)
+            self._ring(0)
+            return
+        fault = Fault("worker_lost", "The worker lost its connection while it ran the job.")
+        await self._ended(await self._threads.write(self._store.fail, row.job, row.attempt, row.worker, fault))
+
+    async def give_up_offers(self, older_than_s: float) -> None:
+        """Take back offers that were not answered in time."""
+        before = anyio.current_time() - older_than_s
+        for worker, held in self.fleet.all_attempts():
+            if held.state == "offered" and held.since < before:
+                self.counters.events["offer_timeouts"] += 1
+                self.fleet.avoid(held.job, worker.id, anyio.current_time() + ORPHAN_AVOID_S)
+                if await self._threads.write(self._store.release, *held.key):
+                    self.abandon(worker, held, "The offer was not answered in time.")
+                    self._ring(0)
+
+    # ---- endings -------------------------------------------------------------------------------------------
+
+    async def _ended(self, ending: Ending) -> None:
+        """Tell everybody what an ending changed."""
+        record = ending.record
+        if ending.verdict == "stored" and record is not None:
+            if ending.requeued:
+                self.counters.events["requeued"] += 1
+                self._ring(0.25)
+            else:
+                self.announce_end(record)
+        self._ring(0)
+
+    def announce_end(self, record: JobRecord) -> None:
+        """A row has just become terminal: count it and end its watchers."""
+        self.counters.jobs[record.kind, record.model, record.state] += 1
+        if record.fault is not None:
+            self.counters.faults[record.kind, record.model, record.fault.code] += 1
+        self.fleet.forget_job(record.id)
+        self._declined.pop(record.id, None)
+        self._publish(record.id, JobEnded(record))
+
+    def stop(self, record: JobRecord, reason: str) -> None:
+        """A row became terminal from our side: its worker, if any, stops the attempt."""
+        if found := self.fleet.holder((record.id, record.attempt)):
+            self.abandon(*found, reason)
+        self._orphans.pop((record.id, record.attempt), None)
+        self.announce_end(record)
+
+    def _publish(self, job: str, event: JobEvent) -> None:
+        self._bus.publish(job, event)

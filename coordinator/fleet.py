@@ -1,0 +1,268 @@
+"""The connected workers, what they hold, and which of them gets a job. No I/O; times are handed in, in seconds.
+
+A slot is one concurrent job of one model on one worker. An attempt takes its slot from the offer on, so that
+there is never more than one offer at a time per free slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Literal, Protocol
+
+from coordinator.records import JobRecord, ServedModel, WorkerView
+from coordinator.store.base import Want
+from protocol.faults import Fault
+from protocol.link_wire import Body, Capabilities, ModelOffer
+
+Key = tuple[str, int]  # (job, attempt)
+
+RETRY_HINT_S = 3  # a worker that lost its connection is usually back by then
+FOREVER = float("inf")
+MAX_REMEMBERED = 10_000  # models; names come from workers, so their number is not ours to trust
+
+
+class Port(Protocol):
+    """The way to a connected worker. Neither method waits."""
+
+    def send(self, body: Body, job: str = "", attempt: int = 0) -> None:
+        """Queue a message; a worker that does not read is disconnected instead."""
+
+    def close(self, code: str, message: str) -> None:
+        """Say `error` and end the session; `code` is one of `link_wire.Error`."""
+
+
+@dataclasses.dataclass
+class HeldAttempt:
+    """One attempt that a worker has been offered or works on.
+
+    Attributes:
+        state: "abandoned" means the row went on without it: it still takes a slot until the worker ends it.
+        next_seq: number of the next chunk to forward; None when it is unknown after a restart of ours.
+        since: when it was offered.
+    """
+
+    job: str
+    attempt: int
+    kind: str
+    model: str
+    state: Literal["offered", "running", "abandoned"]
+    stream: bool = False
+    streamed: bool = False
+    next_seq: int | None = 0
+    since: float = 0.0
+
+    @property
+    def key(self) -> Key:
+        """(job, attempt)."""
+        return (self.job, self.attempt)
+
+
+@dataclasses.dataclass(eq=False)
+class Worker:
+    """One connected worker."""
+
+    id: str
+    port: Port
+    capabilities: Capabilities
+    attempts: dict[Key, HeldAttempt] = dataclasses.field(default_factory=dict)
+    draining: bool = False
+    # Model -> no offer before this time; "" speaks of all models. A new announcement lifts them.
+    blocked: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def offer_of(self, kind: str, model: str) -> ModelOffer | None:
+        """Its announcement of this model for this kind."""
+        for offer in self.capabilities.models:
+            if offer.name == model and kind in offer.kinds:
+                return offer
+        return None
+
+    def free(self, offer: ModelOffer) -> int:
+        """Free slots of an announced model."""
+        taken = sum(held.model == offer.name and held.kind in offer.kinds for held in self.attempts.values())
+        return max(0, offer.slots - taken)
+
+    def open_to(self, model: str, now: float) -> bool:
+        """Whether it takes offers of this model now."""
+        if self.draining or not self.capabilities.accepting:
+            return False
+        return all(self.blocked.get(name, 0.0) <= now for name in (model, ""))
+
+    def block(self, model: str, until: float) -> None:
+        """No offers of this model ("" for all) before `until`."""
+        self.blocked[model] = max(until, self.blocked.get(model, 0.0))
+
+
+class Fleet:
+    """All connected workers."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
+        self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
+
+    # ---- choosing ------------------------------------------------------------------------------------------
+
+    def wants(self, now: float) -> list[Want]:
+        """Free slots of all workers, summed over equal announcements."""
+        total: dict[tuple[str, tuple[str, ...]], int] = {}
+        for worker in self.workers.values():
+            for offer in worker.capabilities.models:
+                if offer.kinds and worker.open_to(offer.name, now) and (free := worker.free(offer)):
+                    key = (offer.name, tuple(sorted(offer.kinds)))
+                    total[key] = total.get(key, 0) + free
+        return [Want(model, kinds, limit) for (model, kinds), limit in total.items()]
+
+    def place(self, record: JobRecord, now: float) -> Worker | None:
+        """The worker for a claimed job: loaded before cold, then the least busy; None when no slot is free."""
+        avoided = self._avoid.get(record.id, {})
+        best: tuple[tuple[bool, float, str], Worker] | None = None
+        for worker in self.workers.values():
+            offer = worker.offer_of(record.kind, record.model)
+            if offer is None or not worker.open_to(record.model, now) or not worker.free(offer):
+                continue
+            if avoided.get(worker.id, 0.0) > now:
+                continue
+            rank = (not offer.resident, _load(worker), worker.id)
+            if best is None or rank < best[0]:
+                best = (rank, worker)
+        return best[1] if best else None
+
+    def avoid(self, job: str, worker: str, until: float) -> None:
+        """Do not offer the job to this worker before `until`."""
+        self._avoid.setdefault(job, {})[worker] = until
+
+    def forget_job(self, job: str) -> None:
+        """The job has ended."""
+        self._avoid.pop(job, None)
+
+    def refused_by_all(self, kind: str, model: str, job: str) -> bool:
+        """Whether every connected worker that serves this has refused the job for good."""
+        avoided = self._avoid.get(job, {})
+        serving = [worker for worker in self.workers.values() if worker.offer_of(kind, model)]
+        return bool(serving) and all(avoided.get(worker.id) == FOREVER for worker in serving)
+
+    def others(self, record_kind: str, model: str, job: str, but: str, now: float) -> bool:
+        """Whether a worker other than `but` could take the job now or when it has a free slot."""
+        avoided = self._avoid.get(job, {})
+        return any(
+            worker.id != but
+            and worker.offer_of(record_kind, model) is not None
+            and worker.open_to(model, now)
+            and avoided.get(worker.id, 0.0) <= now
+            for worker in self.workers.values()
+        )
+
+    # ---- membership ----------------------------------------------------------------------------------------
+
+    def add(self, worker: Worker) -> None:
+        """A session is open."""
+        self.workers[worker.id] = worker
+        self._remember(worker.capabilities)
+
+    def announce(self, worker: Worker, capabilities: Capabilities) -> None:
+        """Capabilities changed; what a decline had blocked is open again."""
+        worker.capabilities = capabilities
+        worker.blocked.clear()
+        self._remember(capabilities)
+
+    def remove(self, worker: Worker) -> bool:
+        """Its session is over. False when a newer session has taken its place."""
+        if self.workers.get(worker.id) is not worker:
+            return False
+        del self.workers[worker.id]
+        return True
+
+    def holder(self, key: Key) -> tuple[Worker, HeldAttempt] | None:
+        """Who holds an attempt."""
+        for worker in self.workers.values():
+            if held := worker.attempts.get(key):
+                return worker, held
+        return None
+
+    def all_attempts(self) -> Iterator[tuple[Worker, HeldAttempt]]:
+        """Every attempt that is held by a connected worker; safe against changes meanwhile."""
+        pairs = [(worker, held) for worker in self.workers.values() for held in worker.attempts.values()]
+        return iter(pairs)
+
+    # ---- views ---------------------------------------------------------------------------------------------
+
+    def judge(self, kind: str, model: str) -> Fault | None:
+        """Why nobody could run such a job now; None when somebody could."""
+        kinds = {k for offer in self._live_offers() if offer.name == model for k in offer.kinds}
+        if kind in kinds:
+            return None
+        hint = {"retry_after_s": RETRY_HINT_S}
+        if kinds:
+            listed = ", ".join(sorted(kinds))
+            return Fault("unsupported", f"The model {model!r} does not serve {kind}; it serves {listed}.", "model")
+        if kind in self._seen.get(model, ()):
+            return Fault(
+                "no_worker", f"The worker of the model {model!r} is not connected now; try again.", detail=hint
+            )
+        if not any(True for _ in self._live_offers()):
+            return Fault("no_worker", "No worker is connected; try again in a few seconds.", detail=hint)
+        return Fault(
+            "model_not_found", f"The model {model!r} is not served here; GET /v1/models lists what is.", "model"
+        )
+
+    def models(self) -> list[ServedModel]:
+        """What is served now, by name."""
+        names = sorted({offer.name for offer in self._live_offers()})
+        return [self._served(name) for name in names]
+
+    def views(self) -> list[WorkerView]:
+        """All workers, by id."""
+        return [
+            WorkerView(
+                id=worker.id,
+                accepting=worker.capabilities.accepting and not worker.draining,
+                reason="draining" if worker.draining else worker.capabilities.reason,
+                running=len(worker.attempts),
+                slots=sum(offer.slots for offer in worker.capabilities.models),
+                models=tuple(offer.name for offer in worker.capabilities.models),
+                version=worker.capabilities.version,
+                machine=worker.capabilities.machine,
+                labels=worker.capabilities.labels,
+            )
+            for _, worker in sorted(self.workers.items())
+        ]
+
+    def _served(self, name: str) -> ServedModel:
+        pairs = [
+            (worker.id, offer)
+            for worker in self._live()
+            for offer in worker.capabilities.models
+            if offer.name == name and offer.kinds
+        ]
+        offers = [offer for _, offer in pairs]
+        return ServedModel(
+            name=name,
+            kinds=_unique(kind for offer in offers for kind in offer.kinds),
+            workers=_unique(worker for worker, _ in pairs),
+            slots=sum(offer.slots for offer in offers),
+            limits=next((offer.limits for offer in offers if offer.limits), {}),
+            engines=_unique(offer.engine for offer in offers),
+            resident=any(offer.resident for offer in offers),
+        )
+
+    def _live(self) -> list[Worker]:
+        return [worker for worker in self.workers.values() if not worker.draining]
+
+    def _live_offers(self) -> Iterator[ModelOffer]:
+        for worker in self._live():
+            yield from (offer for offer in worker.capabilities.models if offer.kinds)
+
+    def _remember(self, capabilities: Capabilities) -> None:
+        for offer in capabilities.models:
+            if offer.name in self._seen or len(self._seen) < MAX_REMEMBERED:
+                self._seen.setdefault(offer.name, set()).update(offer.kinds)
+
+
+def _load(worker: Worker) -> float:
+    slots = sum(offer.slots for offer in worker.capabilities.models)
+    return len(worker.attempts) / max(1, slots)
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(names)))
