@@ -176,7 +176,7 @@ class Dispatcher:
         """From now on `submit` answers 503; jobs that are queued or running go on."""
         self._accepting = False
 
-    async def wants_upload(self, job_id: str, attempt: int) -> bool:
+    async def wants_output(self, job_id: str, attempt: int) -> bool:
         """Whether outputs of this attempt are still of use."""
         record = await self._threads.read(self._store.get, job_id)
         return record is not None and not record.ended and record.attempt == attempt

@@ -84,7 +84,7 @@ class _End(Exception):
         self.code = code
 
 
-def worker_socket(
+def worker_endpoint(
     dispatcher: Dispatcher, authenticate: Authenticate, settings: GatewaySettings | None = None
 ) -> Callable[[WebSocket], Awaitable[None]]:
     """Return the endpoint for `WebSocketRoute("/v1/worker", …)`.
