@@ -1,0 +1,137 @@
+"""The coordinator as one ASGI application: parts wired together, routes, layers, lifetime.
+
+RequestIds ► CountRequests ► Starlette(Access ► routes)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import ASGIApp
+from starlette.websockets import WebSocket
+
+from coordinator import jobs_api, metrics
+from coordinator.access import Access, worker_scope
+from coordinator.blob_routes import blob_routes
+from coordinator.blobs import Blobs
+from coordinator.dispatch import Dispatcher
+from coordinator.errors import EXCEPTION_HANDLERS, Json, RequestIds
+from coordinator.gateway import worker_socket
+from coordinator.keys import FILE_NAME, Keys
+from coordinator.metrics import CountRequests, HttpCounters
+from coordinator.openai.routes import ROUTES as OPENAI_ROUTES
+from coordinator.progress import ProgressBoard
+from coordinator.records import WorkerScope
+from coordinator.services import Limits, Services, services
+from coordinator.store import SqliteStore
+
+if TYPE_CHECKING:
+    from coordinator.store import Store
+
+log = logging.getLogger(__name__)
+
+STORE_FILE = "coordinator.sqlite"
+BLOB_FOLDER = "blobs"
+LAST_WORDS_S = 2.0  # how long requests that are being cancelled may still talk to the dispatcher
+
+
+class Coordinator:
+    """All parts of one coordinator over one state folder, and its application.
+
+    Attributes:
+        app: the ASGI application; its lifespan runs the dispatcher.
+        parts: what the routes use.
+        on_death: called once when the dispatcher fails; the server then ends.
+    """
+
+    def __init__(self, state: Path, limits: Limits | None = None) -> None:
+        """Open everything. Raises StoreError, sqlite3.Error, OSError."""
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.on_death: Callable[[], None] = lambda: None
+        self._store: Store = SqliteStore(state / STORE_FILE)
+        try:
+            self.keys = Keys(state / FILE_NAME)
+            blobs = Blobs(state / BLOB_FOLDER)
+        except BaseException:
+            self._store.close()
+            raise
+        dispatcher = Dispatcher(self._store, blobs)
+        http = HttpCounters()
+        self.parts = Services(dispatcher, blobs, self.keys, http, ProgressBoard(dispatcher), limits or Limits())
+        self.app = build_app(self.parts, worker_socket(dispatcher, self._authenticate), self._lifetime)
+
+    def close(self) -> None:
+        """Close the files; for a coordinator whose application never ran."""
+        self.keys.close()
+        self._store.close()
+
+    def _authenticate(self, token: str) -> WorkerScope | None:
+        return worker_scope(self.keys, token)
+
+    @asynccontextmanager
+    async def _lifetime(self, _app: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._dispatch)
+            group.start_soon(self.parts.progress.run)
+            yield
+            with anyio.move_on_after(LAST_WORDS_S):
+                await self.parts.http.wait_idle()
+            group.cancel_scope.cancel()
+        self.close()
+
+    async def _dispatch(self) -> None:
+        try:
+            await self.parts.dispatcher.run()
+        except Exception:
+            log.exception("The dispatcher failed; the coordinator ends.")
+            self.parts.alive = False
+            self.on_death()
+
+
+def build_app(
+    parts: Services,
+    worker: Callable[[WebSocket], Awaitable[None]],
+    lifespan: Callable[[Starlette], object] | None = None,
+) -> ASGIApp:
+    """The application over given parts.
+
+    Args:
+        parts: what the routes use.
+        worker: endpoint of the workers' WebSocket.
+        lifespan: async context manager around the serving.
+    """
+    routes: list[BaseRoute] = [
+        Route("/healthz", health, methods=["GET"]),
+        *metrics.ROUTES,
+        *OPENAI_ROUTES,
+        *jobs_api.ROUTES,
+        *blob_routes(parts.blobs, parts.dispatcher.wants_upload),
+        WebSocketRoute("/v1/worker", worker),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers=EXCEPTION_HANDLERS,
+        middleware=[Middleware(Access, keys=parts.keys)],
+        lifespan=lifespan,  # type: ignore[arg-type]
+    )
+    app.router.redirect_slashes = False
+    app.state.services = parts
+    return RequestIds(CountRequests(app, parts.http))
+
+
+async def health(request: Request) -> Response:
+    """200 while jobs are taken or drained, 503 when the dispatcher has failed."""
+    parts = services(request)
+    if not parts.alive:
+        return Json({"status": "failed"}, status_code=503)
+    return Json({"status": "ok" if parts.dispatcher.accepting else "draining"})

@@ -1,0 +1,201 @@
+"""The `coordinator` command: serve, and keys.
+
+Exit codes: 0 done or stopped as asked, 1 failed, 64 usage, 70 internal, 73 another coordinator has this state
+folder, 78 bad configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from coordinator import config as configuration
+from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys, secret_file
+from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
+from coordinator.services import Limits
+from coordinator.store import StoreBusy, StoreError
+
+log = logging.getLogger(__name__)
+
+OK, FAILED, USAGE, INTERNAL, BUSY, BAD_CONFIG = 0, 1, 64, 70, 73, 78
+CLIENT_KEY_FILE = "client.key"
+WORKER_TOKEN_FILE = "worker.token"
+MAX_TOKEN_BYTES = 4096
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        return int(arguments.command(arguments))
+    except (Refusal, KeyRefusal) as error:
+        print(f"coordinator: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    except StoreBusy as error:
+        print(f"coordinator: {error}", file=sys.stderr)
+        return BUSY
+    except (StoreError, sqlite3.Error, OSError) as error:
+        print(f"coordinator: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = _Parser(add_help=False)
+    shared.add_argument("--config", type=Path, metavar="FILE", help="coordinator.toml")
+    shared.add_argument("--state", metavar="DIR", help="folder of jobs, files and keys")
+
+    parser = _Parser(prog="coordinator", description="Takes jobs over HTTP and gives them to workers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    serve = commands.add_parser("serve", parents=[shared], help="serve clients and workers")
+    where = serve.add_mutually_exclusive_group()
+    where.add_argument("--listen", metavar="HOST:PORT", help=f"default {configuration.DEFAULT_LISTEN}")
+    where.add_argument("--fd", type=int, metavar="N", help="inherited listening socket (embedded)")
+    serve.add_argument("--worker-token-fd", type=int, metavar="M", help="pipe with the worker token (embedded)")
+    serve.add_argument("--tls-cert", metavar="FILE")
+    serve.add_argument("--tls-key", metavar="FILE")
+    serve.add_argument(
+        "--behind-proxy",
+        nargs="*",
+        metavar="ADDRESS",
+        help="a proxy at these addresses (default 127.0.0.1) adds TLS",
+    )
+    serve.set_defaults(command=_serve)
+
+    keys = commands.add_parser("keys", help="make, list and revoke API keys")
+    verbs = keys.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    create = verbs.add_parser("create", parents=[shared], help="make a key and print it once")
+    create.add_argument("--scope", choices=SCOPES, required=True)
+    create.add_argument("--name", default="")
+    create.add_argument("--tenant", default=DEFAULT_TENANT)
+    create.add_argument("--worker", default="", help="the only worker id that a worker key admits")
+    create.set_defaults(command=_keys_create)
+    show = verbs.add_parser("list", parents=[shared], help="show all keys, without their secrets")
+    show.set_defaults(command=_keys_list)
+    revoke = verbs.add_parser("revoke", parents=[shared], help="end a key; takes effect within a second")
+    revoke.add_argument("prefix")
+    revoke.set_defaults(command=_keys_revoke)
+    return parser
+
+
+# ---- serve --------------------------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.behind_proxy == []:
+        arguments.behind_proxy = [configuration.LOOPBACK_PROXY]
+    settings = configuration.merged(configuration.load(arguments.config), arguments)
+    embedded = arguments.fd is not None
+    if embedded != (arguments.worker_token_fd is not None):
+        raise Refusal("--fd and --worker-token-fd belong together; both come from the supervisor.")
+    cert = Path(settings.tls_cert) if settings.tls_cert else None
+    key = Path(settings.tls_key) if settings.tls_key else None
+    check_tls(cert, key)
+    listener = adopt(arguments.fd) if embedded else listen(settings.listen)
+    with listener:
+        check_exposure(listener, tls=cert is not None, behind_proxy=bool(settings.behind_proxy))
+        state = configuration.state_dir(settings)
+        # Imported here so that a refusal above costs no imports; starlette alone takes 40 ms.
+        from coordinator.app import Coordinator
+
+        coordinator = Coordinator(state, Limits(job_s=settings.job_s))
+        try:
+            _prepare_keys(coordinator.keys, state, arguments.worker_token_fd)
+        except BaseException:
+            coordinator.close()
+            raise
+        client_key = state / CLIENT_KEY_FILE
+        serving = Serving(
+            tls_cert=cert,
+            tls_key=key,
+            proxies=tuple(settings.behind_proxy),
+            drain_s=0.0 if embedded else settings.drain_s,
+            watch_stdin=embedded,
+            ready=lambda url: _say_ready(url, client_key, embedded),
+        )
+        return run(coordinator, listener, serving)
+
+
+def _prepare_keys(keys: Keys, state: Path, token_fd: int | None) -> None:
+    """Every start has a client key in a file, and a worker token: from the supervisor's pipe, or in a file."""
+    if secret_file(state / CLIENT_KEY_FILE, keys, "client", "first client key"):
+        log.info("Made a client key: it lies in %s.", state / CLIENT_KEY_FILE)
+    if token_fd is not None:
+        keys.admit_for_this_boot(_read_token(token_fd), "worker", name="embedded worker")
+    elif secret_file(state / WORKER_TOKEN_FILE, keys, "worker", "first worker token"):
+        log.info("Made a worker token: it lies in %s.", state / WORKER_TOKEN_FILE)
+
+
+def _read_token(descriptor: int) -> str:
+    """Read the worker token to the end of the pipe. Raises Refusal."""
+    try:
+        with os.fdopen(descriptor, "rb") as pipe:
+            token = pipe.read(MAX_TOKEN_BYTES + 1).strip()
+    except OSError as error:
+        raise Refusal(f"--worker-token-fd {descriptor} cannot be read: {error.strerror}.") from None
+    if not 16 <= len(token) <= MAX_TOKEN_BYTES or not token.isascii():
+        raise Refusal(f"--worker-token-fd {descriptor} held no token of 16 to {MAX_TOKEN_BYTES} characters.")
+    return token.decode("ascii")
+
+
+def _say_ready(url: str, client_key: Path, embedded: bool) -> None:
+    if embedded:
+        print(ready_line(url, client_key), flush=True)
+    else:
+        print(f"Serving {url}/v1 with the client key in {client_key}", flush=True)
+
+
+# ---- keys ---------------------------------------------------------------------------------------------------
+
+
+def _open_keys(arguments: argparse.Namespace) -> Keys:
+    state = configuration.state_dir(configuration.merged(configuration.load(arguments.config), arguments))
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Keys(state / FILE_NAME)
+
+
+def _keys_create(arguments: argparse.Namespace) -> int:
+    keys = _open_keys(arguments)
+    if arguments.worker and arguments.scope != "worker":
+        raise KeyRefusal("--worker goes with --scope worker only.")
+    print(keys.create(arguments.scope, name=arguments.name, tenant=arguments.tenant, worker=arguments.worker))
+    print("This is the only time that the key is shown.", file=sys.stderr)
+    keys.close()
+    return OK
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    keys = _open_keys(arguments)
+    rows: list[tuple[Any, ...]] = [("PREFIX", "SCOPE", "TENANT", "STATE", "CREATED", "NAME")]
+    for key in keys.list():
+        state = "live" if key.revoked_ms is None else "revoked"
+        created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.created_ms / 1000))
+        rows.append((key.prefix, key.scope, key.tenant, state, created, key.name or key.worker))
+    keys.close()
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return OK
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> int:
+    keys = _open_keys(arguments)
+    key = keys.revoke(arguments.prefix)
+    keys.close()
+    print(f"Revoked {key.prefix} ({key.scope}{', ' + key.name if key.name else ''}).")
+    return OK

@@ -1,0 +1,74 @@
+"""coordinator.toml and the command line, merged: what is given on the command line wins."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from coordinator.server import Refusal
+
+DEFAULT_LISTEN = "127.0.0.1:8080"
+LOOPBACK_PROXY = "127.0.0.1"
+_Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file's keys; all optional.
+
+    Attributes:
+        listen: HOST:PORT; port 0 takes a free one.
+        state: folder of everything that outlives a run; "" means the default place.
+        tls_cert, tls_key: PEM files; relative paths belong to the file's folder.
+        behind_proxy: addresses of proxies that add TLS; their X-Forwarded-* headers are believed.
+        drain_s: what running requests get at the end.
+        job_s: deadline of jobs that bring none.
+    """
+
+    config_version: int = 1
+    listen: str = DEFAULT_LISTEN
+    state: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    behind_proxy: list[str] = []
+    drain_s: _Seconds = 30.0
+    job_s: _Seconds = 3600.0
+
+
+def load(path: Path | None) -> Config:
+    """Read the file. Raises Refusal with the file and the key."""
+    if path is None:
+        return Config()
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+        config = msgspec.convert(values, Config)
+    except OSError as error:
+        raise Refusal(f"{path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise Refusal(f"{path}: {error}.") from None
+    if config.config_version != 1:
+        raise Refusal(f"{path}: config_version {config.config_version} is unknown; this program reads 1.")
+    folder = path.resolve().parent
+    paths = {name: str(folder / value) for name in ("state", "tls_cert", "tls_key") if (value := getattr(config, name))}
+    return msgspec.structs.replace(config, **paths)
+
+
+def merged(config: Config, arguments: argparse.Namespace) -> Config:
+    """Lay the command line over the file."""
+    given = {name: value for name, value in vars(arguments).items() if name in Config.__struct_fields__ and value}
+    return msgspec.structs.replace(config, **given)
+
+
+def state_dir(config: Config) -> Path:
+    """The state folder: given, systemd's, or the user's."""
+    if config.state:
+        return Path(config.state)
+    if folder := os.environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(folder)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "bulkhead" / "coordinator"

@@ -1,0 +1,104 @@
+"""POST /v1/images/generations."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from coordinator.answers import finished, job_headers, result_of
+from coordinator.bodies import FieldTable, choice, model_name, read_json, work_params
+from coordinator.errors import Json
+from coordinator.openai.pictures import SIZE_NAMES, size_params
+from coordinator.records import JobRecord
+from coordinator.services import Services, services, submission
+from protocol.faults import refuse
+from protocol.work import ImageResult, Kind
+
+# A multiple of three, so that the base64 of the pieces is the base64 of the whole.
+PIECE_BYTES = 3 * 2**18
+
+FIELDS = FieldTable(
+    passed=frozenset({"prompt", "n", "negative_prompt", "steps", "guidance", "seed"}),
+    handled=frozenset({"model", "size", "response_format", "output_format", "quality", "output_compression"}),
+    ignored=frozenset({"user", "moderation", "safety_identifier"}),
+    fixed={
+        "background": ("auto", "opaque"),
+        "style": (),
+        "partial_images": (0,),
+        "stream": (False,),
+    },
+)
+
+
+async def create(request: Request) -> Response:
+    """Make images; the answer carries them as base64 (default) or as signed URLs."""
+    passed, handled = FIELDS.pick(await read_json(request))
+    model = model_name(handled)
+    form = choice(handled, "response_format", ("b64_json", "url"), "b64_json")
+    params = to_params(passed, handled)
+    record = await finished(request, submission(request, Kind.IMAGE, model, params))
+    result: ImageResult = result_of(record)
+    if len(record.files) != params.n:
+        raise refuse("engine_protocol", f"The worker left {len(record.files)} files where {params.n} are due.")
+    head = {
+        "created": record.created_ms // 1000,
+        "output_format": params.format,
+        "size": f"{result.width}x{result.height}",
+    }
+    parts = services(request)
+    if form == "b64_json":
+        body = _with_bytes(parts, record, result, head)
+        return StreamingResponse(body, media_type="application/json", headers=job_headers(record))
+    base = str(request.base_url).rstrip("/")
+    data = [
+        {"url": base + parts.blobs.url(file.blob, parts.limits.blob_url_s), **_seed(result, index)}
+        for index, file in enumerate(record.files)
+    ]
+    return Json({**head, "data": data}, headers=job_headers(record))
+
+
+ROUTES = [Route("/v1/images/generations", create, methods=["POST"])]
+
+
+def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
+    """Work parameters of an image request. Raises FaultError naming the field in OpenAI's words."""
+    value = {**passed, **size_params(handled.get("size"))}
+    names = {**SIZE_NAMES, "format": "output_format"}
+    if "output_format" in handled:
+        value["format"] = handled["output_format"]
+    quality = handled.get("quality", "auto")
+    if isinstance(quality, str):
+        # Names of quality tiers mean nothing to a diffusion model; only the defaults are harmless.
+        if quality not in ("auto", "standard"):
+            raise refuse("unsupported", "quality: Expected a number from 1 to 100 (of the encoder).", "quality")
+    else:
+        value["quality"] = quality
+    if "output_compression" in handled:
+        value["quality"] = handled["output_compression"]
+        names["quality"] = "output_compression"
+    return work_params(Kind.IMAGE, value, names)
+
+
+def _seed(result: ImageResult, index: int) -> dict[str, int]:
+    return {"seed": result.seeds[index]} if index < len(result.seeds) else {}
+
+
+async def _with_bytes(
+    parts: Services, record: JobRecord, result: ImageResult, head: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    """The answer's JSON with base64 inside, made piece by piece: the images are never in memory whole."""
+    yield msgspec.json.encode(head)[:-1] + b',"data":['
+    for index, file in enumerate(record.files):
+        seed = msgspec.json.encode(_seed(result, index))[1:-1]
+        yield (b"," if index else b"") + b"{" + seed + (b"," if seed else b"") + b'"b64_json":"'
+        async with await parts.blobs.open(file.blob) as source:
+            while piece := await source.read(PIECE_BYTES):
+                yield base64.b64encode(piece)
+        yield b'"}'
+    yield b"]}"

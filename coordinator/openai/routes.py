@@ -1,0 +1,19 @@
+"""All routes of this package."""
+
+from __future__ import annotations
+
+from starlette.routing import Route
+
+from coordinator.openai import chat, completions, embeddings, images, models, rerank, speech, transcriptions, videos
+
+ROUTES: list[Route] = [
+    *chat.ROUTES,
+    *completions.ROUTES,
+    *embeddings.ROUTES,
+    *rerank.ROUTES,
+    *transcriptions.ROUTES,
+    *speech.ROUTES,
+    *images.ROUTES,
+    *videos.ROUTES,
+    *models.ROUTES,
+]
