@@ -26,7 +26,7 @@ from coordinator.blob_routes import blob_routes
 from coordinator.blobs import Blobs
 from coordinator.dispatch import Dispatcher
 from coordinator.errors import EXCEPTION_HANDLERS, Json, RequestIds
-from coordinator.gateway import worker_socket
+from coordinator.gateway import worker_endpoint
 from coordinator.keys import FILE_NAME, Keys
 from coordinator.metrics import CountRequests, HttpCounters
 from coordinator.openai.routes import ROUTES as OPENAI_ROUTES
@@ -68,7 +68,7 @@ class Coordinator:
         dispatcher = Dispatcher(self._store, blobs)
         http = HttpCounters()
         self.parts = Services(dispatcher, blobs, self.keys, http, ProgressBoard(dispatcher), limits or Limits())
-        self.app = build_app(self.parts, worker_socket(dispatcher, self._authenticate), self._lifetime)
+        self.app = build_app(self.parts, worker_endpoint(dispatcher, self._authenticate), self._lifetime)
 
     def close(self) -> None:
         """Close the files; for a coordinator whose application never ran."""
@@ -115,7 +115,7 @@ def build_app(
         *metrics.ROUTES,
         *OPENAI_ROUTES,
         *jobs_api.ROUTES,
-        *blob_routes(parts.blobs, parts.dispatcher.wants_upload),
+        *blob_routes(parts.blobs, parts.dispatcher.wants_output),
         WebSocketRoute("/v1/worker", worker),
     ]
     app = Starlette(
