@@ -1,0 +1,295 @@
+"""One file over HTTP, resumed: used by the pull child, never in the supervisor's own process.
+
+A download lies in `NAME.part` beside its target, with `NAME.part.json` that says what it is a part of. It is
+resumed with `Range` and `If-Range`, so a file that changed on the server starts over instead of being spliced; where
+the server gives no validator, it is resumed only if a sha256 will judge the whole. The target appears by rename,
+after the digest was checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import ipaddress
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+import msgspec
+
+ATTEMPTS = 6  # in a row without a new byte
+FIRST_WAIT_S = 0.2  # doubles with each attempt in a row
+LONGEST_WAIT_S = 10.0
+READ_TIMEOUT_S = 30.0
+BLOCK_BYTES = 2**20
+SPARE_BYTES = 64 * 2**20  # stays free on the disk: others live there too
+_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+
+OnBytes = Callable[[int], None]  # bytes of this file that are here now
+OnNote = Callable[[str], None]
+
+
+class FetchFailed(Exception):
+    """The file cannot be fetched; the text is one sentence with the cure."""
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """What a part file is a part of."""
+
+    url: str
+    validator: str = ""
+
+
+class Remote(msgspec.Struct, frozen=True, kw_only=True):
+    """A file to fetch.
+
+    Attributes:
+        sha256: expected digest, "" when nobody knows it.
+        size_bytes: None when nobody knows it.
+        headers: for the first host only; a redirect to another host loses the authorisation.
+    """
+
+    url: str
+    sha256: str = ""
+    size_bytes: int | None = None
+    headers: Mapping[str, str] = {}
+
+
+def client() -> httpx.Client:
+    """An HTTP client that refuses plain http, redirects included, except to this machine."""
+    return httpx.Client(
+        follow_redirects=True,
+        timeout=httpx.Timeout(READ_TIMEOUT_S, connect=15.0),
+        event_hooks={"request": [_only_safe]},
+    )
+
+
+def _only_safe(request: httpx.Request) -> None:
+    if request.url.scheme != "https" and not is_loopback(request.url.host):
+        raise FetchFailed(f"{request.url.scheme}://{request.url.host} is not encrypted; use an https address.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name means this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def fetch(http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, on_note: OnNote) -> str:
+    """Fetch a file to `target` and return its sha256 hex. A complete target with the right digest is kept.
+
+    Raises:
+        FetchFailed: refused, not there, no space, wrong digest, or no progress in `ATTEMPTS` tries.
+    """
+    if target.exists():
+        found = _hash(target, on_bytes)
+        if not remote.sha256 or found == remote.sha256:
+            return found
+        target.unlink()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    download = _Download(http, remote, target, on_bytes, on_note)
+    try:
+        found = download.run()
+        if remote.sha256 and found != remote.sha256 and download.resumed:
+            on_note(f"{target.name}: what was there from an earlier pull is damaged; starting over")
+            download.forget()
+            found = download.run()
+        if remote.sha256 and found != remote.sha256:
+            download.forget()
+            raise FetchFailed(
+                f"{target.name} has the sha256 {found} where {remote.sha256} was expected: the server has another"
+                " file, or the digest given is not of this one."
+            )
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise FetchFailed(
+                f"No space is left in {target.parent}: free some and run the same command again."
+            ) from None
+        raise FetchFailed(f"{target} cannot be written: {error.strerror or error}.") from None
+    download.finish()
+    return found
+
+
+class _Download:
+    """The tries for one file."""
+
+    def __init__(self, http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, on_note: OnNote) -> None:
+        self._http, self._remote, self._target = http, remote, target
+        self._on_bytes, self._on_note = on_bytes, on_note
+        self._part = target.with_name(target.name + ".part")
+        self._about = target.with_name(target.name + ".part.json")
+        self._hash = hashlib.sha256()
+        self._have = 0
+        self._validator = ""
+        self.resumed = False
+
+    def run(self) -> str:
+        """Fetch to the end; returns the digest."""
+        self._take_up()
+        failures = 0
+        while True:
+            before = self._have
+            try:
+                self._once()
+                return self._hash.hexdigest()
+            except (httpx.TransportError, _TryAgain) as error:
+                failures = 1 if self._have > before else failures + 1
+                if failures >= ATTEMPTS:
+                    raise FetchFailed(
+                        f"{self._host} does not deliver {self._target.name}: {_reason(error)}; run the same command"
+                        " again to resume."
+                    ) from None
+                wait_s = min(getattr(error, "wait_s", 0.0) or FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S)
+                self._on_note(f"{self._target.name}: {_reason(error)}; resuming at {self._have} bytes")
+                time.sleep(wait_s)
+
+    def forget(self) -> None:
+        """Drop what was fetched."""
+        self._part.unlink(missing_ok=True)
+        self._about.unlink(missing_ok=True)
+        self.resumed = False
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        self._part.replace(self._target)
+        self._about.unlink(missing_ok=True)
+
+    @property
+    def _host(self) -> str:
+        return httpx.URL(self._remote.url).host
+
+    def _take_up(self) -> None:
+        """Continue an earlier part if it belongs to the same thing."""
+        self._hash, self._have, self._validator = hashlib.sha256(), 0, ""
+        try:
+            about = msgspec.json.decode(self._about.read_bytes(), type=_Part)
+        except (OSError, msgspec.MsgspecError):
+            return
+        if about.url != self._remote.url or not (about.validator or self._remote.sha256) or not self._part.exists():
+            return
+        self._validator = about.validator
+        with self._part.open("rb") as file:
+            while data := file.read(BLOCK_BYTES):
+                self._hash.update(data)
+                self._have += len(data)
+        self.resumed = self._have > 0
+
+    def _once(self) -> None:
+        if self._have and self._have == self._remote.size_bytes:
+            return
+        with self._http.stream("GET", self._remote.url, headers=self._headers()) as response:
+            if response.status_code == 416 and _whole(response) == self._have:
+                return
+            self._judge(response)
+            if response.status_code == 200:
+                self._hash, self._have, self.resumed = hashlib.sha256(), 0, False
+            self._validator = _validator(response)
+            self._preflight(response)
+            self._about.write_bytes(msgspec.json.encode(_Part(self._remote.url, self._validator)))
+            with self._part.open("r+b" if self._part.exists() else "w+b", buffering=0) as file:
+                file.truncate(self._have)
+                file.seek(self._have)
+                self._receive(response, file)
+
+    def _headers(self) -> dict[str, str]:
+        # Without identity a proxy may compress, and then ranges count other bytes.
+        headers = {**self._remote.headers, "Accept-Encoding": "identity"}
+        if self._have and (self._validator or self._remote.sha256):
+            headers["Range"] = f"bytes={self._have}-"
+            if self._validator:
+                headers["If-Range"] = self._validator
+        return headers
+
+    def _judge(self, response: httpx.Response) -> None:
+        status = response.status_code
+        if status in _RETRIED:
+            raise _TryAgain(f"the server answers {status}", _retry_after(response))
+        if status == 416:  # what we have is longer than what is there
+            self.forget()
+            self._have, self._hash = 0, hashlib.sha256()
+            raise _TryAgain("the file has changed on the server")
+        if status == 206:
+            start = response.headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
+            if start != str(self._have):
+                raise FetchFailed(f"{self._host} answers a range that was not asked for; it cannot be resumed from.")
+        elif status != 200:
+            raise FetchFailed(f"{self._host} answers {status} for {self._target.name}: {_meaning(status)}.")
+
+    def _preflight(self, response: httpx.Response) -> None:
+        try:
+            missing = int(response.headers["Content-Length"])
+        except (KeyError, ValueError):
+            return
+        need_space(self._target.parent, missing)
+
+    def _receive(self, response: httpx.Response, file: BinaryIO) -> None:
+        for data in response.iter_raw(BLOCK_BYTES):
+            file.write(data)
+            self._hash.update(data)
+            self._have += len(data)
+            self._on_bytes(self._have)
+        if self._remote.size_bytes is not None and self._have < self._remote.size_bytes:
+            raise _TryAgain("the connection ended early")
+
+
+class _TryAgain(Exception):
+    def __init__(self, text: str, wait_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.wait_s = wait_s
+
+
+def need_space(folder: Path, missing_bytes: int) -> None:
+    """Refuse what will not fit. Raises FetchFailed."""
+    free = shutil.disk_usage(folder).free
+    if missing_bytes + SPARE_BYTES > free:
+        raise FetchFailed(
+            f"{folder} has {free / 2**30:.1f} GiB free, and {missing_bytes / 2**30:.1f} GiB are to come: free some"
+            " space, or name another folder with --models-dir."
+        )
+
+
+def _hash(path: Path, on_bytes: OnBytes) -> str:
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while data := file.read(BLOCK_BYTES):
+            digest.update(data)
+            done += len(data)
+            on_bytes(done)
+    return digest.hexdigest()
+
+
+def _validator(response: httpx.Response) -> str:
+    """A strong validator for If-Range, "" when the server gives none."""
+    etag = response.headers.get("ETag", "")
+    if etag and not etag.startswith("W/"):
+        return etag
+    return "" if etag else response.headers.get("Last-Modified", "")
+
+
+def _whole(response: httpx.Response) -> int | None:
+    text = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(text) if text.isdecimal() else None
+
+
+def _retry_after(response: httpx.Response) -> float:
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else 0.0
+
+
+def _meaning(status: int) -> str:
+    return {
+        401: "it wants to know who you are; give a token",
+        403: "it does not let you have this file",
+        404: "there is no such file; check the address",
+        410: "the file is gone",
+    }.get(status, "it does not give the file")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text and not isinstance(error, _TryAgain) else text or "no answer"
