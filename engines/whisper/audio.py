@@ -63,6 +63,8 @@ def _track(container: Any, rate: int, max_s: float, step: Callable[[float], None
     if not container.streams.audio:
         raise _bad("it holds no audio track")
     stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise _bad("it is damaged or not audio (there is no decoder for its encoding)")
     if not _LOWEST_RATE <= stream.rate <= _HIGHEST_RATE:
         raise _bad(f"its sample rate of {stream.rate} Hz is not between {_LOWEST_RATE} and {_HIGHEST_RATE}")
     parts: list[NDArray[np.int16]] = []

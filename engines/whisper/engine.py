@@ -57,6 +57,7 @@ class Whisper(Engine):
     def __init__(self) -> None:
         self._model: Any = None
         self._vocabulary = 0
+        self._control = range(0)
         self._max_audio_s = MAX_AUDIO_S
 
     @classmethod
@@ -98,7 +99,7 @@ class Whisper(Engine):
         self._model = _open(model, place, asked)
         progress(1, 2, "load")
         self._vocabulary = folder.vocabulary_size(place)
-        folder.check_tokenizer(self._model.hf_tokenizer, self._vocabulary)
+        self._control = folder.check_tokenizer(self._model.hf_tokenizer, self._vocabulary)
         _warm_up(self._model, model.device)
         progress(2, 2, "load")
         native = self._model.model
@@ -124,11 +125,7 @@ class Whisper(Engine):
             known = "is English-only" if not multilingual else f"does not know {params.language!r}"
             raise refuse("invalid_parameter", f"language: This model {known}.", "language")
         if isinstance(params.prompt, list):
-            # CTranslate2 looks these up without a check: an id beyond the table ends the process with SIGSEGV.
-            for token in params.prompt:
-                if token >= self._vocabulary:
-                    what = f"token id {token} is not below {self._vocabulary}, the size of this model's vocabulary"
-                    raise refuse("invalid_parameter", f"prompt: {what}.", "prompt")
+            self._check_tokens(params.prompt)
 
     def run(self, job: Job) -> Outcome:
         """Decode the file, then transcribe window by window.
@@ -160,6 +157,17 @@ class Whisper(Engine):
             segments=segments,
         )
         return Outcome(body=result, usage={"audio_seconds": duration})
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        """CTranslate2 looks ids up without a check: one beyond the table ends the process with SIGSEGV."""
+        for token in tokens:
+            what = ""
+            if token >= self._vocabulary:
+                what = f"token id {token} is not below {self._vocabulary}, the size of this model's vocabulary"
+            elif token in self._control:
+                what = f"token id {token} is a control token, only text and timestamps may precede the audio"
+            if what:
+                raise refuse("invalid_parameter", f"prompt: {what}.", "prompt")
 
     def _speaks(self, language: str) -> bool:
         if not self._model.model.is_multilingual:
@@ -243,16 +251,15 @@ def _open(model: Model, place: Path, compute_type: str) -> Any:
         folder.preload_cublas()
     from faster_whisper import WhisperModel  # type: ignore[import-untyped]
 
+    given = {
+        "device": device,
+        "device_index": index,
+        "compute_type": compute_type,
+        "cpu_threads": option(model, "cpu_threads", _Threads, 0),
+        "num_workers": option(model, "num_workers", _Workers, 1),
+    }
     try:
-        return WhisperModel(
-            str(place),
-            device=device,
-            device_index=index,
-            compute_type=compute_type,
-            cpu_threads=option(model, "cpu_threads", _Threads, 0),
-            num_workers=option(model, "num_workers", _Workers, 1),
-            local_files_only=True,
-        )
+        return WhisperModel(str(place), local_files_only=True, **given)
     except Exception as error:  # tokenizers raises bare Exception
         field = "options.compute_type" if "compute type" in str(error) else "files.model"
         raise refuse("load_failed", f"faster-whisper cannot load {place} on {device}: {error}", field) from None

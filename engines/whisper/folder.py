@@ -38,7 +38,8 @@ def vocabulary_size(folder: Path) -> int:
     """How many rows the embedding has: token ids must lie below. Raises FaultError (`load_failed`)."""
     listed = folder / _VOCABULARIES[0]
     if not listed.is_file():
-        return sum(1 for _ in (folder / _VOCABULARIES[1]).open("rb"))
+        with (folder / _VOCABULARIES[1]).open("rb") as lines:
+            return sum(1 for _ in lines)
     try:
         words = json.loads(listed.read_bytes())
     except ValueError as error:
@@ -48,8 +49,15 @@ def vocabulary_size(folder: Path) -> int:
     return len(words)
 
 
-def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
-    """Refuse a tokenizer of another model: an id beyond the embedding would crash the process."""
+def check_tokenizer(tokenizer: Any, vocabulary: int) -> range:
+    """Refuse a tokenizer of another model: an id beyond the embedding would crash the process.
+
+    Returns:
+        The ids of the control tokens, which lie between the text and the timestamps.
+
+    Raises:
+        FaultError: `load_failed`.
+    """
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocabulary:
         what = f"tokenizer.json knows token {highest}, but the model's vocabulary ends at {vocabulary - 1}"
@@ -57,6 +65,7 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
     for token in ("<|startoftranscript|>", "<|endoftext|>", "<|startofprev|>", "<|notimestamps|>"):
         if tokenizer.token_to_id(token) is None:
             raise refuse("load_failed", f"tokenizer.json has no {token}: it is not of a Whisper model.", "files.model")
+    return range(tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|notimestamps|>") + 1)
 
 
 def preload_cublas() -> None:
