@@ -25,7 +25,7 @@ async def judge_result(blobs: Blobs, job: str, attempt: int, kind: str, body: Co
     Every file must have been uploaded with the declared size and digest; the result must fit its kind.
     """
     files: list[StoredFile] = []
-    result = None if body.result is None else bytes(body.result)
+    result = body.inline
     if len(body.files) > MAX_OUTPUT_FILES or len({file.name for file in body.files}) < len(body.files):
         return Fault("upload_failed", f"The worker named a file twice, or more than {MAX_OUTPUT_FILES} files.")
     for file in body.files:

@@ -34,6 +34,8 @@ from protocol.faults import Fault
 MAX_MESSAGE_BYTES = 4 * 2**20
 INLINE_BYTES = 64 * 2**10
 RESULT_FILE = "result.msgpack"  # a result body above INLINE_BYTES travels as this file
+_NIL = b"\xc0"
+NO_RESULT = msgspec.Raw(_NIL)
 
 
 class Body(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -162,12 +164,19 @@ class Progress(Body, frozen=True):
 class Complete(Body, frozen=True):
     """The attempt succeeded. Output files were uploaded before this is sent.
 
-    `result` is the result struct in msgpack, or None when it went as the file `RESULT_FILE`.
+    `result` is the result struct in msgpack, or nil when it went as the file `RESULT_FILE`. It is no union with
+    None, because msgspec decodes a `Raw` only where it stands alone.
     """
 
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = NO_RESULT
     files: tuple[OutputFile, ...] = ()
     usage: dict[str, float] = {}
+
+    @property
+    def inline(self) -> bytes | None:
+        """The result in msgpack, when it came with this message."""
+        data = bytes(self.result)
+        return None if data == _NIL else data
 
 
 class Fail(Body, frozen=True):
