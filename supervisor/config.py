@@ -22,6 +22,7 @@ import msgspec
 
 from engines.catalog import CATALOG
 from protocol.engine_wire import Model
+from protocol.ids import is_safe_id
 from protocol.work import Kind, is_kind
 from supervisor.config_walk import BAD, EnvText, build, did_you_mean, dotted
 from supervisor.errors import ConfigError
@@ -212,6 +213,8 @@ Finding = tuple[KeyPath, str]
 
 def _crosscheck(settings: Settings) -> Iterator[Finding]:
     yield from _check_coordinator(settings.coordinator)
+    if settings.worker.name and not is_safe_id(settings.worker.name):
+        yield ("worker", "name"), "has characters other than letters, digits and _ . : - (at most 128, no mark first)"
     for name, table in settings.engines.items():
         if table is not BAD:
             yield from _check_engine(name, table)

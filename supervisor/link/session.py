@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 SILENT_BEATS = 3
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
-CLOSE_PATIENCE_S = 1.0  # for the closing handshake with a peer that may be gone
+CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone
 INBOX_MESSAGES = 64
 
 Post = Callable[[wire.Body, str, int], None]

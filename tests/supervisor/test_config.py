@@ -85,6 +85,7 @@ device = "gpu"
         ("models = {}", "worker.toml:1: models: expected a list, got a table"),
         ("models = [3]", "worker.toml:1: models[0]: expected a table, got a number"),
         ("config_version = 2\nnonsense = 1", "config_version: 2 is newer than this program knows (1)"),
+        ('[worker]\nname = "my box"', "worker.name: has characters other than"),
         ('[coordinator]\nurl = "http://x"', '"http://x" is neither "embedded" nor the ws:// or wss://'),
         ('[coordinator]\nurl = "wss://x"', "coordinator.token_file: is missing"),
         ('[coordinator]\nurl = "wss://x"\ntoken_file = "t"', "t cannot be read: No such file"),

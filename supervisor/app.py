@@ -1,0 +1,259 @@
+"""`supervisor run`: everything wired together, from the lock on the state folder to the exit code.
+
+Order of life: lock, log, signals, embedded coordinator, host, link, proofs; each is opened inside the one before
+it, so they end in the opposite order and the coordinator stops last. The first SIGTERM or SIGINT drains: no new
+jobs, those that run get `limits.drain_s`. The second stops at once, and a third leaves without looking back;
+children then die with us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import secrets
+import signal
+import ssl
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from protocol.faults import Fault
+from protocol.link_wire import Capabilities
+from supervisor import config
+from supervisor.embedded import Ready, open_embedded
+from supervisor.errors import ConfigError, ExitCode, IdentityHeld, LinkRefused, SupervisorError
+from supervisor.host.host import Host, open_host
+from supervisor.host.means import Means
+from supervisor.host.work import ModelSpec
+from supervisor.intake.admission import ModelState
+from supervisor.link import register
+from supervisor.link.attempts import Attempts
+from supervisor.link.reconnect import Backoff, keep_link
+from supervisor.link.register import Proof
+from supervisor.link.session import Address, SessionEnd, Why, converse
+from supervisor.link.transfer import Transfer
+from supervisor.link.worker import Identity, Worker
+from supervisor.machine.weights import Digests
+from supervisor.notices import set_up
+from supervisor.proving import Prover, Verdicts
+from supervisor.service import sd_notify
+from supervisor.settings import CoordinatorTable, LimitsTable, Settings
+from supervisor.state import StateFolder, hold_state, write_endpoint
+from supervisor.version import version
+
+log = logging.getLogger(__name__)
+
+# After the drain: for the last results and their acknowledgements.
+LAST_WORDS_S = 3.0
+
+
+def run(settings: Settings) -> ExitCode:
+    """Run the supervisor to its end.
+
+    Raises:
+        SupervisorError: it ends before it could begin, or the coordinator refused it; carries the exit code.
+    """
+    with hold_state(config.state_dir(settings)) as state:
+        set_up(settings.log)
+        _warn_about_root()
+        try:
+            return trio.run(_Supervisor(settings, state).live)
+        except (SupervisorError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            plain = _plain(error)
+            if isinstance(plain, SupervisorError | KeyboardInterrupt):
+                raise plain from None
+            log.critical("a mistake of ours ended everything", exc_info=error)
+            return ExitCode.INTERNAL
+        finally:
+            state.endpoint.unlink(missing_ok=True)
+
+
+class _Supervisor:
+    """One life of the supervisor."""
+
+    def __init__(self, settings: Settings, state: StateFolder) -> None:
+        self._settings = settings
+        self._state = state
+        self._specs = config.build_models(settings)
+        self._proofs: dict[str, Proof] = {}
+        self._drain = trio.Event()
+        self._drain_reason = ""
+        self._now = trio.CancelScope()  # cancelled by the second signal
+        self._refused: SupervisorError | None = None
+
+    async def live(self) -> ExitCode:
+        """Until drained, stopped or refused."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._heed_signals)
+            with self._now:
+                async with self._coordinator() as (address, drain_coordinator):
+                    await self._work(address, drain_coordinator)
+            nursery.cancel_scope.cancel()
+        if self._refused is not None:
+            raise self._refused
+        return ExitCode.STOPPED
+
+    # ---- asking for the end
+
+    def ask_drain(self, reason: str) -> None:
+        """Begin the drain; later reasons change nothing."""
+        if not self._drain.is_set():
+            self._drain_reason = reason
+            self._drain.set()
+
+    async def _heed_signals(self, task_status: trio.TaskStatus[None]) -> None:
+        seen = 0
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                seen += 1
+                name = signal.Signals(number).name
+                if seen == 1:
+                    log.info("%s: draining for at most %g s; once more stops at once", name, self._limits.drain_s)
+                    self.ask_drain(f"{name} was received")
+                elif seen == 2:
+                    log.warning("%s again: stopping at once", name)
+                    self._now.cancel()
+                else:
+                    os._exit(ExitCode.INTERNAL)
+
+    @property
+    def _limits(self) -> LimitsTable:
+        return self._settings.limits
+
+    # ---- the coordinator
+
+    @contextlib.asynccontextmanager
+    async def _coordinator(self) -> AsyncIterator[tuple[Address, Callable[[], Awaitable[None]]]]:
+        """Yields where the coordinator is, and what tells an embedded one of a drain."""
+        table = self._settings.coordinator
+        if table.url == "embedded":
+            async with open_embedded(table, self._state.coordinator, self._coordinator_ready) as embedded:
+                yield embedded.address, embedded.drain
+            return
+
+        async def nothing() -> None:
+            await trio.lowlevel.checkpoint()
+
+        yield _remote(table), nothing
+
+    def _coordinator_ready(self, ready: Ready) -> None:
+        write_endpoint(self._state.endpoint, ready.url, ready.client_key_file)
+        log.info("the coordinator answers at %s", ready.url)
+        sys.stdout.write(f"Base URL    {ready.url}/v1\nClient key  in {ready.client_key_file}\n")
+        sys.stdout.flush()
+
+    # ---- the work
+
+    async def _work(self, address: Address, drain_coordinator: Callable[[], Awaitable[None]]) -> None:
+        digests = Digests(self._state.digests)
+        async with (
+            open_host(self._specs, self._limits, self._state.instances, means=Means(verify=digests.verify)) as host,
+            Transfer(address) as transfer,
+            trio.open_nursery() as nursery,
+        ):
+            attempts = Attempts(host, transfer, self._state.empty_attempts(), nursery)
+            worker = self._worker(host, attempts)
+            prover = Prover(
+                digests.verify,
+                Verdicts(self._state.verdicts),
+                lambda spec, proof: self._proved(spec, proof, host, worker),
+            )
+            host.on_change = worker.announce
+            nursery.start_soon(worker.keep_announced)
+            nursery.start_soon(transfer.warm_up)
+            nursery.start_soon(prover.prove_all, self._specs)
+            nursery.start_soon(self._link, address, worker)
+            sd_notify("READY=1")
+            await self._drain.wait()
+            sd_notify("STOPPING=1")
+            if self._refused is None:
+                await self._drained(worker, attempts, drain_coordinator)
+            host.on_change = None
+            nursery.cancel_scope.cancel()
+
+    def _worker(self, host: Host, attempts: Attempts) -> Worker:
+        def offered(not_accepting: str) -> Capabilities:
+            return register.capabilities(
+                register.model_offers(self._specs, self._proofs, host.snapshot()),
+                labels=self._settings.worker.labels,
+                machine=f"{platform.system()} {platform.machine()}",
+                version=version(),
+                not_accepting=not_accepting,
+            )
+
+        def models() -> dict[str, ModelState]:
+            return register.model_states(self._specs, self._proofs, host.snapshot())
+
+        name = self._state.worker_id(self._settings.worker.name)
+        return Worker(
+            Identity(name=name, boot=secrets.token_hex(8)),
+            attempts,
+            offered=offered,
+            models=models,
+            on_shutdown=self.ask_drain,
+        )
+
+    def _proved(self, spec: ModelSpec, proof: Proof, host: Host, worker: Worker) -> None:
+        self._proofs[spec.name] = proof
+        worker.announce()
+        if proof.ok and any(model.preload for model in self._settings.models if model.name == spec.name):
+            host.preload(spec.name)
+
+    async def _link(self, address: Address, worker: Worker) -> None:
+        end = await keep_link(lambda: converse(address, worker), Backoff())
+        self._refused = _refusal(end)
+        self.ask_drain(end.sentence)
+
+    async def _drained(
+        self, worker: Worker, attempts: Attempts, drain_coordinator: Callable[[], Awaitable[None]]
+    ) -> None:
+        """No new jobs; those that run get `drain_s`, then their end is told, then it is over."""
+        worker.drain(self._drain_reason)
+        await drain_coordinator()
+        with trio.move_on_after(self._limits.drain_s):
+            await attempts.ledger.wait_empty()
+        if left := attempts.ledger.running:
+            log.warning("%d jobs did not end within the drain's %g s", left, self._limits.drain_s)
+            attempts.stop_all(Fault("worker_stopping", "The worker stopped before the job was done."))
+            with trio.move_on_after(self._limits.cancel_grace_s + LAST_WORDS_S):
+                await attempts.ledger.wait_empty()
+        log.info("drained")
+
+
+def _remote(table: CoordinatorTable) -> Address:
+    try:
+        token = Path(table.token_file).read_text().strip()
+        tls = ssl.create_default_context(cafile=table.tls_ca or None) if table.url.startswith("wss:") else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"[coordinator]: the token or the certificates cannot be read: {error}"]) from None
+    return Address(url=table.url, token=token, connect_s=table.connect_s, tls=tls)
+
+
+def _refusal(end: SessionEnd) -> SupervisorError:
+    if end.why is Why.DUPLICATE:
+        return IdentityHeld(f"Another supervisor works under this worker id: {end.sentence}.")
+    cures = {
+        Why.REFUSED: "check coordinator.token_file",
+        Why.DELETED: "register this worker again",
+        Why.REVISION: "update the older of the two",
+    }
+    return LinkRefused(f"The coordinator refused this worker: {end.sentence}; {cures[end.why]}.")
+
+
+def _plain(error: BaseException) -> BaseException:
+    """The one error that ended everything, where there is one; else the group."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _warn_about_root() -> None:
+    if os.geteuid() == 0:
+        log.warning("running as root: a user of its own would do, and would lose less to a hostile model")

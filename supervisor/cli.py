@@ -1,0 +1,222 @@
+"""The `supervisor` command. Every command imports only what it needs: `version` must not wait for trio.
+
+Exit codes: supervisor/errors.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from supervisor.errors import ConfigError, ExitCode, SupervisorError
+
+if TYPE_CHECKING:
+    from supervisor.settings import Settings
+
+_CONFIG_HELP = """\
+The configuration is worker.toml: --config FILE, else $BULKHEAD_CONFIG, else ./worker.toml, else
+~/.config/bulkhead/worker.toml. Environment variables are stronger than the file:
+BULKHEAD__COORDINATOR__LISTEN=127.0.0.1:9000 sets [coordinator] listen."""
+
+_EXAMPLES = {
+    "": """\
+examples:
+  supervisor run                             serve what ./worker.toml says
+  supervisor models pull chat.gguf           add a model to worker.toml
+  supervisor config check                    look for mistakes without starting anything
+""",
+    "run": f"""\
+{_CONFIG_HELP}
+
+The first SIGTERM or Ctrl-C drains: running jobs get [limits] drain_s. The second stops at once.
+
+examples:
+  supervisor run
+  supervisor run --config /etc/bulkhead/worker.toml
+  BULKHEAD__LOG__LEVEL=debug supervisor run
+
+exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refused this worker, 70 internal,
+73 another process holds this identity, 77 no permission, 78 bad configuration
+""",
+    "config": f"""\
+{_CONFIG_HELP}
+
+examples:
+  supervisor config check                    all mistakes at once, each with its line
+  supervisor config show --json              what is in force, defaults included
+  supervisor config schema > schema.json     JSON Schema for editors
+  supervisor config path                     which file is read
+""",
+    "models": """\
+examples:
+  supervisor models pull ./chat.gguf
+  supervisor models pull https://example.org/voice.onnx --sha256 HEX
+  supervisor models list
+""",
+    "setup": """\
+examples:
+  supervisor setup --dry-run                 print what would be installed
+  supervisor setup                           one environment per engine, probed
+""",
+    "version": "",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code for a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(ExitCode.USAGE, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser(words).parse_args(words)
+        return int(arguments.command(arguments))
+    except ConfigError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return int(error.exit_code)
+    except SupervisorError as error:
+        print(f"supervisor: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `supervisor config schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.FAILED)
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="supervisor",
+        description="Runs GPU inference jobs in child processes, and ends the ones that misbehave.",
+        epilog=_EXAMPLES[""],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+
+    def command(name: str, help_: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help_,
+            description=help_[:1].upper() + help_[1:] + ".",
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    run = command("run", "serve the configured models until asked to stop")
+    run.add_argument("--config", metavar="FILE", help="worker.toml")
+    run.set_defaults(command=_run)
+    _add_config(command("config", "check, show or describe the configuration"))
+    models = command("models", "pull, list and remove models")
+    setup = command("setup", "make one environment per engine, for the GPU of this machine")
+    # Their arguments are theirs to name; importing both for every command would cost each of them.
+    if "models" in words:
+        from supervisor import pull
+
+        pull.add_arguments(models)
+        models.set_defaults(command=pull.main)
+    if "setup" in words:
+        from supervisor import setup as setting_up
+
+        setting_up.add_arguments(setup)
+        setup.set_defaults(command=setting_up.main)
+    command("version", "print the version").set_defaults(command=_version)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    for name, help_, function in (
+        ("check", "find all mistakes", _config_check),
+        ("show", "print what is in force", _config_show),
+        ("schema", "print the JSON Schema", _config_schema),
+        ("path", "print which file is read", _config_path),
+    ):
+        verb = verbs.add_parser(name, help=help_, description=help_[:1].upper() + help_[1:] + ".")
+        if name != "schema":
+            verb.add_argument("--config", metavar="FILE", help="worker.toml")
+        if name in ("check", "show", "path"):
+            verb.add_argument("--json", action="store_true", help="for programs")
+        verb.set_defaults(command=function)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from supervisor.config import find_config, load
+
+    return load(find_config(arguments.config))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    from supervisor.app import run
+
+    return int(run(settings))
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from supervisor.config import find_config, load
+
+    path, problems = None, []
+    try:
+        path = find_config(arguments.config)
+        load(path)
+    except ConfigError as error:
+        problems = error.problems
+    if arguments.json:
+        report = {"path": str(path) if path else None, "ok": not problems, "problems": problems}
+        print(msgspec.json.encode(report).decode())
+    elif problems:
+        print(*problems, sep="\n", file=sys.stderr)
+    else:
+        print(f"{path}: no mistakes")
+    return int(ExitCode.BAD_CONFIG if problems else ExitCode.STOPPED)
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from supervisor.config import masked
+
+    plain = masked(_settings(arguments))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(plain)).decode())
+    else:
+        import tomlkit
+
+        print(tomlkit.dumps(plain), end="")
+    return int(ExitCode.STOPPED)
+
+
+def _config_schema(_arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from supervisor.settings import Settings
+
+    print(msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Settings))).decode())
+    return int(ExitCode.STOPPED)
+
+
+def _config_path(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from supervisor.config import find_config
+
+    path = str(find_config(arguments.config).resolve())
+    print(msgspec.json.encode({"path": path}).decode() if arguments.json else path)
+    return int(ExitCode.STOPPED)
+
+
+def _version(_arguments: argparse.Namespace) -> int:
+    from supervisor.version import version
+
+    print(f"supervisor {version()}")
+    return int(ExitCode.STOPPED)

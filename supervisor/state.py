@@ -1,0 +1,114 @@
+"""The state folder: one supervisor at a time, and what outlives it.
+
+lock            flock'ed while a supervisor runs; names its pid
+worker-id       made at the first start, so that a renamed or re-addressed box stays the same worker
+digests.json    sha256 of model files already read
+verdicts.json   probes that were passed, and under which circumstances
+endpoint.json   where the embedded coordinator answers and where the client key lies; gone when it is not up
+coordinator/    state of the embedded coordinator
+instances/      scratch of engine instances
+attempts/       inputs and outputs of running jobs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from protocol.ids import is_safe_id
+from supervisor.errors import IdentityHeld, NoPermission
+
+
+class StateFolder:
+    """Paths below the state folder; made by `hold_state`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.digests = root / "digests.json"
+        self.verdicts = root / "verdicts.json"
+        self.endpoint = root / "endpoint.json"
+        self.coordinator = root / "coordinator"
+        self.instances = root / "instances"
+        self.attempts = root / "attempts"
+
+    def worker_id(self, configured: str) -> str:
+        """The configured name, else the one made at the first start."""
+        if configured:
+            return configured
+        path = self.root / "worker-id"
+        with contextlib.suppress(OSError):
+            known = path.read_text().strip()
+            if is_safe_id(known):
+                return known
+        host = "".join(char for char in socket.gethostname().split(".")[0] if char.isalnum() or char == "-")
+        made = f"{host.strip('-')[:40] or 'worker'}-{secrets.token_hex(4)}"
+        write_atomically(path, made.encode() + b"\n")
+        return made
+
+    def empty_attempts(self) -> Path:
+        """Remove what an earlier life left of its jobs: nobody will ask for it again."""
+        shutil.rmtree(self.attempts, ignore_errors=True)
+        self.attempts.mkdir(mode=0o700, exist_ok=True)
+        return self.attempts
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole; readers see the old or the new one. Mode 0600."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    partial.replace(path)
+
+
+def write_endpoint(path: Path, url: str, client_key_file: str) -> None:
+    """Tell other programs where to find the embedded coordinator."""
+    fields = {"url": url, "client_key_file": client_key_file, "pid": os.getpid()}
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(fields)) + b"\n")
+
+
+@contextlib.contextmanager
+def hold_state(root: Path) -> Iterator[StateFolder]:
+    """Take the state folder for this process alone.
+
+    Raises:
+        IdentityHeld: another process has it.
+        NoPermission: it cannot be made or written.
+    """
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise NoPermission(
+            f"The state folder {root} cannot be used: {error.strerror}; "
+            "give this user the folder, or choose another one with [worker] state_dir."
+        ) from None
+    try:
+        _lock(descriptor, root)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield StateFolder(root)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise NoPermission(f"The state folder {root} cannot be locked: {error.strerror}.") from None
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        raise IdentityHeld(
+            f"The state folder {root} is held by the supervisor with pid {holder or 'unknown'}; "
+            "stop that one, or give this one another [worker] state_dir."
+        ) from None
