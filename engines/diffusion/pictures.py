@@ -36,7 +36,7 @@ def encode(pixels: Pixels, format: str, quality: int) -> bytes:
     if format != "png":
         options = {**options, "quality": quality}
     buffer = io.BytesIO()
-    Image.fromarray(pixels, "RGB").save(buffer, format.upper(), **options)
+    Image.fromarray(pixels).save(buffer, format.upper(), **options)
     return buffer.getvalue()
 
 

@@ -6,6 +6,7 @@ Memory stays bounded by the encoder's own look-ahead: a frame is handed over and
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,8 @@ class VideoWriter:
         if width % 2 or height % 2:
             raise refuse("invalid_parameter", f"width: {width} x {height} is not even on both sides.", "width")
         self.frames = 0
+        self._finished = False
+        self._container: Any = None
         self._path = path
         self._rate = fps
         self._codec = CODECS[format]
@@ -64,24 +67,29 @@ class VideoWriter:
         self._threads = threads
 
     def __enter__(self) -> VideoWriter:
+        try:
+            with self._translated():
+                self._stream = self._open()
+        except BaseException:
+            self._tidy()
+            raise
+        return self
+
+    def _open(self) -> Any:
+        """Open the file and the encoder; returns PyAV's stream."""
         import av
 
         codec = self._codec
-        with self._translated():
-            self._container: Any = av.open(
-                str(self._path), "w", format=codec.container, options=codec.container_options
-            )
-            stream: Any = self._container.add_stream(codec.encoder, rate=self._rate, options=codec.options)
-            stream.width, stream.height = self._size
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.thread_count = self._threads
-            stream.codec_context.time_base = Fraction(1, self._rate)
-            stream.codec_context.colorspace = _BT601
-            stream.codec_context.color_primaries = _BT601
-            stream.codec_context.color_trc = _BT601
-            stream.codec_context.color_range = _LIMITED_RANGE
-            self._stream = stream
-        return self
+        self._container = av.open(str(self._path), "w", format=codec.container, options=codec.container_options)
+        stream = self._container.add_stream(codec.encoder, rate=self._rate, options=codec.options)
+        stream.width, stream.height = self._size
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.thread_count = self._threads
+        context.time_base = Fraction(1, self._rate)
+        context.colorspace = context.color_primaries = context.color_trc = _BT601
+        context.color_range = _LIMITED_RANGE
+        return stream
 
     def write(self, pixels: Pixels) -> None:
         """Encode one frame (height, width, 3). Raises FaultError `engine_failed`."""
@@ -96,20 +104,32 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            with contextlib.suppress(Exception):
-                self._container.close()
-            self._path.unlink(missing_ok=True)
-            return
-        with self._translated():
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._tidy()
+
+    def _finish(self) -> None:
+        """Flush the encoder and write the file's end."""
+        if not self.frames:
             # An encoder that never saw a frame closes into a file of 0 bytes without a word.
-            if not self.frames:
-                raise refuse("engine_failed", "There is no frame to encode.")
+            raise refuse("engine_failed", "There is no frame to encode.")
+        with self._translated():
             self._container.mux(self._stream.encode(None))
             self._container.close()
+        self._finished = True
+
+    def _tidy(self) -> None:
+        """Close in any case; an unfinished file is removed."""
+        if self._container is not None:
+            with contextlib.suppress(Exception):
+                self._container.close()
+        if not self._finished:
+            self._path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _translated(self) -> Any:
+    def _translated(self) -> Iterator[None]:
         import av
 
         try:

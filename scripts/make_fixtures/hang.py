@@ -1,4 +1,4 @@
-"""hang.onnx: a loop of 2^62 rounds. Ends only by RunOptions.terminate, which is looked at between rounds, or a signal."""
+"""hang.onnx: a loop of 2^62 rounds. Only a signal ends it, or RunOptions.terminate, looked at between rounds."""
 
 from __future__ import annotations
 

@@ -135,6 +135,7 @@ def write_broken(folder: Path) -> None:
     weights = random_weights()
     write_llama(folder / "short_vocabulary.gguf", {**weights, "token_embd.weight": weights["token_embd.weight"][:200]})
     write_llama(folder / "heads_mismatch.gguf", weights, heads=3)
-    write_llama(folder / "nan.gguf", {k: v * np.nan if "attn_q" in k else v for k, v in weights.items()})
+    spoilt = {name: values * np.nan if "attn_q" in name else values for name, values in weights.items()}
+    write_llama(folder / "nan.gguf", spoilt, file_type="f16")  # q8_0 has no NaN
     del weights["blk.1.ffn_up.weight"]
     write_llama(folder / "missing_tensor.gguf", weights)
