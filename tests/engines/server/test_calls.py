@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ _EVENTS = [Event("a", "one"), Event("", "x\n y"), Event("", ""), Event("", "z\u2
 @given(st.lists(st.integers(0, len(_STREAM)), max_size=12))
 def test_any_split_gives_the_same_events(cuts):
     edges = [0, *sorted(cuts), len(_STREAM)]
-    pieces = [_STREAM[left:right] for left, right in zip(edges, edges[1:], strict=False)]
+    pieces = [_STREAM[left:right] for left, right in itertools.pairwise(edges)]
     assert list(events(pieces)) == _EVENTS
 
 

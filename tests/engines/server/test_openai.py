@@ -142,7 +142,7 @@ def test_a_separator_inside_json_does_not_split_an_event(child, standin):
         ),
         (["401", "{}"], "engine_failed", "key_env", False),
         (["404", "{}"], "engine_failed", "does not offer", False),
-        (["413", "{}"], "payload_too_large", "no reason", False),
+        (["413", "{}"], "payload_too_large", "{}", False),
         (["429", '"slow down"'], "engine_failed", "slow down", True),
         (["500", "[1]"], "engine_failed", "answered 500", False),
     ],

@@ -25,7 +25,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-def _argv(program, *rest):
+def _argv(program, *rest):  # noqa: ANN002
     return [sys.executable, "-I", "-c", program, *rest]
 
 
