@@ -285,7 +285,10 @@ def running_desk(
         *blob_routes(blobs, dispatcher.wants_output),
         WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, _authenticate, gateway)),
     ]
-    listener = socket.create_server(("127.0.0.1", 0))
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is named; without it every answer waits 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     config = uvicorn.Config(
         Starlette(routes=routes),
         ws="websockets-sansio",

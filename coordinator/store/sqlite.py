@@ -313,7 +313,8 @@ class SqliteStore:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
         with self._transaction() as now:
             rows = self._all(
-                "SELECT id FROM jobs WHERE deadline_at_ms > 0 AND deadline_at_ms <= :now AND "
+                "SELECT id FROM jobs WHERE deadline_at_ms > 0 AND deadline_at_ms <= :now "
+                "AND state IN ('queued', 'offered', 'running') AND "  # as the partial index says it
                 "(state IN ('queued', 'offered') OR (state = 'running' AND deadline_at_ms + :slack <= :now))",
                 now=now,
                 slack=slack_ms,

@@ -1,0 +1,119 @@
+"""What is SQLite's own: the file, its lock, its schema, a full disk."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from coordinator.records import StoredInput, Submission
+from coordinator.store import SqliteStore, StoreBusy, StoreError, StoreTooNew
+from coordinator.store.base import Outcome, Want
+from coordinator.store.sqlite_schema import MIGRATIONS
+from protocol.faults import Fault, FaultError
+
+
+def test_the_file_is_private_and_durable(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    try:
+        assert stat.S_IMODE((tmp_path / "jobs.sqlite").stat().st_mode) == 0o600
+        assert store._writer.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert store._writer.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert store._writer.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS)
+    finally:
+        store.close()
+    store.close()
+
+
+def test_a_second_coordinator_is_refused(tmp_path: Path) -> None:
+    first = SqliteStore(tmp_path / "jobs.sqlite")
+    with pytest.raises(StoreBusy, match="another coordinator"):
+        SqliteStore(tmp_path / "jobs.sqlite")
+    first.close()
+    SqliteStore(tmp_path / "jobs.sqlite").close()
+
+
+def test_a_store_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
+    SqliteStore(tmp_path / "jobs.sqlite").close()
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StoreTooNew, match="later version"):
+        SqliteStore(tmp_path / "jobs.sqlite")
+
+
+def test_what_is_no_store_says_so(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_bytes(b"this is a letter to my aunt" * 100)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        SqliteStore(tmp_path / "jobs.sqlite")
+    with pytest.raises(StoreError, match="No such file"):
+        SqliteStore(tmp_path / "missing" / "jobs.sqlite")
+
+
+def test_a_full_disk_is_a_typed_refusal_and_passes(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    try:
+        pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
+        store._writer.execute(f"PRAGMA max_page_count = {pages + 4}")
+        big = Submission(kind="llm", model="chat", params=b"x" * 200_000)
+        with pytest.raises(FaultError) as caught:
+            store.insert("job_1", big)
+        assert (caught.value.fault.code, caught.value.fault.http_status) == ("storage_full", 507)
+        assert store.get("job_1") is None
+        store._writer.execute(f"PRAGMA max_page_count = {pages + 400}")
+        assert store.insert("job_1", big)[1]
+    finally:
+        store.close()
+
+
+def test_the_reader_cannot_write(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    try:
+        with pytest.raises(StoreError, match="readonly"):
+            store._read("DELETE FROM jobs")
+    finally:
+        store.close()
+
+
+def test_no_statement_scans_the_table(tmp_path: Path) -> None:
+    """A queue that scans its table is fast until it is long. Judges the statements that are really run."""
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    said: list[str] = []
+    asked = Submission(
+        kind="llm", model="chat", params=b"", idempotency_key="k", inputs=(StoredInput("a", "b", 1, ""),)
+    )
+    fault = Fault("engine_crashed", "It crashed.")
+    try:
+        for connection in (store._writer, store._reader):
+            connection.set_trace_callback(said.append)
+        store.insert("job_1", asked)
+        store.by_key(asked)
+        store.get("job_1", "default")
+        store.recent("default", 5, "queued")
+        store.claim([Want("chat", ("llm", "embedding"), 3)])
+        store.release("job_1", 1)
+        store.accept("job_1", 1, "w1")
+        store.mark_streamed("job_1", 1, "w1")
+        store.adopt("job_1", 1, "w1")
+        store.fail("job_1", 1, "w1", fault)
+        store.complete("job_1", 1, "w1", Outcome(b""))
+        store.end("job_1", 1, fault)
+        store.expire(5)
+        store.cancel("job_1", "default", fault)
+        store.purge(-1000)
+        for call in (store.open_attempts, store.queued):
+            call()
+        store.has_blob("b")
+        store.has_job("job_1")
+        for connection in (store._writer, store._reader):
+            connection.set_trace_callback(None)
+        statements = {text for text in said if "jobs" in text and text.split()[0] in ("SELECT", "UPDATE", "DELETE")}
+        assert len(statements) > 20
+        for text in statements:
+            plan = [row[3] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {text}")]
+            assert "SCAN jobs" not in plan, (text, plan)
+            assert not any("TEMP B-TREE FOR ORDER" in step for step in plan), (text, plan)
+    finally:
+        store.close()

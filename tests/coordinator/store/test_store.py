@@ -1,0 +1,567 @@
+"""The contract of a store: every implementation passes these. A new database adds one line to `STORES`."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
+from coordinator.store import SqliteStore, Store, StoreError
+from coordinator.store.base import Outcome, Want
+from protocol.faults import Fault, FaultError
+
+STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "jobs.sqlite")}
+
+CRASH = Fault("engine_crashed", "The engine crashed.")
+WRONG = Fault("invalid_parameter", "The grammar is wrong.", field="grammar")
+CANCEL = Fault("cancelled", "The client left.")
+DONE = Outcome(
+    b"\x81\xa7content\xa2ok", (StoredFile("a.png", "j/1/x-a.png", "image/png", 3, "0" * 64),), {"images": 1.0}
+)
+ANY = Want("chat", ("llm",), 100)
+_ids = itertools.count()
+
+
+@pytest.fixture(params=STORES)
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Store]]:
+    """Open the store; every call opens the same data again. All are closed with the test."""
+    opened: list[Store] = []
+
+    def open_store() -> Store:
+        opened.append(STORES[request.param](tmp_path))
+        return opened[-1]
+
+    yield open_store
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def store(make: Callable[[], Store]) -> Store:
+    return make()
+
+
+def job(store: Store, **options: Any) -> JobRecord:
+    wanted = Submission(**{"kind": "llm", "model": "chat", "params": b"\x80", **options})
+    return store.insert(f"job_{next(_ids):06}", wanted)[0]
+
+
+def claim(store: Store, want: Want = ANY) -> list[JobRecord]:
+    return [record for record, _ in store.claim([want])]
+
+
+def running(store: Store, worker: str = "w1", **options: Any) -> JobRecord:
+    """A job that this worker has accepted."""
+    wanted = job(store, **options)
+    (claimed,) = claim(store)
+    assert claimed.id == wanted.id
+    assert store.accept(claimed.id, claimed.attempt, worker)
+    return row(store, wanted.id)
+
+
+def row(store: Store, job_id: str) -> JobRecord:
+    record = store.get(job_id)
+    assert record is not None
+    return record
+
+
+# ---- submitting --------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_everything_that_was_submitted(store: Store) -> None:
+    file = StoredInput("audio", "blob_x", 5, "f" * 64, "audio/wav")
+    asked = Submission(
+        kind="audio_stt",
+        model="ears",
+        params=b"\x81\xa1a\x01",
+        inputs=(file,),
+        stream=True,
+        tenant="t",
+        key_id="k",
+        idempotency_key="once",
+        priority=3,
+        deadline_ms=5000,
+        labels={"pool": "eu"},
+        vram_gb_estimate=1.5,
+        max_attempts=2,
+        traceparent="00-1-2-01",
+    )
+    before = store.now_ms()
+    made, created = store.insert("job_1", asked)
+    assert created
+    assert made == store.get("job_1")
+    assert made.deadline_at_ms == made.created_ms + 5000
+    assert before <= made.created_ms <= store.now_ms()
+    for name in msgspec.structs.asdict(asked):
+        if name not in ("deadline_ms", "wait_for_worker"):
+            assert getattr(made, name) == getattr(asked, name), name
+    assert (made.state, made.attempt, made.tries, made.result, made.fault) == ("queued", 0, 0, None, None)
+
+
+def test_a_job_is_seen_by_its_tenant_alone(store: Store) -> None:
+    mine = job(store, tenant="a")
+    assert store.get(mine.id, "a") == mine
+    assert store.get(mine.id, "b") is None
+    assert store.recent("b", 10) == []
+    assert store.cancel(mine.id, "b", CANCEL) is None
+    assert row(store, mine.id).state == "queued"
+
+
+def test_the_same_key_is_the_same_job(store: Store) -> None:
+    first = job(store, idempotency_key="k")
+    again, created = store.insert(
+        "job_other", Submission(kind="llm", model="chat", params=b"\x80", idempotency_key="k")
+    )
+    assert (again.id, created) == (first.id, False)
+    assert store.by_key(Submission(kind="llm", model="chat", params=b"\x80", idempotency_key="k")) == again
+    assert job(store, idempotency_key="k", tenant="other").id != first.id
+    assert job(store).id != job(store).id  # no key, no sameness
+
+
+def test_a_key_used_for_another_request_conflicts(store: Store) -> None:
+    job(store, idempotency_key="k")
+    for change in (
+        {"params": b"\x81\xa1a\x01"},
+        {"model": "other"},
+        {"inputs": (StoredInput("audio", "b", 1, "0" * 64),)},
+    ):
+        asked = Submission(**{"kind": "llm", "model": "chat", "params": b"\x80", "idempotency_key": "k", **change})
+        for attempt in (lambda asked=asked: store.insert("job_x", asked), lambda asked=asked: store.by_key(asked)):
+            with pytest.raises(FaultError) as caught:
+                attempt()
+            assert (caught.value.fault.code, caught.value.fault.field) == ("conflict", "idempotency_key")
+
+
+def test_one_key_from_many_threads_makes_one_job(store: Store) -> None:
+    asked = Submission(kind="llm", model="chat", params=b"\x80", idempotency_key="k")
+    seen: list[tuple[JobRecord, bool]] = []
+    threads = [threading.Thread(target=lambda n=n: seen.append(store.insert(f"job_{n}", asked))) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len({record.id for record, _ in seen}) == 1
+    assert sum(created for _, created in seen) == 1
+
+
+def test_recent_is_newest_first_and_light(store: Store) -> None:
+    first, second, third = job(store), job(store), job(store)
+    assert [one.id for one in store.recent("default", 2)] == [third.id, second.id]
+    store.cancel(first.id, "default", CANCEL)
+    assert [one.id for one in store.recent("default", 9, "cancelled")] == [first.id]
+    (offered,) = claim(store, Want("chat", ("llm",), 1))
+    assert {one.id for one in store.recent("default", 9, "queued")} == {second.id, third.id}
+    assert offered.state == "queued"  # an offer is nobody's business outside
+    assert all(one.params == b"" and one.result is None for one in store.recent("default", 9))
+    assert store.queued() == {("llm", "chat"): 1}
+
+
+# ---- claiming ----------------------------------------------------------------------------------------------
+
+
+def test_claims_go_by_priority_then_age(store: Store) -> None:
+    ids = [job(store, priority=priority).id for priority in (0, 5, 0, 5, -1)]
+    order = [1, 3, 0, 2, 4]
+    assert [record.id for record in claim(store)] == [ids[n] for n in order]
+
+
+def test_claims_match_model_and_kind_and_limit(store: Store) -> None:
+    chat = [job(store) for _ in range(3)]
+    job(store, model="other")
+    vector = job(store, kind="embedding")
+    assert [r.id for r in claim(store, Want("chat", ("llm",), 2))] == [chat[0].id, chat[1].id]
+    assert [r.id for r in claim(store, Want("chat", ("embedding", "rerank"), 9))] == [vector.id]
+    assert [r.id for r in claim(store, Want("chat", ("llm", "embedding"), 9))] == [chat[2].id]
+    assert claim(store, Want("nothing", ("llm",), 9)) == []
+
+
+def test_every_claim_mints_a_new_attempt(store: Store) -> None:
+    wanted = job(store)
+    for attempt in (1, 2, 3):
+        (claimed,) = claim(store)
+        assert (claimed.attempt, claimed.tries) == (attempt, 0)
+        assert store.release(wanted.id, attempt)
+        assert not store.release(wanted.id, attempt)
+    assert not store.accept(wanted.id, 3, "w1")
+
+
+def test_a_released_job_waits_its_delay(store: Store) -> None:
+    wanted = job(store)
+    claim(store)
+    store.release(wanted.id, 1, delay_ms=60_000)
+    assert claim(store) == []
+    store.shift_clock(60_001)
+    assert [record.id for record in claim(store)] == [wanted.id]
+
+
+def test_a_claim_says_how_much_time_is_left(store: Store) -> None:
+    job(store)
+    job(store, deadline_ms=60_000)
+    left = [ms for _, ms in store.claim([ANY])]
+    assert left[0] == 0
+    assert 50_000 < left[1] <= 60_000
+
+
+def test_nothing_is_claimed_twice_by_threads(store: Store) -> None:
+    wanted = {job(store).id for _ in range(120)}
+    seen: list[str] = []
+
+    def work() -> None:
+        while claimed := claim(store, Want("chat", ("llm",), 7)):
+            seen.extend(record.id for record in claimed)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(seen) == len(set(seen)) == 120
+    assert set(seen) == wanted
+
+
+# ---- ending ------------------------------------------------------------------------------------------------
+
+
+def test_complete_stores_result_files_and_usage_at_once(store: Store) -> None:
+    wanted = running(store)
+    assert (wanted.state, wanted.worker, wanted.tries) == ("running", "w1", 1)
+    assert wanted.started_ms is not None
+    ending = store.complete(wanted.id, 1, "w1", DONE)
+    assert ending.verdict == "stored"
+    assert ending.record == row(store, wanted.id)
+    assert ending.record is not None
+    assert (ending.record.state, ending.record.result, ending.record.files, ending.record.usage) == (
+        "succeeded",
+        DONE.result,
+        DONE.files,
+        DONE.usage,
+    )
+    assert ending.record.finished_ms is not None
+    assert ending.record.ended
+
+
+def test_a_repeated_completion_is_known_and_changes_nothing(store: Store) -> None:
+    wanted = running(store)
+    store.complete(wanted.id, 1, "w1", DONE)
+    before = row(store, wanted.id)
+    assert store.complete(wanted.id, 1, "w1", Outcome(b"\x80")).verdict == "again"
+    assert row(store, wanted.id) == before
+
+
+@pytest.mark.parametrize(("attempt", "worker"), [(2, "w1"), (1, "w2"), (0, "w1")])
+def test_only_the_holder_of_the_attempt_ends_it(store: Store, attempt: int, worker: str) -> None:
+    wanted = running(store)
+    before = row(store, wanted.id)
+    assert store.complete(wanted.id, attempt, worker, DONE).verdict == "fenced"
+    assert store.fail(wanted.id, attempt, worker, WRONG).verdict == "fenced"
+    assert not store.mark_streamed(wanted.id, attempt, worker)
+    assert row(store, wanted.id) == before
+
+
+def test_a_retryable_fault_requeues_with_growing_pauses(store: Store) -> None:
+    wanted = running(store)
+    first = store.fail(wanted.id, 1, "w1", CRASH)
+    assert (first.verdict, first.requeued) == ("stored", True)
+    assert first.record is not None
+    assert (first.record.state, first.record.fault) == ("queued", None)
+    assert claim(store) == []
+    store.shift_clock(251)
+    (second,) = claim(store)
+    assert (second.attempt, second.tries) == (2, 1)
+    store.accept(wanted.id, 2, "w2")
+    store.fail(wanted.id, 2, "w2", CRASH)
+    store.shift_clock(400)
+    assert claim(store) == []
+    store.shift_clock(101)
+    assert [record.attempt for record in claim(store)] == [3]
+
+
+def test_after_the_last_try_the_last_fault_is_kept(store: Store) -> None:
+    wanted = running(store, max_attempts=2)
+    store.fail(wanted.id, 1, "w1", CRASH)
+    store.shift_clock(300)
+    claim(store)
+    store.accept(wanted.id, 2, "w1")
+    ending = store.fail(wanted.id, 2, "w1", CRASH)
+    assert not ending.requeued
+    fault = row(store, wanted.id).fault
+    assert fault is not None
+    assert (fault.code, fault.detail["last"]["code"], fault.detail["attempts"]) == (
+        "attempts_exhausted",
+        "engine_crashed",
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "fault", "streamed"), [({}, WRONG, False), ({}, CRASH, True), ({"max_attempts": 1}, CRASH, False)]
+)
+def test_what_must_not_be_tried_again_fails_with_its_own_fault(
+    store: Store, options: dict[str, Any], fault: Fault, streamed: bool
+) -> None:
+    wanted = running(store, **options)
+    ending = store.fail(wanted.id, 1, "w1", fault, streamed)
+    assert not ending.requeued
+    assert (row(store, wanted.id).state, row(store, wanted.id).fault) == ("failed", fault)
+    assert store.fail(wanted.id, 1, "w1", fault).verdict == "again"
+
+
+def test_no_new_attempt_after_the_first_chunk(store: Store) -> None:
+    wanted = running(store)
+    assert store.mark_streamed(wanted.id, 1, "w1")
+    assert not store.fail(wanted.id, 1, "w1", CRASH).requeued
+    assert row(store, wanted.id).streamed
+    assert not store.mark_streamed(wanted.id, 1, "w1")
+
+
+# ---- cancelling --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["queued", "offered", "running"])
+def test_cancel_ends_a_job_in_any_open_state(store: Store, state: str) -> None:
+    wanted = job(store)
+    if state != "queued":
+        claim(store)
+    if state == "running":
+        store.accept(wanted.id, 1, "w1")
+    cancelled = store.cancel(wanted.id, "default", CANCEL)
+    assert cancelled is not None
+    assert cancelled.won
+    assert (cancelled.record.state, cancelled.record.fault) == ("cancelled", CANCEL)
+    assert claim(store) == []
+    assert not store.accept(wanted.id, 1, "w1")
+    assert not store.release(wanted.id, 1)
+
+
+def test_a_cancelled_job_keeps_no_result_but_its_usage_once(store: Store) -> None:
+    wanted = running(store)
+    store.cancel(wanted.id, "default", CANCEL)
+    late = store.complete(wanted.id, 1, "w1", Outcome(b"\x80", DONE.files, {"completion_tokens": 7.0}))
+    assert late.verdict == "late"
+    record = row(store, wanted.id)
+    assert (record.state, record.result, record.files, record.usage) == (
+        "cancelled",
+        None,
+        (),
+        {"completion_tokens": 7.0},
+    )
+    assert store.complete(wanted.id, 1, "w1", Outcome(b"\x80", (), {"completion_tokens": 9.0})).verdict == "again"
+    assert store.fail(wanted.id, 1, "w1", CRASH).verdict == "again"
+    assert row(store, wanted.id) == record
+
+
+def test_the_first_terminal_state_wins(store: Store) -> None:
+    done = running(store)
+    store.complete(done.id, 1, "w1", DONE)
+    after = store.cancel(done.id, "default", CANCEL)
+    assert after is not None
+    assert not after.won
+    assert after.record == row(store, done.id)
+    assert after.record.state == "succeeded"
+
+
+def test_end_fails_an_open_attempt_without_a_retry(store: Store) -> None:
+    wanted = job(store)
+    assert store.end(wanted.id, 0, CRASH).verdict == "fenced"
+    claim(store)
+    assert store.end(wanted.id, 1, CRASH).verdict == "stored"
+    assert row(store, wanted.id).state == "failed"
+    assert store.end(wanted.id, 1, CRASH).verdict == "fenced"
+
+
+# ---- coming back -------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_comes_back_keeps_its_attempt(store: Store) -> None:
+    wanted = running(store)
+    adoption = store.adopt(wanted.id, 1, "w1")
+    assert (adoption.verdict, adoption.record) == ("adopted", row(store, wanted.id))
+    assert row(store, wanted.id).tries == 1
+
+
+def test_an_accept_that_was_lost_is_made_up_for(store: Store) -> None:
+    wanted = job(store)
+    claim(store)
+    assert store.adopt(wanted.id, 1, "w1").verdict == "adopted"
+    record = row(store, wanted.id)
+    assert (record.state, record.worker, record.tries) == ("running", "w1", 1)
+
+
+def test_a_requeued_attempt_may_be_adopted_until_the_next_is_minted(store: Store) -> None:
+    wanted = running(store)
+    store.fail(wanted.id, 1, "w1", Fault("worker_lost", "gone"))
+    assert store.adopt(wanted.id, 1, "w2").verdict == "fenced"
+    assert store.adopt(wanted.id, 1, "w1").verdict == "adopted"
+    assert claim(store) == []
+    store.fail(wanted.id, 1, "w1", Fault("worker_lost", "gone"))
+    store.shift_clock(60_000)
+    assert [record.attempt for record in claim(store)] == [2]
+    assert store.adopt(wanted.id, 1, "w1").verdict == "fenced"
+
+
+def test_adoption_tells_what_became_of_the_attempt(store: Store) -> None:
+    done, gone, failed = running(store), running(store), running(store)
+    store.complete(done.id, 1, "w1", DONE)
+    store.cancel(gone.id, "default", CANCEL)
+    store.fail(failed.id, 1, "w1", WRONG)
+    assert store.adopt(done.id, 1, "w1").verdict == "stored"
+    assert store.adopt(done.id, 1, "w2").verdict == "fenced"
+    assert store.adopt(gone.id, 1, "w1").verdict == "cancelled"
+    assert store.adopt(failed.id, 1, "w1").verdict == "fenced"
+    assert store.adopt("job_unknown", 1, "w1").verdict == "fenced"
+    assert store.open_attempts() == []
+
+
+def test_open_attempts_are_those_offered_or_running(store: Store) -> None:
+    held = running(store)
+    offered = job(store)
+    claim(store)
+    job(store)
+    states = {(one.job, one.attempt): (one.state, one.worker) for one in store.open_attempts()}
+    assert states == {(held.id, 1): ("running", "w1"), (offered.id, 1): ("offered", "")}
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+def test_deadlines_end_waiting_jobs_at_once_and_running_ones_later(store: Store) -> None:
+    held = running(store, deadline_ms=10_000)
+    waiting, timeless = job(store, deadline_ms=10_000), job(store)
+    assert store.expire(5000) == []
+    store.shift_clock(10_001)
+    assert [record.id for record in claim(store)] == [timeless.id]  # not the one that is too late
+    (expired,) = store.expire(5000)
+    assert expired.id == waiting.id
+    assert expired.fault is not None
+    assert (expired.state, expired.fault.code) == ("failed", "deadline_exceeded")
+    store.shift_clock(5000)
+    assert [record.id for record in store.expire(5000)] == [held.id]
+    assert store.complete(held.id, 1, "w1", DONE).verdict == "fenced"
+    assert store.expire(5000) == []
+
+
+def test_a_retry_that_would_come_too_late_is_not_made(store: Store) -> None:
+    wanted = running(store, deadline_ms=200)
+    assert not store.fail(wanted.id, 1, "w1", CRASH).requeued
+    fault = row(store, wanted.id).fault
+    assert fault is not None
+    assert (fault.code, fault.detail["last"]["code"]) == ("deadline_exceeded", "engine_crashed")
+
+
+def test_ended_jobs_are_purged_after_the_retention(store: Store) -> None:
+    shared = StoredInput("audio", "blob_shared", 1, "0" * 64)
+    own = StoredInput("image", "blob_own", 1, "0" * 64)
+    old, open_job = job(store, inputs=(shared, own)), job(store, inputs=(shared,))
+    store.cancel(old.id, "default", CANCEL)
+    assert store.purge(1000) == []
+    store.shift_clock(1001)
+    (purged,) = store.purge(1000)
+    assert (purged.job, purged.blobs) == (old.id, ("blob_own",))
+    assert store.get(old.id) is None
+    assert not store.has_job(old.id)
+    assert store.has_job(open_job.id)
+    assert (store.has_blob("blob_own"), store.has_blob("blob_shared")) == (False, True)
+
+
+def test_everything_survives_a_restart(make: Callable[[], Store]) -> None:
+    first = make()
+    held = running(first)
+    first.close()
+    with pytest.raises(StoreError, match="closed"):
+        first.get(held.id)
+    with pytest.raises(StoreError, match="closed"):
+        first.accept(held.id, 1, "w1")
+    again = make()
+    assert row(again, held.id) == held
+    assert again.complete(held.id, 1, "w1", DONE).verdict == "stored"
+
+
+# ---- one effect per job, whatever interleaves --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_job_has_at_most_one_terminal_effect(store: Store, seed: int) -> None:
+    """Eight threads claim, accept, complete, fail, lose, adopt, release, cancel and expire the same jobs at random.
+
+    Each call says whether it won; at most one may have per job, and the row must agree with the winner.
+    """
+    jobs = [job(store, max_attempts=3, deadline_ms=0 if n % 3 else 600_000).id for n in range(30)]
+    wins: list[tuple[str, str]] = []
+    usage: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def won(job_id: str, state: str) -> None:
+        with lock:
+            wins.append((job_id, state))
+
+    def work(number: int) -> None:
+        rng = random.Random(seed * 100 + number)
+        mine: list[tuple[str, int]] = []
+        worker = f"w{number % 3}"  # some workers are several threads: sessions that overlap
+        for _ in range(160):
+            step = rng.random()
+            if step < 0.25:
+                mine += [(r.id, r.attempt) for r in claim(store, Want("chat", ("llm",), rng.randint(1, 4)))]
+            elif step < 0.28:
+                if (cancelled := store.cancel(rng.choice(jobs), "default", CANCEL)) and cancelled.won:
+                    won(cancelled.record.id, "cancelled")
+            elif step < 0.30:
+                store.shift_clock(rng.choice([0, 300, 30_000]))
+                for record in store.expire(1000):
+                    won(record.id, "failed")
+            elif mine:
+                end_one(rng, worker, *rng.choice(mine))
+
+    def end_one(rng: random.Random, worker: str, job_id: str, attempt: int) -> None:
+        step = rng.random()
+        if step < 0.3:
+            store.accept(job_id, attempt, worker)
+        elif step < 0.4:
+            store.release(job_id, attempt)
+        elif step < 0.5:
+            store.adopt(job_id, attempt, worker)
+        elif step < 0.55:
+            store.mark_streamed(job_id, attempt, worker)
+        elif step < 0.8:
+            ending = store.complete(job_id, attempt, worker, Outcome(b"\x80", (), {"images": 1.0}))
+            with lock:
+                usage[job_id] += ending.verdict in ("stored", "late")
+            if ending.verdict == "stored":
+                won(job_id, "succeeded")
+        else:
+            ending = store.fail(job_id, attempt, worker, CRASH)
+            if ending.verdict == "stored" and not ending.requeued:
+                won(job_id, "failed")
+
+    errors: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    effects = Counter(job_id for job_id, _ in wins)
+    assert effects
+    assert max(effects.values()) == 1
+    states = dict(wins)
+    for job_id in jobs:
+        record = row(store, job_id)
+        assert record.ended == (job_id in states)
+        assert not record.ended or record.state == states[job_id]
+        assert usage[job_id] == (1 if record.usage else 0)
+        assert record.tries <= record.max_attempts
