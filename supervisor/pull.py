@@ -27,6 +27,7 @@ from supervisor.columns import columns
 from supervisor.config import SEARCH, find_config, load, state_dir
 from supervisor.errors import ConfigError, ExitCode, NoPermission, SupervisorError
 from supervisor.host.child import ChildSpec, open_child
+from supervisor.interrupts import INTERRUPTED, is_interrupt
 from supervisor.machine.weights import folder_digest
 from supervisor.model_guess import Guess, shards
 from supervisor.pull_fetch import is_loopback
@@ -40,6 +41,7 @@ _HUB_PAGE = re.compile(
     r"https://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?\Z"
 )
+_FILE_ENDINGS = (".gguf", ".onnx", ".bin")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
 
 
@@ -80,9 +82,11 @@ def main(args: argparse.Namespace) -> int:
     except SupervisorError as error:
         sys.stderr.write(f"{error}\n")
         return int(error.exit_code)
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
         sys.stderr.write("\nstopped; run the same command again to go on where it stopped\n")
-        return 130
+        return INTERRUPTED
 
 
 def config_path(given: str | None) -> Path:
@@ -112,6 +116,8 @@ def read_source(source: str, file: str, sha256: str) -> Request:
     Raises:
         PullError: it is none, or the digest it needs is missing.
     """
+    if not source:
+        raise PullError("SOURCE: expected a file, a folder, an https URL or a Hugging Face repository.")
     if sha256 and not _SHA256.match(sha256):
         raise PullError("--sha256: expected 64 hexadecimal digits.")
     digest = sha256.lower()
@@ -125,8 +131,10 @@ def read_source(source: str, file: str, sha256: str) -> Request:
         if source.startswith("http://"):
             _check_plain(source, digest)
         return Request(kind="url", source=source, staging="", sha256=digest)
-    looks_like_a_path = source.startswith((".", "/", "~")) or source.lower().endswith((".gguf", ".onnx", ".bin"))
-    if not looks_like_a_path and (repo_ := _REPO.match(source)):
+    repo_ = _REPO.match(source)
+    # `models/my.gguf` that is not there is a misspelt path, not the repository `my.gguf` of the user `models`.
+    looks_like_a_path = source[0] in "./~" or (":" not in source and source.lower().endswith(_FILE_ENDINGS))
+    if repo_ and not looks_like_a_path:
         return Request(kind="hub", source=repo_["repo"], file=file or repo_["file"] or "", staging="", sha256=digest)
     raise PullError(
         f"{source}: no such file or folder, and no https URL or Hugging Face repository (owner/repo) either."

@@ -228,7 +228,8 @@ class _Download:
         need_space(self._target.parent, missing)
 
     def _receive(self, response: httpx.Response, file: BinaryIO) -> None:
-        for data in response.iter_raw(BLOCK_BYTES):
+        # No block size here: httpx would hold a block back and lose it when the connection is cut.
+        for data in response.iter_raw():
             file.write(data)
             self._hash.update(data)
             self._have += len(data)

@@ -57,7 +57,7 @@ def look_up(source: str, pattern: str) -> Found:
     repo, _, revision = source.partition("@")
     api = hub.HfApi()
     _check_endpoint(api.endpoint)
-    commit, files = _asked(hub, repo, lambda: _list(hub, api, repo, revision or None))
+    commit, files = _asked(repo, lambda: _list(api, repo, revision or None))
     chosen = choose(files, pattern, repo)
     headers = {name: value for name, value in api._build_hf_headers().items() if name.lower() == "authorization"}
     flat = _is_flat(chosen)
@@ -81,11 +81,11 @@ def _check_endpoint(endpoint: str) -> None:
         raise FetchFailed(f"HF_ENDPOINT is {endpoint!r}: expected an https address.")
 
 
-def _list(hub: Any, api: Any, repo: str, revision: str | None) -> tuple[str, list[HubFile]]:
+def _list(api: Any, repo: str, revision: str | None) -> tuple[str, list[HubFile]]:
     commit = str(api.model_info(repo, revision=revision).sha)
     found = []
     for entry in api.list_repo_tree(repo, recursive=True, revision=commit):
-        if isinstance(entry, hub.hf_api.RepoFile):
+        if hasattr(entry, "size"):  # a RepoFile; folders have none
             sha256 = (entry.lfs.sha256 or "") if entry.lfs else ""
             found.append(HubFile(name=entry.path, size_bytes=entry.size, sha256=sha256))
     for file in found:
@@ -99,9 +99,9 @@ def _is_safe(name: str) -> bool:
     return bool(name) and not name.startswith("/") and "\\" not in name and ".." not in name.split("/")
 
 
-def _asked(hub: Any, repo: str, ask: Callable[[], tuple[str, list[HubFile]]]) -> tuple[str, list[HubFile]]:
+def _asked(repo: str, ask: Callable[[], tuple[str, list[HubFile]]]) -> tuple[str, list[HubFile]]:
     """Translate the hub's errors, the one place for it."""
-    errors = hub.errors
+    errors: Any = importlib.import_module("huggingface_hub.errors")
     try:
         return ask()
     except errors.GatedRepoError:

@@ -1,11 +1,17 @@
-"""An interpreter of its own for engines that are not ours: a bare venv that sees msgspec and the test's engines."""
+"""Shared by the supervisor's tests.
+
+`wordy` is an engine of somebody else's in an interpreter of its own: a bare venv that sees msgspec and the test's
+engines. `site` is a server on the loopback that stands in for a Hugging Face hub and for plain file servers.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -36,3 +42,15 @@ def wordy(foreign_python: str) -> Callable[[str], EngineSpec]:
         )
 
     return make
+
+
+@pytest.fixture
+def site() -> Iterator[Any]:
+    """A `stand_in_hub.Site`, served; loaded by path because test folders are no packages."""
+    spec = importlib.util.spec_from_file_location("stand_in_hub", HERE / "stand_in_hub.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.serving(module.Site()) as served:
+        yield served
