@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import anyio
 import msgspec
@@ -172,7 +172,7 @@ class Blobs:
 
     def url(self, key: str, ttl_s: float) -> str:
         """A URL, relative to the coordinator, that fetches this one file for `ttl_s` seconds."""
-        return f"{PREFIX}/{key}?{self._signed('GET', key, ttl_s)}"
+        return f"{PREFIX}/{quote(key)}?{self._signed('GET', key, ttl_s)}"
 
     def upload_template(self, job: str, attempt: int, ttl_s: float) -> str:
         """A URL with `{name}` in it, to which outputs of this one attempt are PUT for `ttl_s` seconds.

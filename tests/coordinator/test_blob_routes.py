@@ -1,0 +1,110 @@
+"""`/v1/blobs` over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import anyio
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from coordinator.blob_routes import blob_routes
+from coordinator.blobs import Blobs
+from coordinator.testing_link import pieces
+
+
+async def admit(job: str, attempt: int) -> bool:
+    return (job, attempt) != ("job_over", 1)
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    return Blobs(tmp_path / "blobs", max_output_bytes=1000)
+
+
+@pytest.fixture
+def client(blobs: Blobs) -> Iterator[TestClient]:
+    with TestClient(Starlette(routes=blob_routes(blobs, admit))) as client:
+        yield client
+
+
+def template(blobs: Blobs, name: str, job: str = "job_1", ttl_s: float = 60) -> str:
+    return blobs.upload_template(job, 1, ttl_s).replace("{name}", quote(name, safe=""))
+
+
+def test_an_upload_is_stored_and_comes_back(client: TestClient, blobs: Blobs) -> None:
+    digest = hashlib.sha256(b"hello").hexdigest()
+    answer = client.put(template(blobs, "a b.txt"), content=b"hello", headers={"X-Content-SHA256": digest.upper()})
+    assert answer.status_code == 201
+    assert answer.json() == {"key": f"job_1/1/{digest}-a b.txt", "size": 5, "sha256": digest}
+    got = client.get(blobs.url(answer.json()["key"], 60))
+    assert (got.status_code, got.content) == (200, b"hello")
+    assert got.headers["x-content-type-options"] == "nosniff"
+    assert got.headers["content-disposition"].startswith("attachment")
+    assert "sandbox" in got.headers["content-security-policy"]
+
+
+def test_names_may_hold_what_means_something_in_a_url(client: TestClient, blobs: Blobs) -> None:
+    name = "a?b#c%41 ü&d=e.txt"
+    answer = client.put(template(blobs, name), content=b"hello")
+    assert answer.json()["key"].endswith("-" + name)
+    assert client.get(blobs.url(answer.json()["key"], 60)).content == b"hello"
+
+
+def test_ranges_and_head_work_for_resumed_downloads(client: TestClient, blobs: Blobs) -> None:
+    stored = anyio.run(blobs.put, pieces(b"0123456789"), 100)
+    url = blobs.url(stored.key, 60)
+    part = client.get(url, headers={"Range": "bytes=4-"})
+    assert (part.status_code, part.content) == (206, b"456789")
+    head = client.head(url)
+    assert (head.status_code, head.headers["content-length"]) == (200, "10")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "fault"),
+    [
+        ({"headers": {"X-Content-SHA256": "0" * 64}}, 502, "upload_failed"),
+        ({"content": b"x" * 1001}, 413, "payload_too_large"),
+        ({"content": iter([b"x" * 600, b"x" * 600])}, 413, "payload_too_large"),
+        ({"name": "a\\b"}, 400, "invalid_request"),
+        ({"job": "job_over"}, 409, "conflict"),
+        ({"ttl_s": -10}, 403, "forbidden"),
+    ],
+)
+def test_bad_uploads_are_refused_and_leave_nothing(
+    client: TestClient, blobs: Blobs, tmp_path: Path, change: dict[str, object], status: int, fault: str
+) -> None:
+    url = template(blobs, str(change.pop("name", "a")), str(change.pop("job", "job_1")), float(change.pop("ttl_s", 60)))  # type: ignore[arg-type]
+    answer = client.put(url, **{"content": b"hello", **change})  # type: ignore[arg-type]
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, fault)
+    assert [path for path in (tmp_path / "blobs").rglob("*") if path.is_file() and path.name != "secret"] == []
+
+
+def test_a_slash_in_the_name_leads_nowhere(client: TestClient, blobs: Blobs, tmp_path: Path) -> None:
+    for name in ("../../../escaped", "%2e%2e%2fescaped", "..%2f..%2fescaped"):
+        answer = client.put(blobs.upload_template("job_1", 1, 60).replace("{name}", name), content=b"x")
+        assert answer.status_code in (400, 403, 404, 405), name
+    assert [path for path in tmp_path.rglob("*escaped*")] == []
+
+
+def test_without_a_signature_nothing_is_said(client: TestClient, blobs: Blobs) -> None:
+    stored = anyio.run(blobs.put, pieces(b"secret words"), 100)
+    for answer in (
+        client.get(f"/v1/blobs/{stored.key}"),
+        client.get("/v1/blobs/secret"),
+        client.get("/v1/blobs/..%2fsecret"),
+        client.put("/v1/blobs/job_1/1/a", content=b"x"),
+    ):
+        assert answer.status_code == 403
+        assert b"secret words" not in answer.content
+
+
+def test_a_deleted_file_is_not_found(client: TestClient, blobs: Blobs) -> None:
+    stored = anyio.run(blobs.put, pieces(b"x"), 100)
+    blobs.delete("job_1", [stored.key])
+    answer = client.get(blobs.url(stored.key, 60))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
