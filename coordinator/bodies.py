@@ -4,6 +4,7 @@ caller's own field names in every refusal."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -180,11 +181,11 @@ def work_params(kind: str, value: Mapping[str, Any], names: Mapping[str, str] | 
         return parse_params(kind, dict(value))
     except FaultError as error:
         field = error.fault.field
-        head, dot, rest = (field or "").partition(".")
+        head = re.split(r"[.\[]", field or "", maxsplit=1)[0]
         theirs = (names or {}).get(head, head)
-        if field is None or field == f"{prefix}{theirs}{dot}{rest}":
+        renamed = f"{prefix}{theirs}{(field or '')[len(head) :]}"
+        if field is None or field == renamed:
             raise
-        renamed = f"{prefix}{theirs}{dot}{rest}"
         message = error.fault.message.removeprefix(f"{field}: ")
         raise FaultError(msgspec.structs.replace(error.fault, field=renamed, message=f"{renamed}: {message}")) from None
     except RecursionError:

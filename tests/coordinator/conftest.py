@@ -1,0 +1,52 @@
+"""A running coordinator for the whole session, and workers whose answers each test writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import httpx
+import openai
+import pytest
+
+from coordinator.services import Limits
+from coordinator.testing import FakeWorker, Running, Script, running
+from protocol.link_wire import ModelOffer
+
+_numbers = itertools.count(1)
+
+Serve = Callable[..., FakeWorker]
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The real coordinator on a free port; comment lines come quickly so that tests can see them."""
+    with running(tmp_path_factory.mktemp("coordinator"), Limits(comment_s=0.2)) as it:
+        yield it
+
+
+@pytest.fixture
+def http(served: Running) -> Iterator[httpx.Client]:
+    """Plain HTTP with the client key."""
+    with httpx.Client(base_url=served.url, headers=served.headers, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def ai(served: Running) -> Iterator[openai.OpenAI]:
+    """The official client, without retries so that every fault is seen once."""
+    with openai.OpenAI(base_url=served.url + "/v1", api_key=served.key, max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def serve(served: Running) -> Iterator[Serve]:
+    """`serve(script, "model", "kind", …)` connects a worker that serves the model by the script."""
+    with ExitStack() as stack:
+
+        def start(script: Script, model: str, *kinds: str, slots: int = 4) -> FakeWorker:
+            offer = ModelOffer(name=model, kinds=kinds, engine="fake", slots=slots)
+            return stack.enter_context(FakeWorker(served, (offer,), script, f"fake-{next(_numbers)}"))
+
+        yield start
