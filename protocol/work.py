@@ -468,6 +468,9 @@ def parse_params(kind: str, value: Any) -> Any:
         return msgspec.convert(value, type=PARAMS[kind])
     except msgspec.MsgspecError as error:
         raise _named(str(error)) from None
+    except UnicodeDecodeError:
+        what = "The parameters hold text that is not Unicode, half of a surrogate pair for example."
+        raise refuse("invalid_parameter", what, "params") from None
 
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)

@@ -37,6 +37,8 @@ def decode(samples: NDArray[np.float32], rate: int, ids: Mapping[str, Sequence[i
 
 def bursts(samples: NDArray[np.float32], rate: int) -> Iterator[NDArray[np.float32]]:
     """Yield the loud stretches."""
+    if not samples.size:
+        return
     size = max(1, round(_WINDOW_S * rate))
     energy = np.convolve(np.square(samples, dtype=np.float64), np.ones(size) / size, mode="same")
     loud = np.sqrt(np.maximum(energy, 0)) > _LOUD * float(np.sqrt(max(energy.max(initial=0.0), 1e-12)))

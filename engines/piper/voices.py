@@ -109,10 +109,11 @@ def open_voice(model: Model, path: Path, threads: int) -> Any:
     data = Path(option(model, "espeak_data", str, str(ESPEAK_DATA_DIR)))
     if config.phoneme_type == "espeak":
         _check_espeak(data)
+    providers = _providers(model.device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=_providers(model.device))
+        session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no base class
         raise refuse("load_failed", f"onnxruntime cannot load {path}: {error}", "files.model") from None
     return PiperVoice(config=config, session=session, espeak_data_dir=data)

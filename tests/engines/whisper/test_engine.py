@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +71,21 @@ def test_segments_carry_every_field_and_words_have_times(child):
     assert all(word.start < word.end and word.probability > 0.9 for word in segment.words)
 
 
-@pytest.fixture
-def three_minutes(tmp_path: Path) -> Path:
-    """The digits every 15 s, for 3 minutes."""
+def digits_every(seconds: float, times: int, path: Path) -> Path:
+    """Write the digits again and again."""
     import numpy as np
 
     from engines.whisper.audio import decode
 
     clip = decode(DIGITS["audio"], 16_000, 60)
-    gap = np.zeros(15 * 16_000 - len(clip), np.float32)
-    samples = np.tile(np.concatenate([clip, gap]), 12)
-    path = tmp_path / "long.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    one = np.pad(clip, (0, int(seconds * 16_000) - len(clip)))
+    path.write_bytes(wav((np.tile(one, times) * 32767).astype("<i2").tobytes()))
     return path
 
 
-def test_a_stream_is_one_chunk_per_finished_segment(child, three_minutes):
-    answer = child.run("audio_stt", {"chunk_length_s": 2}, inputs={"audio": three_minutes}, stream=True)
+def test_a_stream_is_one_chunk_per_finished_segment(child, tmp_path):
+    long = digits_every(1.5, 8, tmp_path / "long.wav")
+    answer = child.run("audio_stt", {"chunk_length_s": 2}, inputs={"audio": long}, stream=True)
     streamed = [msgspec.convert(chunk, work.SttChunk).segment for chunk in answer.chunks]
     assert streamed == answer.body.segments
     assert len(streamed) > 1
@@ -99,8 +94,9 @@ def test_a_stream_is_one_chunk_per_finished_segment(child, three_minutes):
     assert answer.body.text == "".join(segment.text for segment in streamed).strip()
 
 
-def test_progress_follows_the_windows_to_the_end(child, three_minutes):
-    answer = child.run("audio_stt", {}, inputs={"audio": three_minutes})
+def test_progress_follows_the_windows_to_the_end(child, tmp_path):
+    long = digits_every(15, 12, tmp_path / "long.wav")
+    answer = child.run("audio_stt", {}, inputs={"audio": long})
     windows = [one for one in answer.progress if one.phase == "window"]
     counts = [one.n for one in windows]
     assert counts == sorted(set(counts))
