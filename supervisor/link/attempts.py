@@ -211,12 +211,12 @@ class Attempts:
             if file.name == wire.RESULT_FILE:
                 raise refuse("engine_protocol", f"The engine named an output {wire.RESULT_FILE!r}, which is ours.")
             await self._transfer.upload(upload, file, outputs / file.name, claim.deadline)
-        result: msgspec.Raw | None = msgspec.Raw(done.body)
+        result = msgspec.Raw(done.body)
         if len(done.body) > wire.INLINE_BYTES:
             digest = hashlib.sha256(done.body).hexdigest()
             file = OutputFile(wire.RESULT_FILE, "application/msgpack", len(done.body), digest)
             await self._transfer.upload(upload, file, done.body, claim.deadline)
-            result = None
+            result = wire.NO_RESULT
         return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
 
 

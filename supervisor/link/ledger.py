@@ -97,7 +97,8 @@ class Ledger:
     def record(self, claim: Claim) -> None:
         """Write a claim down, before anything is started for it."""
         self._claims[claim.key] = claim
-        self._empty = trio.Event()
+        if self._empty.is_set():  # never replaced while somebody waits on it
+            self._empty = trio.Event()
 
     def forget(self, claim: Claim) -> None:
         """The coordinator has its end, or wants none."""

@@ -122,12 +122,18 @@ class Transfer:
         async with client.stream("GET", url, headers=headers) as response:
             self._judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
             async with await trio.open_file(target, "wb") as out:
-                async for piece in response.aiter_bytes(PIECE_BYTES):
-                    size += len(piece)
-                    if size > file.size:
-                        break
-                    digest.update(piece)
-                    await out.write(piece)
+                trouble: OSError | None = None
+                # httpx iterates by generators within generators, which only end well from inside: so no `break`,
+                # no error and no cancellation may happen between two pieces.
+                with trio.CancelScope() as enough:
+                    async for piece in response.aiter_bytes(PIECE_BYTES):
+                        size += len(piece)
+                        digest.update(piece)
+                        trouble = trouble or await _written(out, piece)
+                        if trouble or size > file.size:
+                            enough.cancel()
+                if trouble:
+                    raise trouble
         if size != file.size:
             more = "more than " if size > file.size else ""
             raise _Transient(f"{more}{min(size, file.size)} of {file.size} bytes came")
@@ -205,6 +211,15 @@ class Transfer:
             if trio.current_time() + pause_s >= until:
                 raise last
             await trio.sleep(pause_s)
+
+
+async def _written(out: Any, piece: bytes) -> OSError | None:
+    with trio.CancelScope(shield=True):
+        try:
+            await out.write(piece)
+        except OSError as error:
+            return error
+    return None
 
 
 @contextlib.contextmanager

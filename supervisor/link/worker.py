@@ -57,6 +57,7 @@ class Worker:
         self._drain_asked = ""  # by the coordinator; its `resume` lifts it
         self._paused = ""
         self._paused_until = float("inf")
+        self._pause_changed = trio.Event()
         self.welcomed = trio.Event()  # once, at the first welcome
 
     @property
@@ -144,9 +145,11 @@ class Worker:
             case wire.Pause(reason=reason, for_ms=for_ms):
                 self._paused = reason or "the coordinator paused it"
                 self._paused_until = trio.current_time() + for_ms / 1000 if for_ms > 0 else float("inf")
+                self._pause_changed.set()
                 self.announce()
             case wire.Resume():
                 self._paused = self._drain_asked = ""
+                self._pause_changed.set()
                 self.announce()
             case wire.ShutdownWorker(reason=reason):
                 self._on_shutdown(reason or "the coordinator asked for it")
@@ -156,9 +159,11 @@ class Worker:
     async def keep_announced(self) -> None:
         """Announce again when a pause runs out. Runs until cancelled."""
         while True:
-            left_s = self._paused_until - trio.current_time() if self._paused else 1.0
-            await trio.sleep(min(max(left_s, 0.01), 1.0))
-            if self._paused and trio.current_time() >= self._paused_until:
+            await self._pause_changed.wait()
+            self._pause_changed = trio.Event()
+            if self._paused and self._paused_until < float("inf"):
+                with trio.move_on_at(self._paused_until):
+                    await self._pause_changed.wait()
                 self.announce()
 
     # ---- offers

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import sys
+
+from protocol.engine_wire import Model
+from supervisor.host.work import EngineSpec, InstanceStatus, ModelSpec
+from supervisor.link.register import Proof, capabilities, model_offers, model_states
+
+
+def spec(name: str) -> ModelSpec:
+    engine = EngineSpec(name="llm", module="engines.llm.engine", python=sys.executable)
+    return ModelSpec(name=name, engine=engine, model=Model(name=name, kinds=("llm",), device="auto"))
+
+
+SPECS = [spec("proved"), spec("pending"), spec("broken"), spec("failed")]
+PROOFS = {
+    "proved": Proof(ok=True, revision="r1"),
+    "broken": Proof(ok=False, reason="its file is damaged"),
+    "failed": Proof(ok=True),
+}
+SNAPSHOT = [
+    InstanceStatus(model="proved", engine="llm", state="ready", slots=4, device="cuda:0", limits={"n_ctx": 4096}),
+    InstanceStatus(model="failed", engine="llm", state="failed", reason="no memory"),
+]
+
+
+def test_only_what_works_is_announced():
+    (offer,) = model_offers(SPECS, PROOFS, SNAPSHOT)
+    assert (offer.name, offer.slots, offer.resident, offer.device) == ("proved", 4, True, "cuda:0")
+    assert (offer.revision, offer.limits, offer.kinds) == ("r1", {"n_ctx": 4096}, ("llm",))
+
+
+def test_a_cold_model_is_announced_with_what_is_known_before_a_load():
+    (offer,) = model_offers(SPECS[:1], PROOFS, [InstanceStatus(model="proved", engine="llm", state="cold")])
+    assert (offer.slots, offer.resident, offer.device) == (1, False, "auto")
+    assert model_offers(SPECS[:1], PROOFS, [])[0].slots == 1
+
+
+def test_admission_learns_why_a_model_is_not_available():
+    states = model_states(SPECS, PROOFS, SNAPSHOT)
+    assert {name: state.reason for name, state in states.items()} == {
+        "proved": "",
+        "pending": "it is still being checked",
+        "broken": "its file is damaged",
+        "failed": "no memory",
+    }
+    assert states["proved"].available
+    assert not states["failed"].available
+
+
+def test_capabilities_say_why_no_jobs_are_taken():
+    made = capabilities((), labels={"rack": "1"}, machine="Linux", version="1", not_accepting="it drains")
+    assert (made.accepting, made.reason, made.labels) == (False, "it drains", {"rack": "1"})
+    assert capabilities((), labels={}, machine="", version="").accepting

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import trio
+
+from protocol.engine_wire import OutputFile
+from protocol.faults import FaultError
+from protocol.link_wire import FileRef
+from supervisor.link.reconnect import Backoff
+from supervisor.link.session import Address
+from supervisor.link.transfer import Transfer
+
+
+class Shop:
+    """A real HTTP server: GET gives `goods`, PUT takes; `moods` are statuses to answer with first."""
+
+    def __init__(self) -> None:
+        self.goods: dict[str, bytes] = {}
+        self.taken: dict[str, tuple[bytes, dict[str, str]]] = {}
+        self.moods: list[int] = []
+        self.requests: list[tuple[str, str, str]] = []
+        self.cut_short = 0
+        shop = self
+
+        class Talk(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self, status: int, body: bytes = b"") -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self) -> None:
+                shop.requests.append(("GET", self.path, self.headers.get("Authorization", "")))
+                if shop.moods:
+                    return self.answer(shop.moods.pop(0))
+                body = shop.goods.get(self.path)
+                if body is None:
+                    return self.answer(404)
+                if shop.cut_short:
+                    shop.cut_short -= 1
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body[: len(body) // 2])
+                    self.close_connection = True
+                    return None
+                return self.answer(200, body)
+
+            def do_PUT(self) -> None:
+                shop.requests.append(("PUT", self.path, self.headers.get("Authorization", "")))
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if shop.moods:
+                    return self.answer(shop.moods.pop(0))
+                shop.taken[self.path] = (body, {name.lower(): value for name, value in self.headers.items()})
+                return self.answer(201)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Talk)
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def shop():
+    shop = Shop()
+    yield shop
+    shop.close()
+
+
+@pytest.fixture
+async def transfer(shop):
+    address = Address(url=f"ws://127.0.0.1:{shop.port}/pre", token="t0ken")
+    async with Transfer(address, backoff=lambda: Backoff(0.01, 0.01), fetch_patience_s=5) as transfer:
+        yield transfer
+
+
+def ref(content: bytes, url: str = "/v1/blobs/a?sig=1", **fields: Any) -> FileRef:
+    fields = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()} | fields
+    return FileRef(name="audio", url=url, **fields)
+
+
+def out(name: str, content: bytes, **fields: Any) -> OutputFile:
+    fields = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()} | fields
+    return OutputFile(name=name, mime="image/png", **fields)
+
+
+CONTENT = os.urandom(3 * 2**20 + 17)
+
+
+async def test_a_relative_url_belongs_to_the_coordinator_and_gets_the_token(shop, transfer, tmp_path):
+    shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
+    await transfer.fetch(ref(CONTENT), tmp_path / "audio")
+    assert (tmp_path / "audio").read_bytes() == CONTENT
+    assert shop.requests == [("GET", "/pre/v1/blobs/a?sig=1", "Bearer t0ken")]
+
+
+async def test_an_absolute_url_elsewhere_gets_no_token(shop, transfer, tmp_path):
+    shop.goods["/x"] = b"abc"
+    await transfer.fetch(ref(b"abc", f"http://localhost:{shop.port}/x"), tmp_path / "audio")
+    assert shop.requests == [("GET", "/x", "")]
+
+
+async def test_trouble_that_passes_is_waited_out(shop, transfer, tmp_path):
+    shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
+    shop.moods = [503, 429, 500]
+    shop.cut_short = 1
+    await transfer.fetch(ref(CONTENT), tmp_path / "audio")
+    assert (tmp_path / "audio").read_bytes() == CONTENT
+    assert len(shop.requests) == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"size": 5}, "more than 5 of 5 bytes came"),
+        ({"size": 9}, "6 of 9 bytes came"),
+        ({"sha256": "0" * 64}, "its sha256 is"),
+        ({"url": "/gone"}, "HTTP 404"),
+        ({"url": "http://127.0.0.1:9/x"}, "ConnectError"),
+    ],
+)
+async def test_inputs_that_are_not_what_was_said(shop, tmp_path, fields, words):
+    shop.goods["/v1/blobs/a?sig=1"] = b"abcdef"
+    address = Address(url=f"ws://127.0.0.1:{shop.port}", token="t")
+    async with Transfer(address, backoff=lambda: Backoff(0.01, 0.01), fetch_patience_s=0.05) as transfer:
+        with pytest.raises(FaultError) as caught:
+            await transfer.fetch(ref(b"abcdef", **fields), tmp_path / "audio")
+    assert caught.value.fault.code == "input_unavailable"
+    assert words in caught.value.fault.message
+
+
+async def test_a_full_disk_is_the_workers_own_trouble(shop, transfer):
+    shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
+    with pytest.raises(FaultError) as caught:
+        await transfer.fetch(ref(CONTENT), trio.Path("/dev/full"))
+    assert caught.value.fault.code == "worker_disk_full"
+
+
+async def test_uploads_carry_name_digest_and_type_and_survive_bad_answers(shop, transfer, tmp_path):
+    path = tmp_path / "a b.png"
+    path.write_bytes(CONTENT)
+    shop.moods = [502]
+    await transfer.upload("/v1/blobs/job/1/{name}?exp=1&sig=2", out("a b.png", CONTENT), path)
+    body, headers = shop.taken["/pre/v1/blobs/job/1/a%20b.png?exp=1&sig=2"]
+    assert body == CONTENT
+    assert headers["x-content-sha256"] == hashlib.sha256(CONTENT).hexdigest()
+    assert headers["content-type"] == "image/png"
+    assert headers["content-length"] == str(len(CONTENT))
+    assert len(shop.requests) == 2
+
+
+async def test_content_from_memory(shop, transfer):
+    await transfer.upload("/{name}", out("result.msgpack", b"xyz"), b"xyz")
+    assert shop.taken["/pre/result.msgpack"][0] == b"xyz"
+
+
+async def test_a_refusal_is_not_tried_again(shop, transfer, tmp_path):
+    shop.moods = [409]
+    with pytest.raises(FaultError, match="HTTP 409") as caught:
+        await transfer.upload("/{name}", out("x", b"xyz"), b"xyz")
+    assert caught.value.fault.code == "upload_failed"
+    assert len(shop.requests) == 1
+
+
+async def test_no_patience_beyond_the_jobs_deadline(shop, transfer):
+    shop.moods = [500] * 1000
+    with pytest.raises(FaultError, match="HTTP 500"):
+        await transfer.upload("/{name}", out("x", b"xyz"), b"xyz", until=trio.current_time() + 0.1)
+
+
+async def test_an_offer_without_a_place_for_outputs(transfer):
+    with pytest.raises(FaultError, match="names no place"):
+        await transfer.upload("", out("x", b""), b"")
+
+
+def _link(folder):
+    (folder / "secret").write_bytes(b"secret")
+    (folder / "link").symlink_to(folder / "secret")
+    return out("link", b"secret")
+
+
+def _fifo(folder):
+    os.mkfifo(folder / "fifo")
+    return out("fifo", b"")
+
+
+def _short(folder):
+    (folder / "short").write_bytes(b"ab")
+    return out("short", b"abc")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_link, "cannot be opened"),
+        (_fifo, "not a regular file"),
+        (_short, "has 2 bytes, not 3"),
+        (lambda _: out("gone", b""), "cannot be opened"),
+        (lambda _: out("../up", b""), "not a plain file name"),
+        (lambda _: out("", b""), "not a plain file name"),
+    ],
+)
+async def test_what_an_engine_calls_an_output_is_checked(transfer, tmp_path, shop, make, words):
+    file = make(tmp_path)
+    with pytest.raises(FaultError) as caught:
+        await transfer.upload("/{name}", file, tmp_path / (file.name or "x"))
+    assert caught.value.fault.code == "engine_protocol"
+    assert words in caught.value.fault.message
+    assert shop.requests == []
