@@ -53,8 +53,12 @@ def _prctl(option: int, value: int) -> None:
 
 def _start(argv: list[str]) -> int:
     leash = os.getpid()
+    # A SIGTERM that came between fork and exec would be swallowed by our own Python handlers: hold it back till then.
+    held = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         return pid
     try:
         os.setsid()
@@ -65,6 +69,7 @@ def _start(argv: list[str]) -> int:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         os.execvp(argv[0], argv)
     except OSError as error:
         os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
