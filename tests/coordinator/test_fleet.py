@@ -1,0 +1,171 @@
+"""Who gets a job: pure, with times handed in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Worker
+from coordinator.records import JobRecord
+from coordinator.store.base import Want
+from protocol import link_wire as wire
+
+
+class NoPort:
+    def send(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
+        raise AssertionError("the fleet sends nothing")
+
+    def close(self, code: str, message: str) -> None:
+        raise AssertionError("the fleet closes nothing")
+
+
+def model(name: str = "chat", kinds: tuple[str, ...] = ("llm",), **options: Any) -> wire.ModelOffer:
+    return wire.ModelOffer(**{"name": name, "kinds": kinds, "engine": "e", **options})
+
+
+def worker(name: str, *models: wire.ModelOffer, busy: int = 0, **capabilities: Any) -> Worker:
+    made = Worker(name, NoPort(), wire.Capabilities(models=models or (model(),), **capabilities))
+    for n in range(busy):
+        hold(made, f"busy{n}")
+    return made
+
+
+def hold(made: Worker, job: str, name: str = "chat", kind: str = "llm") -> None:
+    made.attempts[job, 1] = HeldAttempt(job, 1, kind, name, "running")
+
+
+def fleet(*workers: Worker) -> Fleet:
+    made = Fleet()
+    for one in workers:
+        made.add(one)
+    return made
+
+
+def record(job: str = "j", name: str = "chat", kind: str = "llm") -> JobRecord:
+    return JobRecord(id=job, kind=kind, model=name, state="queued", tenant="t", attempt=1, created_ms=0, params=b"\x80")
+
+
+def placed(made: Fleet, job: str = "j", now: float = 0.0, **options: Any) -> str | None:
+    chosen = made.place(record(job, **options), now)
+    return chosen.id if chosen else None
+
+
+def test_a_loaded_model_comes_before_a_cold_one_even_when_busier() -> None:
+    made = fleet(worker("cold", model(slots=9)), worker("warm", model(slots=3, resident=True), busy=2))
+    assert placed(made) == "warm"
+
+
+def test_among_equals_the_least_busy_share_wins() -> None:
+    made = fleet(worker("a", model(slots=4), busy=2), worker("b", model(slots=4), busy=1), worker("c", model(), busy=1))
+    assert placed(made) == "b"
+
+
+def test_no_free_slot_no_offer() -> None:
+    made = fleet(worker("a", model(slots=2), busy=2))
+    assert made.wants(0.0) == []
+    assert placed(made) is None
+
+
+def test_slots_are_per_model_and_shared_by_its_kinds() -> None:
+    both = model("both", ("llm", "embedding"), slots=2)
+    one = worker("a", both, model("other"))
+    made = fleet(one)
+    hold(one, "x", "both", "embedding")
+    assert made.wants(0.0) == [Want("both", ("embedding", "llm"), 1), Want("other", ("llm",), 1)]
+    hold(one, "y", "both", "llm")
+    assert made.wants(0.0) == [Want("other", ("llm",), 1)]
+    assert placed(made, name="both", kind="llm") is None
+
+
+def test_wants_sum_equal_announcements_over_workers() -> None:
+    made = fleet(worker("a", model(slots=2)), worker("b", model(slots=3), busy=1), worker("c", model(kinds=())))
+    assert made.wants(0.0) == [Want("chat", ("llm",), 4)]
+
+
+@pytest.mark.parametrize("how", ["draining", "paused"])
+def test_who_takes_nothing_is_offered_nothing(how: str) -> None:
+    one = worker("a", accepting=how != "paused", reason="the operator paused it")
+    one.draining = how == "draining"
+    made = fleet(one)
+    assert made.wants(0.0) == []
+    assert placed(made) is None
+    assert made.views()[0].accepting is False
+
+
+def test_blocks_end_by_time_or_by_an_announcement() -> None:
+    one = worker("a", model(), model("other"))
+    made = fleet(one)
+    one.block("chat", 5.0)
+    one.block("chat", 3.0)
+    assert [want.model for want in made.wants(4.9)] == ["other"]
+    assert len(made.wants(5.0)) == 2
+    one.block("", 50.0)
+    assert made.wants(6.0) == []
+    made.announce(one, one.capabilities)
+    assert len(made.wants(6.0)) == 2
+
+
+def test_a_job_avoids_who_declined_it() -> None:
+    made = fleet(worker("a", model(resident=True)), worker("b"))
+    made.avoid("j", "a", 10.0)
+    assert placed(made, now=9.0) == "b"
+    assert placed(made, "another", now=9.0) == "a"
+    assert placed(made, now=10.0) == "a"
+    assert made.others("llm", "chat", "j", "b", 9.0) is False
+    assert made.others("llm", "chat", "j", "a", 9.0) is True
+    made.forget_job("j")
+    assert placed(made, now=9.0) == "a"
+
+
+def test_refused_by_all_needs_everybody_for_good() -> None:
+    made = fleet(worker("a"), worker("b"), worker("c", model("other")))
+    made.avoid("j", "a", FOREVER)
+    made.avoid("j", "b", 1e9)
+    assert not made.refused_by_all("llm", "chat", "j")
+    made.avoid("j", "b", FOREVER)
+    assert made.refused_by_all("llm", "chat", "j")
+    assert not made.refused_by_all("llm", "nobody serves this", "j")
+
+
+def test_judge_says_what_is_wrong() -> None:
+    made = Fleet()
+
+    def code(kind: str = "llm", name: str = "chat") -> str | None:
+        fault = made.judge(kind, name)
+        return fault.code if fault else None
+
+    assert code() == "no_worker"
+    one, two = worker("a"), worker("b", model("other"))
+    made.add(one)
+    made.add(two)
+    assert code() is None
+    assert code(kind="image") == "unsupported"
+    assert code(name="nope") == "model_not_found"
+    fault = made.judge("llm", "nope")
+    assert fault is not None
+    assert "other" not in fault.message  # what is served is for /v1/models and its keys
+    assert made.remove(one)
+    assert code() == "no_worker"  # its worker will be back; the model is not unknown
+    two.draining = True
+    assert code(name="other") == "no_worker"
+
+
+def test_a_newer_session_is_not_removed_by_the_end_of_the_older() -> None:
+    older, newer = worker("a"), worker("a")
+    made = fleet(older)
+    made.add(newer)
+    assert not made.remove(older)
+    assert made.workers["a"] is newer
+
+
+def test_models_are_summed_over_workers() -> None:
+    made = fleet(
+        worker("b", model(slots=2, limits={"n_ctx": 4096}, engine="x")),
+        worker("a", model(slots=1, resident=True, kinds=("llm", "embedding"))),
+        worker("c", model("zzz"), model("none", kinds=())),
+    )
+    chat, other = made.models()
+    assert (chat.name, chat.kinds, chat.workers, chat.slots) == ("chat", ("embedding", "llm"), ("a", "b"), 3)
+    assert (chat.limits, chat.engines, chat.resident) == ({"n_ctx": 4096}, ("e", "x"), True)
+    assert (other.name, other.resident) == ("zzz", False)
