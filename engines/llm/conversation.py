@@ -16,7 +16,7 @@ from protocol.work import LlmParams, Message
 # Converters of schemas recurse, and write a repetition out: `maxLength` of 10^9 keeps one busy for ever.
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_CHARS = 200_000
-MAX_REPEAT = 2000
+MAX_REPEAT = 10_000
 MAX_PATTERN_DEPTH = 50
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -47,6 +47,9 @@ def _check_constraints(params: LlmParams) -> None:
         raise refuse("invalid_parameter", f"{given[0]}: give at most one of {', '.join(given)}.", given[0])
     if given and active_tools(params):
         raise refuse("invalid_parameter", f"{given[0]}: it cannot be combined with `tools`.", given[0])
+    if params.prompt is not None and given and given[0] != "grammar":
+        sentence = f"{given[0]}: a plain prompt takes a grammar only; send the text as `messages`."
+        raise refuse("unsupported", sentence, given[0])
     if params.top_logprobs and not params.logprobs:
         raise refuse("invalid_parameter", "top_logprobs: it needs `logprobs` to be true.", "top_logprobs")
     if params.json_schema is not None:

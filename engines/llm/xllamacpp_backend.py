@@ -61,10 +61,16 @@ class XllamacppBackend:
             self._try_schema(conversation.forced_schema(params), "tools")
 
     def _try_schema(self, schema: dict[str, Any], field: str) -> None:
-        """A schema is known to be good only when a sampler was made of it: generate one token under it."""
-        body = {"prompt": "", "max_tokens": 1, "stream": True, "cache_prompt": False, "json_schema": schema}
+        """A schema is known to be good only when a sampler was made of it: answer one token under it."""
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 1,
+            "stream": True,
+            "cache_prompt": False,
+            "response_format": response_format(schema),
+        }
         try:
-            self._server.stream(body, lambda _chunk: False, chat=False)
+            self._server.stream(body, lambda _chunk: False, chat=True)
         except FaultError as error:
             if error.fault.code != "invalid_request":
                 raise
@@ -130,25 +136,33 @@ def request_body(params: LlmParams, *, native_tools: bool) -> dict[str, Any]:
         body["stop"] = params.stop
     if params.grammar is not None:
         body["grammar"] = params.grammar
-    schema = conversation.forced_schema(params) if forced(params, native_tools=native_tools) else None
-    schema = schema or conversation.schema_of(params)
     if params.messages is None:
         body["prompt"] = params.prompt
         if params.logprobs:
             body["logprobs"] = max(1, params.top_logprobs)
-        if schema is not None:
-            body["json_schema"] = schema
     else:
-        body |= _chat_fields(params, schema, native_tools)
+        body |= _chat_fields(params, native_tools)
     return body
 
 
-def _chat_fields(params: LlmParams, schema: dict[str, Any] | None, native_tools: bool) -> dict[str, Any]:
+def response_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema in OpenAI's words.
+
+    Only the chat route makes a grammar of it by llama.cpp's own converter. The completion route hands it to a
+    library that ignores a schema which it cannot read, and lets a weak model write blanks without end.
+    """
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def _chat_fields(params: LlmParams, native_tools: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"messages": conversation.plain_messages(params)}
+    schema = conversation.schema_of(params)
+    if forced(params, native_tools=native_tools):
+        schema = conversation.forced_schema(params)
     if params.logprobs:
         fields |= {"logprobs": True, "top_logprobs": max(1, params.top_logprobs)}
     if schema is not None:
-        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        fields["response_format"] = response_format(schema)
     if params.chat_template_kwargs:
         fields["chat_template_kwargs"] = params.chat_template_kwargs
     tools = conversation.active_tools(params)

@@ -168,17 +168,32 @@ class Child:
         self._stderr.close()
 
 
+@contextlib.contextmanager
+def _children(folder: Path) -> Iterator[Callable[[str], Child]]:
+    started: list[Child] = []
+
+    def start(name: str) -> Child:
+        own = folder / f"engine{len(started)}"
+        own.mkdir()
+        started.append(Child(CATALOG[name].module if name in CATALOG else name, own))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for child in started:
+            child.close()
+
+
 @pytest.fixture
 def spawn(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
     """Start an engine child by catalogue name or module; ended with the test."""
-    children: list[Child] = []
+    with _children(tmp_path) as start:
+        yield start
 
-    def start(name: str) -> Child:
-        folder = tmp_path / f"engine{len(children)}"
-        folder.mkdir()
-        children.append(Child(CATALOG[name].module if name in CATALOG else name, folder))
-        return children[-1]
 
-    yield start
-    for child in children:
-        child.close()
+@pytest.fixture(scope="module")
+def spawn_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Child]]:
+    """As `spawn`, for a child that all tests of a module share: a library takes half a second to import."""
+    with _children(tmp_path_factory.mktemp("shared")) as start:
+        yield start

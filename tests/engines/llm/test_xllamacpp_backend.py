@@ -1,0 +1,163 @@
+"""What only this backend has: slots, the private socket, tools of the model's own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+from typing import Any
+
+import psutil
+import pytest
+
+from engines.llm.answer import Answer
+from engines.llm.xllamacpp_backend import request_body, take_choice, usage_of
+from engines.runtime.contract import Job
+from protocol import engine_wire as wire
+from protocol.engine_wire import Ready
+from protocol.work import LlmParams, Message
+
+CHAT = [Message(role="user", content="hi")]
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
+
+
+def test_body_names_only_what_was_asked_for() -> None:
+    body = request_body(LlmParams(messages=CHAT), native_tools=True)
+    assert body == {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_progress": True,
+        "messages": [{"role": "user", "content": "hi"}],
+    }
+
+
+def test_body_of_a_plain_prompt() -> None:
+    body = request_body(LlmParams(prompt="x", logprobs=True, seed=2**32 + 5, stop=["y"], top_k=3), native_tools=True)
+    assert (body["prompt"], body["logprobs"], body["seed"], body["stop"], body["top_k"]) == ("x", 1, 6, ["y"], 3)
+    assert "messages" not in body
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "word"),
+    [
+        (None, ["a", "b"], "auto"),
+        ("required", ["a", "b"], "required"),
+        ({"type": "function", "function": {"name": "b"}}, ["b"], "required"),
+    ],
+)
+def test_native_tools(choice: Any, names: list[str], word: str) -> None:
+    body = request_body(LlmParams(messages=CHAT, tools=TOOLS, tool_choice=choice), native_tools=True)
+    assert [tool["function"]["name"] for tool in body["tools"]] == names
+    assert body["tool_choice"] == word
+    assert "response_format" not in body
+
+
+def test_tools_that_the_template_has_no_place_for_are_forced_by_a_schema() -> None:
+    body = request_body(LlmParams(messages=CHAT, tools=TOOLS, tool_choice="required"), native_tools=False)
+    assert "tools" not in body
+    schema = body["response_format"]["json_schema"]["schema"]
+    assert [call["properties"]["name"] for call in schema["anyOf"]] == [{"const": "a"}, {"const": "b"}]
+
+
+def test_choices_of_both_routes_reach_the_answer() -> None:
+    answer = Answer(Job("llm", None))
+    take_choice({"delta": {"role": "assistant", "content": None}, "finish_reason": None}, answer)
+    take_choice({"delta": {"reasoning_content": "hm"}}, answer)
+    take_choice({"delta": {"content": "a"}, "logprobs": {"content": [{"id": 3, "token": "a", "logprob": 0.0}]}}, answer)
+    take_choice({"text": "b", "finish_reason": "length"}, answer)
+    found = answer.result()
+    assert (found.content, found.reasoning_content, found.finish_reason) == ("ab", "hm", "length")
+    assert found.logprobs == {"content": [{"token": "a", "logprob": 0.0}]}
+
+
+def test_usage() -> None:
+    raw = {
+        "prompt_tokens": 9,
+        "completion_tokens": 2,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    assert usage_of(raw) == {"prompt_tokens": 9.0, "completion_tokens": 2.0, "cached_tokens": 4.0}
+    assert usage_of({}) == {"prompt_tokens": 0.0, "completion_tokens": 0.0}
+
+
+# ---- the real server
+
+
+@pytest.fixture
+def server(spawn: Any, make_model: Any) -> Any:
+    pytest.importorskip("xllamacpp")
+    child = spawn("llm")
+    assert isinstance(ready := child.load(make_model("xllamacpp", n_parallel=4)), Ready), ready
+    return child
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0}
+
+
+@pytest.mark.engine
+def test_four_runs_advance_together(server: Any) -> None:
+    """Continuous batching: four endless runs all make tokens before any of them ends."""
+    loop = {"prompt": "x", "grammar": "root ::= [a-z] root", "temperature": 0}
+    begun = [server.begin("llm", loop, stream=True) for _ in range(4)]
+    order = []
+    ended = 0
+    while ended < len(begun):
+        message = server.receive()
+        if isinstance(message, wire.Chunk):
+            order.append(message.run)
+        ended += isinstance(message, wire.Result)
+    first_end = min(max(at for at, run in enumerate(order) if run == number) for number in range(1, 5))
+    last_begin = max(order.index(number) for number in range(1, 5))
+    assert last_begin < first_end, "a run began only when another had ended"
+    switches = sum(a != b for a, b in itertools.pairwise(order))
+    assert switches > len(order) // 10, "the runs took turns, not steps"
+
+
+@pytest.mark.engine
+def test_concurrent_answers_do_not_mix(server: Any) -> None:
+    wanted = {server.begin("llm", user(f"count to {n}")) and server._runs: n for n in (10, 20, 30, 40)}
+    results: dict[int, str] = {}
+    while len(results) < 4:
+        message = server.receive()
+        if isinstance(message, wire.Result):
+            results[message.run] = wire.unpack(message.body)["content"]
+    for run, n in wanted.items():
+        assert results[run] == " ".join(map(str, range(1, n + 1)))
+
+
+@pytest.mark.engine
+def test_cancel_of_one_run_leaves_its_neighbours(server: Any) -> None:
+    from engines.llm.fixture_cases import fixture
+
+    endless = fixture("xllamacpp").endless
+    assert endless is not None
+    server.begin("llm", endless.params)
+    doomed = server._runs
+    other = server.begin("llm", user("count to 50"))
+    server.send(wire.Cancel(run=doomed))
+    ends: dict[int, Any] = {}
+    while len(ends) < 2:
+        message = server.receive()
+        if isinstance(message, wire.Result | wire.RunFault):
+            ends[message.run] = message
+    assert ends[doomed].fault.code == "cancelled"
+    assert wire.unpack(ends[doomed + 1].body)["content"].endswith("49 50")
+    assert other.fault is None
+
+
+@pytest.mark.engine
+def test_the_listener_is_a_socket_in_the_scratch_folder(server: Any) -> None:
+    path = server.folder / "x.sock"
+    assert stat.S_ISSOCK(os.stat(path).st_mode)
+    listening = psutil.Process(server.process.pid).net_connections("unix")
+    assert str(path) in {entry.laddr for entry in listening}
+    assert psutil.Process(server.process.pid).net_connections("inet") == []
+
+
+@pytest.mark.engine
+def test_shutdown_ends_the_process_at_once(server: Any) -> None:
+    server.run("llm", user("ping"))
+    server.send(wire.Shutdown())
+    assert server.process.wait(5) == 0
