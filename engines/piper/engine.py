@@ -70,7 +70,9 @@ class Piper(Engine):
         """A voice that gives each character a tone of its own: the audio can be decoded back to its text."""
         long = "the engine speaks this sentence again and again. " * 1000
         return Fixture(
-            model=Model(name="tone-text", files={"model": str(_FIXTURE / "tone-text.onnx")}),
+            model=Model(
+                name="tone-text", files={"model": str(_FIXTURE / "tone-text.onnx")}, options={"cpu_threads": 1}
+            ),
             cases=(
                 tone_case("hello world", "tone-text"),
                 tone_case("job 42 done.", "tone-text", format="flac", speed=2.0, voice="tone-text"),

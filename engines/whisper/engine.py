@@ -3,7 +3,7 @@
 files.model        folder of a CTranslate2 Whisper model, tokenizer.json included
 options:
   compute_type     "default" keeps the stored type where the device can: int8, int8_float16, float16, float32, …
-  cpu_threads      per worker; 0 lets the library choose
+  cpu_threads      per worker; 0 means up to 4, as there are cores
   num_workers      native workers = slots: runs that really go on side by side, each with its own memory
   max_audio_s      longest audio taken, in seconds
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,10 +37,11 @@ from engines.runtime.contract import (
 from engines.whisper import folder
 from protocol.work import Segment, SttChunk, SttParams, SttResult, Word
 
-# Memory at this length: about 2 GB (samples as float32, 80 mels a frame). Longer recordings are better cut first.
+# Peak memory at this length: 3.1 GB besides the model, measured. Longer recordings are better cut first.
 MAX_AUDIO_S = 4 * 3600.0
 _FIXTURE = Path(__file__).parent / "fixture"
 _OPTIONS = ("compute_type", "cpu_threads", "num_workers", "max_audio_s")
+_MOST_THREADS = 4  # per worker when not told; Whisper's decoder gains nothing from more
 _READ_REPORT_S = 60.0  # decoding reports once per so many seconds of audio
 
 _Threads = Annotated[int, msgspec.Meta(ge=0, le=1024)]
@@ -75,7 +77,9 @@ class Whisper(Engine):
     @classmethod
     def fixture(cls, backend: str) -> Fixture:
         """A model of 0.5 M parameters that hears spoken digits and the tone alphabet of piper's fixture voices."""
-        model = Model(name="whisper-tiny-test", files={"model": str(_FIXTURE / "whisper-tiny-test")})
+        model = Model(
+            name="whisper-tiny-test", files={"model": str(_FIXTURE / "whisper-tiny-test")}, options={"cpu_threads": 1}
+        )
         return Fixture(
             model=model,
             cases=(
@@ -251,18 +255,26 @@ def _open(model: Model, place: Path, compute_type: str) -> Any:
         folder.preload_cublas()
     from faster_whisper import WhisperModel  # type: ignore[import-untyped]
 
+    workers = option(model, "num_workers", _Workers, 1)
     given = {
         "device": device,
         "device_index": index,
         "compute_type": compute_type,
-        "cpu_threads": option(model, "cpu_threads", _Threads, 0),
-        "num_workers": option(model, "num_workers", _Workers, 1),
+        "cpu_threads": option(model, "cpu_threads", _Threads, 0) or _cores(workers),
+        "num_workers": workers,
     }
     try:
         return WhisperModel(str(place), local_files_only=True, **given)
     except Exception as error:  # tokenizers raises bare Exception
-        field = "options.compute_type" if "compute type" in str(error) else "files.model"
-        raise refuse("load_failed", f"faster-whisper cannot load {place} on {device}: {error}", field) from None
+        text = str(error)
+        field = "options.compute_type" if "compute type" in text else "device" if "CUDA" in text else "files.model"
+        raise refuse("load_failed", f"faster-whisper cannot load {place} on {device}: {text}", field) from None
+
+
+def _cores(workers: int) -> int:
+    """Threads per worker. The library would take 4 on any machine; its idle threads spin, and starve each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_THREADS, cores // workers))
 
 
 def _device(asked: str) -> tuple[str, int]:

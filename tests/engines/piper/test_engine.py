@@ -25,7 +25,7 @@ HELLO_IPA = "həlˈoʊ wˈɜːld"
 
 
 def model(path: Path = TEXT, device: str = "cpu", **options: Any) -> wire.Model:
-    return wire.Model(name="voice", files={"model": str(path)}, device=device, options=options)
+    return wire.Model(name="voice", files={"model": str(path)}, device=device, options={"cpu_threads": 1} | options)
 
 
 @pytest.fixture
@@ -310,7 +310,10 @@ def test_whisper_hears_what_piper_says(child, spawn, text, format_):
     pytest.importorskip("faster_whisper", reason="faster-whisper is not installed (extra stt)")
     ears = Path(__file__).parents[3] / "engines" / "whisper" / "fixture" / "whisper-tiny-test"
     listener = spawn("whisper")
-    assert isinstance(listener.load(wire.Model(name="ears", files={"model": str(ears)}, device="cpu")), wire.Ready)
+    assert isinstance(
+        listener.load(wire.Model(name="ears", files={"model": str(ears)}, device="cpu", options={"cpu_threads": 1})),
+        wire.Ready,
+    )
     spoken = child.run("audio_tts", {"text": text, "format": format_})
     answer = listener.run("audio_stt", {"language": "en"}, inputs={"audio": spoken.files[0]})
     assert answer.body.text == text

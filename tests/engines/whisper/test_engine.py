@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("faster_whisper", reason="faster-whisper is not installed (extra stt)")
 
+from engines.whisper import engine
 from engines.whisper.engine import ENGINE
 from protocol import engine_wire as wire
 from protocol import work
@@ -25,7 +27,7 @@ SILENCE = {"audio": FIXTURE / "silence-10min.flac"}
 
 
 def model(folder: Path = MODEL, *, device: str = "cpu", **options: Any) -> wire.Model:
-    return wire.Model(name="tiny", files={"model": str(folder)}, device=device, options=options)
+    return wire.Model(name="tiny", files={"model": str(folder)}, device=device, options={"cpu_threads": 1} | options)
 
 
 @pytest.fixture
@@ -228,6 +230,11 @@ def test_two_slots_run_side_by_side(spawn):
 # ---- load
 
 
+def test_threads_are_shared_between_the_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(6)))
+    assert [engine._cores(workers) for workers in (1, 2, 3, 6, 64)] == [4, 3, 2, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -299,8 +306,8 @@ def test_cuda_is_cuda_or_a_failed_load(spawn):
     if isinstance(answer, wire.Ready):
         assert answer.device == "cuda:0"
     else:
-        assert answer.code == "load_failed"
-        assert "cuda" in answer.message.lower()
+        assert (answer.code, answer.field) == ("load_failed", "device")
+        assert "CUDA" in answer.message
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def model():
-    return faster_whisper.WhisperModel(str(MODEL), device="cpu")
+    return faster_whisper.WhisperModel(str(MODEL), device="cpu", cpu_threads=1)
 
 
 @pytest.fixture(scope="module")
