@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import msgspec
@@ -35,10 +36,11 @@ async def read_json(request: Request, limit: int = JSON_BYTES) -> dict[str, Any]
         raise refuse("unsupported_media_type", f"Expected a body of type application/json, not {kind!r}.")
     check_length(request, limit)
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise refuse("payload_too_large", f"The body exceeds {limit} bytes.")
+    async with aclosing(request.stream()) as stream:
+        async for piece in stream:
+            body += piece
+            if len(body) > limit:
+                raise refuse("payload_too_large", f"The body exceeds {limit} bytes.")
     return decode_object(bytes(body))
 
 

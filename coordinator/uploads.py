@@ -102,14 +102,20 @@ async def read_form(request: Request, blobs: BlobSink, files: Mapping[str, str] 
                 name = _input_name(event.name, files)
                 stored[event.name] = await store_stream(_pieces(events), name, event.name, blobs)
                 continue
-            text = bytearray()
-            async for piece in _pieces(events):
-                text += piece
-                budget -= len(piece)
-                if budget < 0:
-                    raise refuse("payload_too_large", f"{event.name}: The text exceeds {FIELDS_BYTES} bytes.")
-            fields.setdefault(event.name, []).append(_text(bytes(text), event.name))
+            text = await _read_text(events, event.name, budget)
+            budget -= len(text)
+            fields.setdefault(event.name, []).append(_decoded(text, event.name))
     return Form(fields, stored)
+
+
+async def _read_text(events: AsyncIterator[_Event], field: str, limit: int) -> bytes:
+    text = bytearray()
+    async with aclosing(_pieces(events)) as pieces:
+        async for piece in pieces:
+            text += piece
+            if len(text) > limit:
+                raise refuse("payload_too_large", f"{field}: The texts of a form exceed {FIELDS_BYTES} bytes.", field)
+    return bytes(text)
 
 
 def _input_name(field: str, files: Mapping[str, str] | None) -> str:
@@ -119,7 +125,7 @@ def _input_name(field: str, files: Mapping[str, str] | None) -> str:
     return name
 
 
-async def store_stream(data: AsyncIterator[bytes], name: str, field: str, blobs: BlobSink) -> StoredInput:
+async def store_stream(data: AsyncGenerator[bytes, None], name: str, field: str, blobs: BlobSink) -> StoredInput:
     """Put one input into the blobs, with its type taken from its content.
 
     Raises:
@@ -127,7 +133,7 @@ async def store_stream(data: AsyncIterator[bytes], name: str, field: str, blobs:
     """
     head = bytearray()
 
-    async def watched() -> AsyncIterator[bytes]:
+    async def watched() -> AsyncGenerator[bytes, None]:
         async for piece in data:
             if len(head) < HEAD_BYTES:
                 head.extend(piece[: HEAD_BYTES - len(head)])
@@ -135,7 +141,8 @@ async def store_stream(data: AsyncIterator[bytes], name: str, field: str, blobs:
 
     limit = input_limit(name)
     try:
-        blob = await blobs.put(watched(), limit)
+        async with aclosing(data), aclosing(watched()) as source:
+            blob = await blobs.put(source, limit)
     except FaultError as error:
         if error.fault.code != "payload_too_large":
             raise
@@ -151,14 +158,14 @@ async def store_data_url(text: object, name: str, field: str, blobs: BlobSink) -
     """Put an input that came as a data URL (or bare base64) into the blobs. Raises FaultError."""
     data = decode_data(text, field, input_limit(name))
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces() -> AsyncGenerator[bytes, None]:
         for start in range(0, len(data), 2**16):
             yield data[start : start + 2**16]
 
     return await store_stream(pieces(), name, field, blobs)
 
 
-async def _pieces(events: AsyncIterator[_Event]) -> AsyncIterator[bytes]:
+async def _pieces(events: AsyncIterator[_Event]) -> AsyncGenerator[bytes, None]:
     """Bytes of the part that just began."""
     async for event in events:
         if isinstance(event, _End):
@@ -176,13 +183,14 @@ async def _events(request: Request, limit: int) -> AsyncGenerator[_Event, None]:
     parser = MultipartParser(boundary, collector.callbacks())  # type: ignore[arg-type]
     size = 0
     try:
-        async for piece in request.stream():
-            size += len(piece)
-            if size > limit:
-                raise refuse("payload_too_large", f"The form exceeds {limit} bytes.")
-            parser.write(piece)
-            for event in collector.take():
-                yield event
+        async with aclosing(request.stream()) as stream:
+            async for piece in stream:
+                size += len(piece)
+                if size > limit:
+                    raise refuse("payload_too_large", f"The form exceeds {limit} bytes.")
+                parser.write(piece)
+                for event in collector.take():
+                    yield event
         parser.finalize()
     except FormParserError as error:
         raise refuse("invalid_request", f"The body is not a multipart form: {error}.") from None
@@ -236,14 +244,14 @@ class _Collector:
             raise refuse("invalid_request", "A part of the form has no name.")
         filename = options.get(b"filename")
         self._events.append(
-            _Part(_text(name, "name"), None if filename is None else filename.decode("utf-8", "replace"))
+            _Part(_decoded(name, "name"), None if filename is None else filename.decode("utf-8", "replace"))
         )
 
     def _finish(self) -> None:
         self.complete = True
 
 
-def _text(data: bytes, field: str) -> str:
+def _decoded(data: bytes, field: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
