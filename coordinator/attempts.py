@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 FIRST_DECLINE_S = 0.25  # doubled with every decline of the same job, because most declines say "busy"
 LONGEST_DECLINE_S = 10.0
-ORPHAN_AVOID_S = 5.0  # after a failed attempt the job goes elsewhere, if there is an elsewhere
 _FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not take this job, ever
 _WHOLE_WORKER = ("paused", "draining")
 
@@ -249,7 +248,7 @@ class Attempts:
             self._store.fail, *key, worker.id, body.fault, body.streamed or held.streamed
         )
         if ending.requeued:
-            self.fleet.avoid(key[0], worker.id, anyio.current_time() + ORPHAN_AVOID_S)
+            self.fleet.shun(key[0], worker.id)
         await self._finish(worker, key, ending)
 
     async def _finish(self, worker: Worker, key: Key, ending: Ending) -> None:
@@ -272,7 +271,7 @@ class Attempts:
             return
         if held.state == "offered":
             await self._threads.write(self._store.release, *key, int(FIRST_DECLINE_S * 1000))
-            self.fleet.avoid(key[0], worker.id, anyio.current_time() + ORPHAN_AVOID_S)
+            self.fleet.shun(key[0], worker.id)
             self._ring(FIRST_DECLINE_S)
         else:
             await self._ended(await self._threads.write(self._store.fail, *key, worker.id, fault, held.streamed))
@@ -314,7 +313,7 @@ class Attempts:
         for worker, held in self.fleet.all_attempts():
             if held.state == "offered" and held.since < before:
                 self.counters.events["offer_timeouts"] += 1
-                self.fleet.avoid(held.job, worker.id, anyio.current_time() + ORPHAN_AVOID_S)
+                self.fleet.shun(held.job, worker.id)
                 if await self._threads.write(self._store.release, *held.key):
                     self.abandon(worker, held, "The offer was not answered in time.")
                     self._ring(0)

@@ -99,6 +99,7 @@ class Fleet:
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
+        self._shunned: dict[str, set[str]] = {}  # job -> workers on which it has failed
         self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
 
     # ---- choosing ------------------------------------------------------------------------------------------
@@ -114,16 +115,20 @@ class Fleet:
         return [Want(model, kinds, limit) for (model, kinds), limit in total.items()]
 
     def place(self, record: JobRecord, now: float) -> Worker | None:
-        """The worker for a claimed job: loaded before cold, then the least busy; None when no slot is free."""
+        """The worker for a claimed job; None when no slot is free.
+
+        One on which the job has not failed before one on which it has; loaded before cold; then the least busy.
+        """
         avoided = self._avoid.get(record.id, {})
-        best: tuple[tuple[bool, float, str], Worker] | None = None
+        shunned = self._shunned.get(record.id, set())
+        best: tuple[tuple[bool, bool, float, str], Worker] | None = None
         for worker in self.workers.values():
             offer = worker.offer_of(record.kind, record.model)
             if offer is None or not worker.open_to(record.model, now) or not worker.free(offer):
                 continue
             if avoided.get(worker.id, 0.0) > now:
                 continue
-            rank = (not offer.resident, _load(worker), worker.id)
+            rank = (worker.id in shunned, not offer.resident, _load(worker), worker.id)
             if best is None or rank < best[0]:
                 best = (rank, worker)
         return best[1] if best else None
@@ -132,9 +137,14 @@ class Fleet:
         """Do not offer the job to this worker before `until`."""
         self._avoid.setdefault(job, {})[worker] = until
 
+    def shun(self, job: str, worker: str) -> None:
+        """Prefer any other worker for this job, because it failed on this one."""
+        self._shunned.setdefault(job, set()).add(worker)
+
     def forget_job(self, job: str) -> None:
         """The job has ended."""
         self._avoid.pop(job, None)
+        self._shunned.pop(job, None)
 
     def refused_by_all(self, kind: str, model: str, job: str) -> bool:
         """Whether every connected worker that serves this has refused the job for good."""

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import http.client
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -259,6 +260,14 @@ class Desk:
             raise AssertionError("the events ended without JobEnded")
 
         return self.call(end)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait for what has no event of its own. Raises TimeoutError after `PATIENCE_S`."""
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError("it did not come true")
+            time.sleep(0.01)
 
     async def _collect(self, wanted: Submission, *, task_status: TaskStatus[JobRecord]) -> list[JobEvent]:
         with anyio.fail_after(PATIENCE_S):

@@ -118,6 +118,18 @@ def test_a_job_avoids_who_declined_it() -> None:
     assert placed(made, now=9.0) == "a"
 
 
+def test_a_job_that_failed_somewhere_goes_elsewhere_if_it_can() -> None:
+    made = fleet(worker("a", model(resident=True)), worker("b"))
+    made.shun("j", "a")
+    assert placed(made) == "b"
+    made.shun("j", "b")
+    assert placed(made) == "a"
+    made.forget_job("j")
+    made.remove(made.workers["b"])
+    made.shun("j", "a")
+    assert placed(made) == "a"
+
+
 def test_refused_by_all_needs_everybody_for_good() -> None:
     made = fleet(worker("a"), worker("b"), worker("c", model("other")))
     made.avoid("j", "a", FOREVER)
