@@ -71,7 +71,9 @@ class Piper(Engine):
         long = "the engine speaks this sentence again and again. " * 1000
         return Fixture(
             model=Model(
-                name="tone-text", files={"model": str(_FIXTURE / "tone-text.onnx")}, options={"cpu_threads": 1}
+                name="tone-text",
+                files={"model": str(_FIXTURE / "tone-text.onnx")},
+                options={"cpu_threads": 1, "slots": 2},
             ),
             cases=(
                 tone_case("hello world", "tone-text"),
