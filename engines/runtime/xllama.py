@@ -217,38 +217,42 @@ def _vram_taken(before: list[dict[str, Any]]) -> int:
 
 
 class _LoadLog:
-    """Copies llama.cpp's log into a file while a model loads; lines still go to stderr as well."""
+    """Copies llama.cpp's log into a file while a model loads; lines still go to stderr as well.
+
+    All four functions or none: one of them called with a null log would end the process.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._library = native_library()
-        self._main: Any = None
+        self._on = False
+        library, pointer = native_library(), ctypes.c_void_p
+        with contextlib.suppress(AttributeError):
+            main = ctypes.CFUNCTYPE(pointer)((_LOG_MAIN, library))
+            self._set_file = ctypes.CFUNCTYPE(None, pointer, ctypes.c_char_p)((_LOG_FILE, library))
+            self._flush = ctypes.CFUNCTYPE(None, pointer)((_LOG_FLUSH, library))
+            self._set_level = ctypes.CFUNCTYPE(None, ctypes.c_int)((_LOG_LEVEL, library))
+            self._log = main()
+            self._on = bool(self._log)
 
     def __enter__(self) -> _LoadLog:
-        with contextlib.suppress(AttributeError):
-            self._main = self._call(_LOG_MAIN, ctypes.c_void_p)
-            self._set_file(os.fsencode(self._path))
+        if self._on:
+            self._set_file(self._log, os.fsencode(self._path))
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(AttributeError):
-            self._set_file(None)
-            self._call(_LOG_LEVEL, None, ctypes.c_int(_QUIET))
+        if self._on:
+            self._set_file(self._log, None)
+            self._set_level(_QUIET)
 
     def text(self) -> str:
         """Everything logged so far; "" when this build has no such log."""
-        with contextlib.suppress(AttributeError, OSError):
-            self._call(_LOG_FLUSH, None, ctypes.c_void_p(self._main))
+        if not self._on:
+            return ""
+        self._flush(self._log)
+        try:
             return self._path.read_text(errors="replace")
-        return ""
-
-    def _set_file(self, path: bytes | None) -> None:
-        self._call(_LOG_FILE, None, ctypes.c_void_p(self._main), ctypes.c_char_p(path))
-
-    def _call(self, name: str, restype: Any, *args: Any) -> Any:
-        function = getattr(self._library, name)
-        function.restype = restype
-        return function(*args)
+        except OSError:
+            return ""
 
 
 class _UnixConnection(http.client.HTTPConnection):
