@@ -78,7 +78,9 @@ class Whisper(Engine):
     def fixture(cls, backend: str) -> Fixture:
         """A model of 0.5 M parameters that hears spoken digits and the tone alphabet of piper's fixture voices."""
         model = Model(
-            name="whisper-tiny-test", files={"model": str(_FIXTURE / "whisper-tiny-test")}, options={"cpu_threads": 1}
+            name="whisper-tiny-test",
+            files={"model": str(_FIXTURE / "whisper-tiny-test")},
+            options={"cpu_threads": 1, "num_workers": 2},
         )
         return Fixture(
             model=model,
