@@ -7,6 +7,7 @@ be. SIGUSR2 dumps every stack to stderr from C, also while a library holds the G
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import os
 import platform
@@ -217,6 +218,8 @@ def fault_of(error: BaseException, default: str = "engine_failed") -> Fault:
         return Fault("cancelled", "The run was cancelled.")
     if isinstance(error, MemoryError):
         return Fault("out_of_memory", "The engine ran out of memory.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Fault("worker_disk_full", "The worker's disk is full.")
     if isinstance(error, ImportError):
         return Fault("not_installed", f"A library of this engine is missing: {error}.")
     lines = traceback.format_exception(error)[-_TRACE_LINES:]
