@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from protocol.ids import is_safe_id
+from supervisor.errors import ExitCode, IdentityHeld, NoPermission
+from supervisor.state import hold_state, write_endpoint
+
+
+def test_one_process_holds_the_folder_and_says_who(tmp_path):
+    script = f"""
+import sys
+from pathlib import Path
+from supervisor.state import hold_state
+with hold_state(Path({str(tmp_path / "state")!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"held\n"
+    with pytest.raises(IdentityHeld, match=f"pid {child.pid}; stop that one") as caught, hold_state(tmp_path / "state"):
+        pass
+    assert caught.value.exit_code == ExitCode.IDENTITY_HELD
+    child.communicate(b"")
+    with hold_state(tmp_path / "state"):
+        pass
+
+
+def test_a_dead_holder_does_not_keep_the_folder(tmp_path):
+    (tmp_path / "lock").write_text("999999\n")
+    with hold_state(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NoPermission, match="Not a directory; give this user"), hold_state(tmp_path / "file" / "state"):
+        pass
+
+
+def test_the_worker_id_is_made_once_and_kept(tmp_path):
+    with hold_state(tmp_path) as state:
+        made = state.worker_id("")
+        assert is_safe_id(made)
+        assert state.worker_id("") == made
+        assert state.worker_id("given") == "given"
+        (tmp_path / "worker-id").write_text("../../etc\n")
+        assert is_safe_id(state.worker_id(""))
+
+
+def test_what_an_earlier_life_left_of_its_jobs_goes(tmp_path):
+    (tmp_path / "attempts" / "job_1.1").mkdir(parents=True)
+    with hold_state(tmp_path) as state:
+        assert list(state.empty_attempts().iterdir()) == []
+
+
+def test_the_endpoint_file(tmp_path):
+    path = tmp_path / "endpoint.json"
+    write_endpoint(path, "http://127.0.0.1:1", "/key")
+    assert msgspec.json.decode(path.read_bytes()) == {
+        "url": "http://127.0.0.1:1",
+        "client_key_file": "/key",
+        "pid": os.getpid(),
+    }
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
