@@ -81,8 +81,7 @@ def test_a_host_that_stops_reading_and_is_gone_ends_it(spawn):
     child = spawn("synthetic")
     child.load(wire.Model(name="synthetic-x", options={"tokens": 1_000_000}))
     child.begin("llm", {"prompt": "x"}, stream=True)
-    os.close(child.process.stdout.fileno())
-    child.process.stdout = open(os.devnull, "rb")
+    child.process.stdout.close()
     assert child.process.wait(20) == 0
 
 
@@ -120,11 +119,11 @@ def test_a_second_load_is_a_violation(child):
 def test_sigusr2_dumps_every_stack_and_the_run_goes_on(bad):
     bad.begin("llm", {"prompt": "hang-gil"})
     bad.receive()
-    bad.process.send_signal(signal.SIGUSR2)
-    for _ in range(200):
+    for _ in range(200):  # the first dumps may come before the run has reached its sleep
+        bad.process.send_signal(signal.SIGUSR2)
+        select.select([bad.process.stdout], [], [], 0.05)
         if "_hang_gil" in bad.stderr():
             break
-        select.select([bad.process.stdout], [], [], 0.05)
     assert "Thread 0x" in bad.stderr()
     assert "_hang_gil" in bad.stderr()
     assert bad.process.poll() is None
