@@ -5,20 +5,19 @@ from __future__ import annotations
 import sys
 
 import pytest
+import trio
 
 from engines.catalog import CATALOG
 from supervisor.host.work import EngineSpec
 from supervisor.machine.gpu import read_machine
 from supervisor.probe import probe_engine
 
-ON_GPU = [
-    (name, backend) for name, entry in CATALOG.items() if "cuda" in entry.devices for backend in entry.backends
-]
+ON_GPU = [(name, backend) for name, entry in CATALOG.items() if "cuda" in entry.devices for backend in entry.backends]
 
 
-@pytest.fixture
-async def gpu():
-    machine = await read_machine()
+@pytest.fixture(scope="module")
+def gpu():
+    machine = trio.run(read_machine)
     if not machine.gpus:
         pytest.skip("this machine has no NVIDIA GPU")
     return machine
