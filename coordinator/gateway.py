@@ -38,7 +38,7 @@ worker_log = logging.getLogger("coordinator.worker")
 
 UVICORN_OPTIONS: dict[str, Any] = {"ws_max_size": wire.MAX_MESSAGE_BYTES, "ws_per_message_deflate": False}
 
-MAX_QUEUED_MESSAGES = 1024  # a worker that lets more pile up does not read
+MAX_QUEUED_MESSAGES = 4096
 MAX_HELD = 4096  # attempts named in one hello
 MAX_ATTEMPT = 2**31
 CLOSE_INTERNAL = 1011
@@ -62,6 +62,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         hello_s: how long the first message may take.
         chunk_ack_s: chunk acknowledgements are gathered for this long.
         close_s: how long the farewell may take.
+        queued_bytes: a worker that lets more pile up than this does not read; one offer may have 4 MiB.
     """
 
     heartbeat_ms: int = 5000
@@ -69,6 +70,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     hello_s: float = 10.0
     chunk_ack_s: float = 0.02
     close_s: float = 2.0
+    queued_bytes: int = 64 * 2**20
 
     @property
     def silence_s(self) -> float:
@@ -139,6 +141,7 @@ class WorkerSession:
         self._attempts: Attempts = dispatcher.attempts
         self._link = LinkSession(Role.COORDINATOR)
         self._outbox_in, self._outbox = anyio.create_memory_object_stream[bytes](MAX_QUEUED_MESSAGES)
+        self._queued_bytes = 0
         self._tasks: anyio.CancelScope | None = None
         self._worker: Worker | None = None
         self._ending: tuple[str, str] | None = None
@@ -155,8 +158,12 @@ class WorkerSession:
         if self._ending is not None or self._gone:
             return
         self._link.sending(body, job, attempt)
+        data = wire.encode(body, job, attempt)
         try:
-            self._outbox_in.send_nowait(wire.encode(body, job, attempt))
+            if self._queued_bytes > self._settings.queued_bytes:
+                raise anyio.WouldBlock
+            self._outbox_in.send_nowait(data)
+            self._queued_bytes += len(data)
         except anyio.WouldBlock:
             self.close("internal_error", "The worker does not read its messages.")
 
@@ -372,6 +379,7 @@ class WorkerSession:
         try:
             async for data in self._outbox:
                 await self._websocket.send_bytes(data)
+                self._queued_bytes -= len(data)
         except (WebSocketDisconnect, RuntimeError, OSError):
             self._gone = True  # the reader learns it, too; this only ends a session whose peer reads no more
             self.close("internal_error", "The connection is gone.")
