@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 STORE_FILE = "coordinator.sqlite"
 BLOB_FOLDER = "blobs"
-LAST_WORDS_S = 2.0  # how long requests that are being cancelled may still talk to the dispatcher
+LAST_WORDS_S = 1.0  # how long requests that are being cancelled may still talk to the dispatcher
 
 
 class Coordinator:
@@ -58,6 +58,7 @@ class Coordinator:
         """Open everything. Raises StoreError, sqlite3.Error, OSError."""
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.on_death: Callable[[], None] = lambda: None
+        self._dispatching: anyio.CancelScope | None = None
         self._store: Store = SqliteStore(state / STORE_FILE)
         try:
             self.keys = Keys(state / FILE_NAME)
@@ -75,6 +76,11 @@ class Coordinator:
         self.keys.close()
         self._store.close()
 
+    def stop_dispatching(self) -> None:
+        """End the dispatcher: requests that wait for a job are answered 503, streams end with an error event."""
+        if self._dispatching is not None:
+            self._dispatching.cancel()
+
     def _authenticate(self, token: str) -> WorkerScope | None:
         return worker_scope(self.keys, token)
 
@@ -91,7 +97,8 @@ class Coordinator:
 
     async def _dispatch(self) -> None:
         try:
-            await self.parts.dispatcher.run()
+            with anyio.CancelScope() as self._dispatching:
+                await self.parts.dispatcher.run()
         except Exception:
             log.exception("The dispatcher failed; the coordinator ends.")
             self.parts.alive = False

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import msgspec
+from anyio.to_thread import run_sync
 from starlette.requests import Request
 
 from protocol.faults import FaultError, refuse
@@ -17,6 +18,7 @@ from protocol.work import parse_params
 
 JSON_BYTES = 8 * 2**20
 JSON_WITH_FILES_BYTES = 32 * 2**20  # data URLs: 20 MiB of image are 27 MiB of base64
+THREAD_BYTES = 256 * 2**10  # decoding more than this on the event loop would hold up everybody's tokens
 MAX_DEPTH = 64
 MAX_NAME_CHARS = 200
 
@@ -41,6 +43,8 @@ async def read_json(request: Request, limit: int = JSON_BYTES) -> dict[str, Any]
             body += piece
             if len(body) > limit:
                 raise refuse("payload_too_large", f"The body exceeds {limit} bytes.")
+    if len(body) > THREAD_BYTES:
+        return await run_sync(decode_object, bytes(body))
     return decode_object(bytes(body))
 
 

@@ -27,12 +27,16 @@ import uvicorn
 
 from coordinator.app import Coordinator
 from coordinator.gateway import UVICORN_OPTIONS
+from coordinator.http_bounds import BoundedHttp
 
 log = logging.getLogger(__name__)
 
 OK = 0
 FAILED = 70
-CLOSE_S = 2  # what open connections get after the drain; below the supervisor's grace period before SIGKILL
+# After the drain, waiting requests get their 503 within LAST_ANSWERS_S, then connections are closed within CLOSE_S.
+# Together below 3 s, the supervisor's grace period before SIGKILL.
+LAST_ANSWERS_S = 0.5
+CLOSE_S = 1
 BACKLOG = 2048
 FORCED = 1
 
@@ -84,7 +88,7 @@ def uvicorn_config(app: Any, serving: Serving) -> uvicorn.Config:
     """uvicorn's settings; each is a decision of facts measured on this stack, see the comments."""
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedHttp,
         loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
         ws="websockets-sansio",
         **UVICORN_OPTIONS,
@@ -154,6 +158,9 @@ class _Ending:
             parts.dispatcher.stop_accepting()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(parts.http.wait_idle(), drain_s)
+        self._coordinator.stop_dispatching()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(parts.http.wait_idle(), LAST_ANSWERS_S)
         self._server.should_exit = True
 
 

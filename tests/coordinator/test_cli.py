@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,27 @@ def test_a_drain_refuses_new_jobs_and_says_when_to_come_again(tmp_path: Path) ->
         assert httpx.get(it.url + "/v1/jobs", headers=it.headers).status_code == 200
         it.child.terminate()
         assert it.child.wait(END_S) == 0
+
+
+def test_requests_that_wait_are_answered_when_the_supervisor_is_gone(tmp_path: Path) -> None:
+    with embedded(tmp_path) as it:
+        body = {"kind": "command", "model": "m", "wait_for_worker": True, "wait": True}
+        answers: list[httpx.Response] = []
+        with httpx.Client(base_url=it.url, headers=it.headers, timeout=END_S) as http:
+            waiting = threading.Thread(target=lambda: answers.append(http.post("/v1/jobs", json=body)))
+            waiting.start()
+            deadline = time.monotonic() + END_S
+            while not httpx.get(it.url + "/v1/jobs", headers=it.headers).json()["data"]:
+                assert time.monotonic() < deadline
+            began = time.monotonic()
+            assert it.child.stdin
+            it.child.stdin.close()
+            waiting.join(END_S)
+            assert it.child.wait(END_S) == 0
+            assert time.monotonic() - began < 3
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["code"] == "overloaded"
+        assert int(answers[0].headers["retry-after"]) > 0
 
 
 def test_standalone_makes_its_keys_once_and_stops_on_a_signal(tmp_path: Path) -> None:

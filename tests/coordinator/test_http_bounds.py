@@ -1,0 +1,65 @@
+"""Heads without an end."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from coordinator import http_bounds
+from protocol.work import FreeResult
+
+
+def connect(served: Any) -> socket.socket:
+    url = httpx.URL(served.url)
+    return socket.create_connection((url.host, url.port or 80), timeout=10)
+
+
+@pytest.mark.parametrize("piece", [b"x" * 4096, b"x-%d: y\r\n" * 400])
+def test_a_head_without_an_end_is_refused(served: Any, piece: bytes) -> None:
+    with connect(served) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nx: ")
+        answer = b""
+        try:
+            for _ in range(4096):
+                connection.sendall(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b"closed"
+        else:
+            answer = connection.recv(100)
+        assert answer == b"closed" or answer.startswith(b"HTTP/1.1 400")
+    assert httpx.get(served.url + "/healthz").status_code == 200
+
+
+def test_a_head_that_never_ends_is_hung_up_on(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_bounds, "HEAD_S", 0.2)
+    with connect(served) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nx: y\r\n")
+        assert connection.recv(100) == b""
+
+
+def test_large_bodies_and_many_requests_are_not_counted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with httpx.Client(base_url=served.url, headers=served.headers) as client:
+        for _ in range(3):
+            body = {"model": "m", "input": "x" * 500_000}
+            assert client.post("/v1/embeddings", json=body).status_code in (404, 503)
+            assert client.get("/healthz", headers={"x": "y" * 40_000}).status_code == 200
+
+
+def test_a_workers_connection_outlives_the_clock_of_its_head(
+    served: Any, serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_bounds, "HEAD_S", 0.2)
+
+    def script(job: Any) -> None:
+        job.started()
+        job.complete(FreeResult())
+
+    serve(script, "lasting", "x-lasting")
+    # A job that nobody takes is the bounded wait: its answer comes after the clock would have struck.
+    idle = {"kind": "x-nobody", "model": "nobody", "wait_for_worker": True, "wait": 0.5}
+    assert http.post("/v1/jobs", json=idle).json()["state"] == "queued"
+    body = {"kind": "x-lasting", "model": "lasting", "wait": 5}
+    assert http.post("/v1/jobs", json=body).json()["state"] == "succeeded"
