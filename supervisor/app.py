@@ -59,6 +59,7 @@ def run(settings: Settings) -> ExitCode:
     """
     with hold_state(config.state_dir(settings)) as state:
         set_up(settings.log)
+        state.endpoint.unlink(missing_ok=True)  # one that was killed leaves it behind
         _warn_about_root()
         try:
             return trio.run(_Supervisor(settings, state).live)
