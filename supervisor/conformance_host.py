@@ -229,8 +229,6 @@ async def open_instance(engine: EngineSpec, folder: Path, patience_s: float) -> 
             yield instance
     except* CaseFailed as failures:  # the child's nursery wraps what the block raises
         failed = failures
-    except* CaseSkipped as skips:
-        failed = skips
     else:
         return
     raise failed.exceptions[0]

@@ -266,10 +266,10 @@ def _hash(path: Path, on_bytes: OnBytes) -> str:
 
 def _validator(response: httpx.Response) -> str:
     """A strong validator for If-Range, "" when the server gives none."""
-    etag = response.headers.get("ETag", "")
+    etag = str(response.headers.get("ETag", ""))
     if etag and not etag.startswith("W/"):
         return etag
-    return "" if etag else response.headers.get("Last-Modified", "")
+    return "" if etag else str(response.headers.get("Last-Modified", ""))
 
 
 def _whole(response: httpx.Response) -> int | None:

@@ -28,7 +28,8 @@ def foreign_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     libraries = Path(msgspec.__file__).parents[1]
-    (site / "foreign.pth").write_text(f"{HERE}\n{libraries}\n")
+    example = HERE.parents[1] / "examples" / "wordcount_engine"
+    (site / "foreign.pth").write_text(f"{HERE}\n{example}\n{libraries}\n")
     return str(folder / "bin" / "python")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from engines.catalog import CATALOG
 from supervisor.conformance import CASES, CaseResult, passed, render, run_suite, to_json
+from supervisor.host.work import EngineSpec
 from supervisor.probe import engine_spec
 from supervisor.settings import EngineTable
 
@@ -26,6 +27,11 @@ async def test_a_good_engine_passes_every_case(wordy):
 async def test_the_synthetic_engine_passes():
     results = await run_suite(engine_spec("synthetic", EngineTable()))
     assert failed(results) == {}
+
+
+async def test_the_example_of_another_repository_passes(foreign_python: str):
+    engine = EngineSpec(name="wordcount", module="wordcount_engine", python=foreign_python)
+    assert failed(await run_suite(engine)) == {}
 
 
 @pytest.mark.engine
