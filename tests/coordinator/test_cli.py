@@ -156,7 +156,8 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         body = {"kind": "command", "model": "m", "wait_for_worker": True}
         job = httpx.post(url + "/jobs", json=body, headers=headers).json()["id"]
         with httpx.stream("GET", f"{url}/jobs/{job}/events", headers=headers) as answer:
-            next(answer.iter_text())
+            pieces = answer.iter_text()  # dropping the iterator would close the connection
+            next(pieces)
             child.terminate()
             # It waits for this request, so only the second signal can end it now.
             deadline = time.monotonic() + END_S
