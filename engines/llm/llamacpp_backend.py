@@ -273,7 +273,7 @@ class LlamaCppPythonBackend:
         logits = np.ctypeslib.as_array(raw, shape=(self._llama.n_vocab(),)).astype(np.float64)
         peak = logits.max()
         logprobs = logits - peak - np.log(np.exp(logits - peak).sum())
-        best = np.argsort(-logprobs)[: max(1, top)]
+        best = np.argsort(-logprobs)[:top]
 
         def entry(id_: int, data: bytes) -> dict[str, Any]:
             return {"token": data.decode(errors="replace"), "bytes": list(data), "logprob": float(logprobs[id_])}

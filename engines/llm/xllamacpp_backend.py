@@ -57,7 +57,7 @@ class XllamacppBackend:
             check_grammar(params.grammar, self._parses)
         elif (schema := conversation.schema_of(params)) is not None:
             self._try_schema(schema, "json_schema")
-        elif self._forced(params):
+        elif conversation.must_call(params):
             self._try_schema(conversation.forced_schema(params), "tools")
 
     def _try_schema(self, schema: dict[str, Any], field: str) -> None:
@@ -99,7 +99,7 @@ class XllamacppBackend:
             elif chunk["choices"]:
                 tokens += 1
                 pace.tick(tokens, params.max_tokens, "decode")
-                take_choice(chunk["choices"][0], answer)
+                take_choice(chunk["choices"][0], answer, params.top_logprobs)
             usage = chunk.get("usage") or usage
             return job.cancelled.is_set()
 
@@ -108,20 +108,12 @@ class XllamacppBackend:
             raise CancelledRun
         return usage_of(usage)
 
-    def _forced(self, params: LlmParams) -> bool:
-        return forced(params, native_tools=self._native_tools)
-
     def _body(self, params: LlmParams) -> dict[str, Any]:
         return request_body(params, native_tools=self._native_tools)
 
     def answer(self, params: LlmParams, job: Job) -> Answer:
         """An empty answer for this request."""
-        return Answer(job, forced=self._forced(params))
-
-
-def forced(params: LlmParams, *, native_tools: bool) -> bool:
-    """Whether the tool call has to be forced by a schema, because the template knows no tools."""
-    return conversation.must_call(params) and not native_tools
+        return Answer(job, forced=conversation.must_call(params))
 
 
 def request_body(params: LlmParams, *, native_tools: bool) -> dict[str, Any]:
@@ -156,9 +148,8 @@ def response_format(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _chat_fields(params: LlmParams, native_tools: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"messages": conversation.plain_messages(params)}
-    schema = conversation.schema_of(params)
-    if forced(params, native_tools=native_tools):
-        schema = conversation.forced_schema(params)
+    must_call = conversation.must_call(params)
+    schema = conversation.forced_schema(params) if must_call else conversation.schema_of(params)
     if params.logprobs:
         fields |= {"logprobs": True, "top_logprobs": max(1, params.top_logprobs)}
     if schema is not None:
@@ -167,18 +158,21 @@ def _chat_fields(params: LlmParams, native_tools: bool) -> dict[str, Any]:
         fields["chat_template_kwargs"] = params.chat_template_kwargs
     tools = conversation.active_tools(params)
     if tools and native_tools:
-        # llama.cpp knows no choice of one function by name: offer that one alone, and require it.
-        name = conversation.chosen_tool(params)
-        fields["tools"] = [tool for tool in tools if name in ("", tool["function"]["name"])]
-        fields["tool_choice"] = "required" if conversation.must_call(params) else "auto"
+        # llama.cpp's "required" lets the model talk instead of calling, and it knows no choice by name: a call that
+        # must come is bound by the schema, and the tools are only shown to the model.
+        fields |= {"tools": tools, "tool_choice": "none" if must_call else "auto"}
     return fields
 
 
-def take_choice(choice: dict[str, Any], answer: Answer) -> None:
-    """Put one streamed choice, of a chat or of a plain completion, into the answer."""
+def take_choice(choice: dict[str, Any], answer: Answer, top: int = 0) -> None:
+    """Put one streamed choice, of a chat or of a plain completion, into the answer.
+
+    Args:
+        top: how many alternatives of each token were asked for; llama.cpp gives at least one.
+    """
     delta = choice.get("delta") or {"content": choice.get("text")}
     entries = [
-        {key: value for key, value in entry.items() if key != "id"}
+        {**_without_id(entry), "top_logprobs": [_without_id(other) for other in entry.get("top_logprobs", [])[:top]]}
         for entry in (choice.get("logprobs") or {}).get("content") or ()
     ]
     answer.add(
@@ -189,6 +183,10 @@ def take_choice(choice: dict[str, Any], answer: Answer) -> None:
     )
     if choice.get("finish_reason"):
         answer.finish(choice["finish_reason"])
+
+
+def _without_id(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in ("id", "top_logprobs")}
 
 
 def usage_of(usage: dict[str, Any]) -> dict[str, float]:

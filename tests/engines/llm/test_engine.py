@@ -166,6 +166,12 @@ def test_logprobs_are_those_of_the_model(chat: Any) -> None:
     assert first["top_logprobs"][1]["logprob"] < -5
 
 
+def test_no_alternatives_come_unasked(chat: Any) -> None:
+    entries = chat.run("llm", {"prompt": "x", "max_tokens": 2, "logprobs": True}).body.logprobs["content"]
+    assert entries
+    assert all(entry["top_logprobs"] == [] and set(entry) >= {"token", "bytes", "logprob"} for entry in entries)
+
+
 def test_a_prompt_may_fill_the_context_to_the_last_token(chat: Any) -> None:
     # bos + 510 letters leave room for one token
     usage = chat.run("llm", {"prompt": "x" * 510, "max_tokens": 1, "temperature": 0}).result.usage

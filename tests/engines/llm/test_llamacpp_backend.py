@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engines.llm.engine import LlmEngine
+from engines.runtime.contract import CancelledRun, Job
 from protocol.engine_wire import Ready
+from protocol.work import LlmParams, Message
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -43,3 +47,18 @@ def test_nothing_is_lost_on_stderr_while_it_loads(spawn: Any, make_model: Any) -
     child.load(make_model("llama-cpp-python"))
     child.run("llm", {"prompt": "x", "grammar": "root ::= ("})
     assert "error parsing grammar" in child.stderr()
+
+
+def test_cancel_in_the_prompt_is_seen_between_two_operations(tmp_path: Path, make_model: Any) -> None:
+    """The abort callback ends llama_decode itself: no token is made, and the next run starts clean."""
+    engine = LlmEngine()
+    engine.load(make_model("llama-cpp-python"), tmp_path, lambda *_: None)
+    params = LlmParams(prompt="x" * 400, max_tokens=5)
+    job = Job("llm", params, report=lambda n, *_: reported.append(n))
+    reported: list[int] = []
+    job.cancelled.set()
+    with pytest.raises(CancelledRun):
+        engine.run(job)
+    assert reported == [1]
+    asked = LlmParams(messages=[Message(role="user", content="count to 3")], temperature=0)
+    assert engine.run(Job("llm", asked)).body.content == "1 2 3"

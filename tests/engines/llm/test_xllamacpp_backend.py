@@ -37,26 +37,22 @@ def test_body_of_a_plain_prompt() -> None:
     assert "messages" not in body
 
 
-@pytest.mark.parametrize(
-    ("choice", "names", "word"),
-    [
-        (None, ["a", "b"], "auto"),
-        ("required", ["a", "b"], "required"),
-        ({"type": "function", "function": {"name": "b"}}, ["b"], "required"),
-    ],
-)
-def test_native_tools(choice: Any, names: list[str], word: str) -> None:
-    body = request_body(LlmParams(messages=CHAT, tools=TOOLS, tool_choice=choice), native_tools=True)
-    assert [tool["function"]["name"] for tool in body["tools"]] == names
-    assert body["tool_choice"] == word
+def test_free_choice_is_left_to_the_models_own_tool_calls() -> None:
+    body = request_body(LlmParams(messages=CHAT, tools=TOOLS), native_tools=True)
+    assert (body["tools"], body["tool_choice"]) == (TOOLS, "auto")
     assert "response_format" not in body
 
 
-def test_tools_that_the_template_has_no_place_for_are_forced_by_a_schema() -> None:
-    body = request_body(LlmParams(messages=CHAT, tools=TOOLS, tool_choice="required"), native_tools=False)
-    assert "tools" not in body
+@pytest.mark.parametrize(
+    ("choice", "names"), [("required", ["a", "b"]), ({"type": "function", "function": {"name": "b"}}, ["b"])]
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_a_call_that_must_come_is_bound_by_a_schema(choice: Any, names: list[str], native: bool) -> None:
+    body = request_body(LlmParams(messages=CHAT, tools=TOOLS, tool_choice=choice), native_tools=native)
     schema = body["response_format"]["json_schema"]["schema"]
-    assert [call["properties"]["name"] for call in schema["anyOf"]] == [{"const": "a"}, {"const": "b"}]
+    assert [call["properties"]["name"] for call in schema.get("anyOf", [schema])] == [{"const": name} for name in names]
+    # a template with a place for tools shows them
+    assert ("tools" in body, body.get("tool_choice")) == (native, "none" if native else None)
 
 
 def test_choices_of_both_routes_reach_the_answer() -> None:
@@ -67,7 +63,7 @@ def test_choices_of_both_routes_reach_the_answer() -> None:
     take_choice({"text": "b", "finish_reason": "length"}, answer)
     found = answer.result()
     assert (found.content, found.reasoning_content, found.finish_reason) == ("ab", "hm", "length")
-    assert found.logprobs == {"content": [{"token": "a", "logprob": 0.0}]}
+    assert found.logprobs == {"content": [{"token": "a", "logprob": 0.0, "top_logprobs": []}]}
 
 
 def test_usage() -> None:
@@ -82,6 +78,15 @@ def test_usage() -> None:
 
 
 # ---- the real server
+
+SHOWS_TOOLS = (
+    "{% for tool in tools or [] %}<|user|>{{ tool.function | tojson }}<|end|>{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}{% else %}<|user|>{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture
@@ -161,3 +166,21 @@ def test_shutdown_ends_the_process_at_once(server: Any) -> None:
     server.run("llm", user("ping"))
     server.send(wire.Shutdown())
     assert server.process.wait(5) == 0
+
+
+@pytest.mark.engine
+def test_a_template_that_shows_tools(spawn: Any, make_model: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    child = spawn("llm")
+    assert isinstance(child.load(make_model("xllamacpp", chat_template=SHOWS_TOOLS)), Ready)
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    tools = [{"type": "function", "function": {"name": "pick", "parameters": schema}}]
+    free = child.run("llm", {**user("hello"), "tools": tools, "max_tokens": 60})
+    assert free.fault is None
+    assert free.result.usage["prompt_tokens"] > 100  # the tool is in the prompt
+    forced = child.run("llm", {**user("hello"), "tools": tools, "tool_choice": "required"})
+    (call,) = forced.body.tool_calls
+    assert call["function"]["name"] == "pick"
+    assert forced.result.usage["prompt_tokens"] > 100
+    unused = child.run("llm", {**user("hello"), "tools": tools, "tool_choice": "none", "max_tokens": 60})
+    assert unused.result.usage["prompt_tokens"] < 20
