@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import sys
 import urllib.request
 
@@ -67,6 +70,38 @@ async def test_the_real_one_serves_on_our_listener_and_ends_without_a_signal(tmp
         child = embedded._child
         await embedded.drain()
     assert child.exit.code == 0, child.stderr_tail()
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """Two self-signed certificates, mine.pem and other.pem, with their keys."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    for name in ("mine", "other"):
+        words = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN={name}.example"
+        words += f" -keyout {tmp_path}/{name}.key -out {tmp_path}/{name}.pem"
+        subprocess.run([openssl, *words.split()], check=True, capture_output=True)
+    return tmp_path
+
+
+async def test_over_tls_our_own_link_trusts_exactly_the_certificate_that_is_served(certificates, tmp_path):
+    table = CoordinatorTable(
+        listen="127.0.0.1:0", tls_cert=str(tmp_path / "mine.pem"), tls_key=str(tmp_path / "mine.key")
+    )
+
+    def ask(url: str, context: ssl.SSLContext) -> int:
+        with urllib.request.urlopen(f"{url}/healthz", context=context, timeout=10) as answer:
+            return answer.status
+
+    told = Told()
+    async with open_embedded(table, tmp_path / "c", told) as embedded:
+        url = (await told.next()).url
+        assert url.startswith("https://")
+        assert embedded.address.url.startswith("wss://127.0.0.1:")
+        assert await trio.to_thread.run_sync(ask, url, embedded.address.tls) == 200
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            await trio.to_thread.run_sync(ask, url, subject._trust(str(tmp_path / "other.pem")))
 
 
 async def test_the_token_travels_through_the_pipe_alone(monkeypatch, tmp_path, caplog):

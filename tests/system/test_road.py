@@ -139,6 +139,65 @@ def test_chat_plain_and_streamed_then_a_drain_leaves_nothing_behind(box: Box):
     assert "Traceback" not in box.words()
 
 
+def test_files_travel_both_ways(box: Box):
+    """Inputs are fetched, outputs and long results are uploaded, and each is checked by size and digest."""
+    with box.ready() as client:
+        speech = client.audio.speech.create(model="synthetic", voice="default", input="hello", response_format="wav")
+        sound = speech.read()
+        assert sound[:4] == b"RIFF"
+        heard = client.audio.transcriptions.create(model="synthetic", file=("a.wav", sound))
+        assert heard.text
+        long = client.embeddings.create(model="synthetic", input=["word " * 50] * 512)
+        assert len(long.data) == 512
+        text = "0123456789abcdef" * 8192
+        echoed = client.chat.completions.create(model="synthetic", messages=say(text))
+        assert echoed.choices[0].message.content == text, "a result of 128 KiB travels as a file"
+    box.process.send_signal(signal.SIGTERM)
+    assert box.end() == ExitCode.STOPPED, box.words()
+    assert list((box.folder / "state" / "attempts").iterdir()) == []
+
+
+def test_a_remote_worker_is_admitted_with_its_token_and_refused_without(box: Box, tmp_path: Path):
+    """A second supervisor that works for the first one's coordinator, over the network as it were."""
+    with box.ready() as client:
+        state = box.folder / "state" / "coordinator"
+        made = subprocess.run(
+            [sys.executable, "-m", "coordinator", "keys", "create", "--scope", "worker", "--state", str(state)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        far = tmp_path / "far"
+        far.mkdir()
+        token = far / "token"
+        token.touch(0o600)
+        url = box.endpoint()["url"].replace("http", "ws", 1)
+        (far / "worker.toml").write_text(
+            f'[coordinator]\nurl = "{url}"\ntoken_file = "token"\n[worker]\nstate_dir = "state"\n'
+            '[[models]]\nname = "synthetic-far"\nengine = "synthetic"\nkinds = ["llm"]\n'
+        )
+        argv = [sys.executable, "-m", "supervisor", "run", "--config", str(far / "worker.toml")]
+        token.write_text("wrong")
+        refused = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert refused.returncode == ExitCode.REFUSED, refused.stderr
+        assert "check coordinator.token_file" in refused.stderr
+        token.write_text(made.stdout)
+        with (far / "log").open("wb") as log:
+            second = subprocess.Popen(argv, stdout=log, stderr=log)
+        try:
+            until = time.monotonic() + PATIENCE_S
+            while "synthetic-far" not in [model.id for model in client.models.list()]:
+                assert time.monotonic() < until, (far / "log").read_text()
+                time.sleep(0.02)
+            answer = client.chat.completions.create(model="synthetic-far", messages=say("from afar"))
+            assert answer.choices[0].message.content == "from afar"
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(PATIENCE_S) == ExitCode.STOPPED
+        finally:
+            second.kill()
+            second.wait(PATIENCE_S)
+
+
 def begin(client: openai.OpenAI, prompt: str) -> tuple[threading.Thread, list[object]]:
     """Ask the misbehaving engine in the background; the list gets its answer, or its error."""
     answers: list[object] = []
