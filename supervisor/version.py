@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 
 
+@functools.cache  # it is announced often, and reading it parses a file
 def version() -> str:
     """Version of the installed distribution."""
     try:

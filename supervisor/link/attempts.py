@@ -147,9 +147,9 @@ class Attempts:
         self._tell(claim, end)
 
     async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
+        # A folder of this name can only be left over from an attempt that was fenced a moment ago.
+        outputs = await trio.to_thread.run_sync(_make_folders, claim.folder)
         inputs = await self._fetch(claim)
-        outputs = claim.folder / "out"
-        await trio.to_thread.run_sync(outputs.mkdir)
         request = work.RunRequest(
             model=claim.offer.model,
             kind=claim.offer.kind,
@@ -175,9 +175,6 @@ class Attempts:
 
     async def _fetch(self, claim: Claim) -> Mapping[str, Path]:
         folder = claim.folder / "in"
-        # A folder of this name can only be left over from an attempt that was fenced a moment ago.
-        await _remove(claim.folder)
-        await trio.to_thread.run_sync(lambda: folder.mkdir(parents=True, mode=0o700))
         inputs = {file.name: folder / file.name for file in claim.offer.inputs}
         for file in claim.offer.inputs:
             await self._transfer.fetch(file, inputs[file.name])
@@ -218,6 +215,14 @@ class Attempts:
             await self._transfer.upload(upload, file, done.body, claim.deadline)
             result = wire.NO_RESULT
         return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
+
+
+def _make_folders(folder: Path) -> Path:
+    """Make the attempt's folder anew, with "in" and "out" in it; returns the latter."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "in").mkdir(parents=True, mode=0o700)
+    (folder / "out").mkdir()
+    return folder / "out"
 
 
 async def _remove(folder: Path) -> None:
