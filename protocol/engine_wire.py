@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from protocol.faults import Fault
-from protocol.framing import INLINE_BYTES, Frame, encode_frame
+from protocol.framing import INLINE_BYTES, UNDECODABLE, Frame, encode_frame
 
 RunNumber = int  # u32, unique within the life of one instance
 
@@ -273,7 +273,7 @@ def unpack(raw: msgspec.Raw, type_: Any = Any, json: bool = False) -> Any:
     """
     try:
         return msgspec.json.decode(raw, type=type_) if json else msgspec.msgpack.decode(raw, type=type_)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise WireError(str(error)) from None
 
 
@@ -310,7 +310,7 @@ def decode_up(frame: Frame) -> UpMessage:
 def _decode(frame: Frame, side: type) -> Any:
     try:
         message = _decoders[side, frame.json].decode(frame.header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise WireError(f"not a message of this wire: {error}") from None
     if not frame.blobs:
         return message

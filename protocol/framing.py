@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -23,6 +24,9 @@ MAX_BLOBS = 16
 MAX_BLOB_BYTES_TOTAL = 64 * 2**20
 # Payloads up to this size travel inside the header; larger ones as blobs, tens of MB as files.
 INLINE_BYTES = 64 * 2**10
+
+# What msgspec raises for hostile bytes: besides its own errors, text that is not UTF-8 and nesting without end.
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _LENGTH = struct.Struct(">I")
 
@@ -48,7 +52,7 @@ class Frame(msgspec.Struct, frozen=True):
 class _Announced(msgspec.Struct):
     """The one header field that the framing itself must know."""
 
-    blobs: list[int] = []
+    blobs: Annotated[list[int], msgspec.Meta(max_length=MAX_BLOBS)] = []
 
 
 _announced = msgspec.msgpack.Decoder(_Announced)
@@ -76,10 +80,8 @@ def _sizes(header: bytes) -> list[int]:
     """Sizes of the blobs that follow this header, checked against the limits."""
     try:
         sizes = _announced.decode(header).blobs
-    except msgspec.MsgspecError as error:
-        raise FramingError(f"header is not a msgpack map: {error}") from None
-    if len(sizes) > MAX_BLOBS:
-        raise FramingError(f"{len(sizes)} blobs exceed {MAX_BLOBS}")
+    except UNDECODABLE as error:
+        raise FramingError(f"header is not a msgpack map with at most {MAX_BLOBS} blobs: {error}") from None
     if any(size < 0 for size in sizes) or sum(sizes) > MAX_BLOB_BYTES_TOTAL:
         raise FramingError(f"blobs of {sum(sizes)} bytes exceed {MAX_BLOB_BYTES_TOTAL}")
     return sizes

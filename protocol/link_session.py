@@ -3,7 +3,8 @@
 Theory of operation. The session table covers the connection: nothing but `hello` before `welcome`. The attempt
 table covers each (job, attempt) from offer to acknowledgement; an attempt that was held through a reconnect
 enters it as HELD, because its offer belongs to an earlier session. An illegal message raises and changes nothing.
-What crosses on the wire is legal: a `cancel` may arrive after the attempt ended, chunks may follow a cancel.
+What crosses on the wire is legal: a `cancel` may arrive after the attempt ended, chunks may follow a cancel, and a
+worker may still speak of a held attempt while the coordinator's `ack` that fences it is on its way.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class LinkSession:
         self.state = Session.CONNECTED
         self._attempts: dict[tuple[str, int], Attempt] = {}
         self._next_seq: dict[tuple[str, int], int] = {}
+        self._fenced: set[tuple[str, int]] = set()
 
     def attempt(self, job: str, attempt: int) -> Attempt | None:
         """State of an attempt; None when it is unknown or done."""
@@ -146,6 +148,8 @@ class LinkSession:
         before = self._attempts.get(key)
         if before is None and tag in ("cancel", "chunk_ack"):
             return  # crossed the end of the attempt on the wire
+        if before is None and key in self._fenced and self.role is Role.COORDINATOR and not ours:
+            return  # crossed the fence: the worker speaks of an attempt that it does not yet know to be lost
         following = ATTEMPT_TABLE.get((before, tag))
         if following is None:
             state = before.value if before else "unknown"
@@ -155,6 +159,8 @@ class LinkSession:
             if before is Attempt.STARTED and body.seq != (due or 0):
                 raise LinkProtocolError(f"chunk {body.seq} comes where {due or 0} is due", ours=ours)
             self._next_seq[key] = body.seq + 1
+        if before is Attempt.HELD and following is Attempt.DONE:
+            self._fenced.add(key)
         if following is Attempt.DONE:
             self._attempts.pop(key, None)
             self._next_seq.pop(key, None)

@@ -30,6 +30,7 @@ import msgspec
 
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault
+from protocol.framing import UNDECODABLE
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 INLINE_BYTES = 64 * 2**10
@@ -367,7 +368,7 @@ def decode_envelope(data: bytes) -> Envelope:
         raise EnvelopeError(f"a message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
     try:
         return _envelope.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise EnvelopeError(str(error)) from None
 
 
@@ -378,5 +379,5 @@ def decode_body(envelope: Envelope, table: dict[str, type[Body]]) -> Any:
         raise BodyError(f"unknown message {envelope.t!r}")
     try:
         return _bodies[type_].decode(envelope.body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise BodyError(f"{envelope.t}: {error}") from None

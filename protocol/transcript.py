@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +15,7 @@ from protocol.work import Segment, SttResult
 def to_srt(result: SttResult) -> str:
     """SubRip: numbered cues, times as HH:MM:SS,mmm."""
     cues = [
-        f"{number}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{segment.text.strip()}\n"
+        f"{number}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{_lines(segment)}\n"
         for number, segment in enumerate(result.segments, 1)
     ]
     return "\n".join(cues)
@@ -51,12 +53,17 @@ def to_verbose_json(result: SttResult, granularities: Iterable[str] = ("segment"
     return body
 
 
+def _lines(segment: Segment) -> str:
+    """A blank line would end the cue, so there is none inside."""
+    return re.sub(r"\s*[\r\n]\s*", "\n", segment.text.strip())
+
+
 def _vtt_text(segment: Segment) -> str:
-    return segment.text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("-->", "--&gt;")
+    return _lines(segment).replace("&", "&amp;").replace("<", "&lt;").replace("-->", "--&gt;")
 
 
 def _clock(seconds: float, point: str) -> str:
-    milliseconds = max(0, round(seconds * 1000))
+    milliseconds = max(0, round(seconds * 1000)) if math.isfinite(seconds) else 0
     minutes, milliseconds = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:02}:{minutes:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

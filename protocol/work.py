@@ -455,19 +455,17 @@ def parse_params(kind: str, value: Any) -> Any:
     Raises:
         FaultError: code `invalid_parameter` with the field's dotted name, or `unsupported` for the kind.
     """
-    if is_free_kind(kind):
-        plain = msgspec.msgpack.decode(value) if isinstance(value, msgspec.Raw) else value
-        if not isinstance(plain, dict):
-            raise refuse("invalid_parameter", "The parameters must be an object.", "params")
-        return plain
-    if kind not in PARAMS:
+    if not is_kind(kind):
         raise refuse("unsupported", f"There is no task kind named {kind!r}.", "kind")
+    type_: Any = dict[str, Any] if is_free_kind(kind) else PARAMS[kind]
     try:
         if isinstance(value, msgspec.Raw):
-            return msgspec.msgpack.decode(value, type=PARAMS[kind])
-        return msgspec.convert(value, type=PARAMS[kind])
+            return msgspec.msgpack.decode(value, type=type_)
+        return msgspec.convert(value, type=type_)
     except msgspec.MsgspecError as error:
         raise _named(str(error)) from None
+    except RecursionError:
+        raise refuse("invalid_parameter", "The parameters are nested too deeply.", "params") from None
     except UnicodeDecodeError:
         what = "The parameters hold text that is not Unicode, half of a surrogate pair for example."
         raise refuse("invalid_parameter", what, "params") from None

@@ -101,9 +101,10 @@ class _Server:
 
     def _send(self, message: wire.Up) -> None:
         """Judge and write under one lock: the order on the wire is the order the table saw."""
+        buffers = self._channel.encode(message)  # first: what cannot be framed must not count as sent
         with self._lock:
             self._session.sending(message)
-            self._channel.write(message)
+            self._channel.write(buffers)
 
     # ---- load
 
@@ -152,7 +153,10 @@ class _Server:
         except BaseException as error:
             final = wire.RunFault(run=number, fault=fault_of(error))
         self._jobs.pop(number, None)
-        self._send(final)
+        try:
+            self._send(final)
+        except FramingError as error:
+            self._send(wire.RunFault(run=number, fault=Fault("engine_failed", f"The result cannot be sent: {error}.")))
 
     def _job(self, message: wire.Run, json: bool, emit: Any, report: Any) -> Job:
         params = self._params(message.kind, message.params, json)

@@ -32,9 +32,12 @@ class Wire:
             decoder.feed(data)
             yield from decoder
 
-    def write(self, message: Up) -> None:
+    def encode(self, message: Up) -> list[memoryview]:
+        """The buffers of one frame. Raises FramingError when the message exceeds a limit."""
+        return [memoryview(part).cast("B") for part in encode(message, self.json)]
+
+    def write(self, buffers: list[memoryview]) -> None:
         """Write one frame whole; safe from any thread. Ends the process when the host is gone."""
-        buffers = [memoryview(part).cast("B") for part in encode(message, self.json)]
         with self._lock:
             try:
                 self._write_all(buffers)

@@ -316,6 +316,11 @@ def _fork(job: Job, argument: str) -> str:
     return str(pid)
 
 
+def _result(job: Job, argument: str) -> str:
+    """Answer with so many MiB."""
+    return "x" * (int(argument or 65) * 2**20)
+
+
 def _descriptors(job: Job, argument: str) -> str:
     """Open so many descriptors and keep them."""
     _open.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(int(argument or 100)))
@@ -341,6 +346,7 @@ MISDEEDS: dict[str, Callable[[Job, str], str]] = {
     "frame": _frame,
     "memory": _memory,
     "fork": _fork,
+    "result": _result,
     "descriptors": _descriptors,
 }
 

@@ -157,6 +157,14 @@ def test_big_bodies_travel_as_blobs_both_ways(child):
     assert len(parts) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_result_that_no_frame_can_hold_is_a_fault_and_the_next_run_works(bad, stream):
+    answer = bad.run("llm", {"prompt": "result:65"}, stream=stream)
+    assert answer.fault.code == "engine_failed"
+    assert "exceed" in answer.fault.message
+    assert bad.run("llm", {"prompt": "fine"}).body.content == "fine"
+
+
 def test_validate_alone(child):
     child.send(wire.Validate(run=1, kind="llm", params=wire.pack({"prompt": "x"})))
     assert child.receive() == wire.Valid(run=1)
