@@ -58,12 +58,6 @@ class Worker:
         self._paused = ""
         self._paused_until = float("inf")
         self._pause_changed = trio.Event()
-        self.welcomed = trio.Event()  # once, at the first welcome
-
-    @property
-    def connected(self) -> bool:
-        """Whether a session is open now."""
-        return self._post is not None
 
     # ---- what others ask of us
 
@@ -104,7 +98,6 @@ class Worker:
     def opened(self, post: Post) -> None:
         """A session is open."""
         self._post = post
-        self.welcomed.set()
         self._attempts.attach(post)
         self.announce()  # what changed between hello and welcome
         if self._draining:
