@@ -29,18 +29,19 @@ make_venv() {
     "$VENV/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1' || exit 1
 }
 
-# install STAMP ARGS…: pip install ARGS unless the stamp is newer than pyproject.toml.
+# install STAMP ARGS…: pip install ARGS unless the stamp is newer than pyproject.toml. Shows what is large, and errors.
 install() {
     stamp="$VENV/.bulkhead-$1"
     shift
     [ -e "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && return 0
-    if [ -t 2 ]; then bar=on; else bar=off; fi
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar "$bar" "$@" |
-        grep -Ev '^(Requirement already|Looking in|  Using cached|Obtaining|  Preparing|  Installing build|  Checking if|  Getting req)' >&2
-    # A pipe hides pip's status: ask whether it worked.
-    "$VENV/bin/python" -m pip check -q >&2 || {
-        say "Installing failed; the lines above say why."
+    log="$VENV/.bulkhead-install.log"
+    {
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 || echo "FAILED"
+    } | tee "$log" | sed -nE 's/^ +(Downloading|Using cached) ([^ ]+) \(([0-9.]+ MB)\)/  \2 (\3)/p' >&2
+    if tail -n 1 "$log" | grep -q FAILED; then
+        tail -n 20 "$log" >&2
+        say "Installing failed; the lines above say why, $log has the rest."
         exit 1
-    }
+    fi
     : >"$stamp"
 }
