@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 # Params travel inside the offer; what is left of a message is for everything else in it.
 MAX_PARAMS_BYTES = wire.MAX_MESSAGE_BYTES - 256 * 2**10
 RETRY_HINT_S = 5
+UNPLACED_MS = 500
 
 # Inside the class `list` is the method.
 Records = list[JobRecord]
@@ -280,9 +281,10 @@ class Dispatcher:
             return
         for record, left_ms in await self._threads.write(self._store.claim, wants):
             worker = self.attempts.fleet.place(record, anyio.current_time())
-            if worker is None:  # the worker left meanwhile, or it has just declined this job
-                delay_ms = int(self.settings.poll_s * 1000)
-                await self._threads.write(self._store.release, record.id, record.attempt, delay_ms)
+            if worker is None:
+                # The worker left meanwhile, or has declined this very job. Those behind it must not wait for it.
+                await self._threads.write(self._store.release, record.id, record.attempt, UNPLACED_MS)
+                self._ring(0)
                 continue
             self._waiting = max(0, self._waiting - 1)
             self._offer(worker, record, left_ms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import msgspec
 from anyio.to_thread import run_sync
@@ -16,6 +17,7 @@ from protocol.work import RESULTS, FreeResult
 
 MAX_RESULT_BYTES = 64 * 2**20
 MAX_USAGE_KEYS = 32
+_MIME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}/[a-z0-9][a-z0-9.+-]{0,60}(; ?[a-z0-9-]{1,40}=[A-Za-z0-9._-]{1,40})?\Z")
 _THREAD_BYTES = 2**20  # decoding more than this is not done on the event loop
 
 
@@ -35,7 +37,7 @@ async def judge_result(blobs: Blobs, job: str, attempt: int, kind: str, body: Co
         if file.name == RESULT_FILE and result is None:
             result = await _read(blobs, key)
         else:
-            files.append(StoredFile(file.name, key, file.mime, file.size, file.sha256))
+            files.append(StoredFile(file.name, key, clean_mime(file.mime), file.size, file.sha256))
     if result is None and (key := await blobs.find_named(job, attempt, RESULT_FILE)):
         result = await _read(blobs, key)
     if result is None:
@@ -49,6 +51,11 @@ def clean_usage(usage: dict[str, float]) -> dict[str, float]:
     """Keep only what can be summed."""
     good = {key: value for key, value in usage.items() if math.isfinite(value) and value >= 0 and len(key) <= 64}
     return dict(list(good.items())[:MAX_USAGE_KEYS])
+
+
+def clean_mime(mime: str) -> str:
+    """The type as it may stand in a response header."""
+    return mime if _MIME.match(mime) else "application/octet-stream"
 
 
 async def _read(blobs: Blobs, key: str) -> bytes | None:

@@ -105,6 +105,21 @@ def test_a_job_that_every_worker_refuses_for_good_fails(desk: Desk) -> None:
         assert "I am unsupported." in end.record.fault.message
 
 
+def test_a_job_that_cannot_be_placed_does_not_block_those_behind_it(desk: Desk) -> None:
+    with desk.worker("big") as big, desk.worker("small", msgspec.structs.replace(CHAT, resident=False)) as small:
+        busy = desk.submit()
+        running(desk, big)
+        large = desk.submit()
+        decline(small, small.expect(wire.Offer), "too_large")
+        desk.until(lambda: desk.get(large.id).state == "queued")
+        behind = desk.submit()
+        offer = small.take()
+        assert offer.job == behind.id
+        small.complete(offer)
+        assert small.quiet()
+        assert desk.get(busy.id).state == "running"
+
+
 # ---- failures ----------------------------------------------------------------------------------------------
 
 

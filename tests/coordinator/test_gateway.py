@@ -175,7 +175,7 @@ def test_a_message_beyond_the_limit_ends_the_session(desk: Desk, raw: RawWorker)
     raw.hello()
     with contextlib.suppress(ConnectionClosed):  # the refusal may come while it is still sending
         raw.socket.send(b"\x00" * (wire.MAX_MESSAGE_BYTES + 1))
-    assert raw.expect_close()[1] == 1009
+    assert raw.expect_close()[1] in (1009, 1006)  # a reset may overtake the close frame
     desk.until(lambda: desk.dispatcher.workers() == [])
 
 
