@@ -151,6 +151,8 @@ class LinkSession:
         if before is None and key in self._fenced and self.role is Role.COORDINATOR and not ours:
             return  # crossed the fence: the worker speaks of an attempt that it does not yet know to be lost
         following = ATTEMPT_TABLE.get((before, tag))
+        if key in self._fenced and tag == "offer":
+            raise LinkProtocolError(f"{key[0]}#{key[1]} was fenced: its number cannot be offered again", ours=ours)
         if following is None:
             state = before.value if before else "unknown"
             raise LinkProtocolError(f"{tag} is illegal for {key[0]}#{key[1]}, which is {state}", ours=ours)

@@ -189,6 +189,8 @@ def test_the_late_words_of_a_fenced_attempt_are_legal_for_the_coordinator_alone(
     for body in (wire.Chunk(seq=7, data=RAW), wire.Progress(n=1), wire.Complete()):
         up(body, "a", 1)
     assert session.attempt("a", 1) is None
+    with pytest.raises(LinkProtocolError, match="was fenced"):
+        down(wire.Offer(kind="llm", model="m", params=RAW), "a", 1)
     _, up, down = _open(Role.WORKER, _HELD)
     down(wire.Ack(verdict="fenced"), "a", 1)
     with pytest.raises(LinkProtocolError) as caught:
