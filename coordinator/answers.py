@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from coordinator.errors import fault_response
+from coordinator.bodies import in_callers_words
+from coordinator.errors import JOB_ID, fault_response
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted, Submission
 from coordinator.services import Services, services
 from protocol.faults import Fault, FaultError, refuse
@@ -25,7 +26,7 @@ from protocol.work import RESULTS, FreeResult
 
 log = logging.getLogger(__name__)
 
-JOB_ID = "x-bulkhead-job"
+NO_NAMES: Mapping[str, str] = {}
 CANCEL_S = 5.0  # bound on telling the dispatcher that nobody listens any more
 
 T = TypeVar("T")
@@ -88,8 +89,13 @@ async def watched_job(
                     await parts.dispatcher.cancel(record.id, submission.tenant, "the client disconnected")
 
 
-async def finished(request: Request, submission: Submission) -> JobRecord:
+async def finished(request: Request, submission: Submission, names: Mapping[str, str] = NO_NAMES) -> JobRecord:
     """Submit and wait for success.
+
+    Args:
+        request: whose client waits.
+        submission: the job.
+        names: the engine's field names -> the route's, for refusals.
 
     Raises:
         FaultError: the submission was refused, or the job's own fault.
@@ -97,19 +103,20 @@ async def finished(request: Request, submission: Submission) -> JobRecord:
     """
 
     async def work() -> JobRecord:
-        async with watched_job(services(request), submission) as (_, events):
+        async with watched_job(services(request), submission) as (record, events):
+            request.scope["state"]["job"] = record.id
             async for event in events:
                 if isinstance(event, JobEnded):
                     return event.record
         raise refuse("internal", "The job's events ended without its end.")
 
-    return succeeded(await while_connected(request.receive, work))
+    return succeeded(await while_connected(request.receive, work), names)
 
 
-def succeeded(record: JobRecord) -> JobRecord:
-    """Return the record of a succeeded job. Raises FaultError with the job's fault otherwise."""
+def succeeded(record: JobRecord, names: Mapping[str, str] = NO_NAMES) -> JobRecord:
+    """Return the record of a succeeded job. Raises FaultError with the job's fault, in the route's words, otherwise."""
     if record.state != "succeeded":
-        raise FaultError(ending_fault(record))
+        raise FaultError(in_callers_words(ending_fault(record), names))
     return record
 
 
@@ -237,10 +244,14 @@ class JobStream(Response):
     A fault after that is one `{"error": …}` event and the stream ends without `[DONE]`.
     """
 
-    def __init__(self, parts: Services, submission: Submission, renderer: Renderer) -> None:
+    def __init__(
+        self, parts: Services, submission: Submission, renderer: Renderer, names: Mapping[str, str] = NO_NAMES
+    ) -> None:
+        """`names`: the engine's field names -> the route's, for refusals."""
         self._parts = parts
         self._submission = submission
         self._renderer = renderer
+        self._names = names
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -262,7 +273,9 @@ class JobStream(Response):
                 elif writer.started:
                     await writer.write(sse(failure.openai_error()))
                 else:
-                    await fault_response(failure)(scope, receive, send)
+                    refusal = fault_response(failure)
+                    refusal.headers.update(job_headers(record))
+                    await refusal(scope, receive, send)
                     return
                 await writer.close()
 
@@ -282,7 +295,7 @@ class JobStream(Response):
             elif isinstance(event, JobChunk):
                 due = -1  # joined in the middle (idempotency key used again): the end brings the rest
             elif isinstance(event, JobEnded):
-                succeeded(event.record)
+                succeeded(event.record, self._names)
                 begin = [] if writer.started else self._renderer.start(event.record)
                 await writer.write(*begin, *self._renderer.end(event.record, due > 0))
                 return

@@ -13,7 +13,7 @@ import msgspec
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 
-from protocol.faults import FaultError, refuse
+from protocol.faults import Fault, FaultError, Owner, refuse
 from protocol.work import parse_params
 
 JSON_BYTES = 8 * 2**20
@@ -186,13 +186,25 @@ def work_params(kind: str, value: Mapping[str, Any], names: Mapping[str, str] | 
     try:
         return parse_params(kind, dict(value))
     except FaultError as error:
-        field = error.fault.field
-        head = re.split(r"[.\[]", field or "", maxsplit=1)[0]
-        theirs = (names or {}).get(head, head)
-        renamed = f"{prefix}{theirs}{(field or '')[len(head) :]}"
-        if field is None or field == renamed:
-            raise
-        message = error.fault.message.removeprefix(f"{field}: ")
-        raise FaultError(msgspec.structs.replace(error.fault, field=renamed, message=f"{renamed}: {message}")) from None
+        raise FaultError(in_callers_words(error.fault, names or {}, prefix)) from None
     except RecursionError:
         raise refuse("invalid_request", "The body is nested too deeply.") from None
+
+
+def in_callers_words(fault: Fault, names: Mapping[str, str], prefix: str = "") -> Fault:
+    """A caller's fault with the field named as the route names it; engines know only the work parameters' names.
+
+    Args:
+        fault: of the parameter check, or of the engine's validation.
+        names: our field names -> the route's, where they differ.
+        prefix: put before every field name.
+    """
+    field = fault.field
+    if field is None or fault.owner is not Owner.CALLER:
+        return fault
+    head = re.split(r"[.\[]", field, maxsplit=1)[0]
+    renamed = f"{prefix}{names.get(head, head)}{field[len(head) :]}"
+    message = fault.message
+    if message.startswith(f"{field}: "):
+        message = f"{renamed}: {message.removeprefix(f'{field}: ')}"
+    return msgspec.structs.replace(fault, field=renamed, message=message)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5  # what a client is told to wait when the fault says nothing else
 REQUEST_ID = "x-request-id"
+JOB_ID = "x-bulkhead-job"
 
 # Starlette's own refusals (routing, body of the wrong type) by status.
 _HTTP_CODES = {
@@ -57,10 +58,13 @@ def fault_response(fault: Fault, status: int | None = None) -> Json:
     return Json(fault.openai_error(), status_code=status, headers=headers)
 
 
-async def on_fault(_request: Request, error: Exception) -> Response:
-    """A fault that a route raised before its response began."""
+async def on_fault(request: Request, error: Exception) -> Response:
+    """A fault that a route raised before its response began; its job, where there was one, has the evidence."""
     assert isinstance(error, FaultError)
-    return fault_response(error.fault)
+    response = fault_response(error.fault)
+    if job := request.scope.get("state", {}).get("job"):
+        response.headers[JOB_ID] = job
+    return response
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

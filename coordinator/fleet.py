@@ -208,7 +208,9 @@ class Fleet:
             return Fault("unsupported", f"The model {model!r} does not serve {kind}; it serves {listed}.", "model")
         if kind in self._seen.get(model, ()):
             return Fault(
-                "no_worker", f"The worker of the model {model!r} is not connected now; try again.", detail=hint
+                "no_worker",
+                f"No worker can take the model {model!r} now: it is away, or it could not load it; try again.",
+                detail=hint,
             )
         if not any(True for _ in self._live_offers()):
             return Fault("no_worker", "No worker is connected; try again in a few seconds.", detail=hint)

@@ -46,9 +46,10 @@ async def create(request: Request) -> Response:
     stream, include_usage = stream_wish(handled)
     params = to_params(passed, handled)
     job = submission(request, Kind.LLM, model, params, stream=stream)
+    names = field_names(handled)
     if stream:
-        return JobStream(services(request), job, ChatStream(model, include_usage))
-    record = await finished(request, job)
+        return JobStream(services(request), job, ChatStream(model, include_usage), names)
+    record = await finished(request, job, names)
     return Json(to_answer(record, result_of(record)), headers=job_headers(record))
 
 
@@ -61,7 +62,6 @@ ROUTES = [Route("/v1/chat/completions", create, methods=["POST"])]
 def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
     """Work parameters of a chat. Raises FaultError naming the field in OpenAI's words."""
     value = {**passed, **shared(handled)}
-    names: dict[str, str] = {}
     if "messages" not in value:
         raise refuse("invalid_parameter", "messages: The field is required.", "messages")
     if "max_completion_tokens" in handled:
@@ -69,19 +69,25 @@ def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
             message = "max_tokens: It contradicts max_completion_tokens; give one of them."
             raise refuse("invalid_parameter", message, "max_tokens")
         value["max_tokens"] = handled["max_completion_tokens"]
-        names["max_tokens"] = "max_completion_tokens"
     if "reasoning_effort" in handled:
         # The chat template decides what it means, as with llama.cpp's and vLLM's own servers.
         kwargs = value.get("chat_template_kwargs", {})
         if isinstance(kwargs, dict):
             value["chat_template_kwargs"] = {"reasoning_effort": handled["reasoning_effort"], **kwargs}
     value.update(_response_format(handled.get("response_format")))
-    names["json_schema"] = "response_format"
-    params = work_params(Kind.LLM, value, names)
+    params = work_params(Kind.LLM, value, field_names(handled))
     _check_tools(params.tools, params.tool_choice)
     if params.top_logprobs and not params.logprobs:
         raise refuse("invalid_parameter", "top_logprobs: Only allowed with `logprobs`: true.", "top_logprobs")
     return params
+
+
+def field_names(handled: dict[str, Any]) -> dict[str, str]:
+    """Our field names -> those that the caller used."""
+    names = {"json_schema": "response_format", "json_object": "response_format"}
+    if "max_completion_tokens" in handled:
+        names["max_tokens"] = "max_completion_tokens"
+    return names
 
 
 def _response_format(value: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ async def create(request: Request) -> Response:
     model = model_name(handled)
     form = choice(handled, "response_format", ("b64_json", "url"), "b64_json")
     params = to_params(passed, handled)
-    record = await finished(request, submission(request, Kind.IMAGE, model, params))
+    record = await finished(request, submission(request, Kind.IMAGE, model, params), field_names(handled))
     result: ImageResult = result_of(record)
     if len(record.files) != params.n:
         raise refuse("engine_protocol", f"The worker left {len(record.files)} files where {params.n} are due.")
@@ -69,7 +69,6 @@ ROUTES = [Route("/v1/images/generations", create, methods=["POST"])]
 def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
     """Work parameters of an image request. Raises FaultError naming the field in OpenAI's words."""
     value = {**passed, **size_params(handled.get("size"))}
-    names = {**SIZE_NAMES, "format": "output_format"}
     if "output_format" in handled:
         value["format"] = handled["output_format"]
     quality = handled.get("quality", "auto")
@@ -81,8 +80,13 @@ def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
         value["quality"] = quality
     if "output_compression" in handled:
         value["quality"] = handled["output_compression"]
-        names["quality"] = "output_compression"
-    return work_params(Kind.IMAGE, value, names)
+    return work_params(Kind.IMAGE, value, field_names(handled))
+
+
+def field_names(handled: dict[str, Any]) -> dict[str, str]:
+    """Our field names -> those that the caller used."""
+    quality = "output_compression" if "output_compression" in handled else "quality"
+    return {**SIZE_NAMES, "format": "output_format", "quality": quality}
 
 
 def _seed(result: ImageResult, index: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from protocol.faults import refuse
 from protocol.work import AUDIO_MIME, AudioResult, Kind
 
 DEFAULT_FORMAT = "mp3"
+NAMES = {"text": "input", "format": "response_format"}
 SAMPLE_RATE = "x-audio-sample-rate"  # the only way to learn it from raw PCM
 
 FIELDS = FieldTable(
@@ -31,7 +32,7 @@ async def create(request: Request) -> Response:
     passed, handled = FIELDS.pick(await read_json(request))
     model = model_name(handled)
     params = to_params(passed, handled)
-    record = await finished(request, submission(request, Kind.AUDIO_TTS, model, params))
+    record = await finished(request, submission(request, Kind.AUDIO_TTS, model, params), NAMES)
     result: AudioResult = result_of(record)
     headers = {**job_headers(record), SAMPLE_RATE: str(result.sample_rate)}
     file = only_file(record)
@@ -57,4 +58,4 @@ def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
             raise refuse("invalid_parameter", "voice.id: The field is required.", "voice.id")
     if voice is not None:
         value["voice"] = voice
-    return work_params(Kind.AUDIO_TTS, value, {"text": "input", "format": "response_format"})
+    return work_params(Kind.AUDIO_TTS, value, NAMES)

@@ -22,6 +22,8 @@ from protocol.work import Kind, SttChunk, SttResult
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("word", "segment")
+# That an English-only model cannot translate is a matter of the model: the route has no field for the task.
+NAMES = {"audio": "file", "task": "model", "word_timestamps": "timestamp_granularities"}
 
 FIELDS = FieldTable(
     passed=frozenset({"language", "prompt", "temperature", "beam_size", "vad", "chunk_length_s"}),
@@ -66,12 +68,12 @@ async def _answer(request: Request, task: str) -> Response:
         raise refuse("invalid_parameter", "file: The audio file is required.", "file")
     wish = to_wish(handled)
     words = "word" in wish.granularities
-    params = work_params(Kind.AUDIO_STT, {**passed, "task": task, "word_timestamps": words})
+    params = work_params(Kind.AUDIO_STT, {**passed, "task": task, "word_timestamps": words}, NAMES)
     inputs = (form.files["file"],)
     job = submission(request, Kind.AUDIO_STT, model, params, inputs=inputs, stream=wish.stream)
     if wish.stream:
-        return JobStream(parts, job, TranscriptStream())
-    record = await finished(request, job)
+        return JobStream(parts, job, TranscriptStream(), NAMES)
+    record = await finished(request, job, NAMES)
     return to_response(record, result_of(record), wish)
 
 

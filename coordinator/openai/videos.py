@@ -11,7 +11,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.answers import ending_fault, succeeded
-from coordinator.bodies import JSON_WITH_FILES_BYTES, FieldTable, model_name, read_json, work_params
+from coordinator.bodies import (
+    JSON_WITH_FILES_BYTES,
+    FieldTable,
+    in_callers_words,
+    model_name,
+    read_json,
+    work_params,
+)
 from coordinator.errors import Json
 from coordinator.files import file_response, only_file
 from coordinator.forms import form_values
@@ -23,6 +30,7 @@ from protocol.faults import refuse
 from protocol.work import VIDEO_MIME, Kind, VideoParams
 
 LIST_LIMIT = 100
+NAMES = {**SIZE_NAMES, "image": "input_reference"}
 
 FIELDS = FieldTable(
     passed=frozenset(
@@ -92,7 +100,7 @@ async def content(request: Request) -> Response:
     record = await _find(request)
     if not record.ended:
         raise refuse("not_found", f"The video has no content yet: it is {_STATUS[record.state]}.")
-    params = _params(succeeded(record))
+    params = _params(succeeded(record, NAMES))
     return file_response(request, only_file(record), VIDEO_MIME[params.format], f"{record.id}.{params.format}")
 
 
@@ -124,7 +132,7 @@ def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
             value["seconds"] = float(seconds)
         except ValueError:
             raise refuse("invalid_parameter", "seconds: Expected a number.", "seconds") from None
-    return work_params(Kind.VIDEO, value, SIZE_NAMES)
+    return work_params(Kind.VIDEO, value, NAMES)
 
 
 def to_video(record: JobRecord, percent: int) -> dict[str, Any]:
@@ -146,7 +154,7 @@ def to_video(record: JobRecord, percent: int) -> dict[str, Any]:
         "error": None,
     }
     if record.state == "failed":
-        fault = ending_fault(record)
+        fault = in_callers_words(ending_fault(record), NAMES)
         video["error"] = {"code": fault.code, "message": fault.message}
     return video
 
