@@ -32,8 +32,8 @@ async def test_the_real_reader_answers_on_every_machine():
 
 
 @pytest.mark.gpu
-async def test_the_real_reader_sees_the_gpu():
-    machine = await read_machine()
+def test_the_real_reader_sees_the_gpu():
+    machine = trio.run(read_machine)
     if not machine.gpus:
         pytest.skip(f"no GPU: {machine.error}")
     assert machine.usable, machine.cuda_error
