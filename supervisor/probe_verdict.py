@@ -228,8 +228,7 @@ def _library_hint(library: str, python: str) -> str:
         return f"{library} is missing: {_SYSTEM_OBJECTS[library]}."
     if package := SHARED_OBJECTS.get(library):
         return (
-            f"{library} is missing: `{python} -m pip install {package}`, or `supervisor setup`, which also makes the"
-            " loader find it."
+            f"{library} is missing: `{python} -m pip install {package}`; the engine finds it there at its next start."
         )
     return f"{library} is missing: install the package of your system that provides it."
 

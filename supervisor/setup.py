@@ -129,15 +129,16 @@ async def carry_out(what: VenvPlan, venvs: Path, machine: Machine, toml: WorkerT
         python = await make_venv(what, venvs)
     except SetupFailed as failure:
         return Outcome(plan=what, verdict="not made", message=str(failure))
-    env = {"LD_LIBRARY_PATH": libraries} if what.device == "cuda" and (libraries := cuda_libraries(python)) else {}
     entry = CATALOG[what.engine]
-    spec = EngineSpec(name=what.engine, module=entry.module, python=str(python), env=env)
+    spec = EngineSpec(name=what.engine, module=entry.module, python=str(python))
     _progress(f"{what.engine}: probing on {what.device}")
     probe = await probe_engine(
         what.engine, spec, entry.backends[0], what.device, deadline_s=PROBE_DEADLINE_S, machine=machine
     )
     if probe.ok:
-        _write(toml, what, python, env)
+        # Saved after each engine: what was proven stays proven when a later one is interrupted.
+        toml.set_engine(what.engine, {"python": str(python), "device": what.device})
+        toml.save()
     return _outcome(what, python, probe)
 
 
@@ -148,14 +149,6 @@ def _outcome(what: VenvPlan, python: Path, probe: Probe) -> Outcome:
     return Outcome(
         plan=what, python=str(python), verdict=probe.verdict, message=probe.message, hint=hint, written=probe.ok
     )
-
-
-def _write(toml: WorkerToml, what: VenvPlan, python: Path, env: dict[str, str]) -> None:
-    """Saved after each engine: what was proven stays proven when a later one is interrupted."""
-    toml.set_engine(what.engine, {"python": str(python), "device": what.device})
-    if env:
-        toml.set_engine_env(what.engine, env)
-    toml.save()
 
 
 async def make_venv(what: VenvPlan, venvs: Path) -> Path:
@@ -214,15 +207,6 @@ async def _run(name: str, argv: tuple[str, ...]) -> None:
     if how.code != 0:
         said = [line for line in (*words[-3:], *child.stderr_tail(6)) if line]
         raise SetupFailed(f"{Path(argv[0]).name} {' '.join(argv[1:4])} {how.describe()}: {' | '.join(said)}")
-
-
-def cuda_libraries(python: Path) -> str:
-    """LD_LIBRARY_PATH for an environment's own CUDA wheels; "" when it has none.
-
-    Without it ctranslate2 loads its model and fails at the first encode, for want of libcublas.
-    """
-    folders = sorted((python.parents[1] / "lib").glob("python*/site-packages/nvidia/*/lib"))
-    return ":".join(str(folder) for folder in folders)
 
 
 # ---- output ------------------------------------------------------------------------------------------------

@@ -100,17 +100,6 @@ class WorkerToml:
             engines[name][key] = value
             plain[key] = value
 
-    def set_engine_env(self, name: str, values: Mapping[str, str]) -> None:
-        """Set variables of [engines.NAME] env; the others stay."""
-        table: Any = self._doc["engines"]
-        table = table[name]
-        if "env" not in table:
-            table["env"] = tomlkit.inline_table()
-        plain = self._plain["engines"][name].setdefault("env", {})
-        for key, value in values.items():
-            table["env"][key] = value
-            plain[key] = value
-
     def _models(self) -> Any:
         """The array of tables; `models = []` and an inline array become one."""
         found = self._doc.get("models")

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -16,6 +17,7 @@ from supervisor.host.work import EngineSpec
 ROOT = Path(__file__).resolve().parents[2]
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
+_LIBRARY_PATH = "LD_LIBRARY_PATH"
 
 
 def engine_argv(engine: EngineSpec, scratch: Path, args: Sequence[str] = ()) -> tuple[str, ...]:
@@ -24,7 +26,7 @@ def engine_argv(engine: EngineSpec, scratch: Path, args: Sequence[str] = ()) -> 
     The launcher runs on our own interpreter; it execs the engine's. The values of `engine.env` travel in the
     environment (see `engine_env`), since argv can be read by every user of the box.
     """
-    spec = {
+    spec: dict[str, Any] = {
         "root": str(ROOT),
         "module": engine.module,
         "python": engine.python,
@@ -33,8 +35,21 @@ def engine_argv(engine: EngineSpec, scratch: Path, args: Sequence[str] = ()) -> 
         "keep": sorted(engine.env),
         "args": list(args),
     }
+    if _LIBRARY_PATH not in engine.env and (folders := cuda_libraries(engine.python)):
+        spec["env"] = {_LIBRARY_PATH: folders}  # for the engine alone: the launcher needs no foreign libraries
     launcher = str(ROOT / "engines" / "launch.py")
     return (sys.executable, "-I", "-S", launcher, msgspec.json.encode(spec).decode())
+
+
+def cuda_libraries(python: str) -> str:
+    """LD_LIBRARY_PATH for the CUDA wheels beside an interpreter; "" when there are none.
+
+    The nvidia-… wheels put their libraries where no loader looks, and the variable must be there before the process
+    starts. Without it ctranslate2 loads its model and fails at the first encode, for want of libcublas. Read off the
+    path: nothing is run, and no link is followed, because the interpreter of a venv is one.
+    """
+    found = Path(python).parent.parent.glob("lib*/python*/site-packages/nvidia/*/lib")
+    return os.pathsep.join(str(folder) for folder in sorted(found))
 
 
 def engine_env(engine: EngineSpec) -> Mapping[str, str]:

@@ -15,7 +15,7 @@ from supervisor import setup
 from supervisor.errors import ExitCode
 from supervisor.machine.gpu import Gpu, Machine
 from supervisor.probe_verdict import Probe
-from supervisor.setup import SetupFailed, cuda_libraries, make_venv
+from supervisor.setup import SetupFailed, make_venv
 from supervisor.setup_plan import VenvPlan, plan
 
 NO_GPU = Machine(error="none here")
@@ -111,18 +111,13 @@ def test_only_what_was_proven_is_written(run, machine, made, tmp_path: Path):
     assert made["made"][0][2] == tmp_path / "state" / "bulkhead" / "venvs"
 
 
-def test_a_gpu_environment_finds_its_own_libraries(run, machine, made, monkeypatch):
+def test_a_gpu_environment_is_proved_on_the_gpu(run, machine, made):
     machine(CUDA)
-    monkeypatch.setattr(setup, "cuda_libraries", lambda _python: "/venv/nvidia/cublas/lib")
     code, out, _err = run("--engines", "whisper", "--json")
     assert code == 0
-    assert made["probed"] == [("whisper", sys.executable, "cuda", {"LD_LIBRARY_PATH": "/venv/nvidia/cublas/lib"})]
+    assert made["probed"] == [("whisper", sys.executable, "cuda", {})]
     config = tomllib.loads((Path.home() / ".config/bulkhead/worker.toml").read_text())
-    assert config["engines"]["whisper"] == {
-        "python": sys.executable,
-        "device": "cuda",
-        "env": {"LD_LIBRARY_PATH": "/venv/nvidia/cublas/lib"},
-    }
+    assert config["engines"]["whisper"] == {"python": sys.executable, "device": "cuda"}
     assert json.loads(out)[0]["written"] is True
 
 
@@ -205,15 +200,6 @@ async def test_too_little_space_is_told_first(tmp_path: Path, fake_tools, monkey
 
 class _Usage:
     free = 100 * 2**20
-
-
-def test_cuda_libraries_are_found_by_folder(tmp_path: Path):
-    python = tmp_path / "bin" / "python"
-    for name in ("cublas", "cudnn"):
-        (tmp_path / "lib/python3.11/site-packages/nvidia" / name / "lib").mkdir(parents=True)
-    found = cuda_libraries(python).split(":")
-    assert [Path(folder).parent.name for folder in found] == ["cublas", "cudnn"]
-    assert cuda_libraries(tmp_path / "other" / "bin" / "python") == ""
 
 
 @pytest.mark.slow

@@ -13,8 +13,6 @@ from protocol import engine_wire as wire
 from protocol.framing import FrameDecoder
 from supervisor.host.child import ChildSpec, Exit, open_child
 from supervisor.host.fake import Died, FakeChild, FakeEngines
-from supervisor.host.launching import engine_child
-from supervisor.host.work import EngineSpec
 
 GREETING = b"".join(wire.encode(wire.Hello(engine="fake", kinds=("llm",), low=1, high=1, pid=1)))
 
@@ -130,11 +128,3 @@ async def test_leaving_the_block_ends_it(opened):
     async with opened as child:
         await receive(child)
     assert child.exit == Exit(signal=signal.SIGTERM)
-
-
-def test_engine_env_values_never_stand_in_argv():
-    engine = EngineSpec(name="e", module="m", python="/p", env={"TOKEN": "s3cret"})
-    spec = engine_child(engine, __import__("pathlib").Path("/scratch"))
-    assert "s3cret" not in " ".join(spec.argv)
-    assert spec.env is not None
-    assert spec.env["TOKEN"] == "s3cret"

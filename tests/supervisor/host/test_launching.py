@@ -1,0 +1,85 @@
+"""What an engine child is given: argv, environment, and the CUDA libraries of its own interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from supervisor.host.child import run_child
+from supervisor.host.launching import ROOT, cuda_libraries, engine_child
+from supervisor.host.work import EngineSpec
+
+ENGINE = EngineSpec(name="e", module="engines.synthetic.engine", python=sys.executable)
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment with two CUDA wheels; its interpreter is a link, as in every venv. Returns the interpreter."""
+    for wheel in ("cudnn", "cublas"):
+        (tmp_path / "venv/lib/python3.11/site-packages/nvidia" / wheel / "lib").mkdir(parents=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    return python
+
+
+def told(engine: EngineSpec) -> dict:
+    return json.loads(engine_child(engine, Path("/scratch"), ["probe"]).argv[-1])
+
+
+def folders(venv: Path) -> str:
+    nvidia = venv.parents[1] / "lib/python3.11/site-packages/nvidia"
+    return f"{nvidia}/cublas/lib:{nvidia}/cudnn/lib"
+
+
+def test_the_launcher_is_told_what_to_become():
+    spec = told(ENGINE)
+    assert (spec["root"], spec["module"], spec["python"]) == (str(ROOT), ENGINE.module, sys.executable)
+    assert (spec["scratch"], spec["parent"], spec["args"]) == ("/scratch", os.getpid(), ["probe"])
+
+
+def test_values_of_the_environment_never_stand_in_argv():
+    child = engine_child(msgspec.structs.replace(ENGINE, env={"TOKEN": "s3cret"}), Path("/scratch"))
+    assert "s3cret" not in " ".join(child.argv)
+    assert child.env is not None
+    assert child.env["TOKEN"] == "s3cret"
+    assert json.loads(child.argv[-1])["keep"] == ["TOKEN"]
+
+
+def test_nothing_else_of_our_environment_is_passed_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/ours")
+    child = engine_child(ENGINE, Path("/scratch"))
+    assert child.env is not None
+    assert not {"AWS_SECRET_ACCESS_KEY", "LD_LIBRARY_PATH"} & set(child.env)
+
+
+def test_cuda_libraries_lie_beside_the_interpreter(venv: Path, tmp_path: Path):
+    assert cuda_libraries(str(venv)) == folders(venv)
+    assert cuda_libraries(str(tmp_path / "other" / "bin" / "python")) == ""
+
+
+def test_only_the_engine_gets_them_and_the_operators_own_path_wins(venv: Path):
+    engine = msgspec.structs.replace(ENGINE, python=str(venv))
+    assert told(engine)["env"] == {"LD_LIBRARY_PATH": folders(venv)}
+    assert "LD_LIBRARY_PATH" not in (engine_child(engine, Path("/scratch")).env or {})
+    chosen = msgspec.structs.replace(engine, env={"LD_LIBRARY_PATH": "/mine"})
+    assert "env" not in told(chosen)
+    assert told(chosen)["keep"] == ["LD_LIBRARY_PATH"]
+    assert "env" not in told(msgspec.structs.replace(engine, python="/nowhere/bin/python"))
+
+
+async def test_the_engine_starts_with_them(venv: Path, tmp_path: Path):
+    """The real launcher, and an interpreter that says what it was given instead of serving."""
+    venv.unlink()
+    venv.write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH"\n')
+    venv.chmod(0o755)
+    engine = msgspec.structs.replace(ENGINE, python=str(venv))
+    output, how, child = await run_child(engine_child(engine, tmp_path), deadline_s=30)
+    assert how.code == 0, child.stderr_tail()
+    assert output.decode().strip() == folders(venv)
