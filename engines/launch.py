@@ -32,6 +32,9 @@ _ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime >= 1.29 phones home on import
     "TOKENIZERS_PARALLELISM": "false",
+    # Idle OpenMP threads spin by default: three small llama.cpp children on two cores took 16 s for an answer
+    # that takes 0.1 s when they sleep.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 

@@ -67,6 +67,7 @@ def test_the_environment_is_scrubbed(root, tmp_path):
     assert (found["GRANTED"], found["PATH"], found["LANG"]) == ("yes", env["PATH"], "C.UTF-8")
     assert (found["HOME"], found["TMPDIR"], report["cwd"]) == (str(tmp_path),) * 3
     assert (found["HF_HUB_OFFLINE"], found["GGML_NO_BACKTRACE"], found["PYTHONFAULTHANDLER"]) == ("1", "1", "1")
+    assert found["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_granted_values_win_over_the_defaults(root):
