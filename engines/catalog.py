@@ -19,6 +19,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         devices: devices that `engine-probe` tries.
         licence: of the library, where it is not permissive, in words for people.
         needs_model: whether `[[models]]` must name files.
+        silent: its runs may show no progress for hours; only the job's deadline ends them.
     """
 
     module: str
@@ -28,6 +29,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ("cpu", "cuda")
     licence: str = ""
     needs_model: bool = True
+    silent: bool = False
 
 
 CATALOG: dict[str, Entry] = {
@@ -52,7 +54,9 @@ CATALOG: dict[str, Entry] = {
     ),
     "image": Entry(module="engines.image.engine", kinds=("image",), extra={"": "image"}),
     "video": Entry(module="engines.video.engine", kinds=("video",), extra={"": "video"}),
-    "command": Entry(module="engines.command.engine", kinds=("command",), devices=("cpu",), needs_model=False),
+    "command": Entry(
+        module="engines.command.engine", kinds=("command",), devices=("cpu",), needs_model=False, silent=True
+    ),
     "server": Entry(
         module="engines.server.engine",
         kinds=("llm", "embedding", "rerank", "audio_tts", "image"),

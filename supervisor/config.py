@@ -9,6 +9,7 @@ the folder of the file, `~` is the home folder. Every error reads
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -360,6 +361,7 @@ def _spec(model: ModelTable, table: EngineTable) -> ModelSpec:
             options=table.options | model.options,
         ),
         sha256={role: digest.lower() for role, digest in model.sha256.items()},
+        stall_s=model.stall_s or (math.inf if entry is not None and entry.silent else 0.0),
     )
 
 

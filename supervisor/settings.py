@@ -83,6 +83,8 @@ class ModelTable(Table, frozen=True):
         gpus: UUIDs of the device set.
         options: load options of the engine (n_ctx, compute_type, argv, …).
         preload: load at start instead of on first use.
+        stall_s: longest time without progress of a run, instead of `[limits]`; 0 means those. A `command` may be
+            silent for hours: for it only the job's deadline counts, unless this is set.
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -96,6 +98,7 @@ class ModelTable(Table, frozen=True):
     gpus: list[str] = []
     options: dict[str, Any] = {}
     preload: bool = False
+    stall_s: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 0.0
 
 
 class LimitsTable(Table, frozen=True):

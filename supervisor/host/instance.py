@@ -171,9 +171,8 @@ class Instance:
 
     async def _limit(self, ticket: Ticket) -> None:
         """Ask for a cancel when the deadline or the time without progress is over."""
-        limits = self.limits
         while True:
-            silent_s = limits.stall_s if ticket.produced else limits.first_output_s
+            silent_s = self._patience_s(ticket)
             assert ticket.last_sign is not None
             until = min(ticket.deadline, ticket.last_sign + silent_s)
             await trio.sleep_until(until)
@@ -181,12 +180,16 @@ class Instance:
             if now >= ticket.deadline:
                 ticket.ask_cancel(Fault("deadline_exceeded", "The job did not end before its deadline."))
                 return
-            silent_s = limits.stall_s if ticket.produced else limits.first_output_s
+            silent_s = self._patience_s(ticket)
             if now >= ticket.last_sign + silent_s:
                 self.child.signal(signal.SIGUSR2)  # a stack dump for the evidence
                 message = f"Engine {self.spec.engine.name} showed no progress for {silent_s:g} s."
                 ticket.ask_cancel(Fault("engine_hung", message))
                 return
+
+    def _patience_s(self, ticket: Ticket) -> float:
+        """How long the run may show no progress now."""
+        return self.spec.stall_s or (self.limits.stall_s if ticket.produced else self.limits.first_output_s)
 
     async def _obey_cancel(self, run: int, ticket: Ticket) -> None:
         await ticket.cancel_asked.wait()

@@ -22,12 +22,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One servable model: the engine that runs it, what to load, and digests to check before the load."""
+    """One servable model: the engine that runs it, what to load, and digests to check before the load.
+
+    `stall_s` replaces `limits.first_output_s` and `limits.stall_s` for its runs when it is not 0.
+    """
 
     name: str
     engine: EngineSpec
     model: Model
     sha256: Mapping[str, str] = {}
+    stall_s: float = 0.0
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):

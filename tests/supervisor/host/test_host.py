@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -252,6 +253,18 @@ async def test_a_stall_is_ended_and_the_next_run_gets_a_new_instance(tmp_path, a
         assert len(fakes.children) == 2
         assert isinstance(end, Failed)
         assert end.fault.code == "deadline_exceeded"
+
+
+async def test_a_model_whose_runs_may_be_silent_is_ended_by_the_deadline_alone(tmp_path, autojump_clock):
+    fakes = FakeEngines(silent)
+    patient = ModelSpec(name="m", engine=ENGINE, model=wire.Model(name="m"), stall_s=math.inf)
+    means = Means(spawn=fakes, remove=remove_now, jitter=lambda: 0.5)
+    async with open_host([patient], LIMITS, tmp_path / "s", means=means) as host:
+        began = trio.current_time()
+        end = await host.run(ask(), Story())
+        assert isinstance(end, Failed)
+        assert end.fault.code == "deadline_exceeded"
+        assert trio.current_time() - began >= LIMITS.job_s
 
 
 async def test_one_stuck_run_never_kills_its_neighbour(tmp_path, autojump_clock):
