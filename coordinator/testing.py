@@ -26,7 +26,7 @@ from coordinator.services import Limits
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault, FaultError
-from protocol.link_session import LinkSession, Role
+from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from protocol.work import parse_params
 
@@ -237,14 +237,16 @@ class FakeWorker:
             self._open[key].cancelled.set()
 
     def _work(self, job: OfferedJob) -> None:
-        try:
+        # The connection may end at any step, also while the end of a script is told: that is the test's doing.
+        with suppress(ConnectionClosed):
             self.send(wire.Accept(), job.id, job.attempt)
-            self.script(job)
-        except FaultError as error:
-            job.fail(error.fault)
-        except ConnectionClosed:
-            return
-        except Exception as error:
-            self.errors.append(error)
-            with suppress(Exception):
-                job.fail(Fault("engine_failed", f"The test's script failed: {error}"))
+            try:
+                self.script(job)
+            except FaultError as error:
+                job.fail(error.fault)
+            except ConnectionClosed:
+                raise
+            except Exception as error:
+                self.errors.append(error)
+                with suppress(LinkProtocolError):  # the script had ended the job before it failed
+                    job.fail(Fault("engine_failed", f"The test's script failed: {error}"))
