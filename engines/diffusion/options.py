@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.runtime.contract import Model, known_options, option
+from engines.runtime.threads import threads_of
 from protocol import work
 from protocol.faults import refuse
 
@@ -16,9 +17,7 @@ DEFAULT_PIXELS = 1536 * 1536
 DEFAULT_FRAMES = 600
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 7.5
-MAX_THREADS = 1024
 
-_Threads = Annotated[int, Meta(ge=0, le=MAX_THREADS)]
 _Pixels = Annotated[int, Meta(ge=work.MIN_SIDE**2, le=work.MAX_PIXELS)]
 _Frames = Annotated[int, Meta(ge=1, le=work.MAX_VIDEO_FRAMES)]
 _Steps = Annotated[int, Meta(ge=1, le=500)]
@@ -31,13 +30,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """`[models.options]` of an image or video model.
 
     Attributes:
-        threads: CPU threads inside one network; 0 lets onnxruntime choose.
+        threads: CPU threads inside one network, and of the video encoder.
         max_pixels: width x height that a request may ask for; bounds memory.
         max_frames: frames of one video.
         default_steps, default_guidance: for requests that name none.
     """
 
-    threads: int = 0
+    threads: int = 1
     max_pixels: int = DEFAULT_PIXELS
     max_frames: int = DEFAULT_FRAMES
     default_steps: int = DEFAULT_STEPS
@@ -48,7 +47,7 @@ def read_options(model: Model, names: Sequence[str] = NAMES) -> Options:
     """Check the load options against the `names` that the engine has. Raises FaultError, naming `options.NAME`."""
     known_options(model, names)
     return Options(
-        threads=option(model, "threads", _Threads, 0),
+        threads=threads_of(model),
         max_pixels=option(model, "max_pixels", _Pixels, DEFAULT_PIXELS),
         max_frames=option(model, "max_frames", _Frames, DEFAULT_FRAMES),
         default_steps=option(model, "default_steps", _Steps, DEFAULT_STEPS),

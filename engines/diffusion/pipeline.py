@@ -227,7 +227,7 @@ def load_pipeline(folder: Path, device: str, threads: int, progress: Callable[[i
 
     Args:
         device: "cpu", "cuda" or "auto".
-        threads: CPU threads per network; 0 lets onnxruntime choose.
+        threads: CPU threads inside one network.
         progress: (parts done, parts in all).
 
     Raises:

@@ -10,9 +10,10 @@ from msgspec import Meta
 
 from engines.embed.vectors import POOLINGS
 from engines.runtime.contract import Job, Model, Outcome, Ready, known_options, option, refuse
+from engines.runtime.threads import threads_of
 from protocol.work import EmbeddingParams
 
-COMMON_OPTIONS = ("batch_size", "matryoshka", "n_threads", "max_tokens", "pooling")
+COMMON_OPTIONS = ("batch_size", "matryoshka", "threads", "max_tokens", "pooling")
 
 
 class Backend(Protocol):
@@ -43,13 +44,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         batch_size: most texts per call of the library.
         matryoshka: the model was trained so that the first components of a vector stand alone.
+        threads: CPU threads.
         max_tokens: longest text; None means what the model says.
         pooling: None means what the model says, else the mean.
     """
 
     batch_size: int = 32
     matryoshka: bool = False
-    n_threads: int | None = None
+    threads: int = 1
     max_tokens: int | None = None
     pooling: str | None = None
 
@@ -64,7 +66,7 @@ def read_options(model: Model, more: Sequence[str] = ()) -> Options:
     return Options(
         batch_size=option(model, "batch_size", Annotated[int, Meta(ge=1, le=2048)], 32),
         matryoshka=option(model, "matryoshka", bool, False),
-        n_threads=option(model, "n_threads", Annotated[int, Meta(ge=1, le=512)], None),
+        threads=threads_of(model),
         max_tokens=option(model, "max_tokens", Annotated[int, Meta(ge=8, le=2**24)], None),
         pooling=pooling,
     )

@@ -24,7 +24,6 @@ from engines.runtime.contract import (
     main_file,
     refuse,
 )
-from engines.runtime.visible import show_only
 from protocol.work import EmbeddingParams
 
 ONNX, GGUF = "onnx", "gguf"
@@ -69,7 +68,6 @@ class EmbedEngine(Engine):
         if backend not in self.backends:
             sentence = f"backend: {backend!r} is not one of {', '.join(self.backends)}."
             raise refuse("load_failed", sentence, "backend")
-        show_only(model)
         progress(0, 1, "load")
         if backend == ONNX:
             from engines.embed.onnx_backend import OnnxBackend

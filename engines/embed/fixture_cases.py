@@ -25,7 +25,13 @@ def fixture(backend: str) -> Fixture:
     path = ONNX_MODEL if backend == "onnx" else GGUF_MODEL
     texts = _TEXTS[backend]
     return Fixture(
-        model=Model(name="fixture-embed", kinds=("embedding",), files={"model": str(path)}, backend=backend),
+        model=Model(
+            name="fixture-embed",
+            kinds=("embedding",),
+            files={"model": str(path)},
+            backend=backend,
+            options={"threads": 1},
+        ),
         cases=(
             Case(kind="embedding", params={"input": texts}, check=_ranks(3)),
             Case(kind="embedding", params={"input": texts * 30}, check=_ranks(90)),

@@ -29,19 +29,20 @@ class GgufBackend:
 
     def __init__(self, model: Model, path: Path, scratch: Path) -> None:
         """Load. Raises FaultError, ImportError."""
-        self.options: Options = read_options(model, ("n_gpu_layers", "n_parallel"))
+        self.options: Options = read_options(model, ("n_gpu_layers", "slots"))
         header = gguf.read_header(path)
         trained = header.n_ctx_train or DEFAULT_TOKENS
         self.max_tokens = self.options.max_tokens or min(trained, DEFAULT_TOKENS)
         if self.max_tokens > trained:
             sentence = f"options.max_tokens: {self.max_tokens} exceed the {trained} that this model was trained for."
             raise refuse("load_failed", sentence, "options.max_tokens")
-        slots = option(model, "n_parallel", Annotated[int, Meta(ge=1, le=64)], 1)
+        slots = option(model, "slots", Annotated[int, Meta(ge=1, le=64)], 1)
         self._n_vocab = header.lengths.get("tokenizer.ggml.tokens", 0)
         self._server = xllama.LlamaServer(self._parameters(model, path, header, slots), scratch, model.device)
         self.dimensions = len(self._vectors([[0]])[0][0])
         self.ready = Ready(
             device=self._server.offload.device,
+            slots=slots,
             compute_type=header.compute_type,
             versions={"xllamacpp": xllama.version()},
             vram_bytes=self._server.vram_bytes,
@@ -51,7 +52,7 @@ class GgufBackend:
     def _parameters(self, model: Model, path: Path, header: gguf.Header, slots: int) -> Any:
         import xllamacpp  # type: ignore[import-untyped]
 
-        params = xllama.parameters()
+        params = xllama.parameters(self.options.threads)
         params.model.path = str(path)
         params.embedding = True
         params.n_ctx = self.max_tokens * slots
@@ -60,8 +61,6 @@ class GgufBackend:
         params.cache_prompt = False
         params.n_batch = params.n_ubatch = self.max_tokens
         params.n_gpu_layers = option(model, "n_gpu_layers", Annotated[int, Meta(ge=-1, le=10_000)], -1)
-        if self.options.n_threads is not None:
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.options.n_threads
         pooling = self.options.pooling or _POOLINGS.get(header.number("pooling_type"), "mean")
         params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{pooling.upper()}")
         return params

@@ -37,7 +37,7 @@ class OnnxBackend:
             raise refuse("load_failed", sentence, "files.model")
         self._tokenizer = self._load_tokenizer(folder / "tokenizer.json")
         config = _json(folder / "config.json")
-        self._session = ort.open_session(_graph(folder), model.device, threads=self.options.n_threads or 0)
+        self._session = ort.open_session(_graph(folder), model.device, threads=self.options.threads)
         self._output, self._pooled = _choose_output(self._session)
         self._pad = int(config.get("pad_token_id") or 0)
         self._n_vocab = int(config.get("vocab_size") or self._tokenizer.get_vocab_size())

@@ -26,7 +26,7 @@ class ImageEngine(DiffusionEngine):
     def fixture(cls, backend: str) -> Fixture:
         """A model that paints the colour and shape that its prompt names."""
         return Fixture(
-            model=Model(name="tiny-sd", kinds=cls.kinds, files={"model": str(FIXTURE)}),
+            model=Model(name="tiny-sd", kinds=cls.kinds, files={"model": str(FIXTURE)}, options={"threads": 1}),
             cases=(
                 _case("a red circle", "red", "circle", width=256, height=256, steps=10, seed=1),
                 _case("a photo of the blue square", "blue", "square", width=128, height=192, steps=5, format="webp"),

@@ -12,6 +12,7 @@ from msgspec import Meta
 from engines.llm.answer import Answer
 from engines.runtime.contract import Job, Model, Ready, known_options, option, refuse
 from engines.runtime.gguf import Header
+from engines.runtime.threads import threads_of
 from protocol.work import LlmParams
 
 DEFAULT_CTX = 8192  # tokens per slot when the model was trained for more: most answers fit, most GPUs take it
@@ -51,7 +52,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         n_ctx: tokens of one slot.
-        n_parallel: slots.
+        slots: runs at once, batched together.
+        threads: CPU threads, shared by the slots.
         n_gpu_layers: layers to put on the GPU; -1 means as many as fit.
         flash_attn: on, off, or where it helps.
         chat_template: Jinja text that replaces the model's own.
@@ -60,9 +62,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     n_ctx: int
-    n_parallel: int
+    slots: int
+    threads: int
     n_gpu_layers: int = -1
-    n_threads: int | None = None
     n_batch: int = 2048
     n_ubatch: int = 512
     flash_attn: bool | None = None
@@ -77,7 +79,7 @@ def read_options(model: Model, header: Header, *, slots: int) -> Options:
     """Check the load options against their ranges and the model.
 
     Args:
-        slots: default for `n_parallel`; 1 for a library that runs one at a time, which then refuses more.
+        slots: default for the option; 1 for a library that runs one at a time, which then refuses more.
 
     Raises:
         FaultError: `load_failed`, naming `options.NAME`.
@@ -91,13 +93,12 @@ def read_options(model: Model, header: Header, *, slots: int) -> Options:
             f"options.n_ctx: {n_ctx} tokens exceed the {trained} that this model was trained for.",
             "options.n_ctx",
         )
-    threads = Annotated[int, Meta(ge=1, le=512)]
     batch = Annotated[int, Meta(ge=1, le=65_536)]
     found = Options(
         n_ctx=n_ctx,
-        n_parallel=option(model, "n_parallel", Annotated[int, Meta(ge=1, le=256)], slots),
+        slots=option(model, "slots", Annotated[int, Meta(ge=1, le=256)], slots),
+        threads=threads_of(model),
         n_gpu_layers=option(model, "n_gpu_layers", Annotated[int, Meta(ge=-1, le=10_000)], -1),
-        n_threads=option(model, "n_threads", threads, None),
         n_batch=option(model, "n_batch", batch, 2048),
         n_ubatch=option(model, "n_ubatch", batch, 512),
         flash_attn=option(model, "flash_attn", bool | None, None),
@@ -107,9 +108,9 @@ def read_options(model: Model, header: Header, *, slots: int) -> Options:
         main_gpu=option(model, "main_gpu", Annotated[int, Meta(ge=0, le=63)], 0),
         prompt_cache_mib=option(model, "prompt_cache_mib", Annotated[int, Meta(ge=0, le=2**20)], 0),
     )
-    if slots == 1 and found.n_parallel > 1:
-        sentence = "options.n_parallel: llama-cpp-python runs one request at a time; use the backend xllamacpp."
-        raise refuse("load_failed", sentence, "options.n_parallel")
+    if slots == 1 and found.slots > 1:
+        sentence = "options.slots: llama-cpp-python runs one request at a time; use the backend xllamacpp."
+        raise refuse("load_failed", sentence, "options.slots")
     return found
 
 
@@ -127,11 +128,11 @@ def check_memory(options: Options, header: Header, memory_bytes: int) -> None:
     A context that merely does not fit beside other programs is the library's to refuse: only it knows.
     """
     per_token = header.kv_bytes_per_token(_CACHE_BYTES[options.cache_type])
-    needed = per_token * options.n_ctx * options.n_parallel
+    needed = per_token * options.n_ctx * options.slots
     if needed > memory_bytes:
         raise refuse(
             "load_failed",
-            f"options.n_ctx: {options.n_parallel} x {options.n_ctx} tokens of context need {needed / 2**30:.1f} GiB, "
+            f"options.n_ctx: {options.slots} x {options.n_ctx} tokens of context need {needed / 2**30:.1f} GiB, "
             f"this machine has {memory_bytes / 2**30:.1f} GiB.",
             "options.n_ctx",
         )
@@ -150,7 +151,7 @@ def check_fit(prompt_tokens: int, params: LlmParams, n_ctx: int) -> None:
     Raises:
         FaultError: `context_length_exceeded`, with the counts.
     """
-    field = "messages" if params.messages is not None else "prompt"
+    field = field_name(params)
     wanted = params.max_tokens if params.max_tokens is not None else 1
     if prompt_tokens + wanted <= n_ctx:
         return

@@ -27,7 +27,6 @@ from engines.runtime.contract import (
     main_file,
     refuse,
 )
-from engines.runtime.visible import show_only
 from protocol.work import LlmParams
 
 XLLAMACPP, LLAMA_CPP_PYTHON = "xllamacpp", "llama-cpp-python"
@@ -71,7 +70,6 @@ class LlmEngine(Engine):
         path = model_path(model, main_file(model))
         header = gguf.read_header(path)
         options = read_options(model, header, slots=DEFAULT_SLOTS if backend == XLLAMACPP else 1)
-        show_only(model)
         progress(0, 1, "load")
         if backend == XLLAMACPP:
             from engines.llm.xllamacpp_backend import XllamacppBackend

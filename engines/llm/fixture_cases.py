@@ -23,7 +23,13 @@ _STATES = 3000
 def fixture(backend: str) -> Fixture:
     """The model and its questions, for either backend."""
     return Fixture(
-        model=Model(name="fixture-chat", kinds=("llm",), files={"model": str(MODEL)}, backend=backend),
+        model=Model(
+            name="fixture-chat",
+            kinds=("llm",),
+            files={"model": str(MODEL)},
+            backend=backend,
+            options={"threads": 1},  # faster than two for a model this small
+        ),
         cases=(
             Case(kind="llm", params=_ask("count to 12"), check=_says(_count(12)), stream=True),
             Case(kind="llm", params=_ask("say hello world"), check=_says("hello world")),

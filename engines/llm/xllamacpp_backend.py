@@ -37,7 +37,7 @@ class XllamacppBackend:
             header,
             self.n_ctx,
             device=offload.device,
-            slots=options.n_parallel,
+            slots=options.slots,
             versions={"xllamacpp": xllama.version()},
             vram_bytes=self._server.vram_bytes,
             limits=layers,
@@ -200,17 +200,15 @@ def usage_of(usage: dict[str, Any]) -> dict[str, float]:
 def _parameters(path: Path, options: Options) -> Any:
     import xllamacpp  # type: ignore[import-untyped]
 
-    params = xllama.parameters()
+    params = xllama.parameters(options.threads)
     params.model.path = str(path)
-    params.n_ctx = options.n_ctx * options.n_parallel  # llama.cpp divides it among the slots
-    params.n_parallel = options.n_parallel
+    params.n_ctx = options.n_ctx * options.slots  # llama.cpp divides it among the slots
+    params.n_parallel = options.slots
     params.cont_batching = True
     params.n_batch, params.n_ubatch = options.n_batch, min(options.n_ubatch, options.n_batch)
     params.n_gpu_layers = options.n_gpu_layers
     params.main_gpu = options.main_gpu
     params.cache_ram_mib = options.prompt_cache_mib
-    if options.n_threads is not None:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.n_threads
     if options.flash_attn is not None:
         kinds = xllamacpp.llama_flash_attn_type
         on, off = kinds.LLAMA_FLASH_ATTN_TYPE_ENABLED, kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -23,8 +23,9 @@ from typing import Any
 
 import msgspec
 
+from engines.runtime import device as devices
 from engines.runtime.contract import Case, Engine, Job
-from engines.runtime.serve import fault_of, peak_rss_bytes, refuse_fallback, serve
+from engines.runtime.serve import fault_of, peak_rss_bytes, serve
 from engines.runtime.stdio import Wire
 from protocol import work
 
@@ -85,10 +86,11 @@ def _infer(engine: Engine, model: Any, case: Case, device: str, scratch: Path, o
     out.write(rung="load")
     began = time.monotonic()
     asked = msgspec.structs.replace(model, device=device)
+    devices.prepare(asked)
     ready = engine.load(asked, scratch, lambda *_: None)
     load_ms = (time.monotonic() - began) * 1000
     out.write(rung="infer", ready=ready, load_ms=load_ms)
-    refuse_fallback(asked, ready)
+    devices.refuse_fallback(asked, ready)
     params = work.parse_params(case.kind, case.params)
     engine.validate(case.kind, params)
     folder = scratch / "out"

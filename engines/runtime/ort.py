@@ -99,11 +99,11 @@ class Session:
         outputs: the graph's outputs by name.
     """
 
-    def __init__(self, path: Path, inner: Any, gpu_index: int) -> None:
+    def __init__(self, path: Path, inner: Any) -> None:
         self.path = path
         self._inner = inner
         self.placement = _placement(inner)
-        self.device = _executed(inner, self.placement, gpu_index)
+        self.device = _executed(inner, self.placement)
         self.inputs = {port.name: port for port in map(_port, inner.get_inputs())}
         self.outputs = {port.name: port for port in map(_port, inner.get_outputs())}
         self.metadata: dict[str, str] = dict(inner.get_modelmeta().custom_metadata_map)
@@ -143,15 +143,14 @@ class Session:
         return found
 
 
-def open_session(path: Path, device: str, *, threads: int = 0, gpu_index: int = 0) -> Session:
+def open_session(path: Path, device: str, *, threads: int = 1) -> Session:
     """Load a graph.
 
     Args:
         path: the .onnx file; external weights lie beside it.
         device: "cpu", "cuda", or "auto" (CUDA when it works, else the CPU). With "cuda" the CPU provider stays in
             the list, because real graphs hold nodes that only it has: compare `Session.device` with what was asked.
-        threads: CPU threads inside one node; 0 lets onnxruntime choose.
-        gpu_index: which of the visible CUDA devices.
+        threads: CPU threads inside one node, the caller's included; runs at once share them.
 
     Raises:
         FaultError: `load_failed`, or `out_of_memory`.
@@ -162,12 +161,12 @@ def open_session(path: Path, device: str, *, threads: int = 0, gpu_index: int = 
     if not path.is_file():
         raise refuse("load_failed", f"{path} does not exist or is not a file.", "files.model")
     options = _session_options(onnxruntime, threads)
-    providers = _providers(onnxruntime, device, gpu_index)
+    providers = _providers(onnxruntime, device)
     try:
         inner = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise _failed_load(error, path) from error
-    return Session(path, inner, gpu_index)
+    return Session(path, inner)
 
 
 def version() -> str:
@@ -196,7 +195,7 @@ def _session_options(onnxruntime: Any, threads: int) -> Any:
     return options
 
 
-def _providers(onnxruntime: Any, device: str, gpu_index: int) -> list[Any]:
+def _providers(onnxruntime: Any, device: str) -> list[Any]:
     """CUDA before CPU where CUDA is wanted and compiled in; asking for one that is not only warns."""
     if device == "cpu" or CUDA not in onnxruntime.get_available_providers():
         return [CPU]
@@ -204,7 +203,6 @@ def _providers(onnxruntime: Any, device: str, gpu_index: int) -> list[Any]:
     if preload is not None:  # finds cuBLAS and cuDNN in the nvidia-* wheels of this venv
         preload()
     cuda = {
-        "device_id": gpu_index,
         # The default doubles the arena each time and keeps up to half of the GPU for nothing.
         "arena_extend_strategy": "kSameAsRequested",
         # The default tries every algorithm at each new shape: seconds for the first image of a size.
@@ -227,9 +225,9 @@ def _placement(inner: Any) -> dict[str, int]:
     return counts
 
 
-def _executed(inner: Any, placement: Mapping[str, int], gpu_index: int) -> str:
+def _executed(inner: Any, placement: Mapping[str, int]) -> str:
     on_gpu = inner.get_providers()[0] == CUDA and (not placement or placement.get(CUDA, 0) > 0)
-    return f"cuda:{gpu_index}" if on_gpu else "cpu"
+    return "cuda:0" if on_gpu else "cpu"  # the first GPU that this process sees, see device.py
 
 
 def _port(node: Any) -> Port:

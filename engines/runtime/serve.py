@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from engines.runtime import device
 from engines.runtime.contract import CancelledRun, Engine, Job, Outcome
 from engines.runtime.stdio import Wire
 from protocol import engine_wire as wire
@@ -113,8 +114,9 @@ class _Server:
             self._send(wire.Progress(run=wire.NO_RUN, n=n, total=total, phase=phase))
 
         try:
+            device.prepare(message.model)
             ready = self._engine.load(message.model, Path(message.scratch), progress)
-            refuse_fallback(message.model, ready)
+            device.refuse_fallback(message.model, ready)
         except BaseException as error:
             self._send(wire.RunFault(run=wire.NO_RUN, fault=fault_of(error, "load_failed")))
             return
@@ -199,19 +201,6 @@ class _Server:
 def _result(number: int, outcome: Outcome, job: Job, json: bool) -> wire.Result:
     body = wire.pack(outcome.body, json)
     return wire.Result(run=number, body=body, files=tuple(job.files), usage=outcome.usage)
-
-
-def refuse_fallback(model: wire.Model, ready: wire.Ready) -> None:
-    """A silent fall to the CPU is a failed load. Raises FaultError."""
-    if model.device.startswith("cuda") and not ready.device.startswith("cuda"):
-        raise FaultError(
-            Fault(
-                "cpu_fallback",
-                f"Model {model.name!r} asks for {model.device} but the library runs it on {ready.device}.",
-                field="device",
-                detail={"hint": "Run `engine-probe` to see which library cannot use the GPU, and why."},
-            )
-        )
 
 
 def fault_of(error: BaseException, default: str = "engine_failed") -> Fault:

@@ -65,8 +65,12 @@ def claimed_devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if gpus() else ("cpu",)
 
 
-def parameters() -> Any:
-    """A fresh `CommonParams`, quiet and without what an engine must not have (web page, host RAM cache)."""
+def parameters(threads: int) -> Any:
+    """A fresh `CommonParams`, quiet and without what an engine must not have (web page, host RAM cache).
+
+    Args:
+        threads: CPU threads; all slots share them.
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -75,6 +79,7 @@ def parameters() -> Any:
     params.ctx_shift = False  # never drop the start of a conversation silently
     params.cache_ram_mib = 0  # the default keeps up to 8 GiB of old prompts in host memory
     params.prefill_assistant = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     return params
 
 

@@ -52,7 +52,7 @@ class VideoEngine(DiffusionEngine):
     def fixture(cls, backend: str) -> Fixture:
         """The image engine's model, which paints the colour and shape that its prompt names."""
         return Fixture(
-            model=Model(name="tiny-video", kinds=cls.kinds, files={"model": str(FIXTURE)}),
+            model=Model(name="tiny-video", kinds=cls.kinds, files={"model": str(FIXTURE)}, options={"threads": 1}),
             cases=(
                 _case("a red circle", "red", "circle", width=160, height=120, seconds=2.0, fps=12, steps=4, seed=1),
                 _case(

@@ -3,8 +3,8 @@
 files.model        folder of a CTranslate2 Whisper model, tokenizer.json included
 options:
   compute_type     "default" keeps the stored type where the device can: int8, int8_float16, float16, float32, …
-  cpu_threads      per worker; 0 means up to 4, as there are cores
-  num_workers      native workers = slots: runs that really go on side by side, each with its own memory
+  threads          CPU threads of a run; 0 means up to 4, as there are cores
+  slots            native workers: runs that really go on side by side, each with its own memory
   max_audio_s      longest audio taken, in seconds
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,18 +33,18 @@ from engines.runtime.contract import (
     option,
     refuse,
 )
+from engines.runtime.threads import threads_of
 from engines.whisper import folder
 from protocol.work import Segment, SttChunk, SttParams, SttResult, Word
 
 # Peak memory at this length: 3.1 GB besides the model, measured. Longer recordings are better cut first.
 MAX_AUDIO_S = 4 * 3600.0
 _FIXTURE = Path(__file__).parent / "fixture"
-_OPTIONS = ("compute_type", "cpu_threads", "num_workers", "max_audio_s")
-_MOST_THREADS = 4  # per worker when not told; Whisper's decoder gains nothing from more
+_OPTIONS = ("compute_type", "threads", "slots", "max_audio_s")
+_MOST_THREADS = 4  # of a run when not told; Whisper's decoder gains nothing from more
 _READ_REPORT_S = 60.0  # decoding reports once per so many seconds of audio
 
-_Threads = Annotated[int, msgspec.Meta(ge=0, le=1024)]
-_Workers = Annotated[int, msgspec.Meta(ge=1, le=64)]
+_Slots = Annotated[int, msgspec.Meta(ge=1, le=64)]
 _Length = Annotated[float, msgspec.Meta(gt=0, le=24 * 3600)]
 
 
@@ -80,7 +79,7 @@ class Whisper(Engine):
         model = Model(
             name="whisper-tiny-test",
             files={"model": str(_FIXTURE / "whisper-tiny-test")},
-            options={"cpu_threads": 1, "num_workers": 2},
+            options={"threads": 1, "slots": 2},
         )
         return Fixture(
             model=model,
@@ -252,18 +251,18 @@ def _segment(number: int, segment: Any) -> Segment:
 
 
 def _open(model: Model, place: Path, compute_type: str) -> Any:
-    device, index = _device(model.device)
+    device = _device(model.device)
     if device == "cuda":
         folder.preload_cublas()
     from faster_whisper import WhisperModel  # type: ignore[import-untyped]
 
-    workers = option(model, "num_workers", _Workers, 1)
+    slots = option(model, "slots", _Slots, 1)
     given = {
         "device": device,
-        "device_index": index,
         "compute_type": compute_type,
-        "cpu_threads": option(model, "cpu_threads", _Threads, 0) or _cores(workers),
-        "num_workers": workers,
+        # The library would take 4 on any machine.
+        "cpu_threads": threads_of(model, at_once=slots, most=_MOST_THREADS),
+        "num_workers": slots,
     }
     try:
         return WhisperModel(str(place), local_files_only=True, **given)
@@ -273,22 +272,13 @@ def _open(model: Model, place: Path, compute_type: str) -> Any:
         raise refuse("load_failed", f"faster-whisper cannot load {place} on {device}: {text}", field) from None
 
 
-def _cores(workers: int) -> int:
-    """Threads per worker. The library would take 4 on any machine; its idle threads spin, and starve each other."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MOST_THREADS, cores // workers))
-
-
-def _device(asked: str) -> tuple[str, int]:
+def _device(asked: str) -> str:
     """Resolve "auto" ourselves: the library's own "auto" does not say what it chose until it is loaded."""
     import ctranslate2
 
     if asked == "auto":
-        return ("cuda" if ctranslate2.get_cuda_device_count() else "cpu"), 0
-    name, _, index = asked.partition(":")
-    if name not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise refuse("load_failed", f'device: {asked!r} is none of "auto", "cpu", "cuda", "cuda:N".', "device")
-    return name, int(index or 0)
+        return "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+    return asked
 
 
 def _warm_up(model: Any, device: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from engines.diffusion.options import NAMES, Options, check_request, guidance_of, read_options, steps_of
 from engines.runtime.contract import Model
+from engines.runtime.threads import usable_cores
 from protocol.faults import FaultError
 from protocol.work import ImageParams, VideoParams
 
@@ -17,7 +18,7 @@ def model(**options: Any) -> Model:
 
 
 def test_defaults_and_values() -> None:
-    assert read_options(model()) == Options()
+    assert read_options(model()) == Options(threads=usable_cores())
     asked = {"threads": 3, "max_pixels": 4096, "max_frames": 7, "default_steps": 9, "default_guidance": 2.5}
     assert read_options(model(**asked)) == Options(**asked)
 

@@ -183,7 +183,7 @@ def test_odd_texts_are_embedded(embedder: Any, text: str) -> None:
     ("options", "field"),
     [
         ({"batch_size": 0}, "options.batch_size"),
-        ({"n_threads": 0}, "options.n_threads"),
+        ({"threads": -1}, "options.threads"),
         ({"pooling": "sum"}, "options.pooling"),
         ({"max_tokens": 1}, "options.max_tokens"),
         ({"matryoska": True}, "options.matryoska"),

@@ -26,7 +26,7 @@ def test_slots_change_no_vector_beyond_the_models_own_noise(spawn: Any, make_mod
     texts = ["".join(choose.choices("abcdefgh ", k=choose.randint(2, 200))) for _ in range(30)]
     one, four = spawn("embed"), spawn("embed")
     assert isinstance(one.load(make_model("gguf")), Ready)
-    assert isinstance(four.load(make_model("gguf", n_parallel=4)), Ready)
+    assert isinstance(four.load(make_model("gguf", slots=4)), Ready)
     assert np.abs(embed(one, texts) - embed(four, texts)).max() < 5e-3  # q8_0 activations
 
 

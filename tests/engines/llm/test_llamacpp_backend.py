@@ -17,8 +17,8 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 
 def test_more_slots_are_refused_with_the_cure(spawn: Any, make_model: Any) -> None:
-    fault = spawn("llm").load(make_model("llama-cpp-python", n_parallel=2))
-    assert (fault.code, fault.field) == ("load_failed", "options.n_parallel")
+    fault = spawn("llm").load(make_model("llama-cpp-python", slots=2))
+    assert (fault.code, fault.field) == ("load_failed", "options.slots")
     assert "xllamacpp" in fault.message
 
 

@@ -93,7 +93,7 @@ SHOWS_TOOLS = (
 def server(spawn: Any, make_model: Any) -> Any:
     pytest.importorskip("xllamacpp")
     child = spawn("llm")
-    assert isinstance(ready := child.load(make_model("xllamacpp", n_parallel=4)), Ready), ready
+    assert isinstance(ready := child.load(make_model("xllamacpp", slots=4)), Ready), ready
     return child
 
 

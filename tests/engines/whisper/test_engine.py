@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 pytest.importorskip("faster_whisper", reason="faster-whisper is not installed (extra stt)")
 
-from engines.whisper import engine
 from engines.whisper.engine import ENGINE
 from protocol import engine_wire as wire
 from protocol import work
@@ -27,7 +25,7 @@ SILENCE = {"audio": FIXTURE / "silence-10min.flac"}
 
 
 def model(folder: Path = MODEL, *, device: str = "cpu", **options: Any) -> wire.Model:
-    return wire.Model(name="tiny", files={"model": str(folder)}, device=device, options={"cpu_threads": 1} | options)
+    return wire.Model(name="tiny", files={"model": str(folder)}, device=device, options={"threads": 1} | options)
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def child(spawn):
 
 
 def test_ready_says_what_really_runs(spawn):
-    ready = spawn("whisper").load(model(num_workers=2, cpu_threads=1, max_audio_s=60))
+    ready = spawn("whisper").load(model(slots=2, threads=1, max_audio_s=60))
     assert ready.device == "cpu"
     # The file holds int8_float16, which a CPU cannot compute; the library converts it with a mere warning.
     assert ready.compute_type == "int8_float32"
@@ -216,7 +214,7 @@ def test_cancel_between_windows_and_the_instance_goes_on(child):
 
 def test_two_slots_run_side_by_side(spawn):
     two = spawn("whisper")
-    assert two.load(model(num_workers=2, cpu_threads=1)).slots == 2
+    assert two.load(model(slots=2, threads=1)).slots == 2
     long = ENGINE.fixture("").endless
     first = two.begin(long.kind, long.params, inputs=long.inputs)
     while not isinstance(message := two.receive(), wire.Progress) or message.phase != "window":
@@ -230,19 +228,14 @@ def test_two_slots_run_side_by_side(spawn):
 # ---- load
 
 
-def test_threads_are_shared_between_the_workers(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(6)))
-    assert [engine._cores(workers) for workers in (1, 2, 3, 6, 64)] == [4, 3, 2, 1, 1]
-
-
 @pytest.mark.parametrize(
     ("options", "field"),
     [
         ({"compute_type": "float16"}, "options.compute_type"),
         ({"compute_type": "bogus"}, "options.compute_type"),
         ({"compute_typ": "int8"}, "options.compute_typ"),
-        ({"num_workers": 0}, "options.num_workers"),
-        ({"cpu_threads": "many"}, "options.cpu_threads"),
+        ({"slots": 0}, "options.slots"),
+        ({"threads": "many"}, "options.threads"),
         ({"max_audio_s": 0}, "options.max_audio_s"),
     ],
 )
