@@ -4,8 +4,8 @@ files.model        VOICE.onnx
 files.config       VOICE.onnx.json; the file beside the model when not named
 options:
   voices           names of your own for callers: {"alloy" = "default", "echo" = "a speaker"}
-  slots            runs at once (onnxruntime allows it; each uses all threads)
-  cpu_threads      of onnxruntime; 0 lets it choose
+  slots            runs at once
+  threads          CPU threads, shared by the slots
   espeak_data      folder of espeak-ng data; the one inside piper-tts when not named
 """
 
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import msgspec
 
 from engines.piper import phonemes, voices
+from engines.runtime import ort
 from engines.runtime.contract import (
     Case,
     Claims,
@@ -34,12 +35,12 @@ from engines.runtime.contract import (
     option,
     refuse,
 )
+from engines.runtime.threads import threads_of
 from protocol.work import AUDIO_MIME, AudioResult, TtsParams
 
 _FIXTURE = Path(__file__).parent / "fixture"
-_OPTIONS = ("voices", "slots", "cpu_threads", "espeak_data")
+_OPTIONS = ("voices", "slots", "threads", "espeak_data")
 _Slots = Annotated[int, msgspec.Meta(ge=1, le=64)]
-_Threads = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 
 
 class Piper(Engine):
@@ -52,18 +53,16 @@ class Piper(Engine):
     def __init__(self) -> None:
         self._voice: Any = None
         self._names = voices.Names()
-        self._running: dict[Job, Any] = {}
+        self._running: dict[Job, ort.Terminator] = {}
 
     @classmethod
     def probe(cls, backend: str) -> Claims:
         """Import the libraries; CUDA is claimed when onnxruntime was built with it, which proves little."""
-        import onnxruntime  # type: ignore[import-untyped]
         import piper
         import soundfile  # type: ignore[import-untyped]
 
-        cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         notes = (f"libsndfile {soundfile.__libsndfile_version__}", f"espeak-ng data in {Path(piper.__file__).parent}")
-        return Claims(versions=_versions(), devices=("cpu", "cuda") if cuda else ("cpu",), notes=notes)
+        return Claims(versions=_versions(), devices=ort.claimed_devices(), notes=notes)
 
     @classmethod
     def fixture(cls, backend: str) -> Fixture:
@@ -73,7 +72,7 @@ class Piper(Engine):
             model=Model(
                 name="tone-text",
                 files={"model": str(_FIXTURE / "tone-text.onnx")},
-                options={"cpu_threads": 1, "slots": 2},
+                options={"threads": 1, "slots": 2},
             ),
             cases=(
                 tone_case("hello world", "tone-text"),
@@ -94,14 +93,13 @@ class Piper(Engine):
         known_options(model, _OPTIONS)
         slots = option(model, "slots", _Slots, 1)
         aliases = option(model, "voices", dict[str, str | int], {})
-        self._voice = voices.open_voice(model, main_file(model), option(model, "cpu_threads", _Threads, 0))
+        self._voice = voices.open_voice(model, main_file(model), threads_of(model))
         progress(1, 2, "load")
         self._names = voices.names(self._voice, model, aliases)
-        device = voices.executed_device(self._voice)
         _warm_up(self._voice)
         progress(2, 2, "load")
         return Ready(
-            device=device,
+            device=self._voice.session.device,
             slots=slots,
             compute_type="float32",
             versions=_versions(),
@@ -124,24 +122,19 @@ class Piper(Engine):
 
         Cancellation is seen between pieces, and stops onnxruntime within one.
         """
-        import onnxruntime
-
         from engines.piper.output import Output
 
         params: TtsParams = job.params
         speaker = self._names.speaker(params.voice)
         work = phonemes.pieces(self._voice, params.text)
         name = f"speech.{params.format}"
-        options = self._running[job] = onnxruntime.RunOptions()
+        stop = self._running[job] = ort.Terminator()
         try:
             with Output(job.folder / name, params.format, self._voice.config.sample_rate) as output:
                 for number, piece in enumerate(work):
                     job.check_cancelled()
-                    output.write(voices.speak(self._voice, piece, speaker, params.speed, options))
+                    output.write(voices.speak(self._voice, piece, speaker, params.speed, stop))
                     job.progress(number + 1, len(work), phase="sentence")
-        except Exception:
-            job.check_cancelled()  # onnxruntime raises its own error when it was told to stop
-            raise
         finally:
             del self._running[job]
         job.adopt(name, AUDIO_MIME[params.format])
@@ -150,8 +143,8 @@ class Piper(Engine):
 
     def cancel(self, job: Job) -> None:
         """Stop the piece that is being computed; onnxruntime looks between the nodes of its graph."""
-        if options := self._running.get(job):
-            options.terminate = True
+        if stop := self._running.get(job):
+            stop.terminate()
 
 
 def tone_case(text: str, model: str, expected: str | None = None, **params: Any) -> Case:
@@ -168,21 +161,17 @@ def tone_case(text: str, model: str, expected: str | None = None, **params: Any)
 
 
 def _warm_up(voice: Any) -> None:
-    import onnxruntime
-
     try:
         sentences = voice.phonemize("a") or [[]]
         ids = voice.phonemes_to_ids(sentences[0])
-        voices.speak(voice, ids, voice.config.default_speaker_id, 1.0, onnxruntime.RunOptions())
+        voices.speak(voice, ids, voice.config.default_speaker_id, 1.0)
     except Exception as error:
         raise refuse("load_failed", f"The voice is loaded but cannot speak: {error}", "files.model") from None
 
 
 def _versions() -> dict[str, str]:
-    import onnxruntime
-
     found = {name: importlib.metadata.version(name) for name in ("piper-tts", "soundfile")}
-    return found | {"onnxruntime": onnxruntime.__version__}
+    return found | {"onnxruntime": ort.version()}
 
 
 ENGINE = Piper

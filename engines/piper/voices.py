@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from engines.runtime import ort
 from engines.runtime.contract import Model, main_file, option
 from protocol.faults import refuse
 
@@ -88,13 +89,15 @@ def config_path(model: Model) -> Path:
 def open_voice(model: Model, path: Path, threads: int) -> Any:
     """Load the config, the model and check for espeak-ng's data.
 
-    PiperVoice.load does the same with less choice: its onnxruntime takes all cores, and a missing espeak-ng folder
-    ends the process at the first request.
+    PiperVoice.load does the same with less choice: its session takes all cores and falls to the CPU without a word,
+    and a missing espeak-ng folder ends the process at the first request.
+
+    Returns:
+        A PiperVoice whose `session` is an `ort.Session`: its own `synthesize` does not work, `speak` does.
 
     Raises:
         FaultError: `load_failed`, naming the file.
     """
-    import onnxruntime  # type: ignore[import-untyped]
     from piper import PiperVoice
     from piper.config import PiperConfig
     from piper.phonemize_espeak import ESPEAK_DATA_DIR
@@ -109,13 +112,7 @@ def open_voice(model: Model, path: Path, threads: int) -> Any:
     data = Path(option(model, "espeak_data", str, str(ESPEAK_DATA_DIR)))
     if config.phoneme_type == "espeak":
         _check_espeak(data)
-    providers = _providers(model.device)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(str(path), sess_options=options, providers=providers)
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise refuse("load_failed", f"onnxruntime cannot load {path}: {error}", "files.model") from None
+    session = ort.open_session(path, model.device, threads=threads)
     return PiperVoice(config=config, session=session, espeak_data_dir=data)
 
 
@@ -137,40 +134,12 @@ def _check_espeak(data: Path) -> None:
             raise refuse("load_failed", what, "options.espeak_data", hint=hint)
 
 
-def _providers(device: str) -> list[Any]:
-    import onnxruntime
-
-    name, _, index = device.partition(":")
-    if name == "cpu":
-        return ["CPUExecutionProvider"]
-    if name not in ("auto", "cuda") or (index and not index.isdecimal()):
-        raise refuse("load_failed", f'device: {device!r} is none of "auto", "cpu", "cuda", "cuda:N".', "device")
-    cuda = "CUDAExecutionProvider"
-    if cuda not in onnxruntime.get_available_providers():
-        return ["CPUExecutionProvider"]  # `executed_device` tells; the runtime refuses it when cuda was asked for
-    if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # finds CUDA and cuDNN in the `nvidia` wheels of this interpreter
-    return [(cuda, {"cudnn_conv_algo_search": "HEURISTIC", "device_id": int(index or 0)}), "CPUExecutionProvider"]
-
-
-def executed_device(voice: Any) -> str:
-    """Where the session really runs: onnxruntime falls back to the CPU without an exception."""
-    if voice.session.get_providers()[0] != "CUDAExecutionProvider":
-        return "cpu"
-    chosen = voice.session.get_provider_options()["CUDAExecutionProvider"].get("device_id", "0")
-    return f"cuda:{chosen}"
-
-
-def speak(voice: Any, ids: list[int], speaker: int, speed: float, options: Any) -> Any:
+def speak(voice: Any, ids: list[int], speaker: int, speed: float, stop: ort.Terminator | None = None) -> Any:
     """Compute one piece: float32 samples, loudest at 1.0, as PiperVoice.synthesize gives them.
 
-    Piper's own call takes no RunOptions, and without them a run cannot be stopped.
-
-    Args:
-        options: onnxruntime.RunOptions; set `terminate` to stop, which raises.
-
     Raises:
-        FaultError: `out_of_memory`.
+        CancelledRun: `stop` was used.
+        FaultError: `out_of_memory`, or `engine_failed`.
     """
     import numpy as np
 
@@ -182,12 +151,6 @@ def speak(voice: Any, ids: list[int], speaker: int, speed: float, options: Any) 
     }
     if config.num_speakers > 1:
         feed["sid"] = np.array([speaker], np.int64)
-    try:
-        samples = voice.session.run(None, feed, options)[0].reshape(-1)
-    except Exception as error:  # onnxruntime's errors share no base class
-        if "allocat" in str(error):
-            what = f"There is not enough memory to speak a piece of {len(ids)} phonemes at speed {speed:g}."
-            raise refuse("out_of_memory", what) from None
-        raise
+    samples = voice.session.run(None, feed, stop)[0].reshape(-1)
     loudest = float(np.abs(samples).max(initial=0.0))
     return samples / loudest if loudest > 1e-8 else np.zeros_like(samples)

@@ -25,7 +25,7 @@ HELLO_IPA = "həlˈoʊ wˈɜːld"
 
 
 def model(path: Path = TEXT, device: str = "cpu", **options: Any) -> wire.Model:
-    return wire.Model(name="voice", files={"model": str(path)}, device=device, options={"cpu_threads": 1} | options)
+    return wire.Model(name="voice", files={"model": str(path)}, device=device, options={"threads": 1} | options)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def heard(answer) -> str:
 
 
 def test_ready_says_what_really_runs(spawn):
-    ready = spawn("piper").load(model(slots=3, cpu_threads=1, voices={"alloy": "default"}))
+    ready = spawn("piper").load(model(slots=3, threads=1, voices={"alloy": "default"}))
     assert (ready.device, ready.compute_type, ready.slots) == ("cpu", "float32", 3)
     assert ready.limits == {
         "sample_rate": 22_050,
@@ -207,7 +207,7 @@ def test_two_slots_run_side_by_side(spawn):
     ("options", "field"),
     [
         ({"slots": 0}, "options.slots"),
-        ({"cpu_threads": -1}, "options.cpu_threads"),
+        ({"threads": -1}, "options.threads"),
         ({"voices": {"alloy": "nobody"}}, "options.voices"),
         ({"voices": "alloy"}, "options.voices"),
         ({"speed": 1}, "options.speed"),
@@ -311,7 +311,7 @@ def test_whisper_hears_what_piper_says(child, spawn, text, format_):
     ears = Path(__file__).parents[3] / "engines" / "whisper" / "fixture" / "whisper-tiny-test"
     listener = spawn("whisper")
     assert isinstance(
-        listener.load(wire.Model(name="ears", files={"model": str(ears)}, device="cpu", options={"cpu_threads": 1})),
+        listener.load(wire.Model(name="ears", files={"model": str(ears)}, device="cpu", options={"threads": 1})),
         wire.Ready,
     )
     spoken = child.run("audio_tts", {"text": text, "format": format_})
