@@ -28,6 +28,7 @@ import uvicorn
 from coordinator.app import Coordinator
 from coordinator.gateway import UVICORN_OPTIONS
 from coordinator.http_bounds import BoundedHttp
+from coordinator.websockets_end import EndingWebSockets
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def uvicorn_config(app: Any, serving: Serving) -> uvicorn.Config:
         app,
         http=BoundedHttp,
         loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
-        ws="websockets-sansio",
+        ws=EndingWebSockets,
         **UVICORN_OPTIONS,
         lifespan="on",
         log_config=None,

@@ -36,6 +36,7 @@ from coordinator.dispatch import Dispatcher, DispatchSettings
 from coordinator.gateway import UVICORN_OPTIONS, GatewaySettings, worker_endpoint
 from coordinator.records import JobEnded, JobEvent, JobRecord, Submission, WorkerScope
 from coordinator.store import SqliteStore
+from coordinator.websockets_end import EndingWebSockets
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault
@@ -300,7 +301,7 @@ def running_desk(
     listener.listen()
     config = uvicorn.Config(
         Starlette(routes=routes),
-        ws="websockets-sansio",
+        ws=EndingWebSockets,
         lifespan="off",
         log_config=None,
         timeout_graceful_shutdown=1,
