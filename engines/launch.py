@@ -1,10 +1,14 @@
 """First code of every engine child: lock down, then become the engine.
 
-    python -I -S engines/launch.py '{"root": …, "module": …, "python": …}'
+    python -I -S engines/launch.py '{"root": …, "module": …, "python": …}' [LIFELINE_FD]
 
 Standard library only, run with `-I -S`: nothing third-party can be imported before the process is locked down.
-Today it sets limits, ties the child to its parent, and cleans descriptors and environment; the sandbox layers
-(namespaces, Landlock, seccomp) belong here too, between `_limits` and `_become`.
+
+The order is not free. Limits; then the warden and the namespaces (lockdown/warden.py), because Landlock forbids
+mounts; then capabilities and no_new_privs, which Landlock and seccomp ask for; then Landlock; then seccomp, last,
+because it forbids the calls used before. After each layer somebody tries what it should refuse (lockdown/canary.py):
+that is its verdict, and the engine tells the host in `ready`. A layer that the kernel does not have costs only itself,
+unless the mode is "require". Without `sandbox` in the spec the process only dies with its parent.
 
 The engine's interpreter may be another venv's; it is exec'ed on this installation's `engines` and `protocol`
 (`root`), so the two ends of the wire cannot be of different revisions.
@@ -13,6 +17,7 @@ The engine's interpreter may be another venv's; it is exec'ed on this installati
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -21,6 +26,12 @@ import sys
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
+# Exit code when the mode is "require" and a layer is not verified; the last line of stderr names it.
+EXIT_NOT_CONFINED = 71
+LAYERS = ("namespaces", "privileges", "landlock", "seccomp")
+# What "require" requires. The rest (user, ipc, warden) cannot be tried from inside without another namespace.
+REQUIRED = ("pid", "proc", "net", "privileges", "landlock", "seccomp")
+VERDICTS = "BULKHEAD_SANDBOX"  # how the verdicts reach the engine's runtime
 
 # The engine's whole environment, besides what the spec grants. Why each:
 _ENVIRONMENT = {
@@ -42,9 +53,71 @@ _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 def main() -> NoReturn:
     """Entry point; never returns."""
     spec: dict[str, Any] = json.loads(sys.argv[1])
-    _die_with_parent(spec.get("parent"))
+    lifeline = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    if "sandbox" not in spec or not sys.platform.startswith("linux"):
+        _die_with_parent(spec.get("parent"))
+        _limits(spec)
+        _become(spec)
+    if lifeline is None:  # else the lifeline tells of the parent's end, and the warden must live to clean up
+        _die_with_parent(spec.get("parent"))
     _limits(spec)
-    _become(spec)
+    verdicts, kept = _lock_down(spec["sandbox"], lifeline, spec.get("parent", 0))
+    _become(spec, verdicts, kept)
+
+
+def _lock_down(policy: dict[str, Any], lifeline: int | None, parent: int) -> tuple[dict[str, str], list[int]]:
+    """Put on every layer of the policy; returns the verdicts and the descriptors that must stay open.
+
+    The policy: `mode`, `layers` (default: all), `network` (none, loopback, host), and paths to `read`, `execute`,
+    `write` and, as `devices`, to open and control; `names_threads` as CUDA needs it.
+    """
+    # Only the package `engines` is taken from there, and only from this place in this program.
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path.append(root)
+    from engines.lockdown import canary, kernel, landlock, privileges, seccomp, warden
+
+    sys.path.remove(root)
+    off = policy.get("mode") == "off"
+    layers = set() if off else set(policy.get("layers", LAYERS))
+    network = policy.get("network", "none")
+    verdicts: dict[str, str] = {}
+    warden.fork(lifeline, layers, network, verdicts)
+    canary.namespaces(verdicts, parent)
+    if "privileges" in layers:
+        verdicts["privileges"] = _attempt(lambda: (privileges.drop(), canary.privileges())[1])
+    elif layers & {"landlock", "seccomp"}:  # they may be put on by anybody who cannot gain privileges
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    if "landlock" in layers:
+        verdicts["landlock"] = _attempt(lambda: canary.landlock(policy, landlock.restrict(policy)))
+    if "seccomp" in layers:
+        kept_in = verdicts["pid"] == "verified" or verdicts.get("landlock") == "verified"
+        alone = not kept_in and not policy.get("spawns")
+
+        def filtered() -> str:
+            seccomp.install(network=network, own_signals_only=alone)
+            return canary.seccomp()
+
+        verdicts["seccomp"] = _attempt(filtered)
+    for name in ("privileges", "landlock", "seccomp"):
+        verdicts.setdefault(name, "off")
+    if policy.get("mode") == "require":
+        _insist(verdicts, network)
+    return verdicts, landlock.pinned
+
+
+def _attempt(layer: Any) -> str:
+    try:
+        return str(layer())
+    except OSError as error:
+        return f"unavailable({errno.errorcode.get(error.errno or 0, '?')})"
+
+
+def _insist(verdicts: dict[str, str], network: str) -> None:
+    missing = [name for name in REQUIRED if verdicts[name] != "verified" and not (name == "net" and network == "host")]
+    if missing:
+        told = ", ".join(f"{name} is {verdicts[name]}" for name in missing)
+        os.write(2, f"sandbox = \"require\": {told}\n".encode())
+        os._exit(EXIT_NOT_CONFINED)
 
 
 def _die_with_parent(parent: int | None) -> None:
@@ -74,15 +147,21 @@ def _limits(spec: dict[str, Any]) -> None:
         pass  # not Linux, or not allowed: the kernel's own choice stands
 
 
-def _become(spec: dict[str, Any]) -> NoReturn:
+def _become(spec: dict[str, Any], verdicts: dict[str, str] | None = None, kept: list[int] | None = None) -> NoReturn:
     """Close what is not ours, set the environment, exec the engine's interpreter."""
-    os.closerange(3, 65536)
-    kept = [*_KEPT, *spec.get("keep", [])]  # `keep`: names granted by the operator; values never travel in argv
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    low = 3
+    for fd in sorted(kept or ()):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 65536)
+    names = [*_KEPT, *spec.get("keep", [])]  # `keep`: names granted by the operator; values never travel in argv
+    environment = {name: os.environ[name] for name in names if name in os.environ}
     environment = _ENVIRONMENT | environment | spec.get("env", {})
     if "scratch" in spec:
         environment |= {"HOME": spec["scratch"], "TMPDIR": spec["scratch"]}
         os.chdir(spec["scratch"])
+    if verdicts is not None:
+        environment[VERDICTS] = json.dumps(verdicts)
     boot = os.path.join(spec["root"], "engines", "runtime", "boot.py")
     argv = [spec["python"], "-I", boot, spec["root"], spec["module"], *spec.get("args", [])]
     os.execve(spec["python"], argv, environment)

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 UNKILLABLE_AFTER_S = 10.0
 # How long the drain may go on after the exit; what the child wrote is in the pipe, so this is only a bound.
 LAST_WORDS_S = 1.0
+# A warden needs a few milliseconds from the lifeline's end to the death of the last of the family.
+WARDEN_S = 2.0
 MAX_STDERR_LINE_BYTES = 8192
 
 
@@ -41,6 +43,8 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
         name: for logs.
         env: the whole environment; None means ours.
         pass_fds: descriptors that stay open under the same numbers.
+        lifeline: give the child the read end of a pipe whose other end only we hold, and its number as a last word of
+            argv. Its end of file means that we are gone, or want the whole family of the child dead (warden.py).
         stderr_lines: how many of the latest stderr lines are kept as evidence.
         on_stderr_line: called for each line, on the trio thread; must not block.
     """
@@ -50,6 +54,7 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: Mapping[str, str] | None = None
     cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
+    lifeline: bool = False
     stderr_lines: int = 200
     on_stderr_line: Callable[[str], None] | None = None
 
@@ -85,7 +90,7 @@ def signal_name(number: int) -> str:
 class Child:
     """A running (or ended) child. Made by `open_child` only."""
 
-    def __init__(self, spec: ChildSpec, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, spec: ChildSpec, process: subprocess.Popen[bytes], lifeline: int = -1) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -93,6 +98,7 @@ class Child:
         self.pid = process.pid
         self.exit: Exit | None = None
         self._process = process
+        self._lifeline = lifeline
         self._ended = trio.Event()
         # The file objects would close the descriptors a second time: take the numbers out of them.
         self._stdin = PipeWriter(_detach(process.stdin))
@@ -137,6 +143,14 @@ class Child:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
+    def cut_lifeline(self) -> bool:
+        """Let the child's warden kill its whole family; False when there is no lifeline (any more)."""
+        if self._lifeline < 0:
+            return False
+        os.close(self._lifeline)
+        self._lifeline = -1
+        return True
+
     async def wait(self) -> Exit:
         """Wait for the end. Cancellation: only the waiting ends."""
         await self._ended.wait()
@@ -144,22 +158,29 @@ class Child:
         return self.exit
 
     async def end(self, grace_s: float) -> Exit:
-        """Escalate: SIGTERM, at most `grace_s`, SIGKILL, at most `UNKILLABLE_AFTER_S`, then abandon.
+        """Escalate: SIGTERM, at most `grace_s`, the lifeline, SIGKILL, at most `UNKILLABLE_AFTER_S`, then abandon.
 
-        Cancellation: shielded; bounded by the two waits.
+        Cancellation: shielded; bounded by the waits.
         """
         with trio.CancelScope(shield=True):
-            for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, UNKILLABLE_AFTER_S)):
-                if self.exit is not None:
-                    break
-                self.signal_group(number)
-                with trio.move_on_after(patience_s):
-                    await self._ended.wait()
+            if self.exit is None:
+                self.signal_group(signal.SIGTERM)
+                await self._ended_within(grace_s)
+            # The warden reaches what has left the group; SIGKILL to the group would kill the warden first.
+            if self.exit is None and self.cut_lifeline():
+                await self._ended_within(WARDEN_S)
+            if self.exit is None:
+                self.signal_group(signal.SIGKILL)
+                await self._ended_within(UNKILLABLE_AFTER_S)
             if self.exit is None:
                 log.error("%s (pid %d) cannot be killed; its handle is abandoned", self.spec.name, self.pid)
                 self._finish(Exit())
         assert self.exit is not None
         return self.exit
+
+    async def _ended_within(self, patience_s: float) -> None:
+        with trio.move_on_after(patience_s):
+            await self._ended.wait()
 
     # ---- tasks of open_child
 
@@ -203,6 +224,7 @@ class Child:
             self.spec.on_stderr_line(text)
 
     def _close(self) -> None:
+        self.cut_lifeline()
         self._stdin.close()
         self._stdout.close()
         self._stderr.close()
@@ -229,18 +251,33 @@ async def _wait_dead(process: subprocess.Popen[bytes]) -> None:
         )
 
 
-def _spawn(spec: ChildSpec) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        spec.argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=None if spec.env is None else dict(spec.env),
-        cwd=spec.cwd,
-        pass_fds=spec.pass_fds,
-        start_new_session=True,
-        bufsize=0,
-    )
+def _spawn(spec: ChildSpec) -> tuple[subprocess.Popen[bytes], int]:
+    """Start it; returns the process and our end of its lifeline, -1 when it has none."""
+    ours, argv = -1, spec.argv
+    theirs: tuple[int, ...] = ()
+    if spec.lifeline:
+        theirs_fd, ours = os.pipe()
+        theirs, argv = (theirs_fd,), (*argv, str(theirs_fd))
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=None if spec.env is None else dict(spec.env),
+            cwd=spec.cwd,
+            pass_fds=(*spec.pass_fds, *theirs),
+            start_new_session=True,
+            bufsize=0,
+        )
+    except BaseException:
+        if ours >= 0:
+            os.close(ours)
+        raise
+    finally:
+        for fd in theirs:
+            os.close(fd)
+    return process, ours
 
 
 @contextlib.asynccontextmanager
@@ -254,7 +291,7 @@ async def open_child(spec: ChildSpec, *, term_grace_s: float = 3.0) -> AsyncIter
     `term_grace_s` + `UNKILLABLE_AFTER_S`.
     """
     # This is trio's main thread, the one that PDEATHSIG follows; Popen costs it about 0.1 ms.
-    child = Child(spec, _spawn(spec))
+    child = Child(spec, *_spawn(spec))
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(child._attend)
