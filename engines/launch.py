@@ -68,7 +68,7 @@ def main() -> NoReturn:
 def _lock_down(policy: dict[str, Any], lifeline: int | None, parent: int) -> tuple[dict[str, str], list[int]]:
     """Put on every layer of the policy; returns the verdicts and the descriptors that must stay open.
 
-    The policy: `mode`, `layers` (default: all), `network` (none, loopback, host), and paths to `read`, `execute`,
+    The policy: `mode`, `layers` (default: all), `network` (see lockdown/seccomp.py), and paths to `read`, `execute`,
     `write` and, as `devices`, to open and control; `names_threads` as CUDA needs it.
     """
     # Only the package `engines` is taken from there, and only from this place in this program.
@@ -81,10 +81,15 @@ def _lock_down(policy: dict[str, Any], lifeline: int | None, parent: int) -> tup
     layers = set() if off else set(policy.get("layers", LAYERS))
     network = policy.get("network", "none")
     verdicts: dict[str, str] = {}
-    warden.fork(lifeline, layers, network, verdicts)
+
+    def unprivileged() -> str:
+        privileges.drop()
+        return canary.privileges()
+
+    warden.fork(lifeline, layers, policy, verdicts)
     canary.namespaces(verdicts, parent)
     if "privileges" in layers:
-        verdicts["privileges"] = _attempt(lambda: (privileges.drop(), canary.privileges())[1])
+        verdicts["privileges"] = _attempt(unprivileged)
     elif layers & {"landlock", "seccomp"}:  # they may be put on by anybody who cannot gain privileges
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if "landlock" in layers:
@@ -116,7 +121,7 @@ def _insist(verdicts: dict[str, str], network: str) -> None:
     missing = [name for name in REQUIRED if verdicts[name] != "verified" and not (name == "net" and network == "host")]
     if missing:
         told = ", ".join(f"{name} is {verdicts[name]}" for name in missing)
-        os.write(2, f"sandbox = \"require\": {told}\n".encode())
+        os.write(2, f'sandbox = "require": {told}\n'.encode())
         os._exit(EXIT_NOT_CONFINED)
 
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import trio
 
 from protocol.faults import Fault
@@ -81,7 +82,7 @@ class _Supervisor:
     def __init__(self, settings: Settings, state: StateFolder) -> None:
         self._settings = settings
         self._state = state
-        self._specs = config.build_models(settings)
+        self._specs = [_granted(spec, state.attempts) for spec in config.build_models(settings)]
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
@@ -246,6 +247,12 @@ def _refusal(end: SessionEnd) -> SupervisorError:
         Why.REVISION: "update the older of the two",
     }
     return LinkRefused(f"The coordinator refused this worker: {end.sentence}; {cures[end.why]}.")
+
+
+def _granted(spec: ModelSpec, attempts: Path) -> ModelSpec:
+    """Let an engine read the inputs and write the outputs of its runs."""
+    sandbox = msgspec.structs.replace(spec.engine.sandbox, write=(*spec.engine.sandbox.write, str(attempts)))
+    return msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, sandbox=sandbox))
 
 
 def _plain(error: BaseException) -> BaseException:

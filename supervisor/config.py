@@ -27,7 +27,7 @@ from protocol.ids import is_safe_id
 from protocol.work import Kind, is_kind
 from supervisor.config_walk import BAD, EnvText, build, did_you_mean, dotted
 from supervisor.errors import ConfigError
-from supervisor.host.work import EngineSpec, ModelSpec
+from supervisor.host.work import EngineSpec, ModelSpec, Sandbox
 from supervisor.settings import CONFIG_VERSION, CoordinatorTable, EngineTable, ModelTable, Settings
 from supervisor.toml_lines import Path as KeyPath
 from supervisor.toml_lines import key_lines, line_of
@@ -178,7 +178,12 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
         return absolute(text) if "/" in text or not text else shutil.which(text) or text
 
     def engine(table: EngineTable) -> EngineTable:
-        return msgspec.structs.replace(table, python=interpreter(table.python))
+        lists = {name: getattr(table, name) for name in ("read", "write", "execute")}
+        paths = {
+            name: [absolute(path) for path in paths] if isinstance(paths, list) else paths
+            for name, paths in lists.items()
+        }
+        return msgspec.structs.replace(table, python=interpreter(table.python), **paths)
 
     def model(table: ModelTable) -> ModelTable:
         files = {role: absolute(path) for role, path in table.files.items()}
@@ -339,6 +344,17 @@ def build_models(settings: Settings) -> list[ModelSpec]:
     return [_spec(model, settings.engines.get(model.engine, EngineTable())) for model in settings.models]
 
 
+def sandbox_of(table: EngineTable) -> Sandbox:
+    """How the operator confines an engine."""
+    return Sandbox(
+        mode=table.sandbox,
+        network=table.network,
+        read=tuple(table.read),
+        write=tuple(table.write),
+        execute=tuple(table.execute),
+    )
+
+
 def _spec(model: ModelTable, table: EngineTable) -> ModelSpec:
     entry = CATALOG.get(model.engine)
     default = entry.module if entry is not None else ""
@@ -350,6 +366,7 @@ def _spec(model: ModelTable, table: EngineTable) -> ModelSpec:
             module=table.module or default,
             python=table.python or sys.executable,
             env=table.env,
+            sandbox=sandbox_of(table),
         ),
         model=Model(
             name=model.name,

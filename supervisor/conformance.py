@@ -38,6 +38,7 @@ from supervisor.conformance_host import (
     file_lies,
     open_instance,
 )
+from supervisor.host.family import speaks_for
 from supervisor.host.work import EngineSpec
 
 PATIENCE_S = 60.0  # for what may load a library on a busy box
@@ -109,7 +110,7 @@ async def _hello(suite: Suite) -> None:
         assert hello is not None
         if agree(ENGINE_WIRE, Span(hello.low, hello.high)) is None:
             raise CaseFailed(f"it speaks revisions {hello.low} to {hello.high}, we {ENGINE_WIRE.low} to ours")
-        if hello.pid != instance.child.pid:
+        if not speaks_for(instance.child.pid, hello.pid):
             raise CaseFailed("`pid` of hello is not the pid of the process")
         if set(hello.kinds) != set(suite.told.kinds) or not all(is_kind(kind) for kind in hello.kinds):
             raise CaseFailed(f"`kinds` of hello are {hello.kinds}, the class says {suite.told.kinds}")
@@ -321,6 +322,9 @@ async def run_suite(engine: EngineSpec, *, backend: str = "") -> list[CaseResult
     folder = await trio.to_thread.run_sync(lambda: Path(tempfile.mkdtemp(prefix="bh-")))
     try:
         (folder / "0").mkdir()
+        # What one child wrote, another one judges.
+        sandbox = msgspec.structs.replace(engine.sandbox, write=(*engine.sandbox.write, str(folder)))
+        engine = msgspec.structs.replace(engine, sandbox=sandbox)
         try:
             told = await describe(engine, folder / "0", backend, PATIENCE_S)
         except CaseFailed as failure:

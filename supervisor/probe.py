@@ -26,7 +26,7 @@ import trio
 from engines.catalog import CATALOG, Entry
 from supervisor import conformance
 from supervisor.columns import columns
-from supervisor.config import find_config, load
+from supervisor.config import find_config, load, sandbox_of
 from supervisor.errors import ConfigError, ExitCode
 from supervisor.host.child import open_child
 from supervisor.host.launching import engine_child
@@ -175,7 +175,8 @@ def engine_spec(name: str, table: EngineTable) -> EngineSpec:
     module = table.module or (entry.module if entry else "")
     if not module:
         raise ValueError(f"engine {name!r} is neither in the catalogue nor has it a `module` in worker.toml")
-    return EngineSpec(name=name, module=module, python=table.python or sys.executable, env=table.env)
+    python = table.python or sys.executable
+    return EngineSpec(name=name, module=module, python=python, env=table.env, sandbox=sandbox_of(table))
 
 
 def targets(

@@ -59,6 +59,9 @@ class EngineTable(Table, frozen=True):
         python: interpreter that has the engine's libraries; "" means the supervisor's own.
         device: default for its models.
         env: more environment for the child.
+        sandbox: "require": refuse to start unless every layer is verified; "best-effort"; "off".
+        network: "none", "loopback" (its own) or "host"; "" means what the engine needs.
+        read, write, execute: more files and folders that it may touch.
         options: default load options for its models.
     """
 
@@ -66,6 +69,11 @@ class EngineTable(Table, frozen=True):
     python: str = ""
     device: str = ""
     env: dict[str, str] = {}
+    sandbox: Literal["require", "best-effort", "off"] = "best-effort"
+    network: Literal["", "none", "loopback", "host"] = ""
+    read: list[str] = []
+    write: list[str] = []
+    execute: list[str] = []
     options: dict[str, Any] = {}
 
 

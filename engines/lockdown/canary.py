@@ -5,12 +5,12 @@ Each layer is tried right after it was put on, before the next one could refuse 
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 from collections.abc import Callable
 from typing import Any
 
-import _socket
 from engines.lockdown import kernel
 
 _NETLINK = 16
@@ -66,7 +66,7 @@ def privileges() -> str:
 def landlock(policy: dict[str, Any], version: int) -> str:
     """Judge Landlock; what this kernel's version cannot do is listed as open."""
     found = {"files": _refused(lambda: os.open("/", os.O_RDONLY), errno.EACCES)}
-    if policy.get("network", "none") == "none":
+    if policy.get("network", "none") in ("none", "unix"):
         found["tcp"] = version >= 4 and _refused(_listen, errno.EACCES)
     found["signals"] = version >= 6 and _refused(lambda: os.kill(os.getppid(), 0), errno.EPERM)
     return _judge(found)

@@ -119,9 +119,9 @@ def prctl(option: int, value: int = 0) -> int:
     return int(_LIBC.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero))
 
 
-def mount(source: bytes, target: bytes, kind: bytes | None, flags: int) -> None:
+def mount(source: bytes, target: bytes, kind: bytes | None, flags: int, options: bytes | None = None) -> None:
     """mount(2). Raises OSError."""
-    call("mount", source, target, kind, flags, None)
+    call("mount", source, target, kind, flags, options)
 
 
 def fork_into(flags: int) -> int:

@@ -11,8 +11,8 @@ from engines.lockdown import kernel
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _MAKE_CHAR, _MAKE_BLOCK = 1 << 6, 1 << 11
-_REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
-_ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+_REFER, _TRUNCATE, _IOCTL_DEV, _CONNECT_UNIX = 1 << 13, 1 << 14, 1 << 15, 1 << 16
+_ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV | _CONNECT_UNIX
 _READ = _READ_FILE | _READ_DIR
 _BIND_TCP, _CONNECT_TCP = 1, 2
 _SCOPE_ABSTRACT_UNIX, _SCOPE_SIGNAL = 1, 2
@@ -27,7 +27,7 @@ def abi() -> int:
 
 def _handled(version: int) -> int:
     rights = (1 << 13) - 1
-    for since, right in ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV)):
+    for since, right in ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV), (9, _CONNECT_UNIX)):
         if version >= since:
             rights |= right
     return rights
@@ -40,7 +40,7 @@ def restrict(policy: dict[str, Any]) -> int:
     """
     version = abi()
     handled = _handled(version)
-    network = (_BIND_TCP | _CONNECT_TCP) if version >= 4 and policy.get("network", "none") == "none" else 0
+    network = (_BIND_TCP | _CONNECT_TCP) if version >= 4 and policy.get("network", "none") in ("none", "unix") else 0
     scope = (_SCOPE_ABSTRACT_UNIX | _SCOPE_SIGNAL) if version >= 6 else 0
     attributes = struct.pack("QQQ", handled, network, scope)[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = kernel.call("landlock_create_ruleset", attributes, len(attributes), 0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import os
 import struct
 
-import _socket
 from engines.lockdown import kernel
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x00020000, 0x04000000, 0x08000000
@@ -15,7 +15,10 @@ _OTHERS = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP, _IFF_RUNNING = 1, 0x40
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
-NAMES = ("user", "pid", "proc", "net", "ipc")
+NAMES = ("user", "pid", "proc", "mounts", "net", "ipc")
+# Where a host keeps its sockets and its users' files: covered, unless something granted lies below. Before version 9
+# Landlock lets anybody connect to a socket whose path can be seen.
+COVERED = ("/run", "/tmp", "/var/tmp", "/dev/shm")
 
 
 def fork(*, network: bool, verdicts: dict[str, str]) -> int:
@@ -84,16 +87,36 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
-def furnish(verdicts: dict[str, str], *, loopback: bool) -> None:
-    """Inside the new namespaces, as their first process: a /proc of our own, and the loopback where it is granted."""
+def furnish(verdicts: dict[str, str], *, loopback: bool, granted: list[str]) -> None:
+    """Inside the new namespaces, as their first process: a /proc of our own, the host's sockets covered, loopback."""
     try:
         kernel.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
         kernel.mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     except OSError as error:  # a container that covers parts of its /proc forbids a fresh one
         verdicts["proc"] = kernel.word(error)
+    verdicts["mounts"] = _cover(granted)
     if loopback and verdicts.get("net") == "claimed":
         plug = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
         try:
             fcntl.ioctl(plug.fileno(), _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP | _IFF_RUNNING))
         finally:
             plug.close()
+
+
+def _cover(granted: list[str]) -> str:
+    paths = [os.path.realpath(path) for path in granted]
+    open_ = []
+    for folder in COVERED:
+        if not os.path.isdir(folder):
+            continue
+        if any(path == folder or path.startswith(folder + "/") for path in paths):
+            open_.append(folder)
+            continue
+        try:
+            flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+            kernel.mount(b"none", folder.encode(), b"tmpfs", flags, b"size=4k,mode=0755")
+            if os.listdir(folder):
+                open_.append(folder)
+        except OSError:
+            open_.append(folder)
+    return f"partial({', '.join(open_)} open)" if open_ else "verified"

@@ -87,7 +87,7 @@ def _no_namespace_flags() -> _Program:
 
 
 def _local_streams() -> _Program:
-    """socket(2) without a network: unconnected unix streams, as CUDA makes them, and nothing else."""
+    """socket(2) without a network: unix streams, as CUDA makes them, and nothing else."""
     rule = _only(0, (_UNIX,), errno.EAFNOSUPPORT)
     rule.argument(1)
     rule.add(_AND, 0xF)  # without SOCK_CLOEXEC and SOCK_NONBLOCK
@@ -101,8 +101,8 @@ def program(*, network: str, own_signals_only: bool, pid: int) -> bytes:
     """The filter.
 
     Args:
-        network: "none": no socket can be connected. "loopback" (a network namespace of one's own): internet sockets
-            only, because a unix socket of the host is reached by its path. "host": those and unix sockets.
+        network: "none": no socket can be connected. "unix": unix streams can. "loopback" (meant for a network
+            namespace of one's own) and "host": those and internet sockets.
         own_signals_only: signals to nobody but `pid` itself; for kernels on which nothing else keeps them in.
     """
     made = _Program()
@@ -127,11 +127,10 @@ def program(*, network: str, own_signals_only: bool, pid: int) -> bytes:
     if own_signals_only:
         for name in ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
             made.for_call(name, _only(0, (pid,), errno.EPERM))
-    if network == "none":
+    if network in ("none", "unix"):
         made.for_call("socket", _local_streams())
     else:
-        families = (_INET, _INET6) if network == "loopback" else (_UNIX, _INET, _INET6)
-        made.for_call("socket", _only(0, families, errno.EAFNOSUPPORT))
+        made.for_call("socket", _only(0, (_UNIX, _INET, _INET6), errno.EAFNOSUPPORT))
     made.add(_RETURN, _ALLOW)
     return b"".join(struct.pack("HBBI", *each) for each in made.code)
 

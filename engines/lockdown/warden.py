@@ -16,7 +16,7 @@ import select
 import signal
 import struct
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engines.lockdown import kernel, namespaces
 
@@ -26,8 +26,9 @@ _SWEEP_STEP_S = 0.0005
 _SWEEP_S = 5.0
 
 
-def fork(lifeline: int | None, layers: set[str], network: str, verdicts: dict[str, str]) -> None:
+def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdicts: dict[str, str]) -> None:
     """Fork the engine-to-be below a warden; returns in the engine-to-be only."""
+    network = policy.get("network", "none")
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     told, tell = os.pipe()
@@ -45,7 +46,7 @@ def fork(lifeline: int | None, layers: set[str], network: str, verdicts: dict[st
         os.close(lifeline)
     _die_with_parent(tell)
     if apart:
-        namespaces.furnish(verdicts, loopback=network == "loopback")
+        namespaces.furnish(verdicts, loopback=network == "loopback", granted=_granted(policy))
         engine = os.fork()
         if engine:
             _be_first(engine, tell)
@@ -55,6 +56,10 @@ def fork(lifeline: int | None, layers: set[str], network: str, verdicts: dict[st
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     verdicts["warden"] = "claimed"
+
+
+def _granted(policy: dict[str, Any]) -> list[str]:
+    return [path for name in ("read", "execute", "write", "devices") for path in policy.get(name, ())]
 
 
 def _die_with_parent(tell: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from engines.runtime import confined
 from engines.runtime import device as devices
 from engines.runtime.contract import Case, Engine, Job
 from engines.runtime.serve import fault_of, peak_rss_bytes, serve
@@ -71,7 +72,7 @@ class _Lines:
 def _probe(module: str, backend: str, device: str, out: _Lines) -> None:
     """Climb the ladder; the last line written says how far it went, also when the process dies on the way."""
     try:
-        out.write(rung="import")
+        out.write(rung="import", sandbox=confined.verdicts())
         engine = engine_class(module)
         claims = engine.probe(backend)
         out.write(rung="claims", claims=claims, licence=engine.licence, kinds=engine.kinds)

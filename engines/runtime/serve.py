@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from engines.runtime import device
+from engines.runtime import confined, device
 from engines.runtime.contract import CancelledRun, Engine, Job, Outcome
 from engines.runtime.stdio import Wire
 from protocol import engine_wire as wire
@@ -58,6 +58,7 @@ class _Server:
         self._session = EngineSession(Role.ENGINE)
         self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
+        self._verdicts = confined.verdicts()  # before the engine can start anything that would inherit them
 
     def loop(self) -> int:
         """Read and dispatch until the end; returns the exit code."""
@@ -121,7 +122,7 @@ class _Server:
             self._send(wire.RunFault(run=wire.NO_RUN, fault=fault_of(error, "load_failed")))
             return
         peak = ready.peak_rss_bytes or peak_rss_bytes()
-        self._send(msgspec.structs.replace(ready, peak_rss_bytes=peak))
+        self._send(msgspec.structs.replace(ready, peak_rss_bytes=peak, sandbox=self._verdicts))
 
     # ---- runs
 

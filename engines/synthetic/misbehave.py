@@ -172,6 +172,7 @@ def _spin(job: Job, argument: str) -> str:
 def _stop(job: Job, argument: str) -> str:
     """Stop the whole process, as a debugger or a full cgroup freezer would."""
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.2)  # the kernel stops another thread first: this one would get its answer out before its turn comes
     return "continued"
 
 

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # Shutdown is asked for politely before SIGTERM; an engine that obeys does so at once.
 SHUTDOWN_GRACE_S = 2.0
+EXIT_NOT_CONFINED = 71  # engines/launch.py: a required layer is not verified
 _EVIDENCE_LINES = 40
 _OUT_OF_MEMORY = ("cuda error: out of memory", "cudaerrormemoryallocation", "failed to allocate cuda")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -112,6 +113,8 @@ class Instance:
             raise FaultError(self._load_fault)
         if self.ready is None:
             raise self._died(f"showed no progress for {self.limits.load_s:g} s while loading")
+        if self.spec.engine.sandbox.mode == "require" and not self.ready.sandbox:
+            raise refuse("load_failed", f"Engine {self.spec.engine.name} runs in no sandbox, and one is required.")
         return self.ready
 
     async def _until(self, event: trio.Event) -> None:
@@ -247,6 +250,8 @@ class Instance:
             detail["exit_code"] = how.code
         if how.signal is not None:
             detail["signal"] = how.signal
+        if how.code == EXIT_NOT_CONFINED and tail and tail[-1].startswith("sandbox = "):
+            return Fault("load_failed", f"Engine {self.spec.engine.name} was not started: {tail[-1]}.", detail=detail)
         memory = any(sign in line.lower() for line in tail for sign in _OUT_OF_MEMORY)
         text = " ".join(["Engine", self.spec.engine.name, how.describe(), when]).rstrip() + "."
         return Fault("out_of_memory" if memory else "engine_crashed", text, detail=detail)
@@ -366,4 +371,4 @@ def _child_spec(spec: ModelSpec, scratch: Path) -> ChildSpec:
     def line(text: str) -> None:
         log.debug("%s stderr: %s", spec.name, text)
 
-    return engine_child(spec.engine, scratch, on_stderr_line=line)
+    return engine_child(spec.engine, scratch, model=spec.model, on_stderr_line=line)

@@ -10,7 +10,9 @@ from typing import Any
 
 import msgspec
 
+from protocol.engine_wire import Model
 from supervisor.host.child import ChildSpec
+from supervisor.host.grants import policy
 from supervisor.host.work import EngineSpec
 
 # The folder that holds the packages `engines` and `protocol` of this very installation.
@@ -20,7 +22,9 @@ _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 _LIBRARY_PATH = "LD_LIBRARY_PATH"
 
 
-def engine_argv(engine: EngineSpec, scratch: Path, args: Sequence[str] = ()) -> tuple[str, ...]:
+def engine_argv(
+    engine: EngineSpec, scratch: Path, args: Sequence[str] = (), model: Model | None = None
+) -> tuple[str, ...]:
     """argv that starts `engine` in `scratch` (absolute, exists); `args` as in engines/runtime/boot.py.
 
     The launcher runs on our own interpreter; it execs the engine's. The values of `engine.env` travel in the
@@ -34,6 +38,9 @@ def engine_argv(engine: EngineSpec, scratch: Path, args: Sequence[str] = ()) -> 
         "parent": os.getpid(),
         "keep": sorted(engine.env),
         "args": list(args),
+        "sandbox": policy(
+            engine, scratch, ROOT, model, args[args.index("--device") + 1] if "--device" in args else "auto"
+        ),
     }
     if _LIBRARY_PATH not in engine.env and (folders := cuda_libraries(engine.python)):
         spec["env"] = {_LIBRARY_PATH: folders}  # for the engine alone: the launcher needs no foreign libraries
@@ -57,11 +64,14 @@ def engine_env(engine: EngineSpec) -> Mapping[str, str]:
     return {name: os.environ[name] for name in _KEPT if name in os.environ} | dict(engine.env)
 
 
-def engine_child(engine: EngineSpec, scratch: Path, args: Sequence[str] = (), **options: object) -> ChildSpec:
-    """`ChildSpec` of an engine; `options` are further fields of it."""
+def engine_child(
+    engine: EngineSpec, scratch: Path, args: Sequence[str] = (), *, model: Model | None = None, **options: object
+) -> ChildSpec:
+    """`ChildSpec` of an engine; `model` as in `grants.policy`; `options` are further fields of it."""
     return ChildSpec(
         name=engine.name,
-        argv=engine_argv(engine, scratch, args),
+        argv=engine_argv(engine, scratch, args, model),
+        lifeline=True,
         env=engine_env(engine),
         **options,  # type: ignore[arg-type]
     )

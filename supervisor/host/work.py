@@ -12,13 +12,30 @@ from protocol.engine_wire import Model, OutputFile
 from protocol.faults import Fault
 
 
+class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine is confined.
+
+    Attributes:
+        mode: "require": it does not start unless every layer is verified; "best-effort"; "off".
+        network: "none", "loopback", "host"; "" means what the engine's profile says.
+        read, write, execute: more paths it may touch.
+    """
+
+    mode: str = "best-effort"
+    network: str = ""
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    execute: tuple[str, ...] = ()
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to start an engine: interpreter, module, extra environment."""
+    """How to start an engine: interpreter, module, extra environment, confinement."""
 
     name: str
     module: str
     python: str
     env: Mapping[str, str] = {}
+    sandbox: Sandbox = Sandbox()
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ import pytest
 
 from supervisor.host.child import run_child
 from supervisor.host.launching import ROOT, cuda_libraries, engine_child
-from supervisor.host.work import EngineSpec
+from supervisor.host.work import EngineSpec, Sandbox
 
 ENGINE = EngineSpec(name="e", module="engines.synthetic.engine", python=sys.executable)
 
@@ -79,7 +79,8 @@ async def test_the_engine_starts_with_them(venv: Path, tmp_path: Path):
     venv.unlink()
     venv.write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH"\n')
     venv.chmod(0o755)
-    engine = msgspec.structs.replace(ENGINE, python=str(venv))
+    # The stand-in is a script of /bin/sh, which no profile of an engine lets it execute.
+    engine = msgspec.structs.replace(ENGINE, python=str(venv), sandbox=Sandbox(mode="off"))
     output, how, child = await run_child(engine_child(engine, tmp_path), deadline_s=30)
     assert how.code == 0, child.stderr_tail()
     assert output.decode().strip() == folders(venv)
