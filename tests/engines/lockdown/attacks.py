@@ -1,0 +1,164 @@
+"""Stands in for an engine's boot.py: tries everything that an engine must not, and what it must, and says what came.
+
+    python attacks.py ROOT MODULE VICTIM_PID PRIVATE_FILE READABLE_FOLDER TCP_PORT UNIX_PATH UDP_PORT
+
+Each line of the table is "open" or "denied"; run by the real launcher in its locked-down process.
+"""
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+
+victim, private, readable, tcp, unix, udp = sys.argv[3:]
+victim, tcp, udp = int(victim), int(tcp), int(udp)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+ARM = os.uname().machine == "aarch64"
+# The caller looks at the signals it got: SIGWINCH is ignored by default.
+HARMLESS = signal.SIGWINCH
+
+
+def call(x86: int, arm: int, *args: int) -> int:
+    result = libc.syscall(ctypes.c_long(arm if ARM else x86), *(ctypes.c_void_p(arg) for arg in args))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return result
+
+
+def read(path: str) -> object:
+    with open(path, "rb") as file:
+        return len(file.read(1)) or nothing()
+
+
+def nothing() -> None:
+    """The kernel's other way to refuse: the file opens and is empty."""
+    raise OSError(errno.ENODATA, "refused")
+
+
+def write(path: str) -> None:
+    with open(path, "ab"):
+        pass
+
+
+def connect(family: int, kind: int, address: object) -> None:
+    with socket.socket(family, kind) as plug:
+        plug.settimeout(2)
+        plug.connect(address)
+        plug.send(b"x")
+
+
+def bind(family: int, address: object) -> None:
+    with socket.socket(family, socket.SOCK_STREAM) as plug:
+        plug.bind(address)
+
+
+def execute() -> None:
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+        raise OSError(errno.EACCES, "refused")
+
+
+def keyctl() -> None:
+    call(250, 219, 0, -3 & 0xFFFFFFFFFFFFFFFF, 1)  # KEYCTL_GET_KEYRING_ID of the session
+
+
+def new_user_namespace() -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            call(272, 97, 0x10000000)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        raise OSError(errno.EPERM, "refused")
+
+
+def io_uring() -> None:
+    try:
+        call(425, 425, 1, 0)
+    except OSError as error:
+        if error.errno != errno.EFAULT:  # it got as far as looking at its arguments
+            raise
+
+
+def ptrace() -> None:
+    call(101, 117, 0x4206, victim, 0, 0)  # PTRACE_SEIZE: does not stop it; our end detaches
+
+
+ATTACKS = {
+    "read a private file": lambda: read(private),
+    "read /etc/passwd": lambda: read("/etc/passwd"),
+    "write beside the private file": lambda: write(os.path.join(os.path.dirname(private), "new")),
+    "write to the model folder": lambda: write(os.path.join(readable, "new")),
+    "TCP connect": lambda: connect(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", tcp)),
+    "TCP bind": lambda: bind(socket.AF_INET, ("127.0.0.1", 0)),
+    "UDP send": lambda: connect(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", udp)),
+    "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close(),
+    "unix socket by path": lambda: connect(socket.AF_UNIX, socket.SOCK_STREAM, unix),
+    "abstract unix socket": lambda: connect(socket.AF_UNIX, socket.SOCK_STREAM, "\0" + unix),
+    "signal": lambda: os.kill(victim, HARMLESS),
+    "ptrace": ptrace,
+    "environ": lambda: read(f"/proc/{victim}/environ"),
+    "cmdline": lambda: read(f"/proc/{victim}/cmdline"),
+    "memory": lambda: read(f"/proc/{victim}/maps"),
+    "renice": lambda: os.setpriority(os.PRIO_PROCESS, victim, 0),
+    "prlimit": lambda: resource.prlimit(victim, resource.RLIMIT_CORE),
+    "oom_score_adj": lambda: write(f"/proc/{victim}/oom_score_adj"),
+    "io_uring": io_uring,
+    "new user namespace": new_user_namespace,
+    "keyctl": keyctl,
+    "exec /bin/true": execute,
+}
+
+
+def scratch() -> None:
+    write("mine")
+    os.rename("mine", "yours")
+    os.unlink("yours")
+
+
+def threads() -> None:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+
+
+NEEDS = {
+    "read the model folder": lambda: read(os.path.join(readable, "model")),
+    "write the scratch folder": scratch,
+    "memfd": lambda: os.close(os.memfd_create("x")),
+    "socketpair": lambda: [each.close() for each in socket.socketpair()],
+    "threads": threads,
+    "fork": lambda: os.waitpid(os.fork() or os._exit(0), 0),
+    "read /sys": lambda: os.listdir("/sys/devices/system/cpu"),
+    "own /proc": lambda: read("/proc/self/status"),
+    "import a native module": lambda: __import__("decimal"),
+    "executable memory": lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close(),
+    "signal itself": lambda: os.kill(os.getpid(), HARMLESS),
+    "abort of a thread (tgkill)": lambda: signal.pthread_kill(threading.get_ident(), HARMLESS),
+    "random": lambda: read("/dev/urandom"),
+}
+
+
+def tried(attempt) -> str:
+    try:
+        attempt()
+    except OSError as error:
+        return f"denied {errno.errorcode.get(error.errno or 0, '?')}"
+    return "open"
+
+
+REPORT = {
+    "attacks": {name: tried(attempt) for name, attempt in ATTACKS.items()},
+    "needs": {name: tried(attempt) for name, attempt in NEEDS.items()},
+    "verdicts": json.loads(os.environ["BULKHEAD_SANDBOX"]),
+}
+sys.stdout.write(json.dumps(REPORT))
