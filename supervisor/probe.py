@@ -1,6 +1,6 @@
 """engine-probe: try every engine on every device in a child of its own, and say what really works.
 
-    engine-probe [ENGINE …] [--device cpu|cuda|all] [--config worker.toml] [--json]
+    engine-probe [ENGINE …] [--device cpu|cuda|all] [--config worker.toml] [--sandbox] [--json]
     engine-probe --module their_pkg.engine [--python PATH]
     engine-probe --conformance NAME
 
@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 from engines.catalog import CATALOG, Entry
-from supervisor import conformance
+from supervisor import conformance, probe_sandbox
 from supervisor.columns import columns
 from supervisor.config import find_config, load, sandbox_of
 from supervisor.errors import ConfigError, ExitCode
@@ -302,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--module", help="probe an engine of another repository: pkg.engine")
     parser.add_argument("--python", default="", help="interpreter for --module or for the engines named")
     parser.add_argument("--json", action="store_true", help="an array of objects for programs")
+    parser.add_argument("--sandbox", action="store_true", help="what holds around each engine, and what breaks it")
     parser.add_argument("--wait-for-gpu", type=float, metavar="S", help="first wait up to S seconds until CUDA answers")
     parser.add_argument("--deadline", type=float, default=DEADLINE_S, metavar="S", help="for each probe, seconds")
     parser.add_argument("--conformance", metavar="NAME", help="run the whole engine suite on one engine")
@@ -359,6 +360,17 @@ async def _conform(args: argparse.Namespace, engines: Mapping[str, EngineSpec]) 
     return ExitCode.STOPPED if conformance.passed(results) else ExitCode.FAILED
 
 
+async def _guilt(target: Target, probe: Probe, deadline_s: float) -> str:
+    """Which layer breaks an engine that failed; "" for one that did not."""
+    if probe.ok or probe.verdict == NOT_INSTALLED:
+        return ""
+
+    async def again(engine: EngineSpec) -> Probe:
+        return await probe_engine(target.name, engine, target.backend, target.device, deadline_s=deadline_s)
+
+    return await probe_sandbox.find_guilty(target.engine, again)
+
+
 async def _probe(args: argparse.Namespace, engines: Mapping[str, EngineSpec]) -> int:
     machine = await (wait_for_gpu(args.wait_for_gpu) if args.wait_for_gpu else read_machine())
     devices = {None: ("cpu", "cuda") if machine.gpus else ("cpu",), "all": ("cpu", "cuda")}.get(
@@ -369,6 +381,9 @@ async def _probe(args: argparse.Namespace, engines: Mapping[str, EngineSpec]) ->
         asked, deadline_s=args.deadline, machine=machine, progress=sys.stderr.isatty() and not args.json
     )
     print(msgspec.json.format(msgspec.json.encode(probes)).decode() if args.json else render(probes))
+    if args.sandbox and not args.json:
+        guilt = [await _guilt(target, probe, args.deadline) for target, probe in zip(asked, probes, strict=True)]
+        print("\n" + probe_sandbox.render(probes, guilt))
     well = all_well(asked, probes)
     if args.wait_for_gpu and not machine.usable:
         print(f"no GPU answered: {machine.error or machine.cuda_error}", file=sys.stderr)

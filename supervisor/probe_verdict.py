@@ -47,6 +47,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
         rss_bytes: peak resident memory of the child.
         licence: of the engine's library, in words.
         stderr: last lines, when not ok.
+        sandbox: layer -> verdict, as the locked process found by trying.
     """
 
     engine: str
@@ -67,6 +68,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     licence: str = ""
     python: str = ""
     stderr: tuple[str, ...] = ()
+    sandbox: dict[str, str] = {}
 
     @property
     def ok(self) -> bool:
@@ -122,6 +124,7 @@ def judge(name: str, backend: str, device: str, python: str, climb: Climb, machi
         rss_bytes=answer.get("rss_bytes"),
         licence=claims.get("licence", "") or (entry.licence if entry else ""),
         python=python,
+        sandbox=climb.get("import").get("sandbox", {}),
         stderr=() if verdict == OK else climb.stderr,
     )
     if verdict == OK:

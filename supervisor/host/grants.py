@@ -17,6 +17,7 @@ from engines.catalog import CATALOG, Profile
 from protocol.engine_wire import Model
 from supervisor.host.work import EngineSpec
 
+LAYERS = ("namespaces", "privileges", "landlock", "seccomp")  # of engines/launch.py
 # Where a dynamic linker and the libraries of the system lie.
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _READABLE = (
@@ -76,7 +77,9 @@ def policy(engine: EngineSpec, scratch: Path, root: Path, model: Model | None, d
         read += [f"/etc/{name}" for name in _NETWORK_FILES]
     gpu = (model.device if model is not None else device) != "cpu"
     nodes = _gpu_nodes(model.devices if model is not None else ()) if gpu else []
+    layers = [layer for layer in LAYERS if layer not in asked.without]
     return {
+        "layers": layers,
         "mode": asked.mode,
         "network": network,
         "spawns": profile.spawns,

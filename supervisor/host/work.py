@@ -19,6 +19,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
         mode: "require": it does not start unless every layer is verified; "best-effort"; "off".
         network: "none", "loopback", "host"; "" means what the engine's profile says.
         read, write, execute: more paths it may touch.
+        without: layers left out, to find the one that breaks an engine.
     """
 
     mode: str = "best-effort"
@@ -26,6 +27,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
     execute: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
