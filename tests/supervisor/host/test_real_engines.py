@@ -13,7 +13,7 @@ import trio
 from protocol import engine_wire as wire
 from protocol import work
 from supervisor.host.host import Host, open_host
-from supervisor.host.work import Chunk, Done, EngineSpec, Failed, ModelSpec, RunEnd, RunRequest
+from supervisor.host.work import Chunk, Done, EngineSpec, Failed, ModelSpec, RunEnd, RunRequest, Sandbox
 from supervisor.settings import LimitsTable
 
 LIMITS = LimitsTable(
@@ -232,3 +232,20 @@ async def test_an_interpreter_that_is_not_there_is_a_load_fault(tmp_path):
         fault = await Bench(host, tmp_path).fault("hello")
         assert fault.code == "engine_crashed"
         assert any("No such file" in line for line in fault.detail["stderr_tail"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux's")
+async def test_a_required_sandbox_is_verified_or_the_engine_is_not_started(tmp_path):
+    for network, expected in (("none", None), ("loopback", "seccomp is off")):
+        without = () if expected is None else ("seccomp",)
+        sandbox = Sandbox(mode="require", network=network, without=without)
+        spec = model()
+        spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, sandbox=sandbox))
+        async with open_host([spec], LIMITS, tmp_path / f"scratch-{network}") as host:
+            bench = Bench(host, tmp_path / f"scratch-{network}")
+            if expected is None:
+                assert await bench.says("hello") == "hello"
+            else:
+                fault = await bench.fault("hello")
+                assert fault.code == "load_failed"
+                assert expected in fault.message
