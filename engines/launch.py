@@ -88,6 +88,7 @@ def _lock_down(policy: dict[str, Any], lifeline: int | None, parent: int) -> tup
 
     warden.fork(lifeline, layers, policy, verdicts)
     canary.namespaces(verdicts, parent)
+    policy = policy | {"private_proc": verdicts["proc"] == "verified"}
     if "privileges" in layers:
         verdicts["privileges"] = _attempt(unprivileged)
     elif layers & {"landlock", "seccomp"}:  # they may be put on by anybody who cannot gain privileges

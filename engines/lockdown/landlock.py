@@ -54,7 +54,8 @@ def restrict(policy: dict[str, Any]) -> int:
         for path in policy.get(name, ()):
             _grant(ruleset, path, rights & handled)
     if policy.get("names_threads"):
-        _grant_thread_names(ruleset, handled)
+        alone = bool(policy.get("private_proc")) and os.geteuid() != 0
+        _grant_thread_names(ruleset, handled, for_programs=alone and bool(policy.get("spawns")))
     kernel.call("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
     return version
@@ -75,14 +76,17 @@ def _grant_at(ruleset: int, fd: int, rights: int) -> None:
     kernel.call("landlock_add_rule", ruleset, _PATH_BENEATH, struct.pack("=Qi", rights, fd), 0)
 
 
-def _grant_thread_names(ruleset: int, handled: int) -> None:
+def _grant_thread_names(ruleset: int, handled: int, *, for_programs: bool) -> None:
     """CUDA >= 570 fails with error 304 unless it may write its own threads' names.
+
+    For programs of the engine the rule cannot name their tasks yet: they get the whole of a /proc that shows nobody
+    else. Root does not: uid 0 may write sysctls there without any capability.
 
     The rule hangs on a dentry of procfs, which the kernel may drop when memory is short, and the rule with it: the
     descriptor stays open for the life of the engine and pins it.
     """
     try:
-        fd = os.open("/proc/self/task", os.O_PATH)
+        fd = os.open("/proc" if for_programs else "/proc/self/task", os.O_PATH)
     except OSError:
         return
     _grant_at(ruleset, fd, (_READ | _WRITE_FILE | _TRUNCATE) & handled)

@@ -115,6 +115,8 @@ class Instance:
             raise self._died(f"showed no progress for {self.limits.load_s:g} s while loading")
         if self.spec.engine.sandbox.mode == "require" and not self.ready.sandbox:
             raise refuse("load_failed", f"Engine {self.spec.engine.name} runs in no sandbox, and one is required.")
+        weak = [f"{layer}: {word}" for layer, word in self.ready.sandbox.items() if word not in ("verified", "claimed")]
+        log.info("%s is confined%s", self.spec.name, f", except {'; '.join(weak)}" if weak else " by every layer")
         return self.ready
 
     async def _until(self, event: trio.Event) -> None:

@@ -32,11 +32,14 @@ for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
 def stay():
     while True:
         signal.pause()
+gone, tell = os.pipe()
 if os.fork() == 0:
     stay()
 if os.fork() == 0:
     os.setsid()
+    os.write(tell, b"x")
     stay()
+os.read(gone, 1)
 if (middle := os.fork()) == 0:
     os.setsid()
     if os.fork() == 0:
@@ -50,9 +53,13 @@ _END = """
 import os, resource, signal, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 word = sys.argv[3]
+gone, tell = os.pipe()
 if os.fork() == 0:
     os.setsid()
+    os.close(gone)
+    os.write(tell, b"x")
     signal.pause()
+os.read(gone, 1)
 if word == "wait":
     print("up", flush=True)
     signal.pause()
