@@ -113,8 +113,11 @@ def _is_shared(folder: Path) -> bool:
 
 
 def _added_paths(python: str) -> Iterator[str]:
-    """Folders that .pth files put on the interpreter's path, as editable installs do."""
+    """Folders that .pth files put on the interpreter's path, as editable installs do, and packages that are links."""
     for prefix in {Path(os.path.abspath(python)).parent.parent, Path(os.path.realpath(python)).parent.parent}:
+        for entry in prefix.glob("lib*/python*/site-packages/*"):
+            if entry.is_symlink():
+                yield str(entry.resolve())
         for file in prefix.glob("lib*/python*/site-packages/*.pth"):
             try:
                 lines = file.read_text(errors="replace").splitlines()

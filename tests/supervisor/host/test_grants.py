@@ -118,12 +118,14 @@ def test_a_folder_put_on_the_path_by_a_pth_file_is_read(tmp_path: Path):
     site = tmp_path / "venv/lib/python3.11/site-packages"
     site.mkdir(parents=True)
     (tmp_path / "src").mkdir()
+    (tmp_path / "shared").mkdir()
+    (site / "package").symlink_to(tmp_path / "shared")
     (site / "edit.pth").write_text(f"import os\n# no\n{tmp_path / 'src'}\n/no/such\n\n")
     (tmp_path / "venv/bin").mkdir()
     (tmp_path / "venv/pyvenv.cfg").write_text("")
     (tmp_path / "venv/bin/python").symlink_to(sys.executable)
     engine = msgspec.structs.replace(spec(), python=str(tmp_path / "venv/bin/python"))
     policy = given(engine)
-    assert str(tmp_path / "src") in policy["read"]
+    assert {str(tmp_path / "src"), str(tmp_path / "shared")} <= set(policy["read"])
     assert "/no/such" not in policy["read"]
     assert str(tmp_path / "venv") in policy["execute"]
