@@ -102,7 +102,7 @@ def healthy() -> list[Model]:
     models = [
         Model("chat", "llm", CHAT),
         Model("embed", "embed", EMBED),
-        Model("embed-gguf", "embed", CHAT),
+        Model("embed-gguf", "embed", CHAT, backend="gguf"),
         Model("whisper", "whisper", WHISPER),
         Model("voice", "piper", VOICE, options={"voices": {"alloy": "default"}}),
         Model("voice-espeak", "piper", ESPEAK),
