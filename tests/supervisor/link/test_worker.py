@@ -303,7 +303,7 @@ async def test_a_cancel_of_something_unknown_is_nothing(tmp_path):
 
 
 async def test_a_stream_that_nobody_acknowledges_is_ended_before_memory_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module, "MAX_UNACKED_BYTES", 100)
+    monkeypatch.setattr(ledger_module, "MAX_UNACKED_BYTES", 100 + ledger_module.CHUNK_BYTES)
     async with rig(tmp_path) as r:
         peer = await r.session()
         run = await r.offered(peer, stream=True)
