@@ -113,8 +113,6 @@ class Attempts:
         claim.forgotten = True
         claim.scope.cancel()
         self.ledger.forget(claim)
-        if claim.end is not None:  # else its task removes the folder when it has let go of it
-            self._nursery.start_soon(_remove, claim.folder)
 
     def stop_all(self, fault: Fault) -> None:
         """End what still runs, with `fault`; each says so as its end."""
@@ -135,7 +133,9 @@ class Attempts:
         except OSError as error:
             fault = refuse("worker_failed", f"The attempt's folder cannot be used: {error}.").fault
             end = wire.Fail(fault=fault, streamed=claim.streamed)
-        if claim.forgotten:
+        if not isinstance(end, wire.Complete):
+            # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
+            # could then not even record the failure.
             await _remove(claim.folder)
             return
         if end is None:
@@ -146,6 +146,8 @@ class Attempts:
         log.info("ended: %s", outcome, extra={"job": claim.job, "attempt": claim.attempt})
         self._tell(claim, end)
 
+        if isinstance(end, wire.Complete):
+            await _remove(claim.folder)
     async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
         # A folder of this name can only be left over from an attempt that was fenced a moment ago.
         outputs = await trio.to_thread.run_sync(_make_folders, claim.folder)
