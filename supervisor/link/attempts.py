@@ -137,6 +137,7 @@ class Attempts:
             # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
             # could then not even record the failure.
             await _remove(claim.folder)
+        if claim.forgotten:
             return
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
@@ -145,9 +146,9 @@ class Attempts:
         outcome = end.fault.code if isinstance(end, wire.Fail) else "done"
         log.info("ended: %s", outcome, extra={"job": claim.job, "attempt": claim.attempt})
         self._tell(claim, end)
-
         if isinstance(end, wire.Complete):
             await _remove(claim.folder)
+
     async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
         # A folder of this name can only be left over from an attempt that was fenced a moment ago.
         outputs = await trio.to_thread.run_sync(_make_folders, claim.folder)
