@@ -47,6 +47,9 @@ class Want(msgspec.Struct, frozen=True):
     limit: int
 
 
+Claimed = tuple[JobRecord, int]  # with the time left until its deadline in ms, 0 when it has none
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """What a successful attempt left."""
 
@@ -123,6 +126,12 @@ class Store(Protocol):
             FaultError: `conflict` when the key was used with another request, `storage_full`.
         """
 
+    def insert_and_claim(
+        self, job_id: str, submission: Submission, wants: Sequence[Want]
+    ) -> tuple[JobRecord, bool, list[Claimed]]:
+        """`insert`, and when that made a row `claim`, in one transaction: a job that can start at once costs one
+        commit. Raises FaultError as `insert` does."""
+
     def by_key(self, submission: Submission) -> JobRecord | None:
         """The job that the submission's idempotency key names. Raises FaultError(conflict) as `insert` does."""
 
@@ -132,7 +141,7 @@ class Store(Protocol):
     def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
         """Newest first, without params and result."""
 
-    def claim(self, wants: Sequence[Want]) -> list[tuple[JobRecord, int]]:
+    def claim(self, wants: Sequence[Want]) -> list[Claimed]:
         """Take due jobs (higher priority first, then older) as offered, each with a new attempt number.
 
         With each comes the time left until its deadline in ms, 0 when it has none.
@@ -142,7 +151,11 @@ class Store(Protocol):
         """Put an offered job back; uncounted. False when it is not this attempt's any more."""
 
     def accept(self, job_id: str, attempt: int, worker: str) -> bool:
-        """Offered to running; counts a try."""
+        """Offered to running; counts a try.
+
+        The one step that a loss of power may undo: nobody is told of it, and a worker that still has the attempt
+        says so when it comes back (`adopt` takes an offered row, too).
+        """
 
     def mark_streamed(self, job_id: str, attempt: int, worker: str) -> bool:
         """Before the first chunk is forwarded. False when fenced: then nothing may be forwarded."""

@@ -150,8 +150,7 @@ class Attempts:
             await _remove(claim.folder)
 
     async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
-        # A folder of this name can only be left over from an attempt that was fenced a moment ago.
-        outputs = await trio.to_thread.run_sync(_make_folders, claim.folder)
+        outputs = await trio.to_thread.run_sync(_make_folders, claim.folder, bool(claim.offer.inputs))
         inputs = await self._fetch(claim)
         request = work.RunRequest(
             model=claim.offer.model,
@@ -220,15 +219,30 @@ class Attempts:
         return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
 
 
-def _make_folders(folder: Path) -> Path:
-    """Make the attempt's folder anew, with "in" and "out" in it; returns the latter."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "in").mkdir(parents=True, mode=0o700)
-    (folder / "out").mkdir()
-    return folder / "out"
+def _make_folders(folder: Path, inputs: bool) -> Path:
+    """Make the attempt's folder anew, with "out" in it, and "in" when there are inputs; returns the former."""
+    outputs = folder / "out"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # only left over from an attempt that was fenced a moment ago
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+    outputs.mkdir()
+    if inputs:
+        (folder / "in").mkdir()
+    return outputs
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove an attempt's folder; most are empty, and then this costs a third of what `rmtree` does."""
+    try:
+        (folder / "out").rmdir()
+        folder.rmdir()
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _remove(folder: Path) -> None:
     """Remove an attempt's folder, in a thread: it may hold gigabytes."""
     with trio.CancelScope(shield=True):
-        await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+        await trio.to_thread.run_sync(_remove_folder, folder)

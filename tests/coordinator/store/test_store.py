@@ -210,6 +210,20 @@ def test_a_claim_says_how_much_time_is_left(store: Store) -> None:
     assert 50_000 < left[1] <= 60_000
 
 
+def test_a_job_can_be_queued_and_claimed_at_once(store: Store) -> None:
+    older, wanted = job(store), Submission(kind="llm", model="chat", params=b"\x80", idempotency_key="k")
+    made, created, claimed = store.insert_and_claim("job_new", wanted, [ANY])
+    assert (made.id, made.state, created) == ("job_new", "queued", True)
+    assert [(record.id, record.attempt) for record, _ in claimed] == [(older.id, 1), ("job_new", 1)]
+    assert {attempt.job for attempt in store.open_attempts()} == {older.id, "job_new"}
+    # What exists is not made again, and then nothing is claimed.
+    job(store)
+    known, created, claimed = store.insert_and_claim("job_other", wanted, [ANY])
+    assert (known.id, created, claimed) == ("job_new", False, [])
+    with pytest.raises(FaultError, match="idempotency"):
+        store.insert_and_claim("job_other", msgspec.structs.replace(wanted, params=b"\x90"), [ANY])
+
+
 def test_nothing_is_claimed_twice_by_threads(store: Store) -> None:
     wanted = {job(store).id for _ in range(120)}
     seen: list[str] = []
