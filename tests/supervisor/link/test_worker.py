@@ -133,8 +133,10 @@ async def test_a_job_from_offer_to_acknowledgement(tmp_path):
         assert msgspec.msgpack.decode(complete.result) == {"content": "hello"}
         assert complete.usage == {"completion_tokens": 2}
         assert r.worker.holds("job_1", 1)
-        await peer.send(wire.Ack(), "job_1", 1)
         await r.gone("job_1.1")
+        await peer.send(wire.Ack(), "job_1", 1)
+        with trio.fail_after(5):
+            await r.attempts.ledger.wait_empty()
         assert not r.worker.holds("job_1", 1)
 
 
