@@ -178,6 +178,9 @@ class Store(Protocol):
     def open_attempts(self) -> list[OpenAttempt]:
         """All rows that are offered or running."""
 
+    def leave_unattended(self, fault: Fault) -> list[JobRecord]:
+        """To cancelled: all jobs whose clients waited on connections of an earlier life. For the start alone."""
+
     def expire(self, slack_ms: int) -> list[JobRecord]:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
 
@@ -186,6 +189,9 @@ class Store(Protocol):
 
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
         """Delete jobs that ended more than `retention_ms` ago; at most `limit` of them."""
+
+    def remove(self, job_id: str, tenant: str) -> Purged | None:
+        """Delete one job of the tenant's that has ended; None when there is none."""
 
     def has_blob(self, key: str) -> bool:
         """Whether a job's input has this key."""

@@ -320,6 +320,17 @@ class SqliteStore:
             row = self._one("SELECT * FROM jobs WHERE id = :id AND tenant = :tenant", id=job_id, tenant=tenant)
             return Cancelled(record(row), won=False) if row is not None else None
 
+    def leave_unattended(self, fault: Fault) -> list[JobRecord]:
+        """To cancelled: all jobs whose clients waited on connections of an earlier life."""
+        with self._transaction() as now:
+            rows = self._all(
+                "UPDATE jobs SET state = 'cancelled', finished_ms = :now, fault = :fault "
+                "WHERE attended = 1 AND state IN ('queued', 'offered', 'running') RETURNING *",
+                now=now,
+                fault=_pack(fault),
+            )
+            return [record(row) for row in rows]
+
     def expire(self, slack_ms: int) -> list[JobRecord]:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
         with self._transaction() as now:
@@ -341,14 +352,27 @@ class SqliteStore:
                 before=now - retention_ms,
                 limit=limit,
             ):
-                keys = self._all(
-                    "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
-                    "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
-                    id=row["id"],
-                )
-                self._one("DELETE FROM jobs WHERE id = :id", id=row["id"])
-                purged.append(Purged(row["id"], tuple(key["key"] for key in keys)))
+                purged.append(self._delete(row["id"]))
         return purged
+
+    def remove(self, job_id: str, tenant: str) -> Purged | None:
+        """Delete one job of the tenant's that has ended."""
+        with self._transaction():
+            row = self._one(
+                "SELECT id FROM jobs WHERE id = :id AND tenant = :tenant AND finished_ms IS NOT NULL",
+                id=job_id,
+                tenant=tenant,
+            )
+            return self._delete(job_id) if row is not None else None
+
+    def _delete(self, job_id: str) -> Purged:
+        keys = self._all(
+            "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
+            "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
+            id=job_id,
+        )
+        self._one("DELETE FROM jobs WHERE id = :id", id=job_id)
+        return Purged(job_id, tuple(key["key"] for key in keys))
 
     def shift_clock(self, ms: int) -> None:
         """Move the store's clock by `ms` from now on; for tests."""

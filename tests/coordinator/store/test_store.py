@@ -101,7 +101,7 @@ def test_a_row_says_everything_that_was_submitted(store: Store) -> None:
     assert made.deadline_at_ms == made.created_ms + 5000
     assert before <= made.created_ms <= store.now_ms()
     for name in msgspec.structs.asdict(asked):
-        if name not in ("deadline_ms", "wait_for_worker"):
+        if name not in ("deadline_ms", "wait_for_worker", "attended"):
             assert getattr(made, name) == getattr(asked, name), name
     assert (made.state, made.attempt, made.tries, made.result, made.fault) == ("queued", 0, 0, None, None)
 
@@ -353,6 +353,21 @@ def test_cancel_ends_a_job_in_any_open_state(store: Store, state: str) -> None:
     assert claim(store) == []
     assert not store.accept(wanted.id, 1, "w1")
     assert not store.release(wanted.id, 1)
+
+
+@pytest.mark.parametrize("state", ["queued", "offered", "running"])
+def test_jobs_whose_clients_hung_on_an_earlier_life_are_left(store: Store, state: str) -> None:
+    attended, kept = job(store, attended=True), job(store)
+    if state != "queued":
+        claim(store)
+    if state == "running":
+        store.accept(attended.id, 1, "w1")
+    (left,) = store.leave_unattended(CANCEL)
+    assert (left.id, left.state, left.fault) == (attended.id, "cancelled", CANCEL)
+    assert store.leave_unattended(CANCEL) == []
+    assert row(store, kept.id).state == "queued"
+    if state == "running":  # the worker that comes back with it is told to stop
+        assert store.adopt(attended.id, 1, "w1").verdict == "cancelled"
 
 
 def test_a_cancelled_job_keeps_no_result_but_its_usage_once(store: Store) -> None:
