@@ -227,10 +227,12 @@ def after_failure(row: Failing, fault: Fault, now_ms: int) -> int | Fault:
         return delay
     if row.tries <= 1:
         return fault
-    return Fault(
-        "attempts_exhausted",
-        f"All {row.tries} attempts failed; the last one: {fault.message}",
-        detail={"attempts": row.tries, "last": msgspec.to_builtins(fault)},
+    # The caller wants to know what happened, not that we counted: the last fault stands, with the count beside it.
+    return msgspec.structs.replace(
+        fault,
+        message=f"{fault.message} All {row.tries} attempts failed.",
+        retryable=False,
+        detail={**fault.detail, "attempts": row.tries},
     )
 
 

@@ -308,11 +308,8 @@ def test_after_the_last_try_the_last_fault_is_kept(store: Store) -> None:
     assert not ending.requeued
     fault = row(store, wanted.id).fault
     assert fault is not None
-    assert (fault.code, fault.detail["last"]["code"], fault.detail["attempts"]) == (
-        "attempts_exhausted",
-        "engine_crashed",
-        2,
-    )
+    assert (fault.code, fault.detail["attempts"], fault.may_retry) == ("engine_crashed", 2, False)
+    assert fault.message == f"{CRASH.message} All 2 attempts failed."
 
 
 @pytest.mark.parametrize(
