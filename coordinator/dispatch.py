@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -170,6 +170,21 @@ class Dispatcher:
         if cancelled.won:
             self.attempts.stop(cancelled.record, fault.message)
         return cancelled.record
+
+    async def remove(self, job_id: str, tenant: str) -> bool:
+        """Delete a job that has ended, with its files; False when the tenant has no such job."""
+        removed = await self._threads.write(self._store.remove, job_id, tenant)
+        if removed is not None:
+            await run_sync(self._blobs.delete, removed.job, removed.blobs)
+        return removed is not None
+
+    async def drop_unused(self, keys: Iterable[str]) -> None:
+        """Delete those of these uploads that belong to no job."""
+
+        def drop() -> None:
+            self._blobs.delete("", [key for key in keys if not self._store.has_blob(key)])
+
+        await self._threads.read(drop)
 
     def models(self) -> Models:
         """Models of all connected workers that are not draining, by name."""

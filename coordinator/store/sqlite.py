@@ -345,15 +345,13 @@ class SqliteStore:
 
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
         """Delete jobs that ended more than `retention_ms` ago."""
-        purged = []
         with self._transaction() as now:
-            for row in self._all(
+            rows = self._all(
                 "SELECT id FROM jobs WHERE finished_ms <= :before ORDER BY finished_ms LIMIT :limit",
                 before=now - retention_ms,
                 limit=limit,
-            ):
-                purged.append(self._delete(row["id"]))
-        return purged
+            )
+            return [self._delete(row["id"]) for row in rows]
 
     def remove(self, job_id: str, tenant: str) -> Purged | None:
         """Delete one job of the tenant's that has ended."""

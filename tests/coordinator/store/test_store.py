@@ -15,7 +15,7 @@ import pytest
 
 from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
 from coordinator.store import SqliteStore, Store, StoreError
-from coordinator.store.base import Outcome, Want
+from coordinator.store.base import Outcome, Purged, Want
 from protocol.faults import Fault, FaultError
 
 STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "jobs.sqlite")}
@@ -495,6 +495,17 @@ def test_ended_jobs_are_purged_after_the_retention(store: Store) -> None:
     assert not store.has_job(old.id)
     assert store.has_job(open_job.id)
     assert (store.has_blob("blob_own"), store.has_blob("blob_shared")) == (False, True)
+
+
+def test_a_job_that_has_ended_is_removed_by_its_tenant_alone(store: Store) -> None:
+    mine = running(store, inputs=(StoredInput("image", "blob_mine", 1, "0" * 64),))
+    assert store.remove(mine.id, mine.tenant) is None
+    store.complete(mine.id, mine.attempt, "w1", DONE)
+    assert store.remove(mine.id, "other") is None
+    assert store.remove(mine.id, mine.tenant) == Purged(mine.id, ("blob_mine",))
+    assert store.get(mine.id) is None
+    assert not store.has_blob("blob_mine")
+    assert store.remove(mine.id, mine.tenant) is None
 
 
 def test_everything_survives_a_restart(make: Callable[[], Store]) -> None:
