@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 _PR_SET_PDEATHSIG = 1
 
 # The engine's whole environment, besides what the spec grants. Why each:
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PYTHONFAULTHANDLER": "1",  # a native crash leaves its stack on stderr
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -79,7 +79,7 @@ def _become(spec: dict[str, Any]) -> NoReturn:
     os.closerange(3, 65536)
     kept = [*_KEPT, *spec.get("keep", [])]  # `keep`: names granted by the operator; values never travel in argv
     environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment = _ENVIRONMENT | environment | spec.get("env", {})
+    environment = ENVIRONMENT | environment | spec.get("env", {})
     if "scratch" in spec:
         environment |= {"HOME": spec["scratch"], "TMPDIR": spec["scratch"]}
         os.chdir(spec["scratch"])

@@ -36,7 +36,7 @@ from engines.runtime.contract import (
     refuse,
 )
 from engines.runtime.options import options_as
-from engines.runtime.program import Program, describe
+from engines.runtime.program import Program, describe, inherited
 from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import CODES, Fault, FaultError
 from protocol.work import CommandParams, CommandResult
@@ -197,7 +197,7 @@ class CommandEngine(Engine):
         return program
 
     def _environment(self, asked: Mapping[str, str]) -> dict[str, str]:
-        return {**os.environ, **self._config.env, **asked}
+        return {**inherited(), **self._config.env, **asked}
 
     def _fault(self, code: int, tail: list[str]) -> Fault:
         sentence = f"The program {describe(code)}."
