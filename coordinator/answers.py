@@ -73,6 +73,7 @@ async def watched_job(
 ) -> AsyncIterator[tuple[JobRecord, AsyncIterator[JobEvent]]]:
     """Submit and watch; a job that has not ended when the block is left is cancelled, shielded and bounded."""
     ended = False
+    submission = msgspec.structs.replace(submission, attended=not submission.idempotency_key)
     async with parts.dispatcher.submit_and_watch(submission) as (record, events):
 
         async def noted() -> AsyncIterator[JobEvent]:

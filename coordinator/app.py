@@ -33,7 +33,8 @@ from coordinator.openai.routes import ROUTES as OPENAI_ROUTES
 from coordinator.progress import ProgressBoard
 from coordinator.records import WorkerScope
 from coordinator.services import Limits, Services, services
-from coordinator.store import SqliteStore
+from coordinator.store import SqliteStore, StoreError
+from protocol.faults import Fault, FaultError
 
 if TYPE_CHECKING:
     from coordinator.store import Store
@@ -60,6 +61,7 @@ class Coordinator:
         self.on_death: Callable[[], None] = lambda: None
         self._dispatching: anyio.CancelScope | None = None
         self._store: Store = SqliteStore(state / STORE_FILE)
+        _leave_unattended(self._store)
         try:
             self.keys = Keys(state / FILE_NAME)
             blobs = Blobs(state / BLOB_FOLDER)
@@ -103,6 +105,18 @@ class Coordinator:
             log.exception("The dispatcher failed; the coordinator ends.")
             self.parts.alive = False
             self.on_death()
+
+
+def _leave_unattended(store: Store) -> None:
+    """Jobs whose clients hung on a process that died: to run them now would be for nobody."""
+    fault = Fault("cancelled", "The coordinator was restarted while the client waited.")
+    try:
+        left = store.leave_unattended(fault)
+    except (StoreError, FaultError) as error:  # a full disk: they run for nobody, then
+        log.warning("Jobs whose clients are gone stay in the queue: %s", error)
+        return
+    if left:
+        log.info("Cancelled %d jobs whose clients are gone with the connections of an earlier life", len(left))
 
 
 def build_app(

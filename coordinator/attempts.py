@@ -75,11 +75,19 @@ class Attempts:
     """See the module. Everything is called on the event loop."""
 
     def __init__(
-        self, store: Store, threads: StoreThreads, blobs: Blobs, bus: Bus, ring: Callable[[float], None]
+        self,
+        store: Store,
+        threads: StoreThreads,
+        blobs: Blobs,
+        bus: Bus,
+        *,
+        ring: Callable[[float], None],
+        freed: Callable[[], None],
     ) -> None:
-        """`ring` wakes the dispatch loop after so many seconds."""
+        """`ring` says that jobs are due in so many seconds, `freed` that a slot may be free."""
         self.fleet, self.counters = Fleet(), Counters()
-        self._store, self._threads, self._blobs, self._bus, self._ring = store, threads, blobs, bus, ring
+        self._store, self._threads, self._blobs, self._bus = store, threads, blobs, bus
+        self._ring, self._freed = ring, freed
         self._orphans: dict[Key, Orphan] = {}
         self._declined: Counter[str] = Counter()
         self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
@@ -329,7 +337,7 @@ class Attempts:
                 self._ring(0.25)
             else:
                 self.announce_end(record)
-        self._ring(0)
+        self._freed()
 
     def announce_end(self, record: JobRecord) -> None:
         """A row has just become terminal: count it and end its watchers."""

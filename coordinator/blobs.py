@@ -28,11 +28,11 @@ import anyio
 import msgspec
 from anyio.to_thread import run_sync
 
+from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import refuse
 from protocol.ids import RANDOM_BYTES, is_safe_id, new_id
 
 MAX_OUTPUT_BYTES = 2 * 2**30
-MAX_OUTPUT_FILES = 64  # of one attempt
 WRITE_BYTES = 2**20  # a thread hop per MiB, not per network read
 ORPHAN_S = 3600.0  # an upload whose job was not submitted within this time is nobody's
 PREFIX = "/v1/blobs"
@@ -95,8 +95,8 @@ class Blobs:
         """Store an output of an attempt; faults and cancellation as in `put`, and invalid_request for its name."""
         if not is_safe_id(job) or attempt < 1 or not is_safe_name(name):
             raise refuse("invalid_request", "The name of an output has no slash and at most 150 bytes.", "name")
-        if await run_sync(_count, self._folder / "out" / job / str(attempt)) >= MAX_OUTPUT_FILES:
-            raise refuse("payload_too_large", f"An attempt has at most {MAX_OUTPUT_FILES} output files.")
+        if await run_sync(_count, self._folder / "out" / job / str(attempt)) > MAX_OUTPUT_FILES:
+            raise refuse("payload_too_large", f"An attempt has at most {MAX_OUTPUT_FILES} output files and a result.")
         return await self._store(
             data, self.max_output_bytes, expected, lambda sha256: output_key(job, attempt, name, sha256)
         )

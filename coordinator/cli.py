@@ -12,9 +12,9 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from coordinator import config as configuration
 from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys, secret_file
@@ -28,6 +28,8 @@ OK, FAILED, USAGE, INTERNAL, BUSY, BAD_CONFIG = 0, 1, 64, 70, 73, 78
 CLIENT_KEY_FILE = "client.key"
 WORKER_TOKEN_FILE = "worker.token"
 MAX_TOKEN_BYTES = 4096
+PREDECESSOR_S = 4.0
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,7 +115,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         # Imported here so that a refusal above costs no imports; starlette alone takes 40 ms.
         from coordinator.app import Coordinator
 
-        coordinator = Coordinator(state, Limits(job_s=settings.job_s))
+        patience_s = PREDECESSOR_S if embedded else 0.0
+        coordinator = _patiently(lambda: Coordinator(state, Limits(job_s=settings.job_s)), patience_s)
         try:
             _prepare_keys(coordinator.keys, state, arguments.worker_token_fd)
         except BaseException:
@@ -129,6 +132,18 @@ def _serve(arguments: argparse.Namespace) -> int:
             ready=lambda url: _say_ready(url, client_key, embedded),
         )
         return run(coordinator, listener, serving)
+
+
+def _patiently(opening: Callable[[], T], patience_s: float) -> T:
+    """Wait for the coordinator of a supervisor that was killed a moment ago to let go of the store."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return opening()
+        except StoreBusy:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.05)
 
 
 def _prepare_keys(keys: Keys, state: Path, token_fd: int | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -23,6 +23,7 @@ from coordinator.bus import Bus, BusClosed, Lagged, LocalBus, Subscription
 from coordinator.fleet import HeldAttempt, Worker
 from coordinator.records import JobEnded, JobEvent, JobRecord, ServedModel, Submission, WorkerView
 from coordinator.store import Store, StoreError
+from coordinator.store.base import Claimed
 from coordinator.store.threads import StoreThreads
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError, refuse
@@ -84,11 +85,16 @@ class Dispatcher:
         self._store, self._blobs = store, blobs
         self._bus: Bus = bus or LocalBus()
         self._threads = StoreThreads()
-        self.attempts = Attempts(store, self._threads, blobs, self._bus, self._ring)
+        self.attempts = Attempts(store, self._threads, blobs, self._bus, ring=self._ring, freed=self._slot_freed)
         self._accepting = True
         self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
         self._bell = anyio.Event()
         self._due = float("inf")  # when the next ring is wanted, on anyio's clock
+        self._freed = False
+        self._claiming = anyio.Lock(fast_acquire=True)  # from counting free slots to filling them
+        # What the queue had nothing for. A ring or the poll clears it, a slot that becomes free does not: so a job
+        # that ends does not cost a look at a queue that is known to be empty.
+        self._nothing_for: set[tuple[str, tuple[str, ...]]] = set()
 
     @property
     def counters(self) -> Counters:
@@ -165,6 +171,21 @@ class Dispatcher:
             self.attempts.stop(cancelled.record, fault.message)
         return cancelled.record
 
+    async def remove(self, job_id: str, tenant: str) -> bool:
+        """Delete a job that has ended, with its files; False when the tenant has no such job."""
+        removed = await self._threads.write(self._store.remove, job_id, tenant)
+        if removed is not None:
+            await run_sync(self._blobs.delete, removed.job, removed.blobs)
+        return removed is not None
+
+    async def drop_unused(self, keys: Iterable[str]) -> None:
+        """Delete those of these uploads that belong to no job."""
+
+        def drop() -> None:
+            self._blobs.delete("", [key for key in keys if not self._store.has_blob(key)])
+
+        await self._threads.read(drop)
+
     def models(self) -> Models:
         """Models of all connected workers that are not draining, by name."""
         return self.attempts.fleet.models()
@@ -183,13 +204,32 @@ class Dispatcher:
         return record is not None and not record.ended and record.attempt == attempt
 
     async def _insert(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
-        if known := await self._threads.read(self._store.by_key, s):
+        if s.idempotency_key and (known := await self._threads.read(self._store.by_key, s)):
             return known, False
         self._check(s)
+        # Shielded: a row that was made is made known, so that whoever watches it can cancel it, and what was claimed
+        # is offered. It lasts as long as one transaction.
+        with anyio.CancelScope(shield=True):
+            record, created = await self._insert_row(job_id, s)
+        if created:
+            self.counters.submitted[s.kind, s.model] += 1
+        return record, created
+
+    async def _insert_row(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
+        """Make the row; when a slot is free, claim in the same transaction instead of leaving that to the loop."""
+        async with self._claiming:
+            wants = [want for want in self.attempts.fleet.wants(anyio.current_time()) if want.model == s.model]
+            if wants:
+                write = self._store.insert_and_claim
+                record, created, claimed = await self._threads.write(write, job_id, s, wants)
+                self._waiting += created
+                if created and all(job.id != job_id for job, _ in claimed):
+                    self._ring(0)
+                await self._place(claimed)
+                return record, created
         record, created = await self._threads.write(self._store.insert, job_id, s)
         if created:
             self._waiting += 1
-            self.counters.submitted[s.kind, s.model] += 1
             self._ring(0)
         return record, created
 
@@ -260,26 +300,44 @@ class Dispatcher:
             self._bus.close()
 
     def _ring(self, after_s: float) -> None:
-        """Wake the dispatch loop in `after_s` seconds at the latest."""
+        """Jobs may be due in `after_s` seconds: wake the dispatch loop then at the latest."""
         self._due = min(self._due, anyio.current_time() + after_s)
         self._bell.set()
 
+    def _slot_freed(self) -> None:
+        """A slot may be free: wake the dispatch loop."""
+        self._freed = True
+        self._bell.set()
+
     async def _dispatch_loop(self) -> None:
+        poll_at = anyio.current_time() + self.settings.poll_s
         while True:
             await self._guarded(self._dispatch)
-            until = anyio.current_time() + self.settings.poll_s
-            while (pause := min(until, self._due) - anyio.current_time()) > 0:
+            while not self._freed and (pause := min(poll_at, self._due) - anyio.current_time()) > 0:
                 self._bell = anyio.Event()
                 with anyio.move_on_after(pause):
                     await self._bell.wait()
-            self._due = float("inf")
+            self._freed = False
+            now = anyio.current_time()
+            if min(poll_at, self._due) <= now:
+                self._nothing_for.clear()
+                poll_at, self._due = now + self.settings.poll_s, float("inf")
 
     async def _dispatch(self) -> None:
         """Claim what free slots allow, and offer it."""
-        wants = self.attempts.fleet.wants(anyio.current_time())
-        if not wants:
-            return
-        for record, left_ms in await self._threads.write(self._store.claim, wants):
+        async with self._claiming:
+            wants = self.attempts.fleet.wants(anyio.current_time())
+            wants = [want for want in wants if (want.model, want.kinds) not in self._nothing_for]
+            if not wants:
+                return
+            claimed = await self._threads.write(self._store.claim, wants)
+            for want in wants:
+                if sum(job.model == want.model and job.kind in want.kinds for job, _ in claimed) < want.limit:
+                    self._nothing_for.add((want.model, want.kinds))
+            await self._place(claimed)
+
+    async def _place(self, claimed: Sequence[Claimed]) -> None:
+        for record, left_ms in claimed:
             worker = self.attempts.fleet.place(record, anyio.current_time())
             if worker is None:
                 # The worker left meanwhile, or has declined this very job. Those behind it must not wait for it.

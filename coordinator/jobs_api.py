@@ -48,7 +48,7 @@ from coordinator.records import (
     Submission,
 )
 from coordinator.services import Services, caller, idempotency_key, services, submission
-from coordinator.uploads import is_multipart, read_form, store_data_url
+from coordinator.uploads import is_multipart, read_form, store_data_url, uploads
 from protocol.faults import FaultError, refuse
 from protocol.ids import is_safe_id
 from protocol.work import INPUTS, Kind, is_free_kind, is_kind
@@ -89,22 +89,23 @@ async def create(request: Request) -> Response:
     """Submit; with `wait` the answer comes when the job ended, or when that many seconds passed."""
     parts = services(request)
     inputs: tuple[StoredInput, ...]
-    if is_multipart(request):
-        form = await read_form(request, parts.blobs, None)
-        text = form.fields.pop("job", [""])
-        if form.fields:
-            name = min(form.fields)
-            raise refuse("invalid_parameter", f"{name}: Unknown field; the form holds `job` and files.", name)
-        ask = to_ask(decode_object(text[0].encode(), "job"))
-        inputs = tuple(form.files.values())
-    else:
-        ask = to_ask(await read_json(request, JSON_WITH_FILES_BYTES))
-        inputs = ()
-    check_inputs(ask, {item.name for item in inputs})
-    for name, data in ask.inputs.items():
-        inputs += (await store_data_url(data, name, f"inputs.{name}", parts.blobs),)
-    job = submission(request, ask.kind, ask.model, ask.params, inputs=inputs, stream=ask.stream, **ask.more)
-    record = await _submit(request, parts, job, ask.wait_s)
+    async with uploads(parts) as blobs:
+        if is_multipart(request):
+            form = await read_form(request, blobs, None)
+            text = form.fields.pop("job", [""])
+            if form.fields:
+                name = min(form.fields)
+                raise refuse("invalid_parameter", f"{name}: Unknown field; the form holds `job` and files.", name)
+            ask = to_ask(decode_object(text[0].encode(), "job"))
+            inputs = tuple(form.files.values())
+        else:
+            ask = to_ask(await read_json(request, JSON_WITH_FILES_BYTES))
+            inputs = ()
+        check_inputs(ask, {item.name for item in inputs})
+        for name, data in ask.inputs.items():
+            inputs += (await store_data_url(data, name, f"inputs.{name}", blobs),)
+        job = submission(request, ask.kind, ask.model, ask.params, inputs=inputs, stream=ask.stream, **ask.more)
+        record = await _submit(request, parts, job, ask.wait_s)
     return Json(to_job(record), status_code=200 if record.ended else 202, headers=job_headers(record))
 
 

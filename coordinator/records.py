@@ -46,6 +46,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         deadline_ms: time from now until the answer is worthless, queueing included; 0 means none.
         max_attempts: how many accepted attempts a job may have in all.
         wait_for_worker: queue even when nobody serves the model now.
+        attended: its client waits on an open connection and cannot come back for the answer.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = 3
     wait_for_worker: bool = False
     traceparent: str = ""
+    attended: bool = False
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,9 +8,10 @@ import re
 import msgspec
 from anyio.to_thread import run_sync
 
-from coordinator.blobs import MAX_OUTPUT_FILES, Blobs
+from coordinator.blobs import Blobs
 from coordinator.records import StoredFile
 from coordinator.store.base import Outcome
+from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import Fault, FaultError
 from protocol.link_wire import RESULT_FILE, Complete
 from protocol.work import RESULTS, FreeResult

@@ -39,6 +39,7 @@ FAILED = 70
 LAST_ANSWERS_S = 0.5
 CLOSE_S = 1
 BACKLOG = 2048
+DEAD_PEER_S = 60.0  # a peer that takes not one byte for so long is cut off
 FORCED = 1
 
 
@@ -73,6 +74,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then say so."""
+        for listener in sockets or ():
+            _bound_peers(listener)
         await super().startup(sockets)
         if self.started:
             self.on_started()
@@ -195,6 +198,16 @@ def ready_line(url: str, client_key_file: Path) -> str:
 
 
 # ---- listener -----------------------------------------------------------------------------------------------
+
+
+def _bound_peers(listener: socket.socket) -> None:
+    """Let the kernel cut connections whose peer reads nothing, or is gone without a word.
+
+    Otherwise a client that stops reading its stream keeps its job, and its connection, for as long as it likes.
+    Connections inherit this from their listener. Linux only; elsewhere TCP's own patience applies.
+    """
+    if listener.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_PEER_S * 1000))
 
 
 class Refusal(Exception):

@@ -3,6 +3,9 @@
 Both are synchronous for their users. The worker speaks the real link over a real WebSocket, legal or not; only its
 engine is missing. The coordinator is store, blobs, dispatcher and gateway on a free loopback port, without its HTTP
 half. Needs the extra `coordinator`.
+
+`coordinator.testing` is the other pair: there the coordinator is the whole program and the worker obeys, here the
+worker may break every rule, and a test calls the dispatcher itself.
 """
 
 from __future__ import annotations

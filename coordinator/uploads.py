@@ -7,9 +7,10 @@ text fields (together at most `FIELDS_BYTES`) are in memory.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
-from typing import NamedTuple, Protocol
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import anyio
 import msgspec
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -20,6 +21,9 @@ from coordinator.media import HEAD_BYTES, check_input, decode_data, input_limit,
 from coordinator.records import StoredInput
 from protocol.faults import FaultError, refuse
 from protocol.ids import is_safe_id
+
+if TYPE_CHECKING:
+    from coordinator.services import Services
 
 FIELDS_BYTES = 2**20
 MAX_PARTS = 64
@@ -45,6 +49,35 @@ class BlobSink(Protocol):
     async def put(self, data: AsyncIterator[bytes], limit: int) -> StoredBlob:
         """Store; FaultError(payload_too_large) beyond `limit` bytes."""
         ...
+
+
+class _Noted:
+    """Blobs that remember what was put."""
+
+    def __init__(self, blobs: BlobSink) -> None:
+        self._blobs = blobs
+        self.keys: list[str] = []
+
+    async def put(self, data: AsyncIterator[bytes], limit: int) -> StoredBlob:
+        stored = await self._blobs.put(data, limit)
+        self.keys.append(stored.key)
+        return stored
+
+
+@asynccontextmanager
+async def uploads(parts: Services) -> AsyncIterator[BlobSink]:
+    """Where a request's files go: when it is refused, those that belong to no job are deleted again.
+
+    Cancellation: as for a refusal.
+    """
+    noted = _Noted(parts.blobs)
+    try:
+        yield noted
+    except BaseException:
+        if noted.keys:
+            with anyio.CancelScope(shield=True):
+                await parts.dispatcher.drop_unused(noted.keys)
+        raise
 
 
 class Form(msgspec.Struct, frozen=True):

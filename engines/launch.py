@@ -34,7 +34,7 @@ REQUIRED = ("pid", "proc", "net", "privileges", "landlock", "seccomp")
 VERDICTS = "BULKHEAD_SANDBOX"  # how the verdicts reach the engine's runtime
 
 # The engine's whole environment, besides what the spec grants. Why each:
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PYTHONFAULTHANDLER": "1",  # a native crash leaves its stack on stderr
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -162,7 +162,7 @@ def _become(spec: dict[str, Any], verdicts: dict[str, str] | None = None, kept: 
     os.closerange(low, 65536)
     names = [*_KEPT, *spec.get("keep", [])]  # `keep`: names granted by the operator; values never travel in argv
     environment = {name: os.environ[name] for name in names if name in os.environ}
-    environment = _ENVIRONMENT | environment | spec.get("env", {})
+    environment = ENVIRONMENT | environment | spec.get("env", {})
     if "scratch" in spec:
         environment |= {"HOME": spec["scratch"], "TMPDIR": spec["scratch"]}
         os.chdir(spec["scratch"])

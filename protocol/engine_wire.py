@@ -34,6 +34,8 @@ NO_RUN = 0  # a fault with this run number speaks of the whole instance
 FIRST_RUN = 1
 LAST_RUN = 2**32 - 1
 
+MAX_OUTPUT_FILES = 256  # of one attempt; each costs the worker an upload
+
 
 class Down(msgspec.Struct, tag_field="t", frozen=True, omit_defaults=True, kw_only=True):
     """Base of everything the host sends. `blobs` belongs to the framing: sizes of what follows the header."""

@@ -72,7 +72,6 @@ CODES: dict[str, CodeInfo] = {
     "no_worker": CodeInfo(Owner.COORDINATOR, True, 503, _SRV),
     "overloaded": CodeInfo(Owner.COORDINATOR, True, 503, _SRV),
     "storage_full": CodeInfo(Owner.COORDINATOR, True, 507, _SRV),
-    "attempts_exhausted": CodeInfo(Owner.COORDINATOR, False, 500, _SRV),
     "internal": CodeInfo(Owner.COORDINATOR, False, 500, _SRV),
 }
 

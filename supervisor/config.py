@@ -9,6 +9,8 @@ the folder of the file, `~` is the home folder. Every error reads
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import math
 import os
 import re
@@ -240,7 +242,7 @@ def _check_coordinator(table: CoordinatorTable) -> Iterator[Finding]:
         return ("coordinator", name), sentence
 
     if table.url == "embedded":
-        yield from (at("listen", sentence) for sentence in _check_listen(table.listen))
+        yield from (at("listen", sentence) for sentence in _check_listen(table))
         if bool(table.tls_cert) != bool(table.tls_key):
             missing = "tls_key" if table.tls_cert else "tls_cert"
             yield at(missing, "is missing: tls_cert and tls_key go together")
@@ -256,10 +258,17 @@ def _check_coordinator(table: CoordinatorTable) -> Iterator[Finding]:
         yield from (at("token_file", sentence) for sentence in _check_secret(table.token_file))
 
 
-def _check_listen(listen: str) -> Iterator[str]:
-    host, separator, port = listen.rpartition(":")
+def _check_listen(table: CoordinatorTable) -> Iterator[str]:
+    host, separator, port = table.listen.rpartition(":")
     if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        yield f'"{listen}" is not HOST:PORT with a port from 0 to 65535'
+        yield f'"{table.listen}" is not HOST:PORT with a port from 0 to 65535'
+        return
+    with contextlib.suppress(ValueError):  # a name: the coordinator judges what it resolves to
+        if not ipaddress.ip_address(host.strip("[]")).is_loopback and not (table.tls_cert or table.tls_key):
+            yield (
+                f"{host} can be reached from other machines, and keys would cross the network in the clear: give "
+                "tls_cert and tls_key, or listen on 127.0.0.1, where a proxy of this machine can add TLS"
+            )
 
 
 def _check_secret(path: str) -> Iterator[str]:

@@ -121,7 +121,7 @@ async def _ready(suite: Suite) -> None:
     assert ready is not None
     if ready.slots < 1:
         raise CaseFailed(f"`slots` is {ready.slots}")
-    if ready.device.split(":")[0] not in ("cpu", "cuda", "mps", "rocm", "vulkan"):
+    if ready.device.split(":")[0] not in ("cpu", "cuda", "mps", "rocm", "sycl", "vulkan"):
         raise CaseFailed(f"`device` is {ready.device!r}: expected where it really runs, such as cpu or cuda:0")
     if any(is_free_kind(kind) for kind in suite.told.kinds) and not ready.schema:
         raise CaseFailed("a kind named x-… needs `schema` in ready: the JSON schema of its parameters")

@@ -37,6 +37,9 @@ READY_S = 60.0  # a cold disk and a busy machine: imports alone may take seconds
 STOP_S = 4.0  # after the end of its stdin; it closes connections for up to 2 s
 TERM_GRACE_S = 3.0
 BACKLOG = 2048
+# How long the port of a coordinator whose supervisor was killed may still be taken: it ends within about 2 s.
+PREDECESSOR_S = 4.0
+PREDECESSOR_POLL_S = 0.1
 MAX_READY_LINE_BYTES = 65536
 
 
@@ -50,12 +53,14 @@ class Ready(msgspec.Struct, frozen=True):
 class Embedded:
     """A running embedded coordinator. Made by `open_embedded`."""
 
-    def __init__(self, table: CoordinatorTable, state: Path, on_ready: Callable[[Ready], None]) -> None:
+    def __init__(
+        self, table: CoordinatorTable, state: Path, on_ready: Callable[[Ready], None], listener: socket.socket
+    ) -> None:
         self._table = table
         self._state = state
         self._on_ready = on_ready
         self._token = secrets.token_urlsafe(32)
-        self._listener = _bind(table.listen)
+        self._listener = listener
         self._child: Child | None = None
         self._draining = False
         self._stopping = False
@@ -176,7 +181,7 @@ async def open_embedded(
 
     Cancellation: the child is ended within `STOP_S` + `TERM_GRACE_S` + the host's patience with SIGKILL.
     """
-    embedded = Embedded(table, state, on_ready)
+    embedded = Embedded(table, state, on_ready, await _bind_patiently(table.listen))
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(embedded._keep)
@@ -220,6 +225,26 @@ def _pass_on(line: str) -> None:
         child_log.info("%s", line)
 
 
+class _Taken(CoordinatorFailed):
+    """Another program has the port; perhaps not for long."""
+
+
+async def _bind_patiently(listen: str) -> socket.socket:
+    """`_bind`, with some patience for the coordinator of a supervisor that was killed a moment ago."""
+    until = trio.current_time() + PREDECESSOR_S
+    told = False
+    while True:
+        try:
+            return _bind(listen)
+        except _Taken:
+            if trio.current_time() >= until:
+                raise
+        if not told:
+            log.info("%s is taken, perhaps by a coordinator that is just leaving: waiting for a moment", listen)
+            told = True
+        await trio.sleep(PREDECESSOR_POLL_S)
+
+
 def _bind(listen: str) -> socket.socket:
     host, _, port = listen.rpartition(":")
     try:
@@ -235,8 +260,10 @@ def _bind(listen: str) -> socket.socket:
         listener.close()
         if error.errno == errno.EACCES:
             raise NoPermission(f"[coordinator] listen: this user may not listen on {listen}.") from None
-        cure = "; end the other program or choose another port" if error.errno == errno.EADDRINUSE else ""
-        raise CoordinatorFailed(f"[coordinator] listen: {listen}: {error.strerror}{cure}.") from None
+        sentence = f"[coordinator] listen: {listen}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            raise _Taken(f"{sentence}; end the other program or choose another port.") from None
+        raise CoordinatorFailed(f"{sentence}.") from None
     return listener
 
 

@@ -31,7 +31,7 @@ from supervisor.errors import ConfigError, ExitCode
 from supervisor.host.child import open_child
 from supervisor.host.launching import engine_child
 from supervisor.host.work import EngineSpec
-from supervisor.interrupts import INTERRUPTED, is_interrupt
+from supervisor.interrupts import ended
 from supervisor.machine.gpu import Machine, read_machine, wait_for_gpu
 from supervisor.probe_verdict import NOT_INSTALLED, OK, Climb, Probe, judge, summary
 from supervisor.settings import EngineTable
@@ -321,12 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
-    try:
-        return trio.run(_conform if args.conformance else _probe, args, engines)
-    except BaseException as error:
-        if not is_interrupt(error):
-            raise
-        return INTERRUPTED
+    return ended(lambda: trio.run(_conform if args.conformance else _probe, args, engines), "stopped")
 
 
 def _engines(args: argparse.Namespace) -> dict[str, EngineSpec]:

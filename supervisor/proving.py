@@ -131,7 +131,7 @@ def circumstances_of(engine: EngineSpec) -> str:
     """A digest of what a probe's verdict depends on: interpreter, installed packages, our engine code, driver."""
     parts = [engine.module, engine.python, sys.platform, repr(sorted(engine.env.items()))]
     prefix = Path(engine.python).parent.parent
-    watched = [Path(engine.python), *sorted(prefix.glob("lib*/python*/site-packages"))]
+    watched = [Path(engine.python), *sorted(prefix.glob("lib*/python*/site-packages")), ROOT / "engines" / "launch.py"]
     folder = ROOT.joinpath(*engine.module.split(".")[:-1])
     for code in (folder, ROOT / "engines" / "runtime", ROOT / "engines" / "diffusion", ROOT / "protocol"):
         watched += sorted(code.glob("**/*.py")) if code.is_dir() and code != ROOT else []

@@ -27,7 +27,7 @@ from supervisor.columns import columns
 from supervisor.config import SEARCH, find_config, load, state_dir
 from supervisor.errors import ConfigError, ExitCode, NoPermission, SupervisorError
 from supervisor.host.child import ChildSpec, open_child
-from supervisor.interrupts import INTERRUPTED, is_interrupt
+from supervisor.interrupts import ended
 from supervisor.machine.weights import folder_digest
 from supervisor.model_guess import Guess, shards
 from supervisor.pull_fetch import is_loopback
@@ -77,16 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run one of the commands; returns the exit code and prints one sentence when it fails."""
     command = {"pull": _pull, "list": _list, "remove": _remove}[args.models_command]
-    try:
-        return command(args)
-    except SupervisorError as error:
-        sys.stderr.write(f"{error}\n")
-        return int(error.exit_code)
-    except BaseException as error:
-        if not is_interrupt(error):
-            raise
-        sys.stderr.write("\nstopped; run the same command again to go on where it stopped\n")
-        return INTERRUPTED
+    return ended(lambda: command(args), "stopped; run the same command again to go on where it stopped")
 
 
 def config_path(given: str | None) -> Path:

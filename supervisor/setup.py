@@ -25,7 +25,7 @@ from supervisor.config import load, state_dir
 from supervisor.errors import ExitCode, NoPermission, SupervisorError
 from supervisor.host.child import ChildSpec, open_child
 from supervisor.host.work import EngineSpec
-from supervisor.interrupts import INTERRUPTED, is_interrupt
+from supervisor.interrupts import ended
 from supervisor.machine.gpu import Machine, read_machine
 from supervisor.probe import probe_engine
 from supervisor.probe_verdict import Probe
@@ -77,16 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code and prints one sentence when it fails."""
-    try:
-        return trio.run(_main, args)
-    except SupervisorError as error:
-        sys.stderr.write(f"{error}\n")
-        return int(error.exit_code)
-    except BaseException as error:
-        if not is_interrupt(error):
-            raise
-        sys.stderr.write("\nstopped; run the same command again\n")
-        return INTERRUPTED
+    return ended(lambda: trio.run(_main, args), "stopped; run the same command again")
 
 
 async def _main(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from protocol.ids import is_safe_id
-from supervisor.errors import IdentityHeld, NoPermission
+from supervisor.errors import IdentityHeld, NoPermission, SupervisorError
 
 
 class StateFolder:
@@ -82,7 +82,8 @@ def hold_state(root: Path) -> Iterator[StateFolder]:
 
     Raises:
         IdentityHeld: another process has it.
-        NoPermission: it cannot be made or written.
+        NoPermission: it cannot be made or opened.
+        SupervisorError: the disk is full.
     """
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,11 +95,21 @@ def hold_state(root: Path) -> Iterator[StateFolder]:
         ) from None
     try:
         _lock(descriptor, root)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        _sign(descriptor, root)
         yield StateFolder(root)
     finally:
         os.close(descriptor)
+
+
+def _sign(descriptor: int, root: Path) -> None:
+    """Write our pid into the lock. This is also the first byte that a full disk refuses."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        raise SupervisorError(
+            f"The state folder {root} cannot be written: {error.strerror}; make room there and start again."
+        ) from None
 
 
 def _lock(descriptor: int, root: Path) -> None:

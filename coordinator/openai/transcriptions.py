@@ -15,7 +15,7 @@ from coordinator.errors import Json
 from coordinator.forms import form_values
 from coordinator.records import JobRecord
 from coordinator.services import services, submission
-from coordinator.uploads import is_multipart, read_form
+from coordinator.uploads import is_multipart, read_form, uploads
 from protocol.faults import refuse
 from protocol.transcript import to_srt, to_verbose_json, to_vtt
 from protocol.work import Kind, SttChunk, SttResult
@@ -60,21 +60,22 @@ async def _answer(request: Request, task: str) -> Response:
     if not is_multipart(request):
         raise refuse("unsupported_media_type", "Expected a body of type multipart/form-data with the file in it.")
     parts = services(request)
-    form = await read_form(request, parts.blobs, {"file": "audio"})
-    values = form_values(form, _TYPES, {"timestamp_granularities": str, "include": str})
-    passed, handled = FIELDS.pick(values)
-    model = model_name(handled)
-    if "file" not in form.files:
-        raise refuse("invalid_parameter", "file: The audio file is required.", "file")
-    wish = to_wish(handled)
-    words = "word" in wish.granularities
-    params = work_params(Kind.AUDIO_STT, {**passed, "task": task, "word_timestamps": words}, NAMES)
-    inputs = (form.files["file"],)
-    job = submission(request, Kind.AUDIO_STT, model, params, inputs=inputs, stream=wish.stream)
-    if wish.stream:
-        return JobStream(parts, job, TranscriptStream(), NAMES)
-    record = await finished(request, job, NAMES)
-    return to_response(record, result_of(record), wish)
+    async with uploads(parts) as blobs:
+        form = await read_form(request, blobs, {"file": "audio"})
+        values = form_values(form, _TYPES, {"timestamp_granularities": str, "include": str})
+        passed, handled = FIELDS.pick(values)
+        model = model_name(handled)
+        if "file" not in form.files:
+            raise refuse("invalid_parameter", "file: The audio file is required.", "file")
+        wish = to_wish(handled)
+        words = "word" in wish.granularities
+        params = work_params(Kind.AUDIO_STT, {**passed, "task": task, "word_timestamps": words}, NAMES)
+        inputs = (form.files["file"],)
+        job = submission(request, Kind.AUDIO_STT, model, params, inputs=inputs, stream=wish.stream)
+        if wish.stream:
+            return JobStream(parts, job, TranscriptStream(), NAMES)
+        record = await finished(request, job, NAMES)
+        return to_response(record, result_of(record), wish)
 
 
 # ---- request ------------------------------------------------------------------------------------------------

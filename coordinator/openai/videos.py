@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,7 +24,7 @@ from coordinator.forms import form_values
 from coordinator.openai.pictures import SIZE_NAMES, size_params
 from coordinator.records import JobRecord, StoredInput
 from coordinator.services import caller, services, submission
-from coordinator.uploads import is_multipart, read_form, store_data_url
+from coordinator.uploads import is_multipart, read_form, store_data_url, uploads
 from protocol.faults import refuse
 from protocol.work import VIDEO_MIME, Kind, VideoParams
 
@@ -54,19 +53,20 @@ async def create(request: Request) -> Response:
     """Queue a video and return at once; the job goes on when the client leaves."""
     parts = services(request)
     inputs: tuple[StoredInput, ...] = ()
-    if is_multipart(request):
-        form = await read_form(request, parts.blobs, {"input_reference": "image"})
-        passed, handled = FIELDS.pick(form_values(form, _TYPES))
-        inputs = tuple(form.files.values())
-    else:
-        passed, handled = FIELDS.pick(await read_json(request, JSON_WITH_FILES_BYTES))
-    model = model_name(handled)
-    params = to_params(passed, handled)
-    if "input_reference" in handled:
-        reference = handled["input_reference"]
-        link = reference.get("image_url") if isinstance(reference, dict) else reference
-        inputs = (await store_data_url(link, "image", "input_reference", parts.blobs),)
-    record = await parts.dispatcher.submit(submission(request, Kind.VIDEO, model, params, inputs=inputs))
+    async with uploads(parts) as blobs:
+        if is_multipart(request):
+            form = await read_form(request, blobs, {"input_reference": "image"})
+            passed, handled = FIELDS.pick(form_values(form, _TYPES))
+            inputs = tuple(form.files.values())
+        else:
+            passed, handled = FIELDS.pick(await read_json(request, JSON_WITH_FILES_BYTES))
+        model = model_name(handled)
+        params = to_params(passed, handled)
+        if "input_reference" in handled:
+            reference = handled["input_reference"]
+            link = reference.get("image_url") if isinstance(reference, dict) else reference
+            inputs = (await store_data_url(link, "image", "input_reference", blobs),)
+        record = await parts.dispatcher.submit(submission(request, Kind.VIDEO, model, params, inputs=inputs))
     parts.progress.follow(record.id)
     return Json(to_video(record, 0))
 
@@ -109,8 +109,8 @@ async def delete(request: Request) -> Response:
     record = await _find(request)
     parts = services(request)
     after = await parts.dispatcher.cancel(record.id, record.tenant, "the video was deleted by its owner")
-    if after is not None and after.state == "succeeded":
-        await run_sync(parts.blobs.delete, record.id)
+    if after is not None and after.state != "cancelled":  # a cancelled one stays, because its usage is still to come
+        await parts.dispatcher.remove(record.id, record.tenant)
     return Json({"id": record.id, "object": "video.deleted", "deleted": True})
 
 
@@ -160,14 +160,10 @@ def to_video(record: JobRecord, percent: int) -> dict[str, Any]:
 
 
 async def _find(request: Request) -> JobRecord:
-    """The video's job. A cancelled one is a deleted one; so is a finished one whose file is gone."""
-    parts = services(request)
+    """The video's job. A cancelled one is a deleted one."""
     name = request.path_params["id"]
-    record = await parts.dispatcher.get(name, caller(request).tenant)
-    gone = record is None or record.kind != Kind.VIDEO or record.state == "cancelled"
-    if not gone and record is not None and record.state == "succeeded":
-        gone = not parts.blobs.path(only_file(record).blob).is_file()
-    if gone or record is None:
+    record = await services(request).dispatcher.get(name, caller(request).tenant)
+    if record is None or record.kind != Kind.VIDEO or record.state == "cancelled":
         raise refuse("not_found", f"There is no video {name!r}.", "video_id")
     return record
 

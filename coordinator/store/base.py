@@ -47,6 +47,9 @@ class Want(msgspec.Struct, frozen=True):
     limit: int
 
 
+Claimed = tuple[JobRecord, int]  # with the time left until its deadline in ms, 0 when it has none
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """What a successful attempt left."""
 
@@ -123,6 +126,12 @@ class Store(Protocol):
             FaultError: `conflict` when the key was used with another request, `storage_full`.
         """
 
+    def insert_and_claim(
+        self, job_id: str, submission: Submission, wants: Sequence[Want]
+    ) -> tuple[JobRecord, bool, list[Claimed]]:
+        """`insert`, and when that made a row `claim`, in one transaction: a job that can start at once costs one
+        commit. Raises FaultError as `insert` does."""
+
     def by_key(self, submission: Submission) -> JobRecord | None:
         """The job that the submission's idempotency key names. Raises FaultError(conflict) as `insert` does."""
 
@@ -132,7 +141,7 @@ class Store(Protocol):
     def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
         """Newest first, without params and result."""
 
-    def claim(self, wants: Sequence[Want]) -> list[tuple[JobRecord, int]]:
+    def claim(self, wants: Sequence[Want]) -> list[Claimed]:
         """Take due jobs (higher priority first, then older) as offered, each with a new attempt number.
 
         With each comes the time left until its deadline in ms, 0 when it has none.
@@ -142,7 +151,11 @@ class Store(Protocol):
         """Put an offered job back; uncounted. False when it is not this attempt's any more."""
 
     def accept(self, job_id: str, attempt: int, worker: str) -> bool:
-        """Offered to running; counts a try."""
+        """Offered to running; counts a try.
+
+        The one step that a loss of power may undo: nobody is told of it, and a worker that still has the attempt
+        says so when it comes back (`adopt` takes an offered row, too).
+        """
 
     def mark_streamed(self, job_id: str, attempt: int, worker: str) -> bool:
         """Before the first chunk is forwarded. False when fenced: then nothing may be forwarded."""
@@ -165,6 +178,9 @@ class Store(Protocol):
     def open_attempts(self) -> list[OpenAttempt]:
         """All rows that are offered or running."""
 
+    def leave_unattended(self, fault: Fault) -> list[JobRecord]:
+        """To cancelled: all jobs whose clients waited on connections of an earlier life. For the start alone."""
+
     def expire(self, slack_ms: int) -> list[JobRecord]:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
 
@@ -173,6 +189,9 @@ class Store(Protocol):
 
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
         """Delete jobs that ended more than `retention_ms` ago; at most `limit` of them."""
+
+    def remove(self, job_id: str, tenant: str) -> Purged | None:
+        """Delete one job of the tenant's that has ended; None when there is none."""
 
     def has_blob(self, key: str) -> bool:
         """Whether a job's input has this key."""
@@ -208,10 +227,12 @@ def after_failure(row: Failing, fault: Fault, now_ms: int) -> int | Fault:
         return delay
     if row.tries <= 1:
         return fault
-    return Fault(
-        "attempts_exhausted",
-        f"All {row.tries} attempts failed; the last one: {fault.message}",
-        detail={"attempts": row.tries, "last": msgspec.to_builtins(fault)},
+    # The caller wants to know what happened, not that we counted: the last fault stands, with the count beside it.
+    return msgspec.structs.replace(
+        fault,
+        message=f"{fault.message} All {row.tries} attempts failed.",
+        retryable=False,
+        detail={**fault.detail, "attempts": row.tries},
     )
 
 

@@ -7,8 +7,6 @@ A transaction cannot be half-cancelled that way.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import sqlite3
 import threading
@@ -22,25 +20,24 @@ from coordinator.records import JobRecord, Submission
 from coordinator.store.base import (
     Adoption,
     Cancelled,
+    Claimed,
     Ending,
     Failing,
     OpenAttempt,
     Outcome,
     Purged,
-    StoreBusy,
     StoreError,
-    StoreTooNew,
     Want,
     after_failure,
     deadline_fault,
 )
+from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
 from coordinator.store.sqlite_rows import LIGHT, columns, record, same_request
-from coordinator.store.sqlite_schema import MIGRATIONS, NOW
-from protocol.faults import Fault, refuse
+from coordinator.store.sqlite_schema import NOW
+from protocol.faults import Fault
 
 Row = sqlite3.Row
 _pack = msgspec.msgpack.encode
-_BUSY_MS = 5000
 
 _THIS_ATTEMPT = "id = :id AND attempt = :attempt AND worker = :worker"
 _RUNNING = f"{_THIS_ATTEMPT} AND state = 'running'"
@@ -57,16 +54,16 @@ class SqliteStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock_file = _take_file(path)
+        self._lock_file = take_file(path)
         self._writing, self._reading = threading.Lock(), threading.Lock()
         try:
-            self._writer, self._reader = _connect(path), _connect(path)
+            self._writer, self._reader = connect(path), connect(path)
             with self._writing:
-                _migrate(self._writer, path)
+                migrate(self._writer, path)
             self._reader.execute("PRAGMA query_only = ON")
         except sqlite3.Error as error:
             os.close(self._lock_file)
-            raise StoreError(f"{path} cannot be opened as a job store: {error}. Move it away to start empty.") from None
+            raise StoreError(f"{path} cannot be opened as a job store: {error}. {cure(path, error)}") from None
         except StoreError:
             os.close(self._lock_file)
             raise
@@ -143,39 +140,53 @@ class SqliteStore:
     def insert(self, job_id: str, submission: Submission) -> tuple[JobRecord, bool]:
         """Queue a job, or find the one that its idempotency key names."""
         with self._transaction() as now:
-            if submission.idempotency_key:
-                known = self._one(
-                    "SELECT * FROM jobs WHERE tenant = :tenant AND idempotency_key = :key AND idempotency_key <> ''",
-                    tenant=submission.tenant,
-                    key=submission.idempotency_key,
-                )
-                if known is not None:
-                    return same_request(known, submission), False
-            values = columns(job_id, submission, now)
-            names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
-            row = self._one(f"INSERT INTO jobs ({names}) VALUES ({places}) RETURNING *", **values)
-            assert row is not None
-            for file in submission.inputs:
-                self._one("INSERT OR IGNORE INTO input_blobs VALUES (:key, :job)", key=file.blob, job=job_id)
-            return record(row), True
+            return self._insert(job_id, submission, now)
 
-    def claim(self, wants: Sequence[Want]) -> list[tuple[JobRecord, int]]:
-        """Take due jobs as offered, each with a new attempt number and its time left, in the order they are due."""
-        claimed: list[Row] = []
+    def insert_and_claim(
+        self, job_id: str, submission: Submission, wants: Sequence[Want]
+    ) -> tuple[JobRecord, bool, list[Claimed]]:
+        """`insert`, and when that made a row `claim`, in one transaction."""
         with self._transaction() as now:
-            for want in wants:
-                kinds = {f"kind{n}": kind for n, kind in enumerate(want.kinds)}
-                claimed += self._all(
-                    "UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '' WHERE seq IN ("
-                    "  SELECT seq FROM jobs WHERE state = 'queued' AND model = :model"
-                    f"   AND kind IN ({', '.join(':' + name for name in kinds)})"
-                    "    AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)"
-                    "  ORDER BY priority DESC, seq LIMIT :limit) RETURNING *",
-                    model=want.model,
-                    limit=want.limit,
-                    now=now,
-                    **kinds,
-                )
+            row, created = self._insert(job_id, submission, now)
+            return row, created, self._claim(wants, now) if created else []
+
+    def _insert(self, job_id: str, submission: Submission, now: int) -> tuple[JobRecord, bool]:
+        if submission.idempotency_key:
+            known = self._one(
+                "SELECT * FROM jobs WHERE tenant = :tenant AND idempotency_key = :key AND idempotency_key <> ''",
+                tenant=submission.tenant,
+                key=submission.idempotency_key,
+            )
+            if known is not None:
+                return same_request(known, submission), False
+        values = columns(job_id, submission, now)
+        names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+        row = self._one(f"INSERT INTO jobs ({names}) VALUES ({places}) RETURNING *", **values)
+        assert row is not None
+        for file in submission.inputs:
+            self._one("INSERT OR IGNORE INTO input_blobs VALUES (:key, :job)", key=file.blob, job=job_id)
+        return record(row), True
+
+    def claim(self, wants: Sequence[Want]) -> list[Claimed]:
+        """Take due jobs as offered, each with a new attempt number and its time left, in the order they are due."""
+        with self._transaction() as now:
+            return self._claim(wants, now)
+
+    def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
+        claimed: list[Row] = []
+        for want in wants:
+            kinds = {f"kind{n}": kind for n, kind in enumerate(want.kinds)}
+            claimed += self._all(
+                "UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '' WHERE seq IN ("
+                "  SELECT seq FROM jobs WHERE state = 'queued' AND model = :model"
+                f"   AND kind IN ({', '.join(':' + name for name in kinds)})"
+                "    AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)"
+                "  ORDER BY priority DESC, seq LIMIT :limit) RETURNING *",
+                model=want.model,
+                limit=want.limit,
+                now=now,
+                **kinds,
+            )
         claimed.sort(key=lambda row: (-row["priority"], row["seq"]))  # RETURNING has no order of its own
         return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in claimed]
 
@@ -192,8 +203,8 @@ class SqliteStore:
             return row is not None
 
     def accept(self, job_id: str, attempt: int, worker: str) -> bool:
-        """Offered to running; counts a try."""
-        with self._transaction() as now:
+        """Offered to running; counts a try. Not synced."""
+        with self._transaction(synced=False) as now:
             row = self._one(
                 "UPDATE jobs SET state = 'running', worker = :worker, tries = tries + 1, started_ms = :now "
                 "WHERE id = :id AND attempt = :attempt AND state = 'offered' RETURNING id",
@@ -309,6 +320,17 @@ class SqliteStore:
             row = self._one("SELECT * FROM jobs WHERE id = :id AND tenant = :tenant", id=job_id, tenant=tenant)
             return Cancelled(record(row), won=False) if row is not None else None
 
+    def leave_unattended(self, fault: Fault) -> list[JobRecord]:
+        """To cancelled: all jobs whose clients waited on connections of an earlier life."""
+        with self._transaction() as now:
+            rows = self._all(
+                "UPDATE jobs SET state = 'cancelled', finished_ms = :now, fault = :fault "
+                "WHERE attended = 1 AND state IN ('queued', 'offered', 'running') RETURNING *",
+                now=now,
+                fault=_pack(fault),
+            )
+            return [record(row) for row in rows]
+
     def expire(self, slack_ms: int) -> list[JobRecord]:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
         with self._transaction() as now:
@@ -323,21 +345,32 @@ class SqliteStore:
 
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
         """Delete jobs that ended more than `retention_ms` ago."""
-        purged = []
         with self._transaction() as now:
-            for row in self._all(
+            rows = self._all(
                 "SELECT id FROM jobs WHERE finished_ms <= :before ORDER BY finished_ms LIMIT :limit",
                 before=now - retention_ms,
                 limit=limit,
-            ):
-                keys = self._all(
-                    "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
-                    "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
-                    id=row["id"],
-                )
-                self._one("DELETE FROM jobs WHERE id = :id", id=row["id"])
-                purged.append(Purged(row["id"], tuple(key["key"] for key in keys)))
-        return purged
+            )
+            return [self._delete(row["id"]) for row in rows]
+
+    def remove(self, job_id: str, tenant: str) -> Purged | None:
+        """Delete one job of the tenant's that has ended."""
+        with self._transaction():
+            row = self._one(
+                "SELECT id FROM jobs WHERE id = :id AND tenant = :tenant AND finished_ms IS NOT NULL",
+                id=job_id,
+                tenant=tenant,
+            )
+            return self._delete(job_id) if row is not None else None
+
+    def _delete(self, job_id: str) -> Purged:
+        keys = self._all(
+            "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
+            "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
+            id=job_id,
+        )
+        self._one("DELETE FROM jobs WHERE id = :id", id=job_id)
+        return Purged(job_id, tuple(key["key"] for key in keys))
 
     def shift_clock(self, ms: int) -> None:
         """Move the store's clock by `ms` from now on; for tests."""
@@ -369,11 +402,15 @@ class SqliteStore:
         return record(row)
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[int]:
-        """One write transaction; yields the store's clock. Rolls back on any exception."""
-        with self._writing, _translated(self._path):
+    def _transaction(self, *, synced: bool = True) -> Iterator[int]:
+        """One write transaction; yields the store's clock. Rolls back on any exception.
+
+        Without `synced` it outlives any end of this process at once, and a loss of power from the next one that is.
+        """
+        with self._writing, translated(self._path):
             if self._lock_file < 0:
                 raise StoreError("The job store is closed.")
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield int(self._writer.execute(NOW).fetchone()["now"])
@@ -391,56 +428,7 @@ class SqliteStore:
         return self._writer.execute(sql, names).fetchall()
 
     def _read(self, sql: str, *values: Any) -> list[Row]:
-        with self._reading, _translated(self._path):
+        with self._reading, translated(self._path):
             if self._lock_file < 0:
                 raise StoreError("The job store is closed.")
             return self._reader.execute(sql, values).fetchall()
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """The one place where SQLite's exceptions become ours."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-            raise refuse("storage_full", "The coordinator's disk is full; try again when there is room.") from None
-        raise StoreError(f"{path}: {error}") from error
-
-
-def _take_file(path: Path) -> int:
-    """Lock the store for this process; the lock lives beside it, because SQLite uses the file's own locks."""
-    try:
-        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened as a job store: {error.strerror}.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        os.close(lock)
-        if error.errno in (errno.EAGAIN, errno.EACCES) and error.filename is None:
-            raise StoreBusy(f"{path} is in use by another coordinator; stop that one first.") from None
-        raise StoreError(f"{path} cannot be opened as a job store: {error.strerror}.") from None
-    return lock
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_MS / 1000)
-    connection.row_factory = sqlite3.Row
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
-        connection.execute(f"PRAGMA {pragma}")
-    return connection
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema up to date, one transaction per step."""
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version > len(MIGRATIONS):
-        raise StoreTooNew(
-            f"{path} was written by a later version (schema {version}, this program knows {len(MIGRATIONS)}); "
-            "install that version again or move the file away."
-        )
-    for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        # executescript would commit first and run without one; so the whole step is one script.
-        connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")

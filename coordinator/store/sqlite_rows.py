@@ -57,6 +57,7 @@ def columns(job_id: str, submission: Submission, now: int) -> dict[str, Any]:
         "stream": int(submission.stream),
         "vram_gb_estimate": submission.vram_gb_estimate,
         "traceparent": submission.traceparent,
+        "attended": int(submission.attended),
         "labels": _pack(submission.labels),
         "params": submission.params,
         "inputs": _pack(submission.inputs),

@@ -62,4 +62,8 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     CREATE INDEX input_blobs_by_job ON input_blobs (job);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN attended INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX jobs_attended ON jobs (attended) WHERE attended = 1 AND state IN ('queued', 'offered', 'running');
+    """,
 )

@@ -36,12 +36,12 @@ from engines.runtime.contract import (
     refuse,
 )
 from engines.runtime.options import options_as
-from engines.runtime.program import Program, describe
+from engines.runtime.program import Program, describe, inherited
+from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import CODES, Fault, FaultError
 from protocol.work import CommandParams, CommandResult
 
 TAIL_LINES = 40
-MAX_OUTPUT_FILES = 1000
 OUT_OF_MEMORY_CODE = 42
 _PLAIN_NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}\Z")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -197,7 +197,7 @@ class CommandEngine(Engine):
         return program
 
     def _environment(self, asked: Mapping[str, str]) -> dict[str, str]:
-        return {**os.environ, **self._config.env, **asked}
+        return {**inherited(), **self._config.env, **asked}
 
     def _fault(self, code: int, tail: list[str]) -> Fault:
         sentence = f"The program {describe(code)}."

@@ -3,7 +3,8 @@
     onnx   sentence-transformers layout (a folder) on onnxruntime
     gguf   a GGUF file on llama.cpp
 
-Without `backend` the file decides. A text that is too long is refused with its index and never cut.
+Without `backend` it is onnx, as the catalogue says: what was probed is what serves. A text that is too long is
+refused with its index and never cut.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class EmbedEngine(Engine):
     def load(self, model: Model, scratch: Path, progress: LoadProgress) -> Ready:
         """Load. Raises FaultError, ImportError."""
         path = main_file(model)
-        backend = model.backend or (ONNX if path.is_dir() else GGUF)
+        backend = model.backend or ONNX
         if backend not in self.backends:
             sentence = f"backend: {backend!r} is not one of {', '.join(self.backends)}."
             raise refuse("load_failed", sentence, "backend")

@@ -34,7 +34,8 @@ class OnnxBackend:
         self.options: Options = read_options(model)
         if not folder.is_dir():
             sentence = f"{folder} is not a folder with tokenizer.json and onnx/model.onnx."
-            raise refuse("load_failed", sentence, "files.model")
+            hint = 'A GGUF file needs backend = "gguf".'
+            raise refuse("load_failed", sentence, "files.model", hint=hint)
         self._tokenizer = self._load_tokenizer(folder / "tokenizer.json")
         config = _json(folder / "config.json")
         self._session = ort.open_session(_graph(folder), model.device, threads=self.options.threads)

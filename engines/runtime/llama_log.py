@@ -11,7 +11,7 @@ import msgspec
 
 
 class Offload(msgspec.Struct, frozen=True):
-    """Where the layers went: `device` is "cpu" or "cuda:0"; `layers` of `total` are on a GPU."""
+    """Where the layers went: `device` is "cpu", "cuda:0", "vulkan:0", …; `layers` of `total` are on a GPU."""
 
     device: str
     layers: int = 0
@@ -29,6 +29,7 @@ def load_sentence(log: str, fallback: str) -> str:
 
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _BUFFER = re.compile(r"(CUDA|ROCm|Vulkan|MTL|SYCL)(\d*)\S* model buffer size")
+_DEVICES = {"CUDA": "cuda", "ROCm": "rocm", "Vulkan": "vulkan", "MTL": "mps", "SYCL": "sycl"}
 
 
 def offload_of(log: str, *, has_gpu: bool, taken: int) -> Offload:
@@ -41,8 +42,9 @@ def offload_of(log: str, *, has_gpu: bool, taken: int) -> Offload:
         return Offload("cpu")
     if counts := _OFFLOADED.findall(log):  # the last one: fitting parameters loads the metadata before
         layers, total = map(int, counts[-1])
-        index = next((number for _, number in _BUFFER.findall(log) if number), "0")
-        return Offload(f"cuda:{index}", layers, total) if layers else Offload("cpu", 0, total)
+        # CUDA_Host, without a number, is memory of the host.
+        library, index = next((found for found in _BUFFER.findall(log) if found[1]), ("CUDA", "0"))
+        return Offload(f"{_DEVICES[library]}:{index}", layers, total) if layers else Offload("cpu", 0, total)
     return Offload("cuda:0") if taken > 0 else Offload("cpu")
 
 

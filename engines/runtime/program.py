@@ -11,9 +11,21 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from engines.launch import ENVIRONMENT
+
 MAX_LINE_BYTES = 8192
 _READ_BYTES = 2**16
 _LEASH = str(Path(__file__).with_name("leash.py"))
+
+
+def inherited() -> dict[str, str]:
+    """What a program of the operator's gets of our environment: not the settings meant for engine libraries.
+
+    HF_HUB_OFFLINE, say, keeps an engine from fetching models by itself; a server of the operator's has to.
+    """
+    ours = {name for name, value in ENVIRONMENT.items() if os.environ.get(name) == value}
+    # Lines of a Python program shall come when they are printed, not when its buffer is full.
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"PYTHONUNBUFFERED": "1"}
 
 
 class Program:

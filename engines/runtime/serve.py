@@ -190,7 +190,10 @@ class _Server:
     def _cancel(self, run: int) -> None:
         if job := self._jobs.get(run):
             job.cancelled.set()
-            self._engine.cancel(job)
+            try:
+                self._engine.cancel(job)
+            except Exception:  # the flag is set all the same; an engine's mistake must not end its neighbours
+                traceback.print_exc(file=sys.stderr)
 
     def _close(self) -> None:
         for job in list(self._jobs.values()):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engines.runtime.contract import FaultError, LoadProgress, Model, refuse
-from engines.runtime.program import Program, describe
+from engines.runtime.program import Program, describe, inherited
 from engines.server import config as configuration
 from engines.server.calls import Call, Origin
 from engines.server.config import MAX_SOCKET_PATH, Config
@@ -52,7 +52,7 @@ class OwnServer:
         places, self.origin = _places(config, model, scratch)
         argv = [configuration.fill(item, places) for item in config.argv]
         asked = {name: configuration.fill(value, places) for name, value in config.env.items()}
-        env = {**os.environ, **_cache_env(config), **_device_env(model), **asked}
+        env = {**inherited(), **_cache_env(config), **_device_env(model), **asked}
         self._program = Program(argv, env=env, cwd=scratch, grace_s=config.grace_s)
         threading.Thread(target=self._attend, daemon=True).start()
 

@@ -110,6 +110,11 @@ class Misbehave(Engine):
         usage: dict[str, float] = {"prompt_tokens": 1, "completion_tokens": 1}
         return Outcome(body=work.LlmResult(content=said), usage=usage)
 
+    def cancel(self, job: Job) -> None:
+        """Raise when the run is of the kind "cancel-raises"; the run itself obeys."""
+        if job.params.prompt == "cancel-raises":
+            raise RuntimeError("cancel raised, as asked")
+
 
 # ---- dying
 
@@ -340,6 +345,7 @@ MISDEEDS: dict[str, Callable[[Job, str], str]] = {
     "spin": _spin,
     "stop": _stop,
     "progress": _progress,
+    "cancel-raises": _progress,
     "deaf": _deaf,
     "ignore-term": _ignore_term,
     "stderr": _stderr,

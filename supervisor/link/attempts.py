@@ -113,8 +113,6 @@ class Attempts:
         claim.forgotten = True
         claim.scope.cancel()
         self.ledger.forget(claim)
-        if claim.end is not None:  # else its task removes the folder when it has let go of it
-            self._nursery.start_soon(_remove, claim.folder)
 
     def stop_all(self, fault: Fault) -> None:
         """End what still runs, with `fault`; each says so as its end."""
@@ -135,8 +133,11 @@ class Attempts:
         except OSError as error:
             fault = refuse("worker_failed", f"The attempt's folder cannot be used: {error}.").fault
             end = wire.Fail(fault=fault, streamed=claim.streamed)
-        if claim.forgotten:
+        if not isinstance(end, wire.Complete):
+            # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
+            # could then not even record the failure.
             await _remove(claim.folder)
+        if claim.forgotten:
             return
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
@@ -145,10 +146,11 @@ class Attempts:
         outcome = end.fault.code if isinstance(end, wire.Fail) else "done"
         log.info("ended: %s", outcome, extra={"job": claim.job, "attempt": claim.attempt})
         self._tell(claim, end)
+        if isinstance(end, wire.Complete):
+            await _remove(claim.folder)
 
     async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
-        # A folder of this name can only be left over from an attempt that was fenced a moment ago.
-        outputs = await trio.to_thread.run_sync(_make_folders, claim.folder)
+        outputs = await trio.to_thread.run_sync(_make_folders, claim.folder, bool(claim.offer.inputs))
         inputs = await self._fetch(claim)
         request = work.RunRequest(
             model=claim.offer.model,
@@ -217,15 +219,30 @@ class Attempts:
         return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
 
 
-def _make_folders(folder: Path) -> Path:
-    """Make the attempt's folder anew, with "in" and "out" in it; returns the latter."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "in").mkdir(parents=True, mode=0o700)
-    (folder / "out").mkdir()
-    return folder / "out"
+def _make_folders(folder: Path, inputs: bool) -> Path:
+    """Make the attempt's folder anew, with "out" in it, and "in" when there are inputs; returns the former."""
+    outputs = folder / "out"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # only left over from an attempt that was fenced a moment ago
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+    outputs.mkdir()
+    if inputs:
+        (folder / "in").mkdir()
+    return outputs
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove an attempt's folder; most are empty, and then this costs a third of what `rmtree` does."""
+    try:
+        (folder / "out").rmdir()
+        folder.rmdir()
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _remove(folder: Path) -> None:
     """Remove an attempt's folder, in a thread: it may hold gigabytes."""
     with trio.CancelScope(shield=True):
-        await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+        await trio.to_thread.run_sync(_remove_folder, folder)

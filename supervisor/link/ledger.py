@@ -17,6 +17,7 @@ from protocol.link_wire import Chunk, Complete, Fail, Held, Offer
 
 # Chunks are kept until acknowledged; a reader that is this far behind for one attempt is not coming back.
 MAX_UNACKED_BYTES = 16 * 2**20
+CHUNK_BYTES = 256  # what a kept chunk costs besides its data: most tokens are a few bytes long
 
 Key = tuple[str, int]
 
@@ -66,14 +67,14 @@ class Claim:
     def keep(self, chunk: Chunk) -> bool:
         """Keep a chunk until it is acknowledged; False when that is more than memory may hold."""
         self._chunks.append(chunk)
-        self._chunk_bytes += len(chunk.data)
+        self._chunk_bytes += len(chunk.data) + CHUNK_BYTES
         self.streamed = True
         return self._chunk_bytes <= MAX_UNACKED_BYTES
 
     def acked(self, seq: int) -> None:
         """Forget all chunks up to and including `seq`."""
         while self._chunks and self._chunks[0].seq <= seq:
-            self._chunk_bytes -= len(self._chunks.popleft().data)
+            self._chunk_bytes -= len(self._chunks.popleft().data) + CHUNK_BYTES
 
 
 class Ledger:

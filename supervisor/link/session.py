@@ -2,14 +2,13 @@
 
 Theory of operation. `connect_s` covers name, TCP, TLS, upgrade, hello and welcome as a whole: a peer that stalls
 in any of them is left. Then three loops share the span: the reader, which hands what it hears to the side; the
-writer, which empties the queue that `post` fills; and the heart, which beats. Every beat is answered, so silence
+writer, which sends what `post` was given; and the heart, which beats. Every beat is answered, so silence
 for three beats means that the connection is dead, whatever TCP thinks; the reader then leaves, and takes the other
 two with it. `LinkSession` judges every message in both directions before it counts.
 """
 
 from __future__ import annotations
 
-import collections
 import enum
 import logging
 import ssl
@@ -31,6 +30,7 @@ from trio_websocket import (
 from protocol import link_wire as wire
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
+from supervisor.link.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class _Span:
         self._address = address
         self._side = side
         self._session = LinkSession(Role.WORKER)
-        self._queue: collections.deque[tuple[wire.Body, str, int]] = collections.deque()
+        self._waiting = Turns()
         self._bell = trio.Event()
         self._beat_s = 5.0
         self._opened_at: float | None = None
@@ -251,14 +251,14 @@ class _Span:
     def post(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
         """Queue a message; it is judged now, so that what was posted in order is legal in order."""
         self._session.sending(body, job, attempt)
-        self._queue.append((body, job, attempt))
+        self._waiting.put(body, job, attempt)
         self._bell.set()
 
     async def _write(self, socket: WebSocketConnection) -> None:
         try:
             while True:
-                while self._queue:
-                    await socket.send_message(wire.encode(*self._queue.popleft()))
+                while self._waiting:
+                    await socket.send_message(wire.encode(*self._waiting.take()))
                 await self._bell.wait()
                 self._bell = trio.Event()
         except ConnectionClosed:
@@ -302,8 +302,7 @@ class _Span:
         if isinstance(body, wire.Error):
             raise _Over(_BY_ERROR_CODE.get(body.code, Why.LOST), _said(body))
         if isinstance(body, wire.Ack):  # what still waits here for it is not wanted any more
-            waiting = [item for item in self._queue if item[1:] != (job, attempt)]
-            self._queue = collections.deque(waiting)
+            self._waiting.drop(job, attempt)
         self._side.heard(body, job, attempt)
 
     def _broken(self, envelope: wire.Envelope, reason: str) -> None:

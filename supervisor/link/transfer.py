@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from protocol.engine_wire import OutputFile
-from protocol.faults import refuse
+from protocol.faults import Fault, FaultError, refuse
 from protocol.link_wire import FileRef
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import Address
@@ -189,7 +189,9 @@ class Transfer:
             return
         if status >= 500 or status in (408, 425, 429):
             raise _Transient(f"HTTP {status}")
-        raise refuse(code, f"{sentence}: HTTP {status}.")
+        # Too large will be too large for every worker: running the job again would only cost its GPU time again.
+        again = False if status == 413 else None
+        raise FaultError(Fault(code, f"{sentence}: HTTP {status}.", retryable=again))
 
     async def _with_retries(self, once: Callable[[], Awaitable[_Value]], patience_s: float) -> _Value:
         await self._http()  # imports httpx in a thread, so that the line below costs nothing

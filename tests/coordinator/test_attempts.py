@@ -177,8 +177,9 @@ def test_attempts_are_exhausted(desk: Desk, worker: RawWorker) -> None:
     end = events.result(PATIENCE_S)[-1]
     assert isinstance(end, JobEnded)
     assert end.record.fault is not None
-    assert (end.record.fault.code, end.record.fault.detail["last"]["code"]) == ("attempts_exhausted", "out_of_memory")
-    assert desk.dispatcher.counters.faults == {("llm", "chat", "attempts_exhausted"): 1}
+    assert (end.record.fault.code, end.record.fault.detail["attempts"]) == ("out_of_memory", 2)
+    assert not end.record.fault.may_retry
+    assert desk.dispatcher.counters.faults == {("llm", "chat", "out_of_memory"): 1}
     assert record.id == end.record.id
 
 

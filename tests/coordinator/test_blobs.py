@@ -14,8 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trio
 
-from coordinator.blobs import MAX_OUTPUT_FILES, ORPHAN_S, Blobs, StoredBlob, is_safe_name
+from coordinator.blobs import ORPHAN_S, Blobs, StoredBlob, is_safe_name
 from coordinator.testing_link import pieces
+from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import FaultError
 
 DATA = os.urandom(3 * 2**20 + 17)
@@ -173,7 +174,7 @@ async def test_unsafe_names_are_refused(blobs: Blobs, name: str) -> None:
 
 
 async def test_an_attempt_cannot_leave_any_number_of_files(blobs: Blobs) -> None:
-    for n in range(MAX_OUTPUT_FILES):
+    for n in range(MAX_OUTPUT_FILES + 1):  # and the file of its result
         await blobs.put_output("job_1", 1, f"f{n}", pieces(b"x"))
     with pytest.raises(FaultError) as caught:
         await blobs.put_output("job_1", 1, "one more", pieces(b"x"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
@@ -14,11 +17,14 @@ from coordinator.bus import LocalBus
 from coordinator.dispatch import MAX_PARAMS_BYTES, Dispatcher, DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobProgress, JobStarted, StoredInput
 from coordinator.store import SqliteStore
+from coordinator.store.base import Claimed, Want
 from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, pieces, running_desk, submission
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 
 FAST = DispatchSettings(poll_s=0.05, sweep_s=0.05, worker_grace_s=0.5, startup_grace_s=0.5, repair_s=0.2)
+
+DONE = msgspec.Raw(msgspec.msgpack.encode({"content": "done"}))
 
 
 @pytest.fixture
@@ -251,6 +257,80 @@ def test_one_offer_per_free_slot(desk: Desk) -> None:
         worker.send(wire.Started(), first.job, first.attempt)
         worker.complete(first)
         assert worker.expect(wire.Offer).job == jobs[2]
+
+
+def test_no_job_waits_for_the_poll(tmp_path: Path) -> None:
+    slow = DispatchSettings(poll_s=3600, sweep_s=3600, repair_s=3600)
+    other = msgspec.structs.replace(CHAT, name="other")
+    with running_desk(tmp_path, slow) as desk, desk.worker("w1", CHAT, other) as worker:
+        wanted = [{"model": "chat"}, {"model": "other"}] * 3
+        jobs = {desk.submit(**options).id for options in wanted}
+        failed, stored = "", 0
+        while stored < len(wanted) + 1:  # every job once, and the one that failed twice
+            said = worker.receive()
+            if isinstance(said.body, wire.Ack):
+                stored += 1
+                continue
+            worker.send(wire.Accept(), said.job, said.attempt)
+            worker.send(wire.Started(), said.job, said.attempt)
+            if failed:
+                worker.send(wire.Complete(result=DONE), said.job, said.attempt)
+            else:
+                failed = said.job
+                worker.send(wire.Fail(fault=Fault("engine_crashed", "It crashed.")), said.job, said.attempt)
+        assert {job: desk.get(job).state for job in jobs} == dict.fromkeys(jobs, "succeeded")
+        assert desk.get(failed).tries == 2
+
+
+def test_a_job_that_ends_costs_no_look_at_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = DispatchSettings(poll_s=3600, sweep_s=3600)
+    with running_desk(tmp_path, slow) as desk, desk.worker() as worker:
+        claims: list[int] = []
+        claim = desk.store.claim
+
+        def counted(wants: Sequence[Want]) -> list[Claimed]:
+            claims.append(len(wants))
+            return claim(wants)
+
+        desk.until(desk.dispatcher.models)
+        monkeypatch.setattr(desk.store, "claim", counted)
+        for _ in range(5):
+            desk.submit()
+            worker.complete(worker.take())
+        assert len(claims) <= 1
+
+
+def test_a_client_that_leaves_while_its_job_is_queued_leaves_no_job(desk: Desk, worker: RawWorker) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+    insert = desk.store.insert_and_claim
+
+    def slow(*args: Any) -> Any:
+        writing.set()
+        assert go_on.wait(PATIENCE_S)
+        return insert(*args)
+
+    desk.until(desk.dispatcher.models)
+    desk.store.insert_and_claim = slow  # type: ignore[method-assign]
+
+    async def leave() -> str:
+        seen = ""
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+
+                async def gone() -> None:
+                    await anyio.to_thread.run_sync(writing.wait, PATIENCE_S)
+                    scope.cancel()
+                    go_on.set()
+
+                tasks.start_soon(gone)
+                async with desk.dispatcher.submit_and_watch(submission()) as (record, _events):
+                    seen = record.id
+                    await anyio.sleep_forever()
+        return seen
+
+    job = desk.call(leave)
+    # It was made known in spite of the cancellation, so whoever watched it can cancel it; and it was offered.
+    assert worker.expect(wire.Offer).job == job
 
 
 def test_a_loaded_worker_gets_the_job(desk: Desk) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from coordinator import http_bounds
-from protocol.work import FreeResult
+from coordinator import http_bounds, server
+from coordinator.testing import FakeWorker, running
+from protocol.link_wire import ModelOffer
+from protocol.work import Delta, FreeResult, LlmChunk
 
 
 def connect(served: Any) -> socket.socket:
@@ -63,3 +67,29 @@ def test_a_workers_connection_outlives_the_clock_of_its_head(
     assert http.post("/v1/jobs", json=idle).json()["state"] == "queued"
     body = {"kind": "x-lasting", "model": "lasting", "wait": 5}
     assert http.post("/v1/jobs", json=body).json()["state"] == "succeeded"
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux cuts off peers that read nothing")
+def test_a_client_that_reads_nothing_is_cut_off_and_its_job_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "DEAD_PEER_S", 1.0)
+    cancelled = threading.Event()
+
+    def script(job: Any) -> None:
+        job.started()
+        while not job.cancelled.wait(0.002):
+            job.chunk(LlmChunk(delta=Delta(content="x" * 50_000)))
+        cancelled.set()
+
+    body = b'{"model": "flood", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
+    with running(tmp_path) as served, socket.socket() as peer:
+        offer = ModelOffer(name="flood", kinds=("llm",), engine="fake", slots=1)
+        with FakeWorker(served, (offer,), script, "flooder"):
+            url = httpx.URL(served.url)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.connect((url.host, url.port or 80))
+            fields = [f"{name}: {value}".encode() for name, value in served.headers.items()]
+            length = b"Content-Length: %d" % len(body)
+            peer.sendall(b"\r\n".join([b"POST /v1/chat/completions HTTP/1.1", b"Host: x", length, *fields, b"", body]))
+            assert cancelled.wait(15)

@@ -88,6 +88,8 @@ device = "gpu"
         ('[worker]\nname = "my box"', "worker.name: has characters other than"),
         ('[coordinator]\nurl = "http://x"', '"http://x" is neither "embedded" nor the ws:// or wss://'),
         ('[coordinator]\nurl = "wss://x"', "coordinator.token_file: is missing"),
+        ('[coordinator]\nlisten = "0.0.0.0:80"', "give tls_cert and tls_key, or listen on 127.0.0.1"),
+        ('[coordinator]\nlisten = "[::]:80"', "can be reached from other machines"),
         ('[coordinator]\nurl = "wss://x"\ntoken_file = "t"', "t cannot be read: No such file"),
         ('[coordinator]\ntls_cert = "worker.toml"', "coordinator.tls_key: is missing"),
         ('[coordinator]\ntls_ca = "ca.pem"', "there is no file"),

@@ -176,12 +176,31 @@ async def test_one_that_never_becomes_ready_is_ended(monkeypatch, tmp_path):
             pytest.fail("it did not start")
 
 
-async def test_a_port_that_is_taken_names_the_cure(tmp_path):
+async def test_a_port_that_is_taken_names_the_cure(monkeypatch, tmp_path):
+    monkeypatch.setattr(subject, "PREDECESSOR_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as other:
         table = CoordinatorTable(listen=f"127.0.0.1:{other.getsockname()[1]}")
         with pytest.raises(CoordinatorFailed, match="end the other program or choose another port"):
             async with open_embedded(table, tmp_path, Told()):
                 pytest.fail("it did not start")
+
+
+async def test_a_port_that_is_just_being_left_is_waited_for(monkeypatch, tmp_path, caplog):
+    """The coordinator of a supervisor that was killed needs a moment to notice."""
+    monkeypatch.setattr(subject, "PREDECESSOR_S", 60.0)
+    other = socket.create_server(("127.0.0.1", 0))
+
+    async def leave() -> None:
+        await trio.sleep(0.3)  # later than the first try, which happens at once
+        assert "waiting for a moment" in caplog.text
+        other.close()
+
+    caplog.set_level("INFO")
+    table = CoordinatorTable(listen=f"127.0.0.1:{other.getsockname()[1]}")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leave)
+        async with open_embedded(table, tmp_path / "c", Told()) as embedded:
+            assert embedded.address.url == f"ws://{table.listen}"
 
 
 async def test_a_host_that_does_not_exist(tmp_path):

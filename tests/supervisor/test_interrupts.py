@@ -1,10 +1,11 @@
-"""Ctrl-C, bare and wrapped."""
+"""Commands end with one sentence: refusals, and a Ctrl-C, bare and wrapped."""
 
 from __future__ import annotations
 
 import pytest
 
-from supervisor.interrupts import is_interrupt
+from supervisor.errors import ExitCode, NoPermission
+from supervisor.interrupts import INTERRUPTED, ended, is_interrupt
 
 
 @pytest.mark.parametrize(
@@ -18,3 +19,31 @@ from supervisor.interrupts import is_interrupt
 )
 def test_an_interrupt_is_recognised(error: BaseException, interrupt: bool):
     assert is_interrupt(error) is interrupt
+
+
+def raising(error: BaseException):
+    def command() -> int:
+        raise error
+
+    return command
+
+
+def test_a_command_ends_with_its_own_code(capsys):
+    assert ended(lambda: 3, "stopped") == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_a_refusal_is_its_sentence_and_its_code(capsys):
+    assert ended(raising(NoPermission("It cannot be written.")), "stopped") == ExitCode.NO_PERMISSION
+    assert capsys.readouterr().err == "It cannot be written.\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), BaseExceptionGroup("nursery", [KeyboardInterrupt()])])
+def test_an_interrupt_says_what_it_means(capsys, error: BaseException):
+    assert ended(raising(error), "run it again") == INTERRUPTED
+    assert capsys.readouterr().err == "\nrun it again\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ValueError, match="ours"):
+        ended(raising(ValueError("ours")), "stopped")

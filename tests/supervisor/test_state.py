@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import msgspec
 import pytest
 
 from protocol.ids import is_safe_id
-from supervisor.errors import ExitCode, IdentityHeld, NoPermission
+from supervisor.errors import ExitCode, IdentityHeld, NoPermission, SupervisorError
 from supervisor.state import hold_state, write_endpoint
 
 
@@ -69,3 +70,17 @@ def test_the_endpoint_file(tmp_path):
     }
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_cure(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(SupervisorError, match="No space left on device; make room there and start again") as told:
+        with hold_state(tmp_path):
+            pass
+    assert told.value.exit_code == ExitCode.INTERNAL, "a service manager tries again"
+    monkeypatch.undo()
+    with hold_state(tmp_path):
+        pass

@@ -15,6 +15,7 @@ from coordinator.testing import Running
 from protocol.faults import Fault, FaultError
 from protocol.work import MAX_AUDIO_BYTES, Segment, SttChunk, SttResult, Word
 
+KEY = "blob_" + 26 * "0"
 WAV = b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(60)
 SEGMENTS = [
     Segment(id=0, start=0.0, end=1.5, text=" one two", words=[Word(word=" one", start=0.0, end=0.5, probability=0.9)]),
@@ -156,3 +157,12 @@ def test_a_file_that_is_no_audio_is_left_to_the_engine(http: Any, serve: Any) ->
     answer = http.post("/v1/audio/transcriptions", data={"model": "hear-not"}, files={"file": ("a.txt", b"hello")})
     assert asked.is_set()
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input_file")
+
+
+def test_a_refused_upload_leaves_no_file(http: httpx.Client, served: Running) -> None:
+    folder = served.coordinator.parts.blobs.path(KEY).parent
+    before = set(folder.iterdir())
+    for fields in ({"model": "nobody-serves-this"}, {"model": "whisper", "response_format": "xml"}, {}):
+        answer = http.post("/v1/audio/transcriptions", data=fields, files={"file": ("a.wav", WAV)})
+        assert answer.status_code >= 400, answer.text
+        assert set(folder.iterdir()) == before

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -44,7 +45,7 @@ def finish(job: Any) -> None:
     job.complete(result, {"frames": params.frames})
 
 
-def test_the_life_of_a_video(ai: openai.OpenAI, serve: Any) -> None:
+def test_the_life_of_a_video(ai: openai.OpenAI, http: httpx.Client, serve: Any) -> None:
     go_on = threading.Event()
 
     def script(job: Any) -> None:
@@ -73,6 +74,8 @@ def test_the_life_of_a_video(ai: openai.OpenAI, serve: Any) -> None:
     assert ai.videos.delete(video.id).deleted
     with pytest.raises(openai.NotFoundError):
         ai.videos.retrieve(video.id)
+    assert video.id not in [item.id for item in ai.videos.list()]
+    assert http.get(f"/v1/jobs/{video.id}").status_code == 404
 
 
 def test_deleting_a_running_video_cancels_it(ai: openai.OpenAI, serve: Any) -> None:

@@ -24,7 +24,7 @@ FORCED = Fault("command_failed", "Exit code 42.", retryable=True)
         (1, 3, False, 0, WRONG, "invalid_parameter"),
         (1, 3, True, 0, CRASH, "engine_crashed"),
         (1, 1, False, 0, CRASH, "engine_crashed"),
-        (3, 3, False, 0, CRASH, "attempts_exhausted"),
+        (3, 3, False, 0, CRASH, "engine_crashed"),
         (3, 3, False, 0, WRONG, "invalid_parameter"),
     ],
 )

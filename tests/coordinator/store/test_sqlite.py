@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import stat
 from pathlib import Path
@@ -25,6 +26,33 @@ def test_the_file_is_private_and_durable(tmp_path: Path) -> None:
     finally:
         store.close()
     store.close()
+
+
+def test_every_step_but_an_accept_is_synced(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    said: list[str] = []
+    store._writer.set_trace_callback(said.append)
+
+    def synced() -> bool:
+        """Whether all that was committed since the last call was."""
+        modes = [line.split()[-1] for line in said if line.startswith("PRAGMA synchronous")]
+        assert modes
+        assert len(modes) == said.count("COMMIT")
+        said.clear()
+        return set(modes) == {"FULL"}
+
+    wanted = Submission(kind="llm", model="chat", params=b"\x80", stream=True)
+    try:
+        store.insert_and_claim("job_1", wanted, [Want("chat", ("llm",), 1)])
+        assert synced()
+        assert store.accept("job_1", 1, "w1")
+        assert not synced()
+        assert store.mark_streamed("job_1", 1, "w1")
+        assert synced()
+        assert store.complete("job_1", 1, "w1", Outcome(b"\x80")).verdict == "stored"
+        assert synced()
+    finally:
+        store.close()
 
 
 def test_a_second_coordinator_is_refused(tmp_path: Path) -> None:
@@ -117,3 +145,22 @@ def test_no_statement_scans_the_table(tmp_path: Path) -> None:
             assert not any("TEMP B-TREE FOR ORDER" in step for step in plan), (text, plan)
     finally:
         store.close()
+
+
+def test_only_a_broken_file_may_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "jobs.sqlite"
+    path.write_bytes(b"not a database, by no means" * 100)
+    with pytest.raises(StoreError, match="Move it away to start empty"):
+        SqliteStore(path)
+    path.unlink()
+
+    def unreadable(*_: object, **_more: object) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(sqlite3, "connect", unreadable)
+    with pytest.raises(StoreError, match="Look at the disk"):
+        SqliteStore(path)
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
+    with pytest.raises(StoreError, match="The disk is full: make room"):
+        SqliteStore(path)

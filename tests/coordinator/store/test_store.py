@@ -15,7 +15,7 @@ import pytest
 
 from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
 from coordinator.store import SqliteStore, Store, StoreError
-from coordinator.store.base import Outcome, Want
+from coordinator.store.base import Outcome, Purged, Want
 from protocol.faults import Fault, FaultError
 
 STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "jobs.sqlite")}
@@ -101,7 +101,7 @@ def test_a_row_says_everything_that_was_submitted(store: Store) -> None:
     assert made.deadline_at_ms == made.created_ms + 5000
     assert before <= made.created_ms <= store.now_ms()
     for name in msgspec.structs.asdict(asked):
-        if name not in ("deadline_ms", "wait_for_worker"):
+        if name not in ("deadline_ms", "wait_for_worker", "attended"):
             assert getattr(made, name) == getattr(asked, name), name
     assert (made.state, made.attempt, made.tries, made.result, made.fault) == ("queued", 0, 0, None, None)
 
@@ -210,6 +210,20 @@ def test_a_claim_says_how_much_time_is_left(store: Store) -> None:
     assert 50_000 < left[1] <= 60_000
 
 
+def test_a_job_can_be_queued_and_claimed_at_once(store: Store) -> None:
+    older, wanted = job(store), Submission(kind="llm", model="chat", params=b"\x80", idempotency_key="k")
+    made, created, claimed = store.insert_and_claim("job_new", wanted, [ANY])
+    assert (made.id, made.state, created) == ("job_new", "queued", True)
+    assert [(record.id, record.attempt) for record, _ in claimed] == [(older.id, 1), ("job_new", 1)]
+    assert {attempt.job for attempt in store.open_attempts()} == {older.id, "job_new"}
+    # What exists is not made again, and then nothing is claimed.
+    job(store)
+    known, created, claimed = store.insert_and_claim("job_other", wanted, [ANY])
+    assert (known.id, created, claimed) == ("job_new", False, [])
+    with pytest.raises(FaultError, match="idempotency"):
+        store.insert_and_claim("job_other", msgspec.structs.replace(wanted, params=b"\x90"), [ANY])
+
+
 def test_nothing_is_claimed_twice_by_threads(store: Store) -> None:
     wanted = {job(store).id for _ in range(120)}
     seen: list[str] = []
@@ -294,11 +308,8 @@ def test_after_the_last_try_the_last_fault_is_kept(store: Store) -> None:
     assert not ending.requeued
     fault = row(store, wanted.id).fault
     assert fault is not None
-    assert (fault.code, fault.detail["last"]["code"], fault.detail["attempts"]) == (
-        "attempts_exhausted",
-        "engine_crashed",
-        2,
-    )
+    assert (fault.code, fault.detail["attempts"], fault.may_retry) == ("engine_crashed", 2, False)
+    assert fault.message == f"{CRASH.message} All 2 attempts failed."
 
 
 @pytest.mark.parametrize(
@@ -339,6 +350,21 @@ def test_cancel_ends_a_job_in_any_open_state(store: Store, state: str) -> None:
     assert claim(store) == []
     assert not store.accept(wanted.id, 1, "w1")
     assert not store.release(wanted.id, 1)
+
+
+@pytest.mark.parametrize("state", ["queued", "offered", "running"])
+def test_jobs_whose_clients_hung_on_an_earlier_life_are_left(store: Store, state: str) -> None:
+    attended, kept = job(store, attended=True), job(store)
+    if state != "queued":
+        claim(store)
+    if state == "running":
+        store.accept(attended.id, 1, "w1")
+    (left,) = store.leave_unattended(CANCEL)
+    assert (left.id, left.state, left.fault) == (attended.id, "cancelled", CANCEL)
+    assert store.leave_unattended(CANCEL) == []
+    assert row(store, kept.id).state == "queued"
+    if state == "running":  # the worker that comes back with it is told to stop
+        assert store.adopt(attended.id, 1, "w1").verdict == "cancelled"
 
 
 def test_a_cancelled_job_keeps_no_result_but_its_usage_once(store: Store) -> None:
@@ -469,6 +495,17 @@ def test_ended_jobs_are_purged_after_the_retention(store: Store) -> None:
     assert not store.has_job(old.id)
     assert store.has_job(open_job.id)
     assert (store.has_blob("blob_own"), store.has_blob("blob_shared")) == (False, True)
+
+
+def test_a_job_that_has_ended_is_removed_by_its_tenant_alone(store: Store) -> None:
+    mine = running(store, inputs=(StoredInput("image", "blob_mine", 1, "0" * 64),))
+    assert store.remove(mine.id, mine.tenant) is None
+    store.complete(mine.id, mine.attempt, "w1", DONE)
+    assert store.remove(mine.id, "other") is None
+    assert store.remove(mine.id, mine.tenant) == Purged(mine.id, ("blob_mine",))
+    assert store.get(mine.id) is None
+    assert not store.has_blob("blob_mine")
+    assert store.remove(mine.id, mine.tenant) is None
 
 
 def test_everything_survives_a_restart(make: Callable[[], Store]) -> None:

@@ -94,12 +94,13 @@ def test_ready_tells_dimensions_and_the_longest_text(backend: str, spawn_shared:
     assert ready.limits == {"onnx": {"dimensions": 64, "n_ctx": 128}, "gguf": {"dimensions": 96, "n_ctx": 512}}[backend]
 
 
-@pytest.mark.parametrize(("name", "dimensions"), [("tiny-embed-onnx", 64), ("chat-q8_0.gguf", 96)])
-def test_the_file_decides_without_a_backend(spawn_shared: Any, name: str, dimensions: int) -> None:
-    path = ONNX_MODEL if name == ONNX_MODEL.name else GGUF_MODEL
-    ready = spawn_shared("embed").load(Model(name="m", files={"model": str(path)}, device="cpu"))
-    assert isinstance(ready, Ready), ready
-    assert ready.limits["dimensions"] == dimensions
+def test_onnx_is_what_serves_without_a_backend(spawn_shared: Any) -> None:
+    """The probe of a model without a backend is that of onnx; another library must not serve it then."""
+    ready = spawn_shared("embed").load(Model(name="m", files={"model": str(ONNX_MODEL)}, device="cpu"))
+    assert "onnxruntime" in ready.versions
+    fault = spawn_shared("embed").load(Model(name="m", files={"model": str(GGUF_MODEL)}, device="cpu"))
+    assert (fault.code, fault.field) == ("load_failed", "files.model")
+    assert 'backend = "gguf"' in fault.detail["hint"]
 
 
 # ---- dimensions

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.runtime.program import MAX_LINE_BYTES, Program, describe
+from engines.runtime.program import MAX_LINE_BYTES, Program, describe, inherited
 
 LEASH = Path(__file__).parents[3] / "engines" / "runtime" / "leash.py"
 
@@ -163,3 +163,12 @@ def test_the_leash_treats_a_signal_of_its_own_as_a_wish_to_end(tmp_path):
         os.close(read)
         os.close(write)
         leash.stdout.close()
+
+
+def test_a_program_gets_our_environment_without_what_is_meant_for_libraries(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as the launcher sets it
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # as the operator set it
+    monkeypatch.setenv("KEPT", "yes")
+    env = inherited()
+    assert "HF_HUB_OFFLINE" not in env
+    assert (env["OMP_WAIT_POLICY"], env["KEPT"], env["PYTHONUNBUFFERED"]) == ("ACTIVE", "yes", "1")

@@ -214,6 +214,15 @@ def test_a_cancel_right_behind_the_run_is_seen(spawn):
         assert child.finish(answer).fault.code == "cancelled"
 
 
+def test_an_engine_whose_cancel_raises_still_ends_the_run_and_lives(bad):
+    answer = bad.begin("llm", {"prompt": "cancel-raises"})
+    assert isinstance(bad.receive(), wire.Started)
+    bad.send(wire.Cancel(run=1))
+    assert bad.finish(answer).fault.code == "cancelled"
+    assert "cancel raised" in bad.stderr()
+    assert bad.run("llm", {"prompt": "next"}).body.content == "next"
+
+
 def test_many_runs_at_once_keep_their_order(child):
     answers = {number: child.begin("llm", {"prompt": f"a b c d {number}"}, stream=True) for number in range(1, 9)}
     pending, texts = set(answers), dict.fromkeys(answers, "")

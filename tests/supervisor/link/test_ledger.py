@@ -8,7 +8,7 @@ import trio.testing
 
 from protocol.faults import Fault
 from protocol.link_wire import Chunk, Fail, Held, Offer
-from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
+from supervisor.link.ledger import CHUNK_BYTES, MAX_UNACKED_BYTES, Claim, Ledger
 
 
 def claim(job: str = "j", attempt: int = 1, model: str = "m") -> Claim:
@@ -33,7 +33,7 @@ def test_chunks_stay_until_they_are_acknowledged():
 
 def test_memory_for_chunks_is_bounded_and_acknowledgements_free_it():
     held = claim()
-    assert held.keep(chunk(0, MAX_UNACKED_BYTES))
+    assert held.keep(chunk(0, MAX_UNACKED_BYTES - CHUNK_BYTES))
     assert not held.keep(chunk(1))
     held.acked(0)
     assert held.keep(chunk(2))

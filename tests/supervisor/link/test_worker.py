@@ -133,8 +133,10 @@ async def test_a_job_from_offer_to_acknowledgement(tmp_path):
         assert msgspec.msgpack.decode(complete.result) == {"content": "hello"}
         assert complete.usage == {"completion_tokens": 2}
         assert r.worker.holds("job_1", 1)
-        await peer.send(wire.Ack(), "job_1", 1)
         await r.gone("job_1.1")
+        await peer.send(wire.Ack(), "job_1", 1)
+        with trio.fail_after(5):
+            await r.attempts.ledger.wait_empty()
         assert not r.worker.holds("job_1", 1)
 
 
@@ -303,7 +305,7 @@ async def test_a_cancel_of_something_unknown_is_nothing(tmp_path):
 
 
 async def test_a_stream_that_nobody_acknowledges_is_ended_before_memory_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module, "MAX_UNACKED_BYTES", 100)
+    monkeypatch.setattr(ledger_module, "MAX_UNACKED_BYTES", 100 + ledger_module.CHUNK_BYTES)
     async with rig(tmp_path) as r:
         peer = await r.session()
         run = await r.offered(peer, stream=True)

@@ -1,0 +1,39 @@
+"""Messages that wait to be sent: one line for each attempt, served in turn.
+
+Order matters only within an attempt. In a single line, one engine that talks faster than the link can carry would
+hold up the results of all others, and the heartbeats, by as much as it is ahead.
+"""
+
+from __future__ import annotations
+
+import collections
+
+from protocol.link_wire import Body
+
+Item = tuple[Body, str, int]
+
+
+class Turns:
+    """See the module. What speaks of the session as a whole has a line of its own."""
+
+    def __init__(self) -> None:
+        self._lines: collections.OrderedDict[tuple[str, int], collections.deque[Body]] = collections.OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def put(self, body: Body, job: str, attempt: int) -> None:
+        """Join the line of this attempt."""
+        self._lines.setdefault((job, attempt), collections.deque()).append(body)
+
+    def take(self) -> Item:
+        """The next message. Raises KeyError when there is none."""
+        (job, attempt), line = self._lines.popitem(last=False)
+        body = line.popleft()
+        if line:
+            self._lines[job, attempt] = line  # behind all others
+        return body, job, attempt
+
+    def drop(self, job: str, attempt: int) -> None:
+        """Nobody wants what waits for this attempt any more."""
+        self._lines.pop((job, attempt), None)

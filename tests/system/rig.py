@@ -1,0 +1,302 @@
+"""A whole supervisor with its embedded coordinator in one folder, for tests that attack it. Loaded by conftest.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+POLL_S = 0.02
+
+# Writes `count` files of `size` bytes each into its attempt's folder.
+_PROGRAM = """
+import pathlib, sys
+folder, count, size = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for number in range(count):
+    (folder / ("part-%d.bin" % number)).write_bytes(bytes([number % 256]) * size)
+print("wrote", count)
+"""
+
+MODELS = f"""
+[engines.odd]
+module = "engines.synthetic.misbehave"
+[[models]]
+name = "synthetic"
+engine = "synthetic"
+[[models]]
+name = "synthetic-slow"
+engine = "synthetic"
+options = {{ slots = 2, tokens = 400, delay_ms = 25 }}
+[[models]]
+name = "synthetic-flood"
+engine = "synthetic"
+options = {{ slots = 2, tokens = 1000000, delay_ms = 0 }}
+[[models]]
+name = "synthetic-late"
+engine = "synthetic"
+options = {{ load_s = 1.0 }}
+[[models]]
+name = "synthetic-odd"
+engine = "odd"
+kinds = ["llm"]
+[[models]]
+name = "files"
+engine = "command"
+options = {{ argv = {json.dumps([sys.executable, "-I", "-c", _PROGRAM, "{folder}", "{count}", "{size}"])} }}
+[[models]]
+name = "chat"
+engine = "llm"
+path = {json.dumps(str(ROOT / "engines/llm/fixture/chat-q8_0.gguf"))}
+"""
+NAMES = frozenset({"synthetic", "synthetic-slow", "synthetic-flood", "synthetic-late", "synthetic-odd", "files"})
+
+
+def until(true: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Look again and again until `true()` is; returns its value. AssertionError after `patience_s`."""
+    end = time.monotonic() + patience_s
+    while not (value := true()):
+        assert time.monotonic() < end, f"not within {patience_s:g} s: {what}"
+        time.sleep(POLL_S)
+    return value
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process that belongs to a state folder: by command line, environment or working folder.
+
+    A zombie is no process any more: its parent, which may be gone, has only not asked for its exit code.
+    """
+    found = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            words = [*process.cmdline(), process.cwd(), *process.environ().values()]
+            if any(str(folder) in word for word in words):
+                found.append(process)
+    return found
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still do something; a zombie only waits for somebody who asks for its exit code."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+class Rig:
+    """One worker.toml, one state folder, and at most one running `supervisor run`.
+
+    Args:
+        verdicts: probes that were passed before; copied into the state folder so that a start need not wait.
+        want: models that `ready` waits for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        limits: str = "drain_s = 20",
+        verdicts: Path | None = None,
+        want: frozenset[str] = NAMES,
+    ) -> None:
+        self.folder, self.want = folder, want
+        self.state = folder / "state"
+        self.log = folder / "log"
+        self.config = folder / "worker.toml"
+        self._verdicts = verdicts
+        self.config.write_text(
+            f'[coordinator]\nlisten = "127.0.0.1:{port}"\n[worker]\nname = "box"\nstate_dir = "state"\n'
+            f"[limits]\n{limits}\n{MODELS}"
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self._clients: list[httpx.Client] = []
+
+    # ---- life
+
+    def argv(self) -> list[str]:
+        """What starts it."""
+        return [sys.executable, "-m", "supervisor", "run", "--config", str(self.config)]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start, without waiting for anything."""
+        if self._verdicts is not None and self._verdicts.exists() and not (self.state / "verdicts.json").exists():
+            self.state.mkdir(mode=0o700, exist_ok=True)
+            shutil.copy(self._verdicts, self.state / "verdicts.json")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.argv(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT)
+        return self.process
+
+    def ready(self) -> httpx.Client:
+        """Start when it is not running; wait until every wanted model is announced."""
+        process = self.process if self.process is not None and self.process.poll() is None else self.start()
+
+        def up() -> httpx.Client | None:
+            assert process.poll() is None, f"ended with {process.returncode}\n{self.words()}"
+            with contextlib.suppress(OSError, ValueError, KeyError, httpx.HTTPError):
+                told = self.endpoint()
+                if told["pid"] != process.pid:
+                    return None
+                client = self.client()
+                listed = {model["id"] for model in client.get("/v1/models").json()["data"]}
+                if listed >= self.want:
+                    return client
+                client.close()
+            return None
+
+        client = until(up, f"the models are announced\n{self.words()}")
+        if self._verdicts is not None and not self._verdicts.exists():
+            with contextlib.suppress(OSError):
+                shutil.copy(self.state / "verdicts.json", self._verdicts)
+        return client
+
+    def kill(self) -> None:
+        """SIGKILL of the supervisor alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Ask for the end and wait for it."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+    def sweep(self) -> None:
+        """Leave nothing behind, whatever the test did."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(PATIENCE_S)
+        for process in processes_of(self.folder):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for client in self._clients:
+            client.close()
+
+    # ---- looking
+
+    def words(self) -> str:
+        """The log of all lives."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def endpoint(self) -> dict[str, Any]:
+        """endpoint.json."""
+        return json.loads((self.state / "endpoint.json").read_text())
+
+    def key(self) -> str:
+        """The client key."""
+        return (self.state / "coordinator" / "client.key").read_text().strip()
+
+    @property
+    def port(self) -> int:
+        """Where the coordinator listens."""
+        return int(self.endpoint()["url"].rpartition(":")[2])
+
+    def client(self, timeout_s: float = PATIENCE_S) -> httpx.Client:
+        """An HTTP client with the key; closed by `sweep`."""
+        headers = {"Authorization": f"Bearer {self.key()}"}
+        url = self.endpoint()["url"]
+        self._clients.append(httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=False))
+        return self._clients[-1]
+
+    def children(self, words: str) -> list[psutil.Process]:
+        """Children of the running supervisor whose command line has these words."""
+        assert self.process is not None
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if words in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def coordinator(self) -> psutil.Process:
+        """The embedded coordinator."""
+        (one,) = until(lambda: self.children("-m coordinator serve"), "there is a coordinator")
+        return one
+
+    def engine(self, module: str) -> psutil.Process:
+        """The one running instance of an engine module."""
+        (one,) = until(lambda: self.children(f"engines.{module}"), f"there is an instance of {module}")
+        return one
+
+    def scratch(self) -> list[str]:
+        """Whatever lies in the scratch folders of instances and attempts, but for the lanes' own folders."""
+        left = [path.name for path in (self.state / "attempts").iterdir()]
+        return left + [path.name for path in (self.state / "instances").glob("*/*")]
+
+
+def chat(text: str, model: str = "synthetic", **more: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": text}], **more}
+
+
+def job(text: str, tokens: int = 20, model: str = "synthetic-slow", **more: Any) -> dict[str, Any]:
+    """The body of a chat as a job; the slow model needs 25 ms for each token."""
+    params = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens}
+    return {"kind": "llm", "model": model, "params": params, **more}
+
+
+def submit(client: httpx.Client, body: dict[str, Any]) -> str:
+    """Submit a job; its id."""
+    return client.post("/v1/jobs", json=body).raise_for_status().json()["id"]
+
+
+def ended(client: httpx.Client, id_: str, patience_s: float = PATIENCE_S) -> dict[str, Any]:
+    """The job, when it has ended. A coordinator that is away for a moment is asked again."""
+
+    def look() -> dict[str, Any] | None:
+        with contextlib.suppress(httpx.TransportError):
+            answer = client.get(f"/v1/jobs/{id_}")
+            assert answer.status_code == 200, f"{id_}: {answer.status_code} {answer.text}"
+            found = answer.json()
+            return found if found["state"] in ("succeeded", "failed", "cancelled") else None
+        return None
+
+    return until(look, f"{id_} ends", patience_s)
+
+
+def state_of(client: httpx.Client, id_: str) -> str:
+    """State of a job."""
+    return client.get(f"/v1/jobs/{id_}").raise_for_status().json()["state"]
+
+
+@contextlib.contextmanager
+def tiny_disk(folder: Path, size: str, access: str = "rw") -> Iterator[Path]:
+    """A tmpfs of this size, mounted at `folder`. Raises PermissionError where mounting is not allowed."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"{access},size={size},mode=700", "none", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise PermissionError(done.stderr.decode(errors="replace").strip())
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
