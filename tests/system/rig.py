@@ -240,8 +240,12 @@ class Rig:
         return one
 
     def engine(self, module: str) -> psutil.Process:
-        """The one running instance of an engine module."""
-        (one,) = until(lambda: self.children(f"engines.{module}"), f"there is an instance of {module}")
+        """The one running instance of an engine module; not its warden, whose command line is the launcher's."""
+
+        def engines() -> list[psutil.Process]:
+            return [each for each in self.children(f"engines.{module}") if "launch.py" not in " ".join(each.cmdline())]
+
+        (one,) = until(engines, f"there is an instance of {module}")
         return one
 
     def scratch(self) -> list[str]:

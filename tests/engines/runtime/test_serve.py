@@ -219,8 +219,9 @@ def test_an_engine_whose_cancel_raises_still_ends_the_run_and_lives(bad):
     assert isinstance(bad.receive(), wire.Started)
     bad.send(wire.Cancel(run=1))
     assert bad.finish(answer).fault.code == "cancelled"
-    assert "cancel raised" in bad.stderr()
     assert bad.run("llm", {"prompt": "next"}).body.content == "next"
+    # The I/O thread writes its traceback while the run's own thread already answers, and reads the next run after it.
+    assert "cancel raised" in bad.stderr()
 
 
 def test_many_runs_at_once_keep_their_order(child):
