@@ -48,6 +48,7 @@ class Instance:
     Attributes:
         ready: what the engine said after the load; None before.
         admitted: tickets that hold a slot.
+        succeeded: runs that ended with a result.
         draining: takes no new runs; see the module's theory.
         over: set when the process is dead, or can no longer be trusted and is about to be ended.
         exit: how the process ended, once it has.
@@ -60,6 +61,7 @@ class Instance:
         self.draining = False
         self.over = trio.Event()
         self.broken: Fault | None = None
+        self.succeeded = 0
         self.changed: Callable[[], None] = lambda: None
         self._session = EngineSession(Role.HOST)
         self._runs: dict[int, Ticket] = {}
@@ -298,6 +300,7 @@ class Instance:
             case wire.Chunk():
                 ticket.tell(Chunk(message.seq, bytes(message.data)))
             case wire.Result():
+                self.succeeded += 1
                 ticket.finish(Done(body=bytes(message.body), files=message.files, usage=message.usage))
             case wire.RunFault():
                 cancelled = message.fault.code == "cancelled" and ticket.wanted_end is not None

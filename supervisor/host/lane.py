@@ -3,8 +3,8 @@
 Theory of operation. One task owns a lane. It waits for demand, opens an instance, hands it tickets while it has
 free slots, and when the instance ends it decides: a first crash is followed by a new instance at once, further
 ones by growing, jittered pauses; a load that failed fails everything that waits, and the same fault answers new
-runs until the pause is over, so that nobody waits for a model that cannot load. An instance that stayed well for
-`HEALTHY_S` clears the record.
+runs until the pause is over, so that nobody waits for a model that cannot load. An instance that did a
+job, or stayed well for `HEALTHY_S`, clears the record.
 
     cold ──demand──► starting ──► loading ──► ready ◄─► busy ──► stopping ──► cold
                         └───── failed / crashed ─────► backoff ──► starting
@@ -191,8 +191,11 @@ class Lane:
         self._ring()
 
     def _judge(self, instance: Instance, uptime_s: float) -> None:
-        """Count an instance that ended; a long life clears the record first."""
-        if uptime_s >= HEALTHY_S:
+        """Count an instance that ended; a long life, or a job done well, clears the record first.
+
+        So a bad job costs those behind it no pause, and an engine that dies of everything is paced.
+        """
+        if uptime_s >= HEALTHY_S or instance.succeeded:
             self._failures = 0
         self._failures += 1
         fault = instance.end_fault("") if instance.over.is_set() else None

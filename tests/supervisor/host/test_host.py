@@ -390,6 +390,26 @@ async def test_crash_loop_is_paced(tmp_path, autojump_clock):
     assert len(fakes.children) == 6
 
 
+async def test_a_bad_job_between_good_ones_costs_nobody_a_pause(tmp_path, autojump_clock):
+    async def script(child: FakeChild) -> None:
+        await greet_and_load(child)
+        async for message in child.inbox:
+            if isinstance(message, wire.Run):
+                if msgspec.msgpack.decode(message.params)["prompt"] == "boom":
+                    raise Died(signal=11)
+                child.send(wire.Started(run=message.run))
+                child.send(wire.Result(run=message.run, body=message.params))
+
+    fakes, opened = open_fakes(script, tmp_path)
+    async with opened as host:
+        began = trio.current_time()
+        for _ in range(5):
+            assert isinstance(await host.run(ask("good"), Story()), Done)
+            assert isinstance(await host.run(ask("boom"), Story()), Failed)
+        assert trio.current_time() - began < 1
+    assert len(fakes.children) == 5
+
+
 async def test_models_do_not_wait_for_each_other(tmp_path, autojump_clock):
     async def script(child: FakeChild) -> None:
         await greet_and_load(child, load_s=25 if child.pid == 10_000 else 0)
