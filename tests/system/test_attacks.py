@@ -160,6 +160,7 @@ def test_a_killed_coordinator_costs_no_running_job(new_rig, rigs):
     ids = [rigs.submit(client, body) for _ in range(4)]
     rigs.until(lambda: rigs.state_of(client, ids[0]) == "running", "a job runs")
     waiting = Background(lambda: client.post("/v1/chat/completions", json=rigs.chat("x", "synthetic-slow")))
+    rigs.until(lambda: len(client.get("/v1/jobs").json()["data"]) == len(ids) + 1, "the chat waits")
     old = rig.coordinator()
     old.kill()
     assert isinstance(waiting.join(5), httpx.TransportError)
