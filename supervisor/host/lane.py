@@ -13,7 +13,6 @@ job, or stayed well for `HEALTHY_S`, clears the record.
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -142,15 +141,9 @@ class Lane:
         self._set("starting")
         folder = self._scratch / f"i{self._starts}"
         try:
-            async with contextlib.AsyncExitStack() as stack:
-                opened = open_instance(
-                    self.spec,
-                    self.limits,
-                    folder,
-                    on_progress=self._loading,
-                    means=self._means,
-                )
-                instance = await stack.enter_async_context(opened)
+            async with open_instance(
+                self.spec, self.limits, folder, on_progress=self._loading, means=self._means
+            ) as instance:
                 self._instance = instance
                 instance.changed = self._changed
                 began = trio.current_time()
