@@ -9,6 +9,7 @@ children then die with us.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -40,6 +41,7 @@ from supervisor.link.transfer import Transfer
 from supervisor.link.worker import Identity, Worker
 from supervisor.machine.weights import Digests
 from supervisor.notices import set_up
+from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
 from supervisor.service import sd_notify
 from supervisor.settings import CoordinatorTable, LimitsTable, Settings
@@ -166,6 +168,7 @@ class _Supervisor:
                 digests.verify,
                 Verdicts(self._state.verdicts),
                 lambda spec, proof: self._proved(spec, proof, host, worker),
+                probe=functools.partial(probe_engine, folder=self._state.empty_probes()),
             )
             host.on_change = worker.announce
             nursery.start_soon(worker.keep_announced)

@@ -66,6 +66,7 @@ async def probe_engine(
     *,
     deadline_s: float = DEADLINE_S,
     machine: Machine | None = None,
+    folder: Path | None = None,
 ) -> Probe:
     """Probe one engine on one device in a child.
 
@@ -75,6 +76,7 @@ async def probe_engine(
         device: "cpu" or "cuda".
         deadline_s: for the whole ladder; then the child is ended and the verdict is `hung`.
         machine: GPU and driver, for better hints.
+        folder: where the probe's own folder is made; None means the system's place for temporary files.
 
     Cancellation: the child is ended and reaped, its folder removed.
     """
@@ -84,7 +86,7 @@ async def probe_engine(
         return Probe(
             engine=name, backend=backend, device_requested=device, verdict="failed", message=message, hint=hint
         )
-    scratch = await trio.to_thread.run_sync(lambda: Path(tempfile.mkdtemp(prefix="bh-probe-")))
+    scratch = await trio.to_thread.run_sync(lambda: Path(tempfile.mkdtemp(prefix="bh-probe-", dir=folder)))
     try:
         climb = await _climb(engine, scratch, backend, device, deadline_s)
     finally:

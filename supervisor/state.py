@@ -8,6 +8,7 @@ endpoint.json   where the embedded coordinator answers and where the client key 
 coordinator/    state of the embedded coordinator
 instances/      scratch of engine instances
 attempts/       inputs and outputs of running jobs
+probes/         scratch of probes
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class StateFolder:
         self.coordinator = root / "coordinator"
         self.instances = root / "instances"
         self.attempts = root / "attempts"
+        self.probes = root / "probes"
 
     def worker_id(self, configured: str) -> str:
         """The configured name, else the one made at the first start."""
@@ -56,9 +58,17 @@ class StateFolder:
 
     def empty_attempts(self) -> Path:
         """Remove what an earlier life left of its jobs: nobody will ask for it again."""
-        shutil.rmtree(self.attempts, ignore_errors=True)
-        self.attempts.mkdir(mode=0o700, exist_ok=True)
-        return self.attempts
+        return _emptied(self.attempts)
+
+    def empty_probes(self) -> Path:
+        """Remove what an earlier life, killed while it probed, left of its probes."""
+        return _emptied(self.probes)
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def write_atomically(path: Path, data: bytes) -> None:

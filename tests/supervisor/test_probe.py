@@ -101,6 +101,25 @@ async def test_the_scratch_folder_is_removed(wordy, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_the_scratch_folder_lies_where_it_is_wanted(wordy, tmp_path):
+    """A supervisor that is killed while it probes finds what it left at its next start, below its state folder."""
+    kept = tmp_path / "probes"
+    kept.mkdir()
+    seen: list[list[str]] = []
+    async with trio.open_nursery() as nursery:
+
+        async def look() -> None:
+            while not (names := os.listdir(kept)):  # noqa: ASYNC110  nothing tells us of a folder
+                await trio.sleep(0.001)
+            seen.append(names)
+
+        nursery.start_soon(look)
+        with trio.fail_after(30):
+            assert (await probe_engine("wordy", wordy(), "", "cpu", deadline_s=30, folder=kept)).ok
+    assert seen[0][0].startswith("bh-probe-")
+    assert os.listdir(kept) == []
+
+
 async def test_results_keep_the_order_of_the_targets(wordy):
     asked = [Target(name="a", engine=wordy("crash-import")), Target(name="b", engine=wordy())]
     probes = await probe_all(asked, deadline_s=30, machine=None)

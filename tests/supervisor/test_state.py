@@ -60,6 +60,12 @@ def test_what_an_earlier_life_left_of_its_jobs_goes(tmp_path):
         assert list(state.empty_attempts().iterdir()) == []
 
 
+def test_what_an_earlier_life_left_of_its_probes_goes(tmp_path):
+    (tmp_path / "probes" / "bh-probe-x").mkdir(parents=True)
+    with hold_state(tmp_path) as state:
+        assert list(state.empty_probes().iterdir()) == []
+
+
 def test_the_endpoint_file(tmp_path):
     path = tmp_path / "endpoint.json"
     write_endpoint(path, "http://127.0.0.1:1", "/key")
