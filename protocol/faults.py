@@ -52,6 +52,10 @@ CODES: dict[str, CodeInfo] = {
     # the engine's
     "engine_failed": CodeInfo(Owner.ENGINE, False, 500, _SRV),
     "engine_crashed": CodeInfo(Owner.ENGINE, True, 500, _SRV),
+    # It crashed its engine twice while it ran alone: another attempt would only crash it again.
+    "job_poisoned": CodeInfo(Owner.ENGINE, False, 500, _SRV),
+    "quarantined": CodeInfo(Owner.ENGINE, True, 503, _SRV),
+    "gpu_failed": CodeInfo(Owner.WORKER, True, 503, _SRV),
     "engine_hung": CodeInfo(Owner.ENGINE, True, 504, _SRV),
     "engine_protocol": CodeInfo(Owner.ENGINE, True, 500, _SRV),
     "load_failed": CodeInfo(Owner.ENGINE, False, 503, _SRV),

@@ -61,7 +61,46 @@ examples:
   supervisor setup --dry-run                 print what would be installed
   supervisor setup                           one environment per engine, probed
 """,
+    "selftest": """\
+examples:
+  supervisor selftest                        a table: what was tried, what happened, contained or not
+  supervisor selftest --json > selftest.json
+""",
+    "service": """\
+examples:
+  supervisor service install                 start with this user's login, restart after a crash
+  supervisor service install --system        for the whole box, as a user of its own (needs root)
+  supervisor service status
+  supervisor service uninstall
+""",
+    "status": """\
+examples:
+  supervisor status                          what runs, what is loaded, and why a GPU is idle
+  supervisor status --json
+""",
+    "pause": """\
+examples:
+  supervisor pause                           take no new jobs until `supervisor resume`
+  supervisor pause --for 2h                  until then
+  supervisor pause --free-vram               end the loaded models, too: the GPU is yours now
+""",
+    "resume": """\
+examples:
+  supervisor resume
+""",
+    "drain": """\
+examples:
+  supervisor drain                           finish what runs, take nothing new, then end
+""",
     "version": "",
+}
+
+
+_CONTROL = {
+    "status": "show what runs, what is loaded, and why a GPU is idle",
+    "pause": "take no new jobs for a while",
+    "resume": "take jobs again",
+    "drain": "finish what runs, then end the supervisor",
 }
 
 
@@ -116,6 +155,16 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_config(command("config", "check, show or describe the configuration"))
     models = command("models", "pull, list and remove models")
     setup = command("setup", "make one environment per engine, for the GPU of this machine")
+    selftest = command(
+        "selftest", "let a misbehaving engine do its worst on this box, and see whether it was contained"
+    )
+    service = command("service", "install, remove or look at the service of this user or of the system")
+    for name, help_ in _CONTROL.items():
+        parser_of_verb = command(name, help_)
+        if name in words:
+            from supervisor.control import commands as control
+
+            control.add_arguments(name, parser_of_verb)
     # Their arguments are theirs to name; importing both for every command would cost each of them.
     if "models" in words:
         from supervisor import pull
@@ -127,6 +176,15 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
         setting_up.add_arguments(setup)
         setup.set_defaults(command=setting_up.main)
+    if "selftest" in words:
+        from supervisor import selftest as testing
+
+        testing.add_arguments(selftest)
+        selftest.set_defaults(command=testing.main)
+    if "service" in words:
+        from supervisor import service_commands
+
+        service_commands.add_arguments(service)
     command("version", "print the version").set_defaults(command=_version)
     return parser
 

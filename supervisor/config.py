@@ -30,7 +30,7 @@ from protocol.work import Kind, is_kind
 from supervisor.config_walk import BAD, EnvText, build, did_you_mean, dotted
 from supervisor.errors import ConfigError
 from supervisor.host.work import EngineSpec, ModelSpec, Sandbox
-from supervisor.settings import CONFIG_VERSION, CoordinatorTable, EngineTable, ModelTable, Settings
+from supervisor.settings import CONFIG_VERSION, CoordinatorTable, EngineTable, LimitsTable, ModelTable, Settings
 from supervisor.toml_lines import Path as KeyPath
 from supervisor.toml_lines import key_lines, line_of
 
@@ -350,7 +350,8 @@ def _check_files(model: ModelTable) -> Iterator[Finding]:
 
 def build_models(settings: Settings) -> list[ModelSpec]:
     """Turn checked settings into what the host loads, with the engine's defaults filled in."""
-    return [_spec(model, settings.engines.get(model.engine, EngineTable())) for model in settings.models]
+    limits = settings.limits
+    return [_spec(model, settings.engines.get(model.engine, EngineTable()), limits) for model in settings.models]
 
 
 def sandbox_of(table: EngineTable) -> Sandbox:
@@ -364,7 +365,7 @@ def sandbox_of(table: EngineTable) -> Sandbox:
     )
 
 
-def _spec(model: ModelTable, table: EngineTable) -> ModelSpec:
+def _spec(model: ModelTable, table: EngineTable, limits: LimitsTable) -> ModelSpec:
     entry = CATALOG.get(model.engine)
     default = entry.module if entry is not None else ""
     files = ({"model": model.path} if model.path else {}) | model.files
@@ -388,12 +389,19 @@ def _spec(model: ModelTable, table: EngineTable) -> ModelSpec:
         ),
         sha256={role: digest.lower() for role, digest in model.sha256.items()},
         stall_s=model.stall_s or (math.inf if entry is not None and entry.silent else 0.0),
+        keep_alive_s=limits.keep_alive_s if model.keep_alive_s is None else model.keep_alive_s,
+        memory_bytes=int((model.memory_gb or limits.memory_gb) * 2**30),
+        vram_bytes=int(model.vram_gb * 2**30),
     )
 
 
 def masked(settings: Settings) -> dict[str, Any]:
     """The settings as plain values for people, with what looks like a secret blotted out."""
     plain: dict[str, Any] = msgspec.to_builtins(settings)
+    plain["models"] = [
+        {key: value for key, value in model.items() if value is not None}  # TOML has no null
+        for model in plain["models"]
+    ]
     for engine in plain["engines"].values():
         engine["env"] = {name: "****" if _SECRET.search(name) else value for name, value in engine["env"].items()}
     return plain

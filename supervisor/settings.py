@@ -14,6 +14,8 @@ from msgspec import Meta
 CONFIG_VERSION = 1
 
 _Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
+_SecondsOrNever = Annotated[float, Meta(ge=0, le=7 * 86_400)]
+_Gigabytes = Annotated[float, Meta(ge=0, le=1e6)]  # GiB
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +95,9 @@ class ModelTable(Table, frozen=True):
         preload: load at start instead of on first use.
         stall_s: longest time without progress of a run, instead of `[limits]`; 0 means those. A `command` may be
             silent for hours: for it only the job's deadline counts, unless this is set.
+        keep_alive_s: an instance without work is ended after this long; 0 keeps it; without it, `[limits]` says.
+        memory_gb: most resident memory of its instance, in GiB; 0 means what `[limits]` says.
+        vram_gb: GPU memory that the load will need, in GiB, when the estimate from its files is wrong; 0 estimates.
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -107,6 +112,41 @@ class ModelTable(Table, frozen=True):
     options: dict[str, Any] = {}
     preload: bool = False
     stall_s: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 0.0
+    keep_alive_s: _SecondsOrNever | None = None
+    memory_gb: _Gigabytes = 0.0
+    vram_gb: _Gigabytes = 0.0
+
+
+class RestartTable(Table, frozen=True):
+    """When an engine that ended badly is started again.
+
+    Attributes:
+        first_pause_s, longest_pause_s: pauses double from the second bad end in a row on, with jitter.
+        healthy_s: an instance that lived this long, or did a job, clears the record.
+        quarantine_after: bad ends in a row until the model is taken out of service.
+        reprobe_s: after this long in quarantine the engine is probed, and returns when it passes; doubles each time.
+    """
+
+    first_pause_s: _Seconds = 1.0
+    longest_pause_s: _Seconds = 60.0
+    healthy_s: _Seconds = 60.0
+    quarantine_after: Annotated[int, Meta(ge=2, le=1000)] = 5
+    reprobe_s: _Seconds = 60.0
+
+
+class RecycleTable(Table, frozen=True):
+    """When a healthy instance is replaced between two jobs; 0 switches a reason off.
+
+    Attributes:
+        rss_growth_gb, vram_growth_gb: growth since its first jobs, in GiB.
+        after_s: age.
+        after_jobs: jobs done.
+    """
+
+    rss_growth_gb: _Gigabytes = 4.0
+    vram_growth_gb: _Gigabytes = 1.0
+    after_s: _SecondsOrNever = 0.0
+    after_jobs: Annotated[int, Meta(ge=0)] = 0
 
 
 class LimitsTable(Table, frozen=True):
@@ -121,6 +161,10 @@ class LimitsTable(Table, frozen=True):
         cancel_grace_s: cancel to the end of the run, then the instance is ended.
         term_grace_s: SIGTERM to SIGKILL.
         job_s: default deadline of a job that brings none.
+        keep_alive_s: an instance without work is ended after this long; 0 keeps it until its memory is wanted.
+        memory_gb: most resident memory of one instance, in GiB; 0 means nine tenths of the box's.
+        scratch_gb: most that one model's scratch folders may hold, in GiB.
+        vram_margin_gb: GPU memory that is always left free, in GiB.
     """
 
     drain_s: _Seconds = 60.0
@@ -131,6 +175,22 @@ class LimitsTable(Table, frozen=True):
     cancel_grace_s: _Seconds = 5.0
     term_grace_s: _Seconds = 3.0
     job_s: _Seconds = 3600.0
+    keep_alive_s: _SecondsOrNever = 0.0
+    memory_gb: _Gigabytes = 0.0
+    scratch_gb: Annotated[float, Meta(gt=0, le=1e6)] = 20.0
+    vram_margin_gb: _Gigabytes = 0.5
+    restart: RestartTable = RestartTable()
+    recycle: RecycleTable = RecycleTable()
+
+
+class ControlTable(Table, frozen=True):
+    """The owner's socket: `supervisor status`, `pause` and the like speak with it.
+
+    Attributes:
+        socket: its path; "" means control.sock in the state folder.
+    """
+
+    socket: str = ""
 
 
 class LogTable(Table, frozen=True):
@@ -149,4 +209,5 @@ class Settings(Table, frozen=True):
     engines: dict[str, EngineTable] = {}
     models: list[ModelTable] = []
     limits: LimitsTable = LimitsTable()
+    control: ControlTable = ControlTable()
     log: LogTable = LogTable()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
 from supervisor.host.child import open_child
-from supervisor.host.work import ModelSpec
+from supervisor.host.work import ModelSpec, Progress
 
 OpenChild = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -27,6 +28,49 @@ async def remove_tree(folder: Path) -> None:
     await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+class Occupant(Protocol):
+    """A model's lane, as those see it who decide what is loaded."""
+
+    spec: ModelSpec
+
+    @property
+    def pid(self) -> int:
+        """Leader of its instance's family; 0 without one."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether runs wait for it or run on it."""
+
+    @property
+    def idle_since(self) -> float | None:
+        """trio time since when it has been loaded without work; None when it works or is not loaded."""
+
+    def evict(self, reason: str) -> None:
+        """End the instance as soon as it has no run; the lane goes back to cold, uncounted as a failure."""
+
+    def tell(self, progress: Progress) -> None:
+        """Pass a sign of progress to whoever waits for the model ("waits for 3.1 GiB of GPU memory")."""
+
+
+class Room(Protocol):
+    """Who may be loaded at once."""
+
+    def place(self, who: Occupant) -> AbstractAsyncContextManager[None]:
+        """A block around the whole life of an instance: entered before the start, left after the process's end.
+
+        Entering waits until there is room, ending idle ones if need be. Leaving waits (bounded) until the memory is
+        back. Raises FaultError when there can never be room. Cancellation: nothing was changed.
+        """
+
+
+class EverybodyFits:
+    """A room without walls."""
+
+    def place(self, _who: Occupant) -> AbstractAsyncContextManager[None]:
+        """Enter at once."""
+        return contextlib.nullcontext()
+
+
 class Means(NamedTuple):
     """What to call.
 
@@ -35,12 +79,14 @@ class Means(NamedTuple):
         spawn: `open_child`, or `FakeEngines`.
         remove: removes a scratch folder.
         jitter: a number in [0, 1).
+        room: decides what may be loaded beside what.
     """
 
     verify: Callable[[ModelSpec], Awaitable[str]] = trust
     spawn: OpenChild = open_child
     remove: Callable[[Path], Awaitable[None]] = remove_tree
     jitter: Callable[[], float] = random.random
+    room: Room = EverybodyFits()
 
 
 REAL_MEANS = Means()

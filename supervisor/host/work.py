@@ -43,7 +43,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One servable model: the engine that runs it, what to load, and digests to check before the load.
 
-    `stall_s` replaces `limits.first_output_s` and `limits.stall_s` for its runs when it is not 0.
+    Attributes:
+        stall_s: replaces `limits.first_output_s` and `limits.stall_s` for its runs when it is not 0.
+        keep_alive_s: an instance without work is ended after this long; 0 never.
+        memory_bytes: most resident memory of an instance; 0 means nine tenths of the box's.
+        vram_bytes: what a load will need of each GPU, told by the operator; 0 estimates.
     """
 
     name: str
@@ -51,6 +55,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: Model
     sha256: Mapping[str, str] = {}
     stall_s: float = 0.0
+    keep_alive_s: float = 0.0
+    memory_bytes: int = 0
+    vram_bytes: int = 0
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +70,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
         folder: for outputs; exists, empty, absolute.
         deadline_s: seconds from now; None means `limits.job_s`.
         label: job and attempt, for logs.
+        alone: a suspect of an earlier crash: nothing else runs in the instance beside it.
     """
 
     model: str
@@ -73,6 +81,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = False
     deadline_s: float | None = None
     label: str = ""
+    alone: bool = False
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -121,9 +130,12 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What `status` shows of one model's instance.
 
     Attributes:
-        state: cold, starting, loading, ready, busy, stopping, backoff, failed.
+        state: cold, starting, loading, ready, busy, draining, stopping, backoff, quarantined.
         reason: one sentence when it does not serve.
-        ready: fields of the engine's `ready`.
+        sandbox: layer -> verdict, as the running (or latest) instance told.
+        idle_s: how long it has been loaded without work; None when it works or is not loaded.
+        vram_bytes: GPU memory it was seen to hold.
+        last_end: one phrase about how the previous instance ended ("killed by SIGSEGV while it ran a job").
     """
 
     model: str
@@ -138,3 +150,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     limits: Mapping[str, Any] = {}
     rss_bytes: int = 0
+    vram_bytes: int = 0
+    sandbox: Mapping[str, str] = {}
+    idle_s: float | None = None
+    last_end: str = ""

@@ -1,0 +1,1 @@
+"""The owner speaks with a running supervisor."""
