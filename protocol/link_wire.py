@@ -60,6 +60,7 @@ class ModelOffer(Body, frozen=True):
         slots: concurrent jobs (the engine's own number once it is loaded, the configured one before).
         resident: whether it is loaded now.
         limits: what `ready` reported (context length, voices, dimensions, …).
+        sandbox: layer -> verdict of the instance that is or was loaded; empty before the first.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ModelOffer(Body, frozen=True):
     revision: str = ""
     vram_bytes: int = 0
     limits: dict[str, Any] = {}
+    sandbox: dict[str, str] = {}
 
 
 class Capabilities(Body, frozen=True):
@@ -228,6 +230,7 @@ class Offer(Body, frozen=True):
         inputs: files to fetch before the run.
         upload: URL template with `{name}`; outputs are PUT there, relative to the coordinator.
         deadline_ms: time from now until the attempt is worthless; 0 means none.
+        alone: a suspect of an earlier crash: nothing else may run in its instance beside it.
         labels, tenant, priority, vram_gb_estimate, traceparent: reserved from the start.
     """
 
@@ -243,6 +246,7 @@ class Offer(Body, frozen=True):
     tenant: str = ""
     priority: int = 0
     vram_gb_estimate: float = 0.0
+    alone: bool = False
 
 
 class Ack(Body, frozen=True):

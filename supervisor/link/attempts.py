@@ -161,6 +161,7 @@ class Attempts:
             stream=claim.offer.stream,
             deadline_s=None if claim.deadline is None else max(0.0, claim.deadline - trio.current_time()),
             label=claim.label,
+            alone=claim.offer.alone,
         )
         claim.at_host = True
         try:

@@ -77,6 +77,7 @@ def model_offers(
                 device=(status.device if status else "") or spec.model.device,
                 revision=proof.revision,
                 limits=dict(status.limits) if status else {},
+                sandbox=dict(status.sandbox) if status else {},
             )
         )
     return tuple(offers)
