@@ -41,6 +41,7 @@ UNPLACED_MS = 500
 Records = list[JobRecord]
 Models = list[ServedModel]
 Workers = list[WorkerView]
+Sandboxes = list[tuple[str, str, dict[str, str]]]
 Events = AsyncIterator[JobEvent]
 
 
@@ -193,6 +194,10 @@ class Dispatcher:
     def workers(self) -> Workers:
         """All connected workers, by id."""
         return self.attempts.fleet.views()
+
+    def sandboxes(self) -> Sandboxes:
+        """(worker, model, layer -> verdict) of every announced model."""
+        return self.attempts.fleet.sandboxes()
 
     def stop_accepting(self) -> None:
         """From now on `submit` answers 503; jobs that are queued or running go on."""
@@ -382,6 +387,7 @@ class Dispatcher:
             tenant=record.tenant,
             priority=record.priority,
             vram_gb_estimate=record.vram_gb_estimate,
+            alone=record.alone,
         )
         worker.port.send(offer, *held.key)
 

@@ -240,6 +240,15 @@ class Fleet:
             for _, worker in sorted(self.workers.items())
         ]
 
+    def sandboxes(self) -> list[tuple[str, str, dict[str, str]]]:
+        """(worker, model, layer -> verdict) of every model whose instance has told its verdicts."""
+        return [
+            (worker.id, offer.name, offer.sandbox)
+            for worker in self.workers.values()
+            for offer in worker.capabilities.models
+            if offer.sandbox
+        ]
+
     def _served(self, name: str) -> ServedModel:
         pairs = [
             (worker.id, offer)

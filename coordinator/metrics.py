@@ -95,6 +95,7 @@ async def metrics(request: Request) -> Response:
         *_worker_lines(
             (worker.id, worker.accepting, worker.running, worker.slots) for worker in parts.dispatcher.workers()
         ),
+        *_sandbox_lines(parts.dispatcher.sandboxes()),
         *_family("model_slots", "gauge", "Concurrent jobs of a model over all workers."),
         *(sample("model_slots", model.slots, {"model": model.name}) for model in parts.dispatcher.models()),
         *_family("start_time_seconds", "gauge", "Start of the coordinator, seconds since the epoch."),
@@ -150,6 +151,14 @@ def _job_lines(counters: Counters) -> Iterator[str]:
     yield from _family("events_total", "counter", "What else happened between coordinator and workers.")
     for event, count in sorted(counters.events.items()):
         yield sample("events_total", count, {"event": event})
+
+
+def _sandbox_lines(sandboxes: Iterable[tuple[str, str, Mapping[str, str]]]) -> Iterator[str]:
+    yield from _family("model_sandbox", "gauge", "Verdict on a layer of the sandbox around a model's engine; always 1.")
+    for worker, model, verdicts in sorted(sandboxes, key=lambda row: row[:2]):
+        for layer, verdict in sorted(verdicts.items()):
+            labels = {"worker": worker, "model": model, "layer": layer, "verdict": verdict}
+            yield sample("model_sandbox", 1, labels)
 
 
 def _worker_lines(workers: Iterable[tuple[str, bool, int, int]]) -> Iterator[str]:

@@ -78,6 +78,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         streamed: a chunk was forwarded, so no new attempt will start.
         worker: who runs or ran the latest attempt.
         deadline_at_ms: 0 means none.
+        alone: the next attempt must have its instance for itself: an engine crashed while it ran.
     """
 
     id: str
@@ -107,6 +108,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = 3
     traceparent: str = ""
     idempotency_key: str = ""
+    alone: bool = False
 
     @property
     def ended(self) -> bool:

@@ -173,9 +173,12 @@ class RawWorker:
         ack: wire.Ack = self.expect(wire.Ack).body
         return ack
 
-    def fail(self, offer: Said, code: str = "engine_crashed", **options: Any) -> wire.Ack:
+    def fail(
+        self, offer: Said, code: str = "engine_crashed", *, detail: Mapping[str, Any] | None = None, **options: Any
+    ) -> wire.Ack:
         """End an attempt badly and return the acknowledgement."""
-        self.send(wire.Fail(fault=Fault(code, f"It was {code}."), **options), offer.job, offer.attempt)
+        fault = Fault(code, f"It was {code}.", detail=dict(detail or {}))
+        self.send(wire.Fail(fault=fault, **options), offer.job, offer.attempt)
         ack: wire.Ack = self.expect(wire.Ack).body
         return ack
 

@@ -25,6 +25,10 @@ from protocol.faults import Fault
 
 FIRST_BACKOFF_MS = 250
 LONGEST_BACKOFF_MS = 30_000
+# Only these can be a job's doing; the worker says beside them who was in flight (`suspects`, `alone`).
+CRASHES = frozenset({"engine_crashed", "engine_hung", "engine_protocol", "out_of_memory"})
+POISONED_AFTER = 2  # crashes while it ran alone
+SPARED_AT_MOST = 5  # tries that a neighbour's crash cost and that do not count
 
 
 class StoreError(Exception):
@@ -210,21 +214,48 @@ class Failing(msgspec.Struct, frozen=True):
     max_attempts: int
     streamed: bool
     deadline_at_ms: int
+    crashes: int = 0
+    spared: int = 0
 
 
-def after_failure(row: Failing, fault: Fault, now_ms: int) -> int | Fault:
-    """Decide what a failed attempt does to its job: requeue after so many ms, or end with that fault.
+class Again(msgspec.Struct, frozen=True):
+    """A failed attempt's job waits for the next one.
+
+    Attributes:
+        delay_ms: not before this much later.
+        alone: it is a suspect: nothing may run beside it.
+        crashes: how often it has crashed an engine that ran nothing else.
+        spared: tries that do not count, because an engine crashed under several jobs and nobody knows whose it was.
+    """
+
+    delay_ms: int
+    alone: bool = False
+    crashes: int = 0
+    spared: int = 0
+
+
+def after_failure(row: Failing, fault: Fault, now_ms: int) -> Again | Fault:
+    """Decide what a failed attempt does to its job: wait for the next one, or end with that fault.
 
     After the first chunk no new attempt starts: the client has seen part of an answer that another attempt
-    would contradict.
+    would contradict. An engine that crashed under several jobs makes each a suspect, run again alone; only a crash
+    while it ran alone is a job's own, and the second of those ends it.
     """
     if row.streamed or not fault.may_retry:
         return fault
+    crashed = fault.code in CRASHES
+    alone = crashed and fault.detail.get("alone") is True
+    suspected = crashed and not alone and _count(fault.detail.get("suspects")) > 1
+    crashes = row.crashes + alone
+    if crashes >= POISONED_AFTER:
+        return _poisoned(fault, crashes)
+    spared = min(SPARED_AT_MOST, row.spared + suspected)
+    counted = row.tries - spared
     delay = min(LONGEST_BACKOFF_MS, FIRST_BACKOFF_MS << max(0, row.tries - 1))
-    if row.tries < row.max_attempts:
+    if counted < row.max_attempts:
         if row.deadline_at_ms and now_ms + delay >= row.deadline_at_ms:
             return deadline_fault(fault)
-        return delay
+        return Again(delay, alone=crashes > 0 or spared > 0, crashes=crashes, spared=spared)
     if row.tries <= 1:
         return fault
     # The caller wants to know what happened, not that we counted: the last fault stands, with the count beside it.
@@ -233,6 +264,19 @@ def after_failure(row: Failing, fault: Fault, now_ms: int) -> int | Fault:
         message=f"{fault.message} All {row.tries} attempts failed.",
         retryable=False,
         detail={**fault.detail, "attempts": row.tries},
+    )
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _poisoned(last: Fault, crashes: int) -> Fault:
+    return Fault(
+        "job_poisoned",
+        f"This job ended its engine {crashes} times while nothing else ran there; it is not tried again. "
+        f"The last time: {last.message}",
+        detail={**last.detail, "crashes": crashes, "last_code": last.code},
     )
 
 

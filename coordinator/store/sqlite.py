@@ -22,7 +22,6 @@ from coordinator.store.base import (
     Cancelled,
     Claimed,
     Ending,
-    Failing,
     OpenAttempt,
     Outcome,
     Purged,
@@ -32,7 +31,7 @@ from coordinator.store.base import (
     deadline_fault,
 )
 from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
-from coordinator.store.sqlite_rows import LIGHT, columns, record, same_request
+from coordinator.store.sqlite_rows import LIGHT, columns, failing, record, same_request
 from coordinator.store.sqlite_schema import NOW
 from protocol.faults import Fault
 
@@ -281,15 +280,18 @@ class SqliteStore:
             row = self._one(f"SELECT * FROM jobs WHERE {_RUNNING}", **names)
             if row is None:
                 return self._not_ours(names, "failed")
-            state = Failing(row["tries"], row["max_attempts"], bool(row["streamed"] or streamed), row["deadline_at_ms"])
-            decided = after_failure(state, fault, now)
+            decided = after_failure(failing(row, streamed=streamed), fault, now)
             if isinstance(decided, Fault):
                 return Ending("stored", self._fail_row(job_id, decided, now))
             row = self._one(
-                "UPDATE jobs SET state = 'queued', run_after_ms = :due, fault = :fault WHERE id = :id RETURNING *",
+                "UPDATE jobs SET state = 'queued', run_after_ms = :due, fault = :fault, alone = :alone, "
+                "crashes = :crashes, spared = :spared WHERE id = :id RETURNING *",
                 id=job_id,
-                due=now + decided,
+                due=now + decided.delay_ms,
                 fault=_pack(fault),
+                alone=decided.alone,
+                crashes=decided.crashes,
+                spared=decided.spared,
             )
             assert row is not None
             return Ending("stored", record(row), requeued=True)

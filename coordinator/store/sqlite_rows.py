@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from coordinator.records import JobRecord, JobState, StoredFile, StoredInput, Submission
+from coordinator.store.base import Failing
 from protocol.faults import Fault, refuse
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ _pack = msgspec.msgpack.encode
 LIGHT = (
     "id, kind, model, state, tenant, attempt, created_ms, key_id, tries, started_ms, finished_ms, files, usage, fault, "
     "inputs, stream, streamed, worker, priority, deadline_at_ms, labels, vram_gb_estimate, max_attempts, traceparent, "
-    "idempotency_key"
+    "idempotency_key, alone"
 )
 
 
@@ -64,6 +65,18 @@ def columns(job_id: str, submission: Submission, now: int) -> dict[str, Any]:
     }
 
 
+def failing(row: Row, *, streamed: bool) -> Failing:
+    """What decides about a running row whose attempt failed, `streamed` or not."""
+    return Failing(
+        tries=row["tries"],
+        max_attempts=row["max_attempts"],
+        streamed=bool(row["streamed"] or streamed),
+        deadline_at_ms=row["deadline_at_ms"],
+        crashes=row["crashes"],
+        spared=row["spared"],
+    )
+
+
 def _unpack(data: bytes | None, type_: Any, default: T) -> T:
     return default if data is None else msgspec.msgpack.decode(data, type=type_)
 
@@ -100,4 +113,5 @@ def record(row: Row, *, light: bool = False) -> JobRecord:
         max_attempts=row["max_attempts"],
         traceparent=row["traceparent"],
         idempotency_key=row["idempotency_key"],
+        alone=bool(row["alone"]),
     )

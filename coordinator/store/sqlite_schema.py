@@ -66,4 +66,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE jobs ADD COLUMN attended INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX jobs_attended ON jobs (attended) WHERE attended = 1 AND state IN ('queued', 'offered', 'running');
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN alone INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN spared INTEGER NOT NULL DEFAULT 0;
+    """,
 )

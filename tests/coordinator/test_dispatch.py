@@ -245,6 +245,32 @@ async def test_watchers_end_when_the_coordinator_stops(tmp_path: Path) -> None:
 # ---- offers ------------------------------------------------------------------------------------------------
 
 
+def test_suspects_are_offered_again_alone_and_only_the_culprit_is_poisoned(desk: Desk) -> None:
+    with desk.worker("w1", msgspec.structs.replace(CHAT, slots=2)) as worker:
+        culprit, bystander = desk.submit(max_attempts=1), desk.submit(max_attempts=1)
+        offers = [worker.take(), worker.take()]
+        assert not any(offer.body.alone for offer in offers)
+        for offer in offers:
+            worker.fail(offer, detail={"suspects": 2})
+        again = [worker.take(), worker.take()]
+        assert all(offer.body.alone for offer in again)
+        for offer in again:
+            if offer.job == culprit.id:
+                worker.fail(offer, detail={"alone": True})
+            else:
+                worker.complete(offer)
+        desk.until(lambda: desk.get(bystander.id).state == "succeeded")
+        end = desk.get(culprit.id)
+        assert (end.state, end.fault and end.fault.code) == ("failed", "engine_crashed")  # its one try is used up
+        twice = desk.submit()
+        for _ in range(2):
+            worker.fail(worker.take(), detail={"alone": True})
+        desk.until(lambda: desk.get(twice.id).ended)
+        fault = desk.get(twice.id).fault
+        assert fault is not None
+        assert (fault.code, fault.detail["crashes"], desk.get(twice.id).tries) == ("job_poisoned", 2, 2)
+
+
 def test_one_offer_per_free_slot(desk: Desk) -> None:
     with desk.worker("w1", msgspec.structs.replace(CHAT, slots=2)) as worker:
         jobs = [desk.submit().id for _ in range(3)]

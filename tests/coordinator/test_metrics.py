@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 from coordinator.metrics import HttpCounters, sample
+from coordinator.testing import FakeWorker, Running
+from protocol.link_wire import ModelOffer
 from protocol.work import FreeResult
 
 LINE = re.compile(r'bulkhead_coordinator_[a-z_]+(\{[a-z]+="[^"\n]*"(,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+\Z')
@@ -28,6 +30,16 @@ def test_the_page_has_what_happened(http: Any, serve: Any) -> None:
     assert any(
         line.startswith('bulkhead_coordinator_http_requests_total{route="/v1/jobs",method="POST"') for line in lines
     )
+
+
+def test_the_page_has_the_verdicts_on_every_sandbox(http: Any, served: Running) -> None:
+    verdicts = {"landlock": "verified", "net": "unavailable(EPERM)"}
+    offer = ModelOffer(name="confined", kinds=("llm",), engine="fake", sandbox=verdicts)
+    with FakeWorker(served, (offer,), lambda job: job.complete(FreeResult()), "w-confined"):
+        lines = http.get("/metrics").text.splitlines()
+    for layer, verdict in verdicts.items():
+        labels = f'worker="w-confined",model="confined",layer="{layer}",verdict="{verdict}"'
+        assert f"bulkhead_coordinator_model_sandbox{{{labels}}} 1" in lines
 
 
 def test_families_are_declared_once(http: Any) -> None:
