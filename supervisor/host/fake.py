@@ -34,6 +34,10 @@ class FakeChild:
         self.spec, self.pid = spec, pid
         self.exit: Exit | None = None
         self.signals: list[int] = []
+        self.killed_because = ""
+        self.gone = trio.Event()
+        self.on_late_death: Callable[[Exit], None] = lambda _how: None
+        self.stack_dumps = 0
         self.deaf_to_term = False
         self.lines: list[str] = []
         self._decoder = FrameDecoder()
@@ -56,6 +60,7 @@ class FakeChild:
         """End the process."""
         if self.exit is None:
             self.exit = how
+            self.gone.set()
             self._out_send.close()
             self._in_send.close()
             self._ended.set()
@@ -90,6 +95,17 @@ class FakeChild:
 
     def signal_group(self, number: int) -> None:
         self.signal(number)
+
+    def dump_stacks(self) -> bool:
+        if self.exit is not None:
+            return False
+        self.stack_dumps += 1
+        return True
+
+    def kill(self, why: str) -> None:
+        if self.exit is None:
+            self.killed_because = why
+            self.signal(signal.SIGKILL)
 
     async def wait(self) -> Exit:
         await self._ended.wait()

@@ -8,24 +8,26 @@ once, which is worth 3-5 µs of a 45 µs echo. Both ends are asked for 1 MiB of 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 import trio
 
+if sys.platform != "win32":  # containment/windows_pipe.py has the pipes of that platform
+    import fcntl
+
 PIPE_BYTES = 2**20
 READ_BYTES = 2**18
 _IOV_MAX = 16
-_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
 
 
 def prepare(fd: int) -> None:
     """Make a pipe end of ours non-blocking and large; a refused size is harmless (the per-user cap)."""
     os.set_blocking(fd, False)
-    if _F_SETPIPE_SZ is not None:
+    if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 class PipeReader:

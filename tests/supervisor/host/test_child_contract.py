@@ -128,3 +128,25 @@ async def test_leaving_the_block_ends_it(opened):
     async with opened as child:
         await receive(child)
     assert child.exit == Exit(signal=signal.SIGTERM)
+
+
+async def test_kill_ends_it_at_once_and_keeps_the_first_reason(opened):
+    async with opened as child:
+        await receive(child)
+        assert not child.gone.is_set()
+        child.kill("it leaks")
+        child.kill("another reason")
+        with trio.fail_after(20):
+            assert await child.wait() == Exit(signal=signal.SIGKILL)
+            await child.gone.wait()
+        assert child.killed_because == "it leaks"
+
+
+async def test_kill_after_the_end_changes_nothing(opened):
+    async with opened as child:
+        await receive(child)
+        await child.end(2)
+        child.kill("too late")
+        assert child.killed_because == ""
+        assert child.exit == Exit(signal=signal.SIGTERM)
+        assert child.dump_stacks() is False

@@ -1,0 +1,171 @@
+"""Linux: a pidfd tells of the end, a cgroup or the warden ends the family, /proc tells who belongs to it.
+
+What confines the child itself (namespaces, Landlock, seccomp) is the launcher's work (engines/launch.py); here is
+only the supervisor's side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from supervisor.host.containment.base import ChildSpec
+from supervisor.host.containment.posix import PosixLeash
+
+# A family that forks faster than we can look is ended by its group, its warden or its cgroup, not by a list.
+MAX_MEMBERS = 4096
+
+
+class LinuxLeash(PosixLeash):
+    """A pidfd, a group, a lifeline and perhaps a cgroup."""
+
+    def __init__(self, spec: ChildSpec, is_over: Callable[[], bool]) -> None:
+        super().__init__(spec, is_over)
+        self._cgroup = spec.cgroup
+        self._known: dict[int, str] = {}
+
+    async def wait_dead(self) -> None:
+        """Wait on a pidfd; the zombie stays. Some Pythons are built without pidfd_open (old kernel headers)."""
+        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+            await super().wait_dead()
+            return
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            trio.lowlevel.notify_closing(pidfd)
+            os.close(pidfd)
+
+    def dump_stacks(self) -> bool:
+        """SIGUSR2, when the leader would survive it: before the warden or faulthandler took it, it kills."""
+        if not _takes(self.pid, signal.SIGUSR2):
+            return False
+        return super().dump_stacks()
+
+    def kill_family(self) -> bool:
+        """cgroup.kill and the lifeline; the family is noted first, for afterwards its orphans cannot be told."""
+        self._note_members()
+        by_cgroup = self._kill_cgroup()
+        return self.cut_lifeline() or by_cgroup
+
+    def kill_members(self) -> None:
+        """SIGKILL to the group, and to every process of the family that is or was known.
+
+        First all are stopped, until a look finds none that is new: what is stopped cannot fork while we kill.
+        """
+        self.signal(signal.SIGSTOP)
+        while fresh := self._note_members():
+            for pid, started in fresh.items():
+                signal_exactly(pid, started, signal.SIGSTOP)
+        super().kill_members()
+        for pid, started in self._known.items():
+            signal_exactly(pid, started, signal.SIGKILL)
+
+    def _note_members(self) -> dict[int, str]:
+        """Returns those that are new."""
+        if self._process.returncode is not None or len(self._known) >= MAX_MEMBERS:
+            return {}
+        fresh = {pid: started for pid, started in members(self.pid).items() if self._known.get(pid) != started}
+        self._known.update(fresh)
+        return fresh
+
+    def _kill_cgroup(self) -> bool:
+        if self._cgroup is None:
+            return False
+        try:  # since Linux 5.14
+            (self._cgroup / "cgroup.kill").write_text("1")
+        except OSError:
+            return False
+        return True
+
+
+class Linux:
+    """The backend."""
+
+    name = "linux"
+
+    def spawn(self, spec: ChildSpec, is_over: Callable[[], bool]) -> LinuxLeash:
+        """Start a child."""
+        return LinuxLeash(spec, is_over)
+
+    def verdicts(self) -> dict[str, str]:
+        """Under WSL2 the kernel is Microsoft's and GPUs are reached by other nodes: worth knowing in a report."""
+        return {"platform": "wsl2" if is_wsl2(platform.release()) else "linux"}
+
+
+def is_wsl2(release: str) -> bool:
+    """Whether a kernel release is WSL2's ("5.15.153.1-microsoft-standard-WSL2"); WSL1's ends in "-Microsoft"."""
+    return "microsoft" in release and not release.endswith("-Microsoft")
+
+
+# ---- who belongs to a family
+
+
+def members(leader: int) -> dict[int, str]:
+    """The leader's descendants that /proc shows now, each with its start time; not the leader itself."""
+    found: dict[int, str] = {}
+    generation = [leader]
+    while generation and len(found) < MAX_MEMBERS:
+        below = [child for pid in generation for child in _children(pid) if child not in found]
+        generation = []
+        for pid in below[: MAX_MEMBERS - len(found)]:
+            if started := start_time(pid):
+                found[pid] = started
+                generation.append(pid)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    except OSError:
+        pass
+    return found
+
+
+def start_time(pid: int) -> str:
+    """Field 22 of its stat, in clock ticks since boot: with the pid it names one process for ever; "" when gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
+
+
+def signal_exactly(pid: int, started: str, number: int) -> bool:
+    """Send a signal to this very process, never to a later one with its number; whether there was one."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        if start_time(pid) != started:
+            return False
+        signal.pidfd_send_signal(pidfd, number)
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def _takes(pid: int, number: int) -> bool:
+    """Whether a process catches, ignores or blocks a signal, so that it does not end it."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigBlk", "SigIgn", "SigCgt"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
