@@ -1,10 +1,17 @@
-"""Which process of a child's family is meant by a pid that the child told."""
+"""The processes of a child: which of them the engine is, who belongs to it, and how much memory they hold.
+
+An engine is not the process that we started. That one is the warden; below it stands, where the kernel allows it, the
+first process of a pid namespace, and below that the engine. Without namespaces the engine is the warden's own child.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from supervisor.host import procfs
 
 _DEPTH = 3  # warden, first process of the namespace, engine
+# A fork bomb inside the namespace must not make us walk for seconds.
+_MAX_MEMBERS = 4096
+_FIRST = 1  # the first process of a pid namespace knows itself by this number
 
 
 def speaks_for(leader: int, told: int) -> bool:
@@ -13,27 +20,61 @@ def speaks_for(leader: int, told: int) -> bool:
     A confined engine is not the process that we started but one below it, and sees itself under another number.
     Where there is no /proc, only the leader itself will do.
     """
+    return leader == told or _told_by(leader, told) is not None
+
+
+def engine_pid(leader: int, told: int | None = None) -> int:
+    """The host's number of the engine process of the child `leader`.
+
+    Args:
+        leader: pid of the child that we started (the warden).
+        told: the pid that the engine gave in its hello; without it the oldest child at each step down is taken.
+
+    Returns:
+        `leader` itself where nothing below it can be seen: no warden, not forked yet, no /proc, gone.
+    """
+    if told is not None and (found := _told_by(leader, told)) is not None:
+        return found
+    below = procfs.children(leader)
+    if not below:
+        return leader
+    if procfs.own_number(below[0]) != _FIRST:
+        return below[0]
+    inside = procfs.children(below[0])  # orphans that it adopted come after its own child
+    return inside[0] if inside else leader
+
+
+def members(leader: int) -> list[int]:
+    """Every living process below and including `leader`, at most 4096 of them; [] when it is gone."""
+    if procfs.stat(leader) is None:
+        return []
+    found, seen = [leader], {leader}
+    for pid in found:  # grows while we walk
+        if len(found) >= _MAX_MEMBERS:
+            break
+        new = [child for child in procfs.children(pid) if child not in seen]
+        seen.update(new)
+        found += new
+    return found[:_MAX_MEMBERS]
+
+
+def rss_bytes(leader: int) -> int:
+    """Resident memory of the whole family, in bytes; 0 when it is gone.
+
+    Shared pages (weights that are mapped, shared memory) are counted once, as much as the process with the most of
+    them has: processes of one engine map the same files. The exact share of each would be in smaps_rollup, which
+    takes the lock of a process that may hang.
+    """
+    sizes = [procfs.resident_bytes(pid) for pid in members(leader)]
+    alone = sum(resident - shared for resident, shared in sizes)
+    return alone + max((shared for _, shared in sizes), default=0)
+
+
+def _told_by(leader: int, told: int) -> int | None:
     generation = [leader]
     for _ in range(_DEPTH):
-        if any(_own_number(pid) == told for pid in generation):
-            return True
-        generation = [child for pid in generation for child in _children(pid)]
-    return leader == told
-
-
-def _own_number(pid: int) -> int | None:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[-1]) for line in lines if line.startswith("NSpid:")), None)
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += [int(word) for word in file.read_text().split()]
-        except OSError:
-            continue
-    return found
+        for pid in generation:
+            if procfs.own_number(pid) == told:
+                return pid
+        generation = [child for pid in generation for child in procfs.children(pid)]
+    return None
