@@ -38,7 +38,9 @@ from engines.synthetic import media
 from protocol import work
 
 NAME_PREFIX = "synthetic"
-OPTIONS = ("slots", "load_s", "tokens", "delay_ms", "dimensions")
+OPTIONS = ("slots", "load_s", "tokens", "delay_ms", "dimensions", "vram_bytes", "gpu")
+# What the simulated GPU reader counts as taken for as long as the instance's folder is there.
+VRAM_FILE = "vram.json"
 NOTE_S = 0.05
 MAX_NOTES = 400
 LOAD_STEP_S = 0.05
@@ -56,7 +58,11 @@ def require_synthetic(model: Model) -> None:
 
 
 class SyntheticEngine(Engine):
-    """Load options: slots, load_s (slow load), tokens (length of answers), delay_ms (per token), dimensions."""
+    """Load options: slots, load_s (slow load), tokens (length of answers), delay_ms (per token), dimensions.
+
+    `gpu` (a UUID) and `vram_bytes` pretend to take that much memory of that GPU: after the load the instance's folder
+    holds vram.json, `{"uuid": str, "bytes": int}`, which the simulated GPU reader counts.
+    """
 
     name: ClassVar[str] = "synthetic"
     kinds: ClassVar[tuple[str, ...]] = tuple(str(kind) for kind in work.Kind)
@@ -84,6 +90,7 @@ class SyntheticEngine(Engine):
         for step in range(steps):
             progress(step, steps, "load")
             time.sleep(load_s / steps)
+        _pretend_vram(model, scratch)
         limits = {"dimensions": self._dimensions, "sample_rate": media.SAMPLE_RATE}
         return Ready(device="cpu", slots=slots, versions={"python": platform.python_version()}, limits=limits)
 
@@ -268,6 +275,18 @@ class SyntheticEngine(Engine):
 
 
 # ---- arithmetic
+
+
+def _pretend_vram(model: Model, scratch: Path) -> None:
+    """Say for the simulated GPU reader what this model takes; whole at once, it may be read at any time."""
+    gpu = option(model, "gpu", str, "")
+    taken = option(model, "vram_bytes", Annotated[int, msgspec.Meta(ge=0)], 0)
+    if bool(gpu) != bool(taken):
+        raise refuse("load_failed", "The options gpu and vram_bytes go together.", "options.gpu")
+    if gpu:
+        partial = scratch / f".{VRAM_FILE}"
+        partial.write_bytes(msgspec.json.encode({"uuid": gpu, "bytes": taken}))
+        partial.replace(scratch / VRAM_FILE)
 
 
 def _prompt_of(params: work.LlmParams) -> str:
