@@ -131,8 +131,7 @@ class Child:
         Cancellation: shielded; bounded by `grace_s` + `WARDEN_S` + `UNKILLABLE_AFTER_S`.
         """
         with trio.CancelScope(shield=True):
-            if self.exit is None and not self._kill_asked.is_set():
-                self._leash.terminate()
+            if self.exit is None and not self._kill_asked.is_set() and self._leash.terminate():
                 await self._ended_within(grace_s)
             if self.exit is None and not self._kill_asked.is_set():
                 self._strike()
@@ -162,10 +161,11 @@ class Child:
         with self._background:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._drain_stderr)
-                nursery.start_soon(self._obey_kill, nursery.cancel_scope)
+                nursery.start_soon(self._obey_kill)
                 await self._reap()
 
-    async def _obey_kill(self, _scope: trio.CancelScope) -> None:
+    async def _obey_kill(self) -> None:
+        """Take a `kill` to its bounded end, whoever waits or does not."""
         async with trio.open_nursery() as nursery:
 
             async def until_over() -> None:
@@ -174,7 +174,7 @@ class Child:
 
             nursery.start_soon(until_over)
             await self._kill_asked.wait()
-            await self._force()
+            nursery.start_soon(self._force)
 
     async def _reap(self) -> None:
         await self._leash.wait_dead()
@@ -216,7 +216,10 @@ class Child:
         text = line[:MAX_STDERR_LINE_BYTES].decode(errors="replace").rstrip()
         self._lines.append(text)
         if self.spec.on_stderr_line is not None:
-            self.spec.on_stderr_line(text)
+            try:
+                self.spec.on_stderr_line(text)
+            except Exception:  # or the child would have no reaper any more
+                log.exception("a line that %s wrote on stderr could not be passed on", self.spec.name)
 
 
 @contextlib.asynccontextmanager

@@ -127,8 +127,8 @@ class Leash(Protocol):
     def signal_group(self, number: int) -> None:
         """Send a signal to the leader's group; nothing when it is gone."""
 
-    def terminate(self) -> None:
-        """Ask the group to end: SIGTERM, or CTRL_BREAK."""
+    def terminate(self) -> bool:
+        """Ask the group to end: SIGTERM, or CTRL_BREAK; False when it cannot be asked, so that waiting is no use."""
 
     def dump_stacks(self) -> bool:
         """Ask for the stacks of all threads on stderr; False when it was not asked, for it would have been killed."""

@@ -62,9 +62,10 @@ class PosixLeash:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
-    def terminate(self) -> None:
+    def terminate(self) -> bool:
         """SIGTERM to the group."""
         self.signal_group(signal.SIGTERM)
+        return True
 
     def dump_stacks(self) -> bool:
         """SIGUSR2 to the leader; a warden passes it on to its engine."""
