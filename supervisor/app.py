@@ -28,6 +28,7 @@ from protocol.link_wire import Capabilities
 from supervisor import config
 from supervisor.embedded import Ready, open_embedded
 from supervisor.errors import ConfigError, ExitCode, IdentityHeld, LinkRefused, SupervisorError
+from supervisor.host.ground import Ground
 from supervisor.host.host import Host, open_host
 from supervisor.host.means import Means
 from supervisor.host.work import ModelSpec
@@ -162,7 +163,8 @@ class _Supervisor:
             Transfer(address) as transfer,
             trio.open_nursery() as nursery,
         ):
-            attempts = Attempts(host, transfer, self._state.empty_attempts(), nursery)
+            ground = Ground(self._state.empty_attempts() / "all")
+            attempts = Attempts(host, transfer, lambda _model: ground, nursery)
             worker = self._worker(host, attempts)
             prover = Prover(
                 digests.verify,

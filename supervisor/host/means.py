@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import trio
 
+from supervisor.host.cgroups import Cgroups
+from supervisor.host import removal
 from supervisor.host.child import open_child
+from supervisor.host.incidents import Incidents
+from supervisor.host.leftovers import Ledger
+from supervisor.host.senses import Senses
 from supervisor.host.work import ModelSpec, Progress
 
 OpenChild = Callable[..., AbstractAsyncContextManager[Any]]
@@ -24,8 +29,11 @@ async def trust(_spec: ModelSpec) -> str:
 
 
 async def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it, in a thread: an engine may have left gigabytes."""
-    await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+    """Remove a folder and all in it, in a thread: an engine may have left gigabytes.
+
+    Cancellation: at once; the thread goes on by itself.
+    """
+    await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True), abandon_on_cancel=True)
 
 
 class Occupant(Protocol):
@@ -71,6 +79,27 @@ class EverybodyFits:
         return contextlib.nullcontext()
 
 
+class Memory(Protocol):
+    """What outlives the supervisor: per model, the quarantine that it is in."""
+
+    def load(self, model: str) -> Mapping[str, Any]:
+        """What was saved; empty for nothing."""
+
+    def save(self, model: str, what: Mapping[str, Any]) -> None:
+        """Keep it; empty forgets. Nothing is raised."""
+
+
+class Forgetful:
+    """A memory without one."""
+
+    def load(self, _model: str) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    def save(self, _model: str, _what: Mapping[str, Any]) -> None:
+        """Keep nothing."""
+
+
 class Means(NamedTuple):
     """What to call.
 
@@ -80,6 +109,13 @@ class Means(NamedTuple):
         remove: removes a scratch folder.
         jitter: a number in [0, 1).
         room: decides what may be loaded beside what.
+        reprobe: tries a model that is in quarantine; "" when it passed, else one sentence.
+        memory: keeps quarantines.
+        wall: seconds since the epoch.
+        senses: what is seen of an instance from outside.
+        cgroups: where instances get a cgroup of their own; None where nobody gave us that right.
+        ledger: where children are written down, for the next life of the supervisor.
+        incidents: where reports of bad ends are kept.
     """
 
     verify: Callable[[ModelSpec], Awaitable[str]] = trust
@@ -87,6 +123,13 @@ class Means(NamedTuple):
     remove: Callable[[Path], Awaitable[None]] = remove_tree
     jitter: Callable[[], float] = random.random
     room: Room = EverybodyFits()
+    reprobe: Callable[[ModelSpec], Awaitable[str]] = trust
+    memory: Memory = Forgetful()
+    wall: Callable[[], float] = time.time
+    senses: Senses = Senses()
+    cgroups: Cgroups | None = None
+    ledger: Ledger | None = None
+    incidents: Incidents | None = None
 
 
 REAL_MEANS = Means()

@@ -7,10 +7,10 @@ has started, the chunks that are not acknowledged, and the end. A claim leaves t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault, FaultError, refuse
 from supervisor.host import work
+from supervisor.host.ground import Attempt, Ground
 from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
 from supervisor.link.session import Post
 from supervisor.link.transfer import Transfer
@@ -44,14 +45,14 @@ class Attempts:
     """All claims of this worker and their tasks, which live in `nursery`.
 
     Args:
-        folder: below it each attempt has a folder of its own; exists.
+        ground: model -> where its engine works; below it each attempt has its folders.
     """
 
-    def __init__(self, host: Runs, transfer: Transfer, folder: Path, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Runs, transfer: Transfer, ground: Callable[[str], Ground], nursery: trio.Nursery) -> None:
         self.ledger = Ledger()
         self._host = host
         self._transfer = transfer
-        self._folder = folder
+        self._ground = ground
         self._nursery = nursery
         self._post: Post | None = None
 
@@ -82,7 +83,7 @@ class Attempts:
         """Claim an offer and start working on it; `accept` goes out first."""
         now = trio.current_time()
         deadline = now + offer.deadline_ms / 1000 if offer.deadline_ms > 0 else None
-        claim = Claim(job, attempt, offer, self._folder / f"{job}.{attempt}", deadline)
+        claim = Claim(job, attempt, offer, deadline)
         self.ledger.record(claim)
         self._tell(claim, wire.Accept())
         log.info("taken", extra={"job": job, "attempt": attempt, "model": offer.model, "kind": offer.kind})
@@ -125,9 +126,13 @@ class Attempts:
 
     async def _work(self, claim: Claim) -> None:
         end: wire.Complete | wire.Fail | None = None
+        folders: Attempt | None = None
         try:
             with claim.scope:
-                end = await self._run(claim)
+                open_attempt = self._ground(claim.offer.model).open_attempt
+                # Not abandoned when cancelled: what it made has to be removed.
+                folders = await trio.to_thread.run_sync(open_attempt, f"{claim.job}.{claim.attempt}")
+                end = await self._run(claim, folders)
         except FaultError as error:
             end = wire.Fail(fault=error.fault, streamed=claim.streamed)
         except OSError as error:
@@ -136,7 +141,7 @@ class Attempts:
         if not isinstance(end, wire.Complete):
             # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
             # could then not even record the failure.
-            await _remove(claim.folder)
+            await _remove(folders)
         if claim.forgotten:
             return
         if end is None:
@@ -147,16 +152,15 @@ class Attempts:
         log.info("ended: %s", outcome, extra={"job": claim.job, "attempt": claim.attempt})
         self._tell(claim, end)
         if isinstance(end, wire.Complete):
-            await _remove(claim.folder)
+            await _remove(folders)
 
-    async def _run(self, claim: Claim) -> wire.Complete | wire.Fail:
-        outputs = await trio.to_thread.run_sync(_make_folders, claim.folder, bool(claim.offer.inputs))
-        inputs = await self._fetch(claim)
+    async def _run(self, claim: Claim, folders: Attempt) -> wire.Complete | wire.Fail:
+        inputs = await self._fetch(claim, folders)
         request = work.RunRequest(
             model=claim.offer.model,
             kind=claim.offer.kind,
             params=bytes(claim.offer.params),
-            folder=outputs,
+            folder=folders.outputs,
             inputs=inputs,
             stream=claim.offer.stream,
             deadline_s=None if claim.deadline is None else max(0.0, claim.deadline - trio.current_time()),
@@ -174,14 +178,12 @@ class Attempts:
                 ours = claim.stopped if fault.code == "cancelled" else None
                 return wire.Fail(fault=ours or fault, streamed=streamed or claim.streamed)
             case work.Done():
-                return await self._deliver(claim, end, outputs)
+                return await self._deliver(claim, end, folders)
 
-    async def _fetch(self, claim: Claim) -> Mapping[str, Path]:
-        folder = claim.folder / "in"
-        inputs = {file.name: folder / file.name for file in claim.offer.inputs}
+    async def _fetch(self, claim: Claim, folders: Attempt) -> Mapping[str, Path]:
         for file in claim.offer.inputs:
-            await self._transfer.fetch(file, inputs[file.name])
-        return inputs
+            await self._transfer.fetch(file, functools.partial(folders.create_input, file.name))
+        return {file.name: folders.inputs / file.name for file in claim.offer.inputs}
 
     def _event(self, claim: Claim, event: work.RunEvent) -> None:
         """Called by the host for each event of a run; must not block."""
@@ -205,12 +207,13 @@ class Attempts:
                     progress = wire.Progress(n=event.n, total=event.total, phase=event.phase, text=event.text)
                     self._tell(claim, progress)
 
-    async def _deliver(self, claim: Claim, done: work.Done, outputs: Path) -> wire.Complete:
+    async def _deliver(self, claim: Claim, done: work.Done, folders: Attempt) -> wire.Complete:
         upload = claim.offer.upload
         for file in done.files:
             if file.name == wire.RESULT_FILE:
                 raise refuse("engine_protocol", f"The engine named an output {wire.RESULT_FILE!r}, which is ours.")
-            await self._transfer.upload(upload, file, outputs / file.name, claim.deadline)
+            source = functools.partial(folders.open_output, file)
+            await self._transfer.upload(upload, file, source, claim.deadline)
         result = msgspec.Raw(done.body)
         if len(done.body) > wire.INLINE_BYTES:
             digest = hashlib.sha256(done.body).hexdigest()
@@ -220,30 +223,10 @@ class Attempts:
         return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
 
 
-def _make_folders(folder: Path, inputs: bool) -> Path:
-    """Make the attempt's folder anew, with "out" in it, and "in" when there are inputs; returns the former."""
-    outputs = folder / "out"
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:  # only left over from an attempt that was fenced a moment ago
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-    outputs.mkdir()
-    if inputs:
-        (folder / "in").mkdir()
-    return outputs
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove an attempt's folder; most are empty, and then this costs a third of what `rmtree` does."""
-    try:
-        (folder / "out").rmdir()
-        folder.rmdir()
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-async def _remove(folder: Path) -> None:
-    """Remove an attempt's folder, in a thread: it may hold gigabytes."""
+async def _remove(folders: Attempt | None) -> None:
+    """Remove an attempt's folders, in a thread: they may hold gigabytes."""
+    if folders is None:
+        return
     with trio.CancelScope(shield=True):
-        await trio.to_thread.run_sync(_remove_folder, folder)
+        if not await trio.to_thread.run_sync(folders.remove):
+            log.warning("the folders of attempt %s could not be removed yet", folders.name)

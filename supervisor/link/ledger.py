@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from pathlib import Path
 
 import trio
 
@@ -26,7 +25,6 @@ class Claim:
     """One accepted offer.
 
     Attributes:
-        folder: the attempt's own, for inputs and outputs.
         deadline: trio time after which nobody wants the result; None when the offer set none.
         scope: around everything that is done for the attempt.
         at_host: whether `Host.run` has it now, which ends it more gently than the scope.
@@ -34,9 +32,8 @@ class Claim:
         forgotten: the coordinator refuses its result for good.
     """
 
-    def __init__(self, job: str, attempt: int, offer: Offer, folder: Path, deadline: float | None) -> None:
+    def __init__(self, job: str, attempt: int, offer: Offer, deadline: float | None) -> None:
         self.job, self.attempt, self.offer = job, attempt, offer
-        self.folder = folder
         self.deadline = deadline
         self.scope = trio.CancelScope()
         self.at_host = False

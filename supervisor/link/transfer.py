@@ -7,15 +7,12 @@ GPU time.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import importlib
 import os
-import stat
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +33,7 @@ UPLOAD_PATIENCE_S = 600.0  # a result has cost GPU time: try much longer
 IDLE_S = 30.0  # without a byte, in either direction
 
 _Value = TypeVar("_Value")
+Output = Callable[[], int] | bytes
 
 
 class _Transient(Exception):
@@ -97,8 +95,11 @@ class Transfer:
 
     # ---- in
 
-    async def fetch(self, file: FileRef, target: Path) -> None:
-        """Write an input file to `target`.
+    async def fetch(self, file: FileRef, target: Callable[[], int]) -> None:
+        """Write an input file.
+
+        Args:
+            target: opens it anew for every try, empty; returns the descriptor. May raise OSError.
 
         Raises:
             FaultError: input_unavailable, worker_disk_full.
@@ -115,13 +116,13 @@ class Transfer:
             sentence = f"The input {file.name!r} cannot be fetched: {error}."
             raise refuse("input_unavailable", sentence, file.name) from None
 
-    async def _fetch_once(self, file: FileRef, target: Path) -> None:
+    async def _fetch_once(self, file: FileRef, target: Callable[[], int]) -> None:
         client = await self._http()
         url, headers = self._target(file.url)
         digest, size = hashlib.sha256(), 0
         async with client.stream("GET", url, headers=headers) as response:
             self._judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
-            async with await trio.open_file(target, "wb") as out:
+            async with trio.wrap_file(os.fdopen(target(), "wb")) as out:
                 trouble: OSError | None = None
                 # httpx iterates by generators within generators, which only end well from inside: so no `break`,
                 # no error and no cancellation may happen between two pieces.
@@ -142,11 +143,11 @@ class Transfer:
 
     # ---- out
 
-    async def upload(self, template: str, file: OutputFile, source: Path | bytes, until: float | None = None) -> None:
+    async def upload(self, template: str, file: OutputFile, source: Output, until: float | None = None) -> None:
         """PUT an output to `template` with its name filled in.
 
         Args:
-            source: a path, or the content itself.
+            source: opens the file anew for every try and returns the descriptor, or the content itself.
             until: trio time after which nobody wants it; None leaves the usual patience.
 
         Raises:
@@ -167,7 +168,7 @@ class Transfer:
             sentence = f"The output {file.name!r} cannot be delivered: {error}."
             raise refuse("upload_failed", sentence, file.name) from None
 
-    async def _upload_once(self, template: str, file: OutputFile, source: Path | bytes) -> None:
+    async def _upload_once(self, template: str, file: OutputFile, source: Output) -> None:
         client = await self._http()
         url, headers = self._target(template.replace("{name}", urllib.parse.quote(file.name, safe="")))
         headers |= {
@@ -178,8 +179,11 @@ class Transfer:
         if isinstance(source, bytes):
             response = await client.put(url, headers=headers, content=source)
         else:
-            with _opened(source, file) as fd:
-                response = await client.put(url, headers=headers, content=_Pieces(fd, file.size))
+            fd = source()
+            try:
+                response = await client.put(url, headers=headers, content=_Pieces(fd, file))
+            finally:
+                os.close(fd)
         self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
 
     # ---- both
@@ -224,42 +228,41 @@ async def _written(out: Any, piece: bytes) -> OSError | None:
     return None
 
 
-@contextlib.contextmanager
-def _opened(path: Path, file: OutputFile) -> Iterator[int]:
-    """Open an output of an engine: its name and its nature are the engine's word, so both are checked."""
-    name = file.name
-    if "/" in name or name in ("", ".", "..") or "\0" in name:
-        raise refuse("engine_protocol", f"The engine named an output {name!r}, which is not a plain file name.")
-    try:
-        # A link would let an engine hand out a file that only the supervisor may read.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise refuse("engine_protocol", f"The output {name!r} cannot be opened: {error.strerror}.") from None
-    try:
-        state = os.fstat(fd)
-        if not stat.S_ISREG(state.st_mode):
-            raise refuse("engine_protocol", f"The output {name!r} is not a regular file.")
-        if state.st_size != file.size:
-            raise refuse("engine_protocol", f"The output {name!r} has {state.st_size} bytes, not {file.size}.")
-        yield fd
-    finally:
-        os.close(fd)
-
-
 class _Pieces:
-    """The content of an open file, read in threads. A class, because an abandoned generator cannot be closed here."""
+    """The content of an open file of an engine, read in threads and believed only when it is what the engine said.
 
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd, self._size = fd, size
+    The engine may still write to it: what is sent is what is hashed, and the last piece is held back until the hash
+    is right, so that no coordinator ever holds a whole file that is another one.
+
+    A class, because an abandoned generator cannot be closed here.
+
+    Raises:
+        FaultError: engine_protocol, from the iteration.
+    """
+
+    def __init__(self, fd: int, file: OutputFile) -> None:
+        self._fd, self._file = fd, file
+        self._digest = hashlib.sha256()
         self._at = 0
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
-        wanted = min(PIECE_BYTES, self._size - self._at)
-        piece = await trio.to_thread.run_sync(os.pread, self._fd, wanted, self._at) if wanted else b""
-        if not piece:
+        name, size = self._file.name, self._file.size
+        if self._at == size:
+            if size == 0 and self._digest.hexdigest() != self._file.sha256.lower():
+                raise refuse("engine_protocol", f"The sha256 of the output {name!r} is not the one that was told.")
             raise StopAsyncIteration
+        wanted = min(PIECE_BYTES, size - self._at)
+        piece = await trio.to_thread.run_sync(os.pread, self._fd, wanted, self._at)
+        if not piece:
+            raise refuse("engine_protocol", f"The output {name!r} shrank to {self._at} of {size} bytes.")
         self._at += len(piece)
+        self._digest.update(piece)
+        if self._at == size:
+            if (now := os.fstat(self._fd).st_size) != size:
+                raise refuse("engine_protocol", f"The output {name!r} grew to {now} bytes while it was read.")
+            if self._digest.hexdigest() != self._file.sha256.lower():
+                raise refuse("engine_protocol", f"The sha256 of the output {name!r} is not the one that was told.")
         return piece

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import trio
 import trio.testing
@@ -12,7 +10,7 @@ from supervisor.link.ledger import CHUNK_BYTES, MAX_UNACKED_BYTES, Claim, Ledger
 
 
 def claim(job: str = "j", attempt: int = 1, model: str = "m") -> Claim:
-    return Claim(job, attempt, Offer(kind="llm", model=model, params=msgspec.Raw(b"\x80")), Path("/x"), None)
+    return Claim(job, attempt, Offer(kind="llm", model=model, params=msgspec.Raw(b"\x80")), None)
 
 
 def chunk(seq: int, size: int = 1) -> Chunk:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +59,9 @@ class Shop:
             def do_PUT(self) -> None:
                 shop.requests.append(("PUT", self.path, self.headers.get("Authorization", "")))
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                if len(body) < int(self.headers["Content-Length"]):
+                    self.close_connection = True
+                    return None
                 if shop.moods:
                     return self.answer(shop.moods.pop(0))
                 shop.taken[self.path] = (body, {name.lower(): value for name, value in self.headers.items()})
@@ -100,19 +105,27 @@ def out(name: str, content: bytes, **fields: Any) -> OutputFile:
     return OutputFile(name=name, mime="image/png", **fields)
 
 
+def into(path: Path) -> Callable[[], int]:
+    return lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+
+
+def from_(path: Path) -> Callable[[], int]:
+    return lambda: os.open(path, os.O_RDONLY)
+
+
 CONTENT = os.urandom(3 * 2**20 + 17)
 
 
 async def test_a_relative_url_belongs_to_the_coordinator_and_gets_the_token(shop, transfer, tmp_path):
     shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
-    await transfer.fetch(ref(CONTENT), tmp_path / "audio")
+    await transfer.fetch(ref(CONTENT), into(tmp_path / "audio"))
     assert (tmp_path / "audio").read_bytes() == CONTENT
     assert shop.requests == [("GET", "/pre/v1/blobs/a?sig=1", "Bearer t0ken")]
 
 
 async def test_an_absolute_url_elsewhere_gets_no_token(shop, transfer, tmp_path):
     shop.goods["/x"] = b"abc"
-    await transfer.fetch(ref(b"abc", f"http://localhost:{shop.port}/x"), tmp_path / "audio")
+    await transfer.fetch(ref(b"abc", f"http://localhost:{shop.port}/x"), into(tmp_path / "audio"))
     assert shop.requests == [("GET", "/x", "")]
 
 
@@ -120,7 +133,7 @@ async def test_trouble_that_passes_is_waited_out(shop, transfer, tmp_path):
     shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
     shop.moods = [503, 429, 500]
     shop.cut_short = 1
-    await transfer.fetch(ref(CONTENT), tmp_path / "audio")
+    await transfer.fetch(ref(CONTENT), into(tmp_path / "audio"))
     assert (tmp_path / "audio").read_bytes() == CONTENT
     assert len(shop.requests) == 5
 
@@ -140,7 +153,7 @@ async def test_inputs_that_are_not_what_was_said(shop, tmp_path, fields, words):
     address = Address(url=f"ws://127.0.0.1:{shop.port}", token="t")
     async with Transfer(address, backoff=lambda: Backoff(0.01, 0.01), fetch_patience_s=0.05) as transfer:
         with pytest.raises(FaultError) as caught:
-            await transfer.fetch(ref(b"abcdef", **fields), tmp_path / "audio")
+            await transfer.fetch(ref(b"abcdef", **fields), into(tmp_path / "audio"))
     assert caught.value.fault.code == "input_unavailable"
     assert words in caught.value.fault.message
 
@@ -148,7 +161,7 @@ async def test_inputs_that_are_not_what_was_said(shop, tmp_path, fields, words):
 async def test_a_full_disk_is_the_workers_own_trouble(shop, transfer):
     shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
     with pytest.raises(FaultError) as caught:
-        await transfer.fetch(ref(CONTENT), trio.Path("/dev/full"))
+        await transfer.fetch(ref(CONTENT), into(Path("/dev/full")))
     assert caught.value.fault.code == "worker_disk_full"
 
 
@@ -156,7 +169,7 @@ async def test_uploads_carry_name_digest_and_type_and_survive_bad_answers(shop, 
     path = tmp_path / "a b.png"
     path.write_bytes(CONTENT)
     shop.moods = [502]
-    await transfer.upload("/v1/blobs/job/1/{name}?exp=1&sig=2", out("a b.png", CONTENT), path)
+    await transfer.upload("/v1/blobs/job/1/{name}?exp=1&sig=2", out("a b.png", CONTENT), from_(path))
     body, headers = shop.taken["/pre/v1/blobs/job/1/a%20b.png?exp=1&sig=2"]
     assert body == CONTENT
     assert headers["x-content-sha256"] == hashlib.sha256(CONTENT).hexdigest()
@@ -189,37 +202,44 @@ async def test_an_offer_without_a_place_for_outputs(transfer):
         await transfer.upload("", out("x", b""), b"")
 
 
-def _link(folder):
-    (folder / "secret").write_bytes(b"secret")
-    (folder / "link").symlink_to(folder / "secret")
-    return out("link", b"secret")
+def _short(path: Path) -> None:
+    path.write_bytes(CONTENT[:-1])
 
 
-def _fifo(folder):
-    os.mkfifo(folder / "fifo")
-    return out("fifo", b"")
+def _other(path: Path) -> None:
+    path.write_bytes(b"x" + CONTENT[1:])
 
 
-def _short(folder):
-    (folder / "short").write_bytes(b"ab")
-    return out("short", b"abc")
+def _grown(path: Path) -> None:
+    path.write_bytes(CONTENT + b"x")
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (_link, "cannot be opened"),
-        (_fifo, "not a regular file"),
-        (_short, "has 2 bytes, not 3"),
-        (lambda _: out("gone", b""), "cannot be opened"),
-        (lambda _: out("../up", b""), "not a plain file name"),
-        (lambda _: out("", b""), "not a plain file name"),
-    ],
-)
-async def test_what_an_engine_calls_an_output_is_checked(transfer, tmp_path, shop, make, words):
-    file = make(tmp_path)
+@pytest.mark.parametrize(("make", "words"), [(_short, "shrank to"), (_other, "The sha256 of"), (_grown, "grew to")])
+async def test_a_file_that_is_not_what_the_engine_said_never_arrives_whole(transfer, tmp_path, shop, make, words):
+    make(tmp_path / "x")
     with pytest.raises(FaultError) as caught:
-        await transfer.upload("/{name}", file, tmp_path / (file.name or "x"))
+        await transfer.upload("/{name}", out("x", CONTENT), from_(tmp_path / "x"))
     assert caught.value.fault.code == "engine_protocol"
     assert words in caught.value.fault.message
-    assert shop.requests == []
+    assert shop.taken == {}
+
+
+async def test_an_empty_output_with_a_wrong_digest(transfer, tmp_path, shop):
+    (tmp_path / "x").touch()
+    with pytest.raises(FaultError, match="sha256"):
+        await transfer.upload("/{name}", out("x", b"", sha256="0" * 64), from_(tmp_path / "x"))
+    await transfer.upload("/{name}", out("x", b""), from_(tmp_path / "x"))
+    assert shop.taken["/pre/x"][0] == b""
+
+
+async def test_no_descriptor_is_left_open(transfer, tmp_path, shop):
+    (tmp_path / "x").write_bytes(CONTENT)
+    await transfer.upload("/{name}", out("x", CONTENT), from_(tmp_path / "x"))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        shop.moods = [500]
+        await transfer.upload("/{name}", out("x", CONTENT), from_(tmp_path / "x"))
+        _short(tmp_path / "y")
+        with pytest.raises(FaultError):
+            await transfer.upload("/{name}", out("y", CONTENT), from_(tmp_path / "y"))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import trio
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault, refuse
+from supervisor.host.ground import Attempt, Ground
 from supervisor.host.work import Failed
 from supervisor.intake.admission import ModelState
 from supervisor.link import attempts as attempts_module
@@ -21,6 +24,7 @@ from supervisor.link import ledger as ledger_module
 from supervisor.link.attempts import Attempts
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, converse
+from supervisor.link.transfer import Output
 from supervisor.link.worker import Identity, Worker
 from supervisor.testing import FakeCoordinator, FakeHost, FakePeer, open_coordinator
 
@@ -37,32 +41,38 @@ class FakeTransfer:
         self.gate.set()
         self.uploading = trio.Event()
 
-    async def fetch(self, file: wire.FileRef, target: Path) -> None:
+    async def fetch(self, file: wire.FileRef, target: Callable[[], int]) -> None:
         if file.name not in self.goods:
             raise refuse("input_unavailable", "gone")
-        target.write_bytes(self.goods[file.name])
+        with os.fdopen(target(), "wb") as out:
+            out.write(self.goods[file.name])
 
-    async def upload(self, template: str, file: OutputFile, source: Path | bytes, until: float | None = None) -> None:
+    async def upload(self, template: str, file: OutputFile, source: Output, until: float | None = None) -> None:
         self.uploading.set()
         await self.gate.wait()
-        self.taken[file.name] = source if isinstance(source, bytes) else source.read_bytes()
+        if isinstance(source, bytes):
+            self.taken[file.name] = source
+        else:
+            with os.fdopen(source(), "rb") as content:
+                self.taken[file.name] = content.read()
 
 
 class Rig:
     def __init__(self, coordinator: FakeCoordinator, host: FakeHost, folder: Path) -> None:
-        self.coordinator, self.host, self.folder = coordinator, host, folder
+        self.coordinator, self.host = coordinator, host
+        self.ground = Ground(folder / "m0")
         self.transfer = FakeTransfer()
         self.models = {"chat": ModelState(kinds=("llm", "image"), slots=2), "ears": ModelState(kinds=("audio_stt",))}
         self.offers = (wire.ModelOffer(name="chat", kinds=("llm",), engine="e"),)
         self.shutdown: list[str] = []
-        self.removals, self._removals = trio.open_memory_channel[Path](1000)
+        self.removals, self._removals = trio.open_memory_channel[None](1000)
         self.worker: Worker
         self.attempts: Attempts
 
     async def gone(self, name: str) -> None:
-        """Wait until an attempt's folder is removed."""
+        """Wait until an attempt's folders are removed."""
         with trio.fail_after(5):
-            while (self.folder / name).exists():
+            while (self.ground.inputs / name).exists() or (self.ground.outputs / name).exists():
                 await self._removals.receive()
 
     async def session(self) -> FakePeer:
@@ -80,9 +90,9 @@ def _removals(monkeypatch):
     """Tells the rig of each folder that was removed, which a thread does."""
     original = attempts_module._remove
 
-    async def remove(folder: Path) -> None:
-        await original(folder)
-        current[0].removals.send_nowait(folder)
+    async def remove(folders: Attempt | None) -> None:
+        await original(folders)
+        current[0].removals.send_nowait(None)
 
     monkeypatch.setattr(attempts_module, "_remove", remove)
 
@@ -96,7 +106,7 @@ async def rig(tmp_path: Path):
     async with open_coordinator() as coordinator, trio.open_nursery() as nursery:
         made = Rig(coordinator, host, tmp_path)
         current[:] = [made]
-        made.attempts = Attempts(host, made.transfer, tmp_path, nursery)
+        made.attempts = Attempts(host, made.transfer, lambda _model: made.ground, nursery)
         made.worker = Worker(
             Identity(name="w1", boot="b1"),
             made.attempts,
@@ -164,6 +174,7 @@ async def test_inputs_and_outputs_travel_as_files(tmp_path):
     [
         (lambda run: run.fail("out_of_memory"), "out_of_memory"),
         (lambda run: run.done({}, [OutputFile(wire.RESULT_FILE, "x", 0, "0")]), "engine_protocol"),
+        (lambda run: run.done({}, [OutputFile("../../in/x", "x", 0, "0")]), "engine_protocol"),
     ],
 )
 async def test_a_fault_is_told_once_and_typed(tmp_path, spoil, code):
