@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import trio
 
-from supervisor.host.cgroups import Cgroups
 from supervisor.host import removal
+from supervisor.host.cgroups import Cgroups
 from supervisor.host.child import open_child
 from supervisor.host.incidents import Incidents
 from supervisor.host.leftovers import Ledger
@@ -33,7 +33,7 @@ async def remove_tree(folder: Path) -> None:
 
     Cancellation: at once; the thread goes on by itself.
     """
-    await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True), abandon_on_cancel=True)
+    await trio.to_thread.run_sync(removal.remove_tree, folder, abandon_on_cancel=True)
 
 
 class Occupant(Protocol):
