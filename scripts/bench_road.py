@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_containment as containment
 import httpx
 import psutil
 import trio
@@ -33,6 +34,7 @@ app = FastAPI()
 async def echo(request: Request): return await request.json()
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
 """
+NOOP = '[[models]]\nname = "synthetic-noop"\nengine = "synthetic"\nkinds = ["llm"]\noptions = { slots = 64 }\n'
 BODY = {"model": "synthetic-noop", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
 
@@ -112,12 +114,11 @@ def bench_echo() -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[tuple[str, str, subprocess.Popen[bytes], float]]:
+def running(folder: Path, models: str = NOOP) -> Iterator[tuple[str, str, subprocess.Popen[bytes], float]]:
     """A supervisor with an embedded coordinator and one synthetic model; yields url, key, process, start time."""
     config = folder / "worker.toml"
     config.write_text(
-        f'config_version = 1\n[coordinator]\nlisten = "127.0.0.1:0"\n[worker]\nstate_dir = "{folder}/state"\n'
-        '[[models]]\nname = "synthetic-noop"\nengine = "synthetic"\nkinds = ["llm"]\noptions = { slots = 64 }\n'
+        f'config_version = 1\n[coordinator]\nlisten = "127.0.0.1:0"\n[worker]\nstate_dir = "{folder}/state"\n' + models
     )
     (folder / "state" / "endpoint.json").unlink(missing_ok=True)
     began = time.perf_counter()
@@ -278,6 +279,12 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "chat": bench_chat,
     "memory": bench_memory,
     "start": bench_start,
+    "sandbox-start": containment.bench_sandbox_start,
+    "sandbox-echo": containment.bench_sandbox_echo,
+    "orphans": lambda: containment.bench_orphans(running),
+    "faults": lambda: containment.bench_faults(running),
+    "hang": lambda: containment.bench_hang(running),
+    "neighbour": lambda: containment.bench_neighbour(running),
 }
 
 
