@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ MAX_BYTES = 64 * 2**10
 _MAX_LINES = 200
 _MAX_LINE = 512
 _SUFFIX = ".json"
+_PARTIAL = ".partial"
 
-# faulthandler's headings: "Fatal Python error: …", "Thread 0x… (most recent call first):", "Current thread 0x…",
-# "Stack (most recent call first):"; a line of a stack is indented.
-_HEADING = re.compile(r"^(Fatal Python error: .*|(Current thread|Thread) 0x[0-9a-f]+.*|Stack) ?(\(.*\):?)?:?$")
-_FRAME = re.compile(r'^  (File "|<|\.\.\.)|^  \.\.\.')
+# How faulthandler begins a stack, in the words of Python 3.11 to 3.14; the lines of a stack are indented.
+_HEADING = re.compile(
+    r"^(Fatal Python error: |Timeout \(|(Current thread|Thread) 0x[0-9a-f]+|.*\(most recent call first\):$)"
+)
+_FRAME = re.compile(r"^  (File |Binary file |<|\.\.\.)")
+_OLD_S = 60.0
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +77,7 @@ def now_utc() -> str:
 
 
 def stack_dump(lines: Iterable[str]) -> list[str]:
-    """The lines that faulthandler wrote, out of all that an engine wrote on stderr."""
+    """The lines that faulthandler wrote, out of all that an engine wrote on stderr; blank ones left out."""
     return [line for line, inside in _marked(lines) if inside]
 
 
@@ -131,6 +135,9 @@ class Incidents:
     def _prune(self) -> None:
         for path in self._files()[: -self._kept]:
             path.unlink(missing_ok=True)
+        for path in self._folder.glob(f"*{_PARTIAL}"):  # of a supervisor that was killed while it wrote
+            if path.stat().st_mtime < time.time() - _OLD_S:
+                path.unlink(missing_ok=True)
 
 
 def _encoded(incident: Incident) -> bytes:
@@ -145,7 +152,11 @@ def _encoded(incident: Incident) -> bytes:
             runs=_cut(incident.runs[:lines]),
         )
         data = msgspec.json.format(msgspec.json.encode(short), indent=2) + b"\n"
-        if len(data) <= MAX_BYTES or not lines:
+        if len(data) <= MAX_BYTES:
+            return data
+        if not lines:  # it is not the lines: keep what fits on a page
+            incident = msgspec.structs.replace(incident, facts={}, gpus=(), sandbox={}, how=incident.how[:_MAX_LINE])
+        if not lines and not (short.facts or short.gpus or short.sandbox):
             return data
         lines //= 2
 
@@ -155,7 +166,7 @@ def _cut(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(_PARTIAL)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+ROOT = "/proc"
 PAGE_BYTES = 4096 if not hasattr(os, "sysconf") else os.sysconf("SC_PAGE_SIZE")
 TICKS_PER_S = 100 if not hasattr(os, "sysconf") else os.sysconf("SC_CLK_TCK")
 
@@ -59,27 +60,28 @@ def parse_stat(line: str) -> Stat | None:
 
 def stat(pid: int, thread: int | None = None) -> Stat | None:
     """The process as a whole, or one of its threads."""
-    where = f"/proc/{pid}/stat" if thread is None else f"/proc/{pid}/task/{thread}/stat"
+    where = f"{ROOT}/{pid}/stat" if thread is None else f"{ROOT}/{pid}/task/{thread}/stat"
     return parse_stat(_text(where))
 
 
 def threads(pid: int) -> list[int]:
     """Its threads, the first one first."""
     try:
-        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+        return sorted(int(name) for name in os.listdir(f"{ROOT}/{pid}/task"))
     except OSError:
         return []
 
 
 def wchan(pid: int, thread: int | None = None) -> str:
     """The kernel function it waits in; "" when it runs or the kernel does not tell."""
-    where = f"/proc/{pid}/wchan" if thread is None else f"/proc/{pid}/task/{thread}/wchan"
-    return _text(where).strip("\n\0 0")
+    where = f"{ROOT}/{pid}/wchan" if thread is None else f"{ROOT}/{pid}/task/{thread}/wchan"
+    name = _text(where).strip("\n\0 ")
+    return "" if name == "0" else name
 
 
 def ran_ns(pid: int, thread: int) -> int | None:
     """Nanoseconds that a thread has spent on a CPU; finer than the ticks of `stat`."""
-    words = _text(f"/proc/{pid}/task/{thread}/schedstat").split()
+    words = _text(f"{ROOT}/{pid}/task/{thread}/schedstat").split()
     return int(words[0]) if words else None
 
 
@@ -99,20 +101,20 @@ def children(pid: int) -> list[int]:
     """Children of a process, the oldest first as long as one thread made them all."""
     found: list[int] = []
     for thread in threads(pid):
-        found += [int(word) for word in _text(f"/proc/{pid}/task/{thread}/children").split()]
+        found += [int(word) for word in _text(f"{ROOT}/{pid}/task/{thread}/children").split()]
     return found
 
 
 def resident_bytes(pid: int) -> tuple[int, int]:
     """Resident memory of a process, and how much of it is shared (mapped files, shared memory)."""
-    words = _text(f"/proc/{pid}/statm").split()
+    words = _text(f"{ROOT}/{pid}/statm").split()
     return (int(words[1]) * PAGE_BYTES, int(words[2]) * PAGE_BYTES) if len(words) > 2 else (0, 0)
 
 
 def pids() -> list[int]:
     """Every process there is."""
     try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [int(name) for name in os.listdir(ROOT) if name.isdigit()]
     except OSError:
         return []
 
@@ -120,11 +122,11 @@ def pids() -> list[int]:
 @functools.cache
 def boot_id() -> str:
     """Names this boot of the machine; "" where there is none."""
-    return _text("/proc/sys/kernel/random/boot_id").strip()
+    return _text(f"{ROOT}/sys/kernel/random/boot_id").strip()
 
 
 def _status(pid: int, field: str) -> str:
-    for line in _text(f"/proc/{pid}/status").splitlines():
+    for line in _text(f"{ROOT}/{pid}/status").splitlines():
         if line.startswith(field):
             return line[len(field) :]
     return ""
