@@ -53,6 +53,10 @@ class Occupant(Protocol):
     def idle_since(self) -> float | None:
         """trio time since when it has been loaded without work; None when it works or is not loaded."""
 
+    @property
+    def ready_since(self) -> float | None:
+        """trio time since when its model is loaded, with or without work; None while it is not."""
+
     def evict(self, reason: str) -> None:
         """End the instance as soon as it has no run; the lane goes back to cold, uncounted as a failure."""
 
