@@ -11,11 +11,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import trio
 
-if sys.platform != "win32":  # containment/windows_pipe.py has the pipes of that platform
-    import fcntl
+assert sys.platform != "win32" or not TYPE_CHECKING  # containment/windows_pipe.py has the pipes of Windows
+
+import fcntl  # noqa: E402
 
 PIPE_BYTES = 2**20
 READ_BYTES = 2**18

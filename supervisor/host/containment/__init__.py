@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 
 from supervisor.host.containment.base import Containment
 
+# sys.platform -> module, class. Imported by name: each module needs what only its own system has.
+_BACKENDS = {
+    "linux": ("linux", "Linux"),
+    "darwin": ("macos", "Macos"),
+    "win32": ("windows", "Windows"),
+}
 
+
+@functools.cache
 def backend(platform: str = sys.platform) -> Containment:
     """The platform's backend.
 
     Raises:
         NotImplementedError: there is none for this platform.
     """
-    if platform == "linux":
-        from supervisor.host.containment.linux import Linux
-
-        return Linux()
-    raise NotImplementedError(f"children cannot be contained on {platform}; run the worker on Linux")
+    try:
+        module, name = _BACKENDS[platform]
+    except KeyError:
+        known = ", ".join(_BACKENDS)
+        raise NotImplementedError(
+            f"Children cannot be contained on {platform}; there are backends for {known}."
+        ) from None
+    found: Containment = getattr(importlib.import_module(f"{__name__}.{module}"), name)()
+    return found

@@ -149,7 +149,9 @@ class Leash(Protocol):
 class Containment(Protocol):
     """One platform's way to start children and hold their families together."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the platform."""
 
     def spawn(self, spec: ChildSpec, is_over: Callable[[], bool]) -> Leash:
         """Start a child; from trio's main thread, with the loop running.
@@ -162,4 +164,7 @@ class Containment(Protocol):
         """
 
     def verdicts(self) -> dict[str, str]:
-        """Facts of this platform that hold for every child, in the words of the sandbox verdicts."""
+        """Layer -> verdict of what this backend itself puts around every child; the launcher tells of its own."""
+
+    def facts(self) -> dict[str, str]:
+        """What is worth knowing of this machine in a report: `platform`, and whether it is WSL2."""

@@ -13,14 +13,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from supervisor.host.containment.base import ChildSpec
-from supervisor.host.containment.posix import PosixLeash
 
-# A family that forks faster than we can look is ended by its group, its warden or its cgroup, not by a list.
-MAX_MEMBERS = 4096
+assert sys.platform == "linux" or not TYPE_CHECKING  # for the type checker: the rest is Linux's
+
+from supervisor.host.containment.posix import MAX_MEMBERS, PosixLeash  # noqa: E402
 
 
 class LinuxLeash(PosixLeash):
@@ -29,12 +30,11 @@ class LinuxLeash(PosixLeash):
     def __init__(self, spec: ChildSpec, is_over: Callable[[], bool]) -> None:
         super().__init__(spec, is_over)
         self._cgroup = spec.cgroup
-        self._known: dict[int, str] = {}
 
     async def wait_dead(self) -> None:
         """Wait on a pidfd; the zombie stays. Some Pythons are built without pidfd_open (old kernel headers)."""
-        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
-            await super().wait_dead()
+        if not hasattr(os, "pidfd_open"):
+            await self._wait_in_thread()
             return
         pidfd = os.pidfd_open(self.pid)
         try:
@@ -43,6 +43,13 @@ class LinuxLeash(PosixLeash):
             trio.lowlevel.notify_closing(pidfd)
             os.close(pidfd)
 
+    async def _wait_in_thread(self) -> None:
+        await trio.to_thread.run_sync(
+            lambda: os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT),
+            abandon_on_cancel=True,
+            limiter=trio.CapacityLimiter(1),  # the shared one would run out at 40 children
+        )
+
     def dump_stacks(self) -> bool:
         """SIGUSR2, when the leader would survive it: before the warden or faulthandler took it, it kills."""
         if not _takes(self.pid, signal.SIGUSR2):
@@ -50,31 +57,18 @@ class LinuxLeash(PosixLeash):
         return super().dump_stacks()
 
     def kill_family(self) -> bool:
-        """cgroup.kill and the lifeline; the family is noted first, for afterwards its orphans cannot be told."""
+        """cgroup.kill and the lifeline."""
         self._note_members()
         by_cgroup = self._kill_cgroup()
-        return self.cut_lifeline() or by_cgroup
+        return super().kill_family() or by_cgroup
 
-    def kill_members(self) -> None:
-        """SIGKILL to the group, and to every process of the family that is or was known.
+    def members(self) -> dict[int, str]:
+        """As /proc shows them."""
+        return members(self.pid)
 
-        First all are stopped, until a look finds none that is new: what is stopped cannot fork while we kill.
-        """
-        self.signal(signal.SIGSTOP)
-        while fresh := self._note_members():
-            for pid, started in fresh.items():
-                signal_exactly(pid, started, signal.SIGSTOP)
-        super().kill_members()
-        for pid, started in self._known.items():
-            signal_exactly(pid, started, signal.SIGKILL)
-
-    def _note_members(self) -> dict[int, str]:
-        """Returns those that are new."""
-        if self._process.returncode is not None or len(self._known) >= MAX_MEMBERS:
-            return {}
-        fresh = {pid: started for pid, started in members(self.pid).items() if self._known.get(pid) != started}
-        self._known.update(fresh)
-        return fresh
+    def signal_exactly(self, pid: int, started: str, number: int) -> bool:
+        """By a pidfd."""
+        return signal_exactly(pid, started, number)
 
     def _kill_cgroup(self) -> bool:
         if self._cgroup is None:
@@ -96,7 +90,11 @@ class Linux:
         return LinuxLeash(spec, is_over)
 
     def verdicts(self) -> dict[str, str]:
-        """Under WSL2 the kernel is Microsoft's and GPUs are reached by other nodes: worth knowing in a report."""
+        """None: every layer is the launcher's."""
+        return {}
+
+    def facts(self) -> dict[str, str]:
+        """Under WSL2 the kernel is Microsoft's and GPUs are reached through /dev/dxg."""
         return {"platform": "wsl2" if is_wsl2(platform.release()) else "linux"}
 
 
@@ -144,8 +142,8 @@ def start_time(pid: int) -> str:
 
 def signal_exactly(pid: int, started: str, number: int) -> bool:
     """Send a signal to this very process, never to a later one with its number; whether there was one."""
-    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
-        return False
+    if not hasattr(os, "pidfd_open"):
+        return _signal_nearly_exactly(pid, started, number)
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -159,6 +157,16 @@ def signal_exactly(pid: int, started: str, number: int) -> bool:
     finally:
         os.close(pidfd)
     return True
+
+
+def _signal_nearly_exactly(pid: int, started: str, number: int) -> bool:
+    """Between the look and the signal the number could change hands; there is nothing better without a pidfd."""
+    if start_time(pid) != started:
+        return False
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+        return True
+    return False
 
 
 def _takes(pid: int, number: int) -> bool:

@@ -13,11 +13,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-
-import trio
+from typing import TYPE_CHECKING
 
 from supervisor.host.containment.base import ChildSpec, Exit
-from supervisor.host.pipe import PipeReader, PipeWriter
+
+assert sys.platform != "win32" or not TYPE_CHECKING  # for the type checker: the rest is for the others
+
+from supervisor.host.pipe import PipeReader, PipeWriter  # noqa: E402
+
+# A family that forks faster than we can look is ended by its group, its warden or its cgroup, not by a list.
+MAX_MEMBERS = 4096
 
 
 class PosixLeash:
@@ -25,6 +30,7 @@ class PosixLeash:
 
     def __init__(self, spec: ChildSpec, is_over: Callable[[], bool]) -> None:
         self._process, self._lifeline = spawn(spec)
+        self._known: dict[int, str] = {}
         process = self._process
         self.pid = process.pid
         assert process.stdin is not None
@@ -36,13 +42,8 @@ class PosixLeash:
         self.stderr = PipeReader(_detach(process.stderr), is_over)
 
     async def wait_dead(self) -> None:
-        """Wait in a thread of its own until the process is a zombie; platforms with something better use that."""
-        if sys.platform != "win32":
-            await trio.to_thread.run_sync(
-                lambda: os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT),
-                abandon_on_cancel=True,
-                limiter=trio.CapacityLimiter(1),  # the shared one would run out at 40 children
-            )
+        """Wait until the process is a zombie, without reaping it: each system has its own way."""
+        raise NotImplementedError
 
     def reap(self) -> Exit:
         """Kill the stragglers of the group, while the zombie leader keeps its number ours; then reap it."""
@@ -58,7 +59,7 @@ class PosixLeash:
 
     def signal_group(self, number: int) -> None:
         """To the whole group. macOS answers EPERM for a group of zombies."""
-        if sys.platform != "win32" and self._process.returncode is None:
+        if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
@@ -69,22 +70,45 @@ class PosixLeash:
 
     def dump_stacks(self) -> bool:
         """SIGUSR2 to the leader; a warden passes it on to its engine."""
-        if sys.platform == "win32":
-            return False
         self.signal(signal.SIGUSR2)
         return True
 
     def kill_family(self) -> bool:
-        """Cut the lifeline: the warden does the rest."""
+        """Cut the lifeline. The family is noted first: afterwards its orphans cannot be told from strangers."""
+        self._note_members()
         return self.cut_lifeline()
 
     def kill_members(self) -> None:
-        """SIGKILL to the group."""
+        """SIGKILL to the group, and to every process of the family that is or was known.
+
+        First all are stopped, until a look finds none that is new: what is stopped cannot fork while we kill.
+        """
+        self.signal(signal.SIGSTOP)
+        while fresh := self._note_members():
+            for pid, started in fresh.items():
+                self.signal_exactly(pid, started, signal.SIGSTOP)
         self._kill_group()
+        for pid, started in self._known.items():
+            self.signal_exactly(pid, started, signal.SIGKILL)
+
+    def _note_members(self) -> dict[int, str]:
+        """Returns those that are new."""
+        if self._process.returncode is not None or len(self._known) >= MAX_MEMBERS:
+            return {}
+        fresh = {pid: started for pid, started in self.members().items() if self._known.get(pid) != started}
+        self._known.update(fresh)
+        return fresh
+
+    def members(self) -> dict[int, str]:
+        """The leader's descendants that can be seen now, each with its start; not the leader itself."""
+        raise NotImplementedError
+
+    def signal_exactly(self, pid: int, started: str, number: int) -> bool:
+        """Send a signal to this very process, never to a later one with its number; whether there was one."""
+        raise NotImplementedError
 
     def _kill_group(self) -> None:
-        if sys.platform != "win32":
-            self.signal_group(signal.SIGKILL)
+        self.signal_group(signal.SIGKILL)
 
     def cut_lifeline(self) -> bool:
         """Close our end of it."""
