@@ -4,11 +4,13 @@
 
 Standard library only, run with `-I -S`: nothing third-party can be imported before the process is locked down.
 
-The order is not free. Limits; then the warden and the namespaces (lockdown/warden.py), because Landlock forbids
-mounts; then capabilities and no_new_privs, which Landlock and seccomp ask for; then Landlock; then seccomp, last,
-because it forbids the calls used before. After each layer somebody tries what it should refuse (lockdown/canary.py):
-that is its verdict, and the engine tells the host in `ready`. A layer that the kernel does not have costs only itself,
-unless the mode is "require". Without `sandbox` in the spec the process only dies with its parent.
+The order is not free. First the cgroup, which holds what is started after it was joined; limits; the user, when root
+starts us (lockdown/user.py), since what comes later is made as that user, and since a change of user clears the wish to
+die with the parent; then the warden and the namespaces (lockdown/warden.py), because Landlock forbids mounts; then
+capabilities and no_new_privs, which Landlock and seccomp ask for; then Landlock; then seccomp, last, because it forbids
+the calls used before. After each layer somebody tries what it should refuse (lockdown/canary.py): that is its verdict,
+and the engine tells the host in `ready`. A layer that the kernel does not have costs only itself, unless the mode is
+"require". Without `sandbox` in the spec the process only dies with its parent.
 
 The engine's interpreter may be another venv's; it is exec'ed on this installation's `engines` and `protocol`
 (`root`), so the two ends of the wire cannot be of different revisions.
@@ -28,8 +30,9 @@ from typing import Any, NoReturn
 _PR_SET_PDEATHSIG = 1
 # Exit code when the mode is "require" and a layer is not verified; the last line of stderr names it.
 EXIT_NOT_CONFINED = 71
-LAYERS = ("namespaces", "privileges", "landlock", "seccomp")
-# What "require" requires. The rest (user, ipc, warden) cannot be tried from inside without another namespace.
+LAYERS = ("uid", "namespaces", "privileges", "landlock", "seccomp")
+# What "require" requires. The rest (user, ipc, warden) cannot be tried from inside without another namespace; and not
+# the uid, since these together hold a root without capabilities just as well (tests/engines/lockdown/matrix.txt).
 REQUIRED = ("pid", "proc", "net", "privileges", "landlock", "seccomp")
 VERDICTS = "BULKHEAD_SANDBOX"  # how the verdicts reach the engine's runtime
 
@@ -58,37 +61,49 @@ def main() -> NoReturn:
         _die_with_parent(spec.get("parent"))
         _limits(spec)
         _become(spec)
-    if lifeline is None:  # else the lifeline tells of the parent's end, and the warden must live to clean up
-        _die_with_parent(spec.get("parent"))
-    _limits(spec)
-    verdicts, kept = _lock_down(spec["sandbox"], lifeline, spec.get("parent", 0))
+    verdicts, kept = _lock_down(spec, lifeline)
     _become(spec, verdicts, kept)
 
 
-def _lock_down(policy: dict[str, Any], lifeline: int | None, parent: int) -> tuple[dict[str, str], list[int]]:
+def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, str], list[int]]:
     """Put on every layer of the policy; returns the verdicts and the descriptors that must stay open.
 
-    The policy: `mode`, `layers` (default: all), `network` (see lockdown/seccomp.py), and paths to `read`, `execute`,
-    `write` and, as `devices`, to open and control; `names_threads` as CUDA needs it.
+    The policy, `spec["sandbox"]`: `mode`, `layers` (default: all), `network` (see lockdown/seccomp.py), and paths to
+    `read`, `execute`, `write` and, as `devices`, to open and control; `names_threads` as CUDA needs it; `user` to
+    become when we are root (lockdown/user.py); `processes`, how many of them and of threads there may be.
+    `spec["cgroup"]` is a folder of cgroups to join, whatever the mode.
     """
     # Only the package `engines` is taken from there, and only from this place in this program.
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path.append(root)
-    from engines.lockdown import canary, kernel, landlock, privileges, seccomp, warden
+    from engines.lockdown import canary, kernel, landlock, limits, privileges, seccomp, user, warden
 
     sys.path.remove(root)
+    policy: dict[str, Any] = spec["sandbox"]
     off = policy.get("mode") == "off"
     layers = set() if off else set(policy.get("layers", LAYERS))
     network = policy.get("network", "none")
     verdicts: dict[str, str] = {}
+    if "cgroup" in spec:
+        verdicts["cgroup"] = limits.join(spec["cgroup"])
+    _limits(spec)
+    verdicts["uid"] = "off"
+    if "uid" in layers and "user" in policy and os.geteuid() == 0:
+        verdicts["uid"] = _attempt(lambda: user.drop(policy["user"], policy.get("devices", [])))
+    if lifeline is None:  # else the lifeline tells of the parent's end, and the warden must live to clean up
+        _die_with_parent(spec.get("parent"))
 
     def unprivileged() -> str:
         privileges.drop()
         return canary.privileges()
 
-    warden.fork(lifeline, layers, policy, verdicts)
-    canary.namespaces(verdicts, parent)
-    policy = policy | {"private_proc": verdicts["proc"] == "verified"}
+    private = warden.fork(lifeline, layers, policy, verdicts)
+    canary.namespaces(verdicts, spec.get("parent", 0))
+    policy = policy | {"private_proc": verdicts["proc"] == "verified", "write": [*policy.get("write", ()), *private]}
+    if "processes" in policy and not off:
+        spaces = verdicts["user"] == "claimed"
+        own = {"own_namespace": spaces, "own_user": verdicts["uid"] == "verified"}
+        verdicts["processes"] = _attempt(lambda: limits.processes(policy["processes"], **own))
     if "privileges" in layers:
         verdicts["privileges"] = _attempt(unprivileged)
     elif layers & {"landlock", "seccomp"}:  # they may be put on by anybody who cannot gain privileges

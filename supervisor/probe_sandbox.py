@@ -12,7 +12,10 @@ from supervisor.host.work import EngineSpec
 from supervisor.probe_verdict import NOT_INSTALLED, Probe
 
 # The columns of the table: what the launcher reports, outermost first.
-VERDICTS = ("warden", "user", "pid", "proc", "mounts", "net", "ipc", "privileges", "landlock", "seccomp")
+VERDICTS = (
+    *("warden", "uid", "user", "pid", "proc", "mounts", "net", "ipc"),
+    *("processes", "privileges", "landlock", "seccomp"),
+)
 
 
 def without(engine: EngineSpec, *layers: str) -> EngineSpec:

@@ -1,7 +1,7 @@
 """The command engine: one process of an operator's program per job.
 
 The operator's configuration says which program and which of the caller's words it may see; the caller fills
-places. Every process that the program leaves behind is ended with the run (engines/runtime/leash.py).
+places. Every process that the program leaves behind is ended with the run (engines/lockdown/leash.py).
 """
 
 from __future__ import annotations

@@ -18,7 +18,10 @@ _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 0x400
 NAMES = ("user", "pid", "proc", "mounts", "net", "ipc")
 # Where a host keeps its sockets and its users' files: covered, unless something granted lies below. Before version 9
 # Landlock lets anybody connect to a socket whose path can be seen.
-COVERED = ("/run", "/tmp", "/var/tmp", "/dev/shm")
+COVERED = ("/run", "/var/tmp", "/tmp", "/dev/shm")
+# What ordinary programs cannot do without gets a place of its own there, in memory, that ends with the namespace:
+# nothing is ever left in the box's. CUDA's and NCCL's shared memory, and multiprocessing's, go to /dev/shm.
+PRIVATE = {"/tmp": b"size=256m,nr_inodes=16k,mode=1777", "/dev/shm": b"size=1g,nr_inodes=16k,mode=1777"}
 
 
 def fork(*, network: bool, verdicts: dict[str, str]) -> int:
@@ -87,25 +90,30 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
-def furnish(verdicts: dict[str, str], *, loopback: bool, granted: list[str]) -> None:
-    """Inside the new namespaces, as their first process: a /proc of our own, the host's sockets covered, loopback."""
+def furnish(verdicts: dict[str, str], *, loopback: bool, granted: list[str]) -> list[str]:
+    """Inside the new namespaces, as their first process: a /proc of our own, the host's sockets covered, loopback.
+
+    Returns the folders of `PRIVATE` that are now our own.
+    """
     try:
         kernel.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
         kernel.mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     except OSError as error:  # a container that covers parts of its /proc forbids a fresh one
         verdicts["proc"] = kernel.word(error)
-    verdicts["mounts"] = _cover(granted)
+    verdicts["mounts"], private = _cover(granted)
     if loopback and verdicts.get("net") == "claimed":
         plug = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
         try:
             fcntl.ioctl(plug.fileno(), _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP | _IFF_RUNNING))
         finally:
             plug.close()
+    return private
 
 
-def _cover(granted: list[str]) -> str:
+def _cover(granted: list[str]) -> tuple[str, list[str]]:
     paths = [os.path.realpath(path) for path in granted]
-    open_ = []
+    open_: list[str] = []
+    private: list[str] = []
     for folder in COVERED:
         if not os.path.isdir(folder):
             continue
@@ -113,10 +121,12 @@ def _cover(granted: list[str]) -> str:
             open_.append(folder)
             continue
         try:
-            flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-            kernel.mount(b"none", folder.encode(), b"tmpfs", flags, b"size=4k,mode=0755")
+            flags = _MS_NOSUID | _MS_NODEV | (0 if folder in PRIVATE else _MS_NOEXEC)
+            kernel.mount(b"none", folder.encode(), b"tmpfs", flags, PRIVATE.get(folder, b"size=4k,mode=0755"))
             if os.listdir(folder):
                 open_.append(folder)
+            elif folder in PRIVATE:
+                private.append(folder)
         except OSError:
             open_.append(folder)
-    return f"partial({', '.join(open_)} open)" if open_ else "verified"
+    return f"partial({', '.join(open_)} open)" if open_ else "verified", private

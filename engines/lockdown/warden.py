@@ -1,11 +1,16 @@
-"""The process that holds an engine's leash, and the first process of its pid namespace.
+"""The process that holds an engine's leash, and the one between it and the engine.
 
-Theory of operation. The supervisor's child is the warden, outside every namespace. It forks the first process of the
-namespaces, which forks the one that becomes the engine. A thread inside the engine cannot hold the leash: with the
-GIL held in C it never runs. The warden waits for two things: the lifeline, a pipe whose other end only the
-supervisor holds, to close, and the engine to end. When the lifeline closes, everything below the warden is killed.
-When the engine ends, what it left behind is killed and the warden ends exactly as the engine did. Without a pid
-namespace the warden adopts the orphans of the family (subreaper) and kills until there are none.
+Theory of operation. The supervisor's child is the warden, outside every namespace. It forks a second process, which
+forks the one that becomes the engine. A thread inside the engine cannot hold the leash: with the GIL held in C it
+never runs. The warden waits for two things: the lifeline, a pipe whose other end only the supervisor holds, to close,
+and the second process to end. When the lifeline closes, everything below the warden is killed. When the engine ends,
+what it left behind is killed and the warden ends exactly as the engine did.
+
+The second process is the first one of the pid namespace, with which the kernel kills all the rest. Without a pid
+namespace it is the guard: it adopts the orphans of the family (subreaper) and kills until there are none. Warden and
+guard watch each other, because each can be killed: the guard, in a session of its own that no signal to the group
+reaches, sees the warden's end of a pipe close and sweeps; the warden inherits what a killed guard had adopted, and
+sweeps too. Only both killed at one moment leave the family without a keeper.
 Signals that are meant for the engine and reach only us (SIGTERM, SIGUSR2) are passed on.
 """
 
@@ -15,22 +20,18 @@ import os
 import select
 import signal
 import struct
-import time
 from typing import Any, NoReturn
 
-from engines.lockdown import kernel, namespaces
+from engines.lockdown import family, namespaces
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-_SWEEP_STEP_S = 0.0005
-# Processes that ignore SIGKILL for this long are stuck in the kernel; waiting longer helps nobody.
-_SWEEP_S = 5.0
 
 
-def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdicts: dict[str, str]) -> None:
-    """Fork the engine-to-be below a warden; returns in the engine-to-be only."""
+def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdicts: dict[str, str]) -> list[str]:
+    """Fork the engine-to-be below a warden; returns in the engine-to-be only: folders that are its private ones."""
     network = policy.get("network", "none")
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+    family.adopt_orphans()
     told, tell = os.pipe()
     if "namespaces" in layers:
         pid = namespaces.fork(network=network == "host", verdicts=verdicts)
@@ -40,34 +41,44 @@ def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdict
     apart = verdicts["pid"] == "claimed"
     if pid:
         os.close(tell)
-        _guard(pid, lifeline, told, apart=apart)
+        _hold(pid, lifeline, told)
     os.close(told)
     if lifeline is not None:
         os.close(lifeline)
-    _die_with_parent(tell)
+    private: list[str] = []
     if apart:
-        namespaces.furnish(verdicts, loopback=network == "loopback", granted=_granted(policy))
-        engine = os.fork()
-        if engine:
-            _be_first(engine, tell)
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        family.die_with_parent()
+        if _alone(tell):
+            os._exit(0)
+        private = namespaces.furnish(verdicts, loopback=network == "loopback", granted=_granted(policy))
+    else:
+        family.adopt_orphans()
+    keeper = os.getpid()
+    engine = os.fork()
+    if engine and apart:
+        _be_first(engine, tell)
+    if engine:
+        _be_guard(engine, tell)
+    family.die_with_parent()
+    if os.getppid() != keeper and not apart:
+        os._exit(0)
     os.close(tell)
     for number in _PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     verdicts["warden"] = "claimed"
+    return private
 
 
 def _granted(policy: dict[str, Any]) -> list[str]:
     return [path for name in ("read", "execute", "write", "devices") for path in policy.get(name, ())]
 
 
-def _die_with_parent(tell: int) -> None:
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+def _alone(tell: int) -> bool:
+    """Whether the warden is gone: nobody reads the other end any more."""
     poll = select.poll()
     poll.register(tell, 0)
-    if poll.poll(0):  # nobody reads the other end: the warden died before we could ask
-        os._exit(0)
+    return bool(poll.poll(0))
 
 
 def _quiet() -> None:
@@ -104,10 +115,42 @@ def _be_first(engine: int, tell: int) -> NoReturn:
             os._exit(0)
 
 
+# ---- the guard, where there is no pid namespace
+
+
+def _be_guard(engine: int, tell: int) -> NoReturn:
+    """Reap everything; when the engine has ended or the warden is gone, kill what is left, tell, and end."""
+    os.setsid()
+    _quiet()
+    woken, wake = os.pipe()
+    for fd in (woken, wake):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup descriptor tells
+    _pass_on(engine)
+    poll = select.poll()
+    poll.register(woken, select.POLLIN)
+    poll.register(tell, 0)
+    while True:
+        status = family.reap(engine)
+        if status is not None:
+            family.sweep()
+            if not _alone(tell):
+                os.write(tell, struct.pack("i", status))
+            os._exit(0)
+        if tell in [fd for fd, _ in poll.poll()]:
+            family.sweep()
+            os._exit(0)
+        try:
+            os.read(woken, 4096)
+        except BlockingIOError:
+            pass
+
+
 # ---- the warden
 
 
-def _guard(pid: int, lifeline: int | None, told: int, *, apart: bool) -> NoReturn:
+def _hold(pid: int, lifeline: int | None, told: int) -> NoReturn:
     _quiet()
     _pass_on(pid)
     ended = os.pidfd_open(pid)
@@ -118,48 +161,12 @@ def _guard(pid: int, lifeline: int | None, told: int, *, apart: bool) -> NoRetur
     while True:
         ready = [fd for fd, _ in poll.poll()]
         if lifeline in ready:
-            _sweep()
-            _end_like(signal.SIGKILL)
+            family.sweep()
+            family.end_like(signal.SIGKILL)
         if ended in ready:
             _, status = os.waitpid(pid, 0)
-            if apart:
-                # Nothing was told when the first process itself was killed; then its own end is the answer.
-                message = os.read(told, 4)
-                status = struct.unpack("i", message)[0] if len(message) == 4 else status
-            _sweep()
-            _end_like(status)
-
-
-def _sweep() -> None:
-    """Kill what is below us. Killed parents hand us their children, so look until there are none."""
-    until = time.monotonic() + _SWEEP_S
-    while time.monotonic() < until:
-        for child in _children():
-            try:
-                os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(_SWEEP_STEP_S)
-
-
-def _children() -> list[int]:
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(word) for word in file.read().split()]
-    except OSError:
-        return []
-
-
-def _end_like(status: int) -> NoReturn:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        time.sleep(1.0)
-    os._exit(os.WEXITSTATUS(status))
+            # Nothing was told when the one between was killed itself; then its own end is the answer.
+            message = os.read(told, 4)
+            status = struct.unpack("i", message)[0] if len(message) == 4 else status
+            family.sweep()
+            family.end_like(status)

@@ -1,4 +1,4 @@
-"""A program that an engine runs, on a leash: see leash.py for what the leash promises."""
+"""A program that an engine runs, on a leash: see lockdown/leash.py for what the leash promises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engines.launch import ENVIRONMENT
 
 MAX_LINE_BYTES = 8192
 _READ_BYTES = 2**16
-_LEASH = str(Path(__file__).with_name("leash.py"))
+_LEASH = str(Path(__file__).parents[1] / "lockdown" / "leash.py")
 
 
 def inherited() -> dict[str, str]:

@@ -15,9 +15,11 @@ from typing import Any
 
 from engines.catalog import CATALOG, Profile
 from protocol.engine_wire import Model
+from supervisor.host.engine_user import User
+from supervisor.host.ground import Ground
 from supervisor.host.work import EngineSpec
 
-LAYERS = ("namespaces", "privileges", "landlock", "seccomp")  # of engines/launch.py
+LAYERS = ("uid", "namespaces", "privileges", "landlock", "seccomp")  # of engines/launch.py
 # Where a dynamic linker and the libraries of the system lie.
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _READABLE = (
@@ -47,9 +49,22 @@ _GPU_NODES = (
 )
 _GPU_INFORMATION = "/proc/driver/nvidia/gpus/*/information"
 _MAX_LINKS = 10_000
+# WSL2: the driver of the host, mounted into the guest; its libcuda is a stub that loads the rest from drivers/.
+_WSL_NODE, _WSL_LIBRARIES = "/dev/dxg", ("/usr/lib/wsl/lib", "/usr/lib/wsl/drivers")
+# Processes and threads of one engine. Libraries make a pool of one thread per core each, some of them several.
+_PROCESSES, _PROCESSES_PER_CORE = 512, 16
 
 
-def policy(engine: EngineSpec, scratch: Path, root: Path, model: Model | None, device: str = "auto") -> dict[str, Any]:
+def policy(
+    engine: EngineSpec,
+    scratch: Path,
+    root: Path,
+    model: Model | None,
+    device: str = "auto",
+    *,
+    ground: Ground | None = None,
+    user: User | None = None,
+) -> dict[str, Any]:
     """The launcher's `sandbox`.
 
     Args:
@@ -57,6 +72,8 @@ def policy(engine: EngineSpec, scratch: Path, root: Path, model: Model | None, d
         root: holds our packages `engines` and `protocol`.
         model: what will be loaded; None when only the engine's fixture is (it lies below `root`).
         device: where it will run when there is no model to tell.
+        ground: where the attempts of its jobs have their inputs and outputs.
+        user: whom it is to become; None keeps ours.
     """
     asked = engine.sandbox
     entry = CATALOG.get(engine.name)
@@ -66,6 +83,9 @@ def policy(engine: EngineSpec, scratch: Path, root: Path, model: Model | None, d
     execute = [*_LIBRARIES, *_interpreter(engine.python), *asked.execute]
     read = [*_READABLE, str(root / "engines"), str(root / "protocol"), *_added_paths(engine.python), *asked.read]
     write = [str(scratch), *asked.write]
+    if ground is not None:
+        read.append(str(ground.inputs))
+        write.append(str(ground.outputs))
     if model is not None:
         read += _model_files(model)
         execute += _own_programs(model) if profile.spawns else []
@@ -77,9 +97,12 @@ def policy(engine: EngineSpec, scratch: Path, root: Path, model: Model | None, d
         read += [f"/etc/{name}" for name in _NETWORK_FILES]
     gpu = (model.device if model is not None else device) != "cpu"
     nodes = _gpu_nodes(model.devices if model is not None else ()) if gpu else []
-    layers = [layer for layer in LAYERS if layer not in asked.without]
+    if gpu and nodes:
+        execute += [folder for folder in _WSL_LIBRARIES if _WSL_NODE in nodes]
+    given = {} if user is None else {"user": _as_user(user, engine, scratch, root, model, runs_programs=profile.spawns)}
     return {
-        "layers": layers,
+        **given,
+        "layers": [layer for layer in LAYERS if layer not in asked.without],
         "mode": asked.mode,
         "network": network,
         "spawns": profile.spawns,
@@ -88,6 +111,35 @@ def policy(engine: EngineSpec, scratch: Path, root: Path, model: Model | None, d
         "write": _unique(write),
         "devices": [*_NODES, *nodes],
         "names_threads": bool(nodes),
+        "processes": _PROCESSES + _PROCESSES_PER_CORE * (os.cpu_count() or 1),
+    }
+
+
+def _as_user(
+    user: User, engine: EngineSpec, scratch: Path, root: Path, model: Model | None, *, runs_programs: bool
+) -> dict[str, Any]:
+    """What the engine's user must reach, or the engine stays root: see engines/lockdown/user.py.
+
+    Only what the engine cannot do without: of the folders of the system nobody is kept out.
+    """
+    asked = engine.sandbox
+    runs = [engine.python, *_interpreter(engine.python), *asked.execute]
+    reads = [str(root / "engines" / "runtime" / "boot.py"), str(root / "protocol"), *asked.read]
+    writes = [str(scratch), *asked.write]
+    if model is not None:
+        reads += [path for path in model.files.values() if os.path.exists(path)]
+        reads += [word for word in _words(model.options) if os.path.isabs(word) and os.path.exists(word)]
+        if runs_programs:
+            argv, cwd = model.options.get("argv"), model.options.get("cwd")
+            runs += [str(argv[0])] if isinstance(argv, list) and argv and os.path.isabs(str(argv[0])) else []
+            writes += [cwd] if isinstance(cwd, str) and cwd else []
+    reads = [*reads, *_added_paths(engine.python)]
+    return {
+        "uid": user.uid,
+        "gid": user.gid,
+        "runs": _unique(runs),
+        "reads": _unique(reads),
+        "writes": _unique(writes),
     }
 
 

@@ -12,7 +12,9 @@ import msgspec
 
 from protocol.engine_wire import Model
 from supervisor.host.child import ChildSpec
+from supervisor.host.engine_user import engine_user
 from supervisor.host.grants import policy
+from supervisor.host.ground import Ground, give
 from supervisor.host.work import EngineSpec
 
 # The folder that holds the packages `engines` and `protocol` of this very installation.
@@ -20,16 +22,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 _LIBRARY_PATH = "LD_LIBRARY_PATH"
+_WSL_LIBRARIES = Path("/usr/lib/wsl/lib")
 
 
 def engine_argv(
-    engine: EngineSpec, scratch: Path, args: Sequence[str] = (), model: Model | None = None
+    engine: EngineSpec,
+    scratch: Path,
+    args: Sequence[str] = (),
+    model: Model | None = None,
+    *,
+    ground: Ground | None = None,
+    cgroup: str | None = None,
 ) -> tuple[str, ...]:
     """argv that starts `engine` in `scratch` (absolute, exists); `args` as in engines/runtime/boot.py.
 
     The launcher runs on our own interpreter; it execs the engine's. The values of `engine.env` travel in the
     environment (see `engine_env`), since argv can be read by every user of the box.
     """
+    device = args[args.index("--device") + 1] if "--device" in args else "auto"
+    user = engine_user() if engine.sandbox.mode != "off" else None
     spec: dict[str, Any] = {
         "root": str(ROOT),
         "module": engine.module,
@@ -38,10 +49,12 @@ def engine_argv(
         "parent": os.getpid(),
         "keep": sorted(engine.env),
         "args": list(args),
-        "sandbox": policy(
-            engine, scratch, ROOT, model, args[args.index("--device") + 1] if "--device" in args else "auto"
-        ),
+        "sandbox": policy(engine, scratch, ROOT, model, device, ground=ground, user=user),
     }
+    if cgroup is not None:
+        spec["cgroup"] = cgroup
+    if ground is not None and ground.limit_bytes:
+        spec["rlimits"] = {"FSIZE": ground.limit_bytes}
     if _LIBRARY_PATH not in engine.env and (folders := cuda_libraries(engine.python)):
         spec["env"] = {_LIBRARY_PATH: folders}  # for the engine alone: the launcher needs no foreign libraries
     launcher = str(ROOT / "engines" / "launch.py")
@@ -55,8 +68,10 @@ def cuda_libraries(python: str) -> str:
     starts. Without it ctranslate2 loads its model and fails at the first encode, for want of libcublas. Read off the
     path: nothing is run, and no link is followed, because the interpreter of a venv is one.
     """
-    found = Path(python).parent.parent.glob("lib*/python*/site-packages/nvidia/*/lib")
-    return os.pathsep.join(str(folder) for folder in sorted(found))
+    found = sorted(Path(python).parent.parent.glob("lib*/python*/site-packages/nvidia/*/lib"))
+    if _WSL_LIBRARIES.is_dir():  # WSL2 keeps libcuda where only a distribution made for it looks
+        found.append(_WSL_LIBRARIES)
+    return os.pathsep.join(str(folder) for folder in found)
 
 
 def engine_env(engine: EngineSpec) -> Mapping[str, str]:
@@ -65,12 +80,35 @@ def engine_env(engine: EngineSpec) -> Mapping[str, str]:
 
 
 def engine_child(
-    engine: EngineSpec, scratch: Path, args: Sequence[str] = (), *, model: Model | None = None, **options: object
+    engine: EngineSpec,
+    scratch: Path,
+    args: Sequence[str] = (),
+    *,
+    model: Model | None = None,
+    ground: Ground | None = None,
+    cgroup: str | None = None,
+    **options: object,
 ) -> ChildSpec:
-    """`ChildSpec` of an engine; `model` as in `grants.policy`; `options` are further fields of it."""
+    """`ChildSpec` of an engine.
+
+    When we are root, `scratch` is given to the engines' user.
+
+    Args:
+        model: as in `grants.policy`.
+        ground: where its attempts work; made here. Its limit is the largest file that the engine can write.
+        cgroup: absolute folder of a cgroup that the child joins before it does anything else.
+        options: further fields of the spec.
+
+    Raises:
+        OSError: the ground cannot be made, or the scratch folder is not ours to give.
+    """
+    if ground is not None:
+        ground.make()
+    if engine.sandbox.mode != "off" and scratch.is_dir():
+        give(scratch, engine_user())
     return ChildSpec(
         name=engine.name,
-        argv=engine_argv(engine, scratch, args, model),
+        argv=engine_argv(engine, scratch, args, model, ground=ground, cgroup=cgroup),
         lifeline=True,
         env=engine_env(engine),
         **options,  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from supervisor.host.grants import LAYERS
 from supervisor.host.work import EngineSpec, Sandbox
 from supervisor.probe import engine_spec, main, probe_engine
 from supervisor.probe_sandbox import find_guilty, render
@@ -21,7 +22,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the lay
     [
         ({("landlock",)}, "without landlock"),
         ({("seccomp",)}, "without seccomp"),
-        ({("namespaces", "privileges", "landlock", "seccomp")}, "several"),
+        ({LAYERS}, "several"),
         (set(), "not the cause"),
     ],
 )

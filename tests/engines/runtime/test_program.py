@@ -13,7 +13,7 @@ import pytest
 
 from engines.runtime.program import MAX_LINE_BYTES, Program, describe, inherited
 
-LEASH = Path(__file__).parents[3] / "engines" / "runtime" / "leash.py"
+LEASH = Path(__file__).parents[3] / "engines" / "lockdown" / "leash.py"
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_the_operator_widens_and_narrows():
     # What an engine says to itself through its own folder is no network.
     assert given(spec("llm", network="none"))["network"] == "unix"
     assert given(spec("server", network="none"))["network"] == "none"
-    assert given(spec(without=("seccomp",)))["layers"] == ["namespaces", "privileges", "landlock"]
+    assert given(spec(without=("seccomp",)))["layers"] == ["uid", "namespaces", "privileges", "landlock"]
 
 
 def test_a_model_is_read_with_its_company_and_where_its_links_lead(tmp_path: Path):

@@ -13,7 +13,6 @@ Standard library only, single-threaded: it may fork by hand.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -21,12 +20,12 @@ import sys
 import time
 from typing import NoReturn
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_LINUX = sys.platform.startswith("linux")
-# Processes that ignore SIGKILL for this long are stuck in the kernel; waiting longer helps nobody.
-SWEEP_S = 5.0
-_SWEEP_STEP_S = 0.002
+# Only the package `engines` is taken from there, and only from this place in this program.
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.append(_ROOT)
+from engines.lockdown import family  # noqa: E402
+
+sys.path.remove(_ROOT)
 
 
 def main() -> NoReturn:
@@ -39,16 +38,12 @@ def main() -> NoReturn:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # the wakeup descriptor tells
-    if _LINUX:
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    family.adopt_orphans()
     pid = _start(argv)
     status = _watch(pid, lifeline, woken, grace_s)
-    _sweep(pid)
-    _end_like(status)
-
-
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    _signal_group(pid, signal.SIGKILL)
+    family.sweep()
+    family.end_like(status)
 
 
 def _start(argv: list[str]) -> int:
@@ -62,10 +57,9 @@ def _start(argv: list[str]) -> int:
         return pid
     try:
         os.setsid()
-        if _LINUX:  # if even the leash is killed, the program at least goes with it
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != leash:
-                os._exit(127)
+        family.die_with_parent()  # if even the leash is killed, the program at least goes with it
+        if os.getppid() != leash:
+            os._exit(127)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
@@ -84,7 +78,7 @@ def _watch(pid: int, lifeline: int, woken: int, grace_s: float) -> int:
     poll.register(lifeline, select.POLLIN)
     kill_at: float | None = None
     while True:
-        if (status := _reaped(pid)) is not None:
+        if (status := family.reap(pid)) is not None:
             return status
         timeout = None if kill_at is None else max(0.0, kill_at - time.monotonic())
         ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000 + 1)]
@@ -108,20 +102,6 @@ def _asked_to_end(woken: int) -> bool:
     return signal.SIGTERM in numbers or signal.SIGINT in numbers
 
 
-def _reaped(pid: int) -> int | None:
-    """Reap everything that has ended; the program's status if it is among them."""
-    found = None
-    while True:
-        try:
-            ended, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return found
-        if ended == 0:
-            return found
-        if ended == pid:
-            found = status
-
-
 def _signal_group(pid: int, number: int) -> None:
     for send in (os.killpg, os.kill):  # the group does not exist before the child's setsid
         try:
@@ -129,42 +109,6 @@ def _signal_group(pid: int, number: int) -> None:
         except (ProcessLookupError, PermissionError):
             continue
         return
-
-
-def _sweep(pid: int) -> None:
-    """Kill what is left of the family. Killed parents hand us their children, so look until there are none."""
-    _signal_group(pid, signal.SIGKILL)
-    until = time.monotonic() + SWEEP_S
-    while time.monotonic() < until:
-        for child in _children():
-            try:
-                os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        _reaped(pid)
-        try:
-            if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                time.sleep(_SWEEP_STEP_S)
-        except ChildProcessError:
-            return
-
-
-def _children() -> list[int]:
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(word) for word in file.read().split()]
-    except OSError:
-        return []
-
-
-def _end_like(status: int) -> NoReturn:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        os._exit(128 + number)  # a signal that does not kill
-    os._exit(os.WEXITSTATUS(status))
 
 
 if __name__ == "__main__":
