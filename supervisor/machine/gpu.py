@@ -12,6 +12,8 @@ import trio
 
 from supervisor.host.child import ChildSpec, run_child
 
+READER = Path(__file__).resolve().parents[2] / "engines" / "telemetry" / "reader.py"
+TRY_DEADLINE_S = 30.0  # a context on a cold driver takes seconds; PTX is compiled on the way
 READ_DEADLINE_S = 15.0  # a cold driver needs up to five seconds; a hung one never answers
 POLL_S = 1.0
 
@@ -68,7 +70,7 @@ async def read_machine(*, deadline_s: float = READ_DEADLINE_S, argv: tuple[str, 
 
     Cancellation: the child is ended and reaped.
     """
-    child = argv or (sys.executable, "-I", str(Path(__file__).with_name("gpu_child.py")))
+    child = argv or (sys.executable, "-I", str(READER), "--once")
     output, how, seen = await run_child(ChildSpec(name="gpu reader", argv=child), deadline_s=deadline_s)
     nvcc = await trio.to_thread.run_sync(_has_nvcc)
     try:
@@ -79,6 +81,32 @@ async def read_machine(*, deadline_s: float = READ_DEADLINE_S, argv: tuple[str, 
         else:
             error = f"the GPU reader {how.describe()}: {' '.join(seen.stderr_tail(3)) or 'no output'}"
         return Machine(nvcc=nvcc, error=error, cuda_error=error)
+
+
+class _Tried(msgspec.Struct):
+    error: str
+
+
+async def try_gpu(
+    uuid: str, *, deadline_s: float = TRY_DEADLINE_S, argv: tuple[str, ...] | None = None
+) -> tuple[str, int]:
+    """Run a small kernel on one GPU (or MIG device), in a child: is it fit to work?
+
+    Returns:
+        "" when its answer was right, else why not in one sentence; and the pid of a child that could not be killed,
+        0 otherwise. Such a pid holds on to the GPU.
+
+    Cancellation: the child is ended and reaped.
+    """
+    child = argv or (sys.executable, "-I", str(READER), "--try-cuda", uuid)
+    output, how, seen = await run_child(ChildSpec(name="gpu trial", argv=child), deadline_s=deadline_s)
+    if how.unkillable:
+        return f"The trial of the GPU hangs and cannot be killed (pid {seen.pid}).", seen.pid
+    try:
+        return msgspec.json.decode(output, type=_Tried).error, 0
+    except msgspec.MsgspecError:
+        said = " ".join(seen.stderr_tail(3)) or f"no answer within {deadline_s:g} s"
+        return f"The trial of the GPU {how.describe()}: {said}.", 0
 
 
 def _has_nvcc() -> bool:
