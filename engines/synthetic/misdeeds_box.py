@@ -101,18 +101,11 @@ def _daemon(job: Job, argument: str) -> str:
     middle = os.fork()
     if middle == 0:
         os.setsid()
-        pid = os.fork()
-        if pid:
-            os.write(tell, str(pid).encode())
+        if os.fork():
             os._exit(0)
         os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3, 64):
-            if fd != null:
-                try:
-                    os.close(fd)
-                except OSError:
-                    continue
+        os.write(tell, str(os.getpid()).encode())
+        os.closerange(3, 64)
         _linger()
     os.waitpid(middle, 0)
     return _go_on(int(os.read(told, 32)), argument)

@@ -113,9 +113,12 @@ def _message(message: engine_wire.Up) -> bytes:
 
 
 def _close_stdin(job: Job, argument: str) -> str:
-    """Hear nothing any more. The reader is inside read(2), so its descriptor is replaced, which takes effect next."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, _wire()._in)
+    """Hear nothing any more: the host's pipe has no reader, ours reads from a pipe that nobody writes to.
+
+    The reader may be inside read(2) with the old one, which then ends with the next message.
+    """
+    silence, _kept = os.pipe()
+    os.dup2(silence, _wire()._in)
     return hang(job, "")
 
 

@@ -231,3 +231,15 @@ def test_the_checks_of_the_fixture_can_fail(tmp_path):
     assert cases["rerank"](work.RerankResult(results=[{"index": 0.0}, {"index": 1.0}]), [])
     assert cases["audio_tts"](work.AudioResult(sample_rate=1, duration=1.0, format="wav"), [wrong])
     assert cases["image"](None, [wrong])
+
+
+def test_pretended_gpu_memory_is_told_to_the_simulated_reader(spawn):
+    child = spawn("synthetic")
+    child.load(Model(name=NAME, device="cpu", options={"gpu": "GPU-1", "vram_bytes": 3 * 2**30}))
+    assert json.loads((child.folder / "vram.json").read_text()) == {"uuid": "GPU-1", "bytes": 3 * 2**30}
+
+
+def test_gpu_memory_without_a_gpu_is_refused(spawn):
+    fault = spawn("synthetic").load(Model(name=NAME, device="cpu", options={"vram_bytes": 1}))
+    assert fault.code == "load_failed"
+    assert fault.field == "options.gpu"

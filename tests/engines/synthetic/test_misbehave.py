@@ -238,3 +238,18 @@ def test_slow_and_heavy_loads(spawn):
     _start(spawn, load="slow:0.1")
     child = _start(spawn, load="memory:20")
     assert _rss(child.process.pid) > 30 * 2**20
+
+
+def test_the_switch_decides_about_the_load(spawn, tmp_path):
+    switch = tmp_path / "switch"
+    options = {"load": "fault", "switch": str(switch)}
+    for said, ready in (("on", False), ("off", True)):
+        switch.write_text(said)
+        answer = spawn(MODULE).load(Model(name="synthetic-bad", device="cpu", options=options))
+        assert isinstance(answer, Ready) is ready
+
+
+def test_a_misdeed_at_the_load_that_nobody_knows_is_refused(spawn):
+    fault = spawn(MODULE).load(Model(name="synthetic-bad", options={"load": "sing"}))
+    assert isinstance(fault, Fault)
+    assert fault.field == "options.load"

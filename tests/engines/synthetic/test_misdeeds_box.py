@@ -1,0 +1,102 @@
+"""What an engine does to the box, without anything that contains it; every process ends by itself or here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from protocol.engine_wire import Cancel, Model, Progress
+
+MODULE = "engines.synthetic.misbehave"
+PATIENCE_S = 20.0
+
+
+@pytest.fixture
+def child(spawn):
+    child = spawn(MODULE)
+    child.load(Model(name="synthetic-bad", device="cpu"))
+    yield child
+    for process in _family(child):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    child.process.kill()
+
+
+def _family(child) -> list[psutil.Process]:
+    """Its processes, wherever they have gone: they keep its folder in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == str(child.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _wait_family(child, count: int) -> list[psutil.Process]:
+    until = time.monotonic() + PATIENCE_S
+    while len(found := _family(child)) < count:
+        assert time.monotonic() < until, f"{len(found)} of {count} processes"
+        os.sched_yield()
+    return found
+
+
+def test_a_fork_bomb_grows_to_its_size_and_no_further(child):
+    child.begin("llm", {"prompt": "fork-bomb:20"})
+    found = _wait_family(child, 21)
+    assert len(found) == 21
+    assert len({os.getsid(process.pid) for process in found}) == 21  # a group signal reaches one of them
+    time.sleep(0.2)  # what could still grow would do so now
+    assert len(_family(child)) == 21
+    for process in found:
+        if process.pid != child.process.pid:
+            process.terminate()
+    assert len(_family(child)) == 21  # none obeys
+
+
+def test_a_fork_bomb_is_bounded_by_itself(child):
+    from engines.synthetic.misdeeds_box import MOST_PROCESSES
+
+    assert MOST_PROCESSES <= 300
+
+
+def test_a_daemon_has_a_session_and_a_parent_of_its_own(child):
+    pid = int(child.run("llm", {"prompt": "daemon"}).body.content)
+    daemon = psutil.Process(pid)
+    assert os.getsid(pid) != os.getsid(child.process.pid)
+    assert daemon.ppid() != child.process.pid
+    assert daemon.cwd() == "/"
+    assert child.run("llm", {"prompt": "still here"}).body.content == "still here"
+    daemon.send_signal(signal.SIGKILL)
+
+
+def test_a_daemon_outlives_an_engine_that_nothing_contains(child):
+    child.begin("llm", {"prompt": "daemon:exit"})
+    assert child.process.wait(PATIENCE_S) == 9
+    assert len(_family(child)) == 1
+
+
+def test_hoarding_grows_and_goes_on_with_progress_until_it_is_cancelled(child):
+    answer = child.begin("llm", {"prompt": "hoard:40"})
+    phases = set()
+    while "sit" not in phases:
+        message = child.receive(PATIENCE_S)
+        if isinstance(message, Progress):
+            phases.add(message.phase)
+    assert phases == {"grow", "sit"}
+    assert psutil.Process(child.process.pid).memory_info().rss > 40 * 2**20
+    child.send(Cancel(run=1))
+    assert child.finish(answer).fault.code == "cancelled"
+
+
+def test_filling_the_disk_writes_into_its_own_folder(child):
+    answer = child.begin("llm", {"prompt": "disk:10"})
+    while not (isinstance(message := child.receive(PATIENCE_S), Progress) and message.phase == "sit"):
+        pass
+    assert (child.folder / "filler").stat().st_size == 10 * 2**20
+    child.send(Cancel(run=1))
+    assert child.finish(answer).fault.code == "cancelled"
