@@ -75,7 +75,7 @@ class Cgroup:
         while True:
             try:
                 for folder, _, _ in os.walk(self.path, topdown=False):
-                    os.rmdir(folder)
+                    _remove_folder(Path(folder))
                 return not self.path.exists()
             except OSError as error:
                 if error.errno not in (errno.EBUSY, errno.ENOTEMPTY) or time.monotonic() >= until:
@@ -118,7 +118,7 @@ class Cgroups:
         """
         path = self.base / f"{_NAME_PREFIX}{name}-{secrets.token_hex(4)}"
         try:
-            path.mkdir()
+            _make_folder(path)
         except OSError as error:
             log.warning("No cgroup for %s: %s.", name, error.strerror)
             return None
@@ -133,8 +133,8 @@ class Cgroups:
         """Try it: some folders are writable and still not ours to divide."""
         trial = self.base / f"{_NAME_PREFIX}trial-{os.getpid()}"
         try:
-            trial.mkdir()
-            trial.rmdir()
+            _make_folder(trial)
+            _remove_folder(trial)
         except OSError:
             return False
         return True
@@ -168,13 +168,23 @@ def _hand_down_memory(base: Path) -> bool:
         return False  # somebody else lives here: not ours to move
     leaf = base / OUR_LEAF
     with contextlib.suppress(OSError):
-        leaf.mkdir(exist_ok=True)
+        _make_folder(leaf)
     if not _write(leaf / "cgroup.procs", str(os.getpid())):
         return False
     if _write(base / "cgroup.subtree_control", "+memory"):
         return True
     _write(base / "cgroup.procs", str(os.getpid()))  # back where we were found
     return False
+
+
+def _make_folder(path: Path) -> None:
+    """The kernel furnishes it; a test's stand-in for the kernel takes this function's place."""
+    path.mkdir()
+
+
+def _remove_folder(path: Path) -> None:
+    """Only an empty one goes; the kernel's own files in it do not count."""
+    path.rmdir()
 
 
 def _fields(path: Path) -> Mapping[str, int]:

@@ -1,17 +1,16 @@
 """The processes of a child: which of them the engine is, who belongs to it, and how much memory they hold.
 
-An engine is not the process that we started. That one is the warden; below it stands, where the kernel allows it, the
-first process of a pid namespace, and below that the engine. Without namespaces the engine is the warden's own child.
+An engine is not the process that we started. That one is the warden; below it stands the first process of a pid
+namespace or, without one, the guard; and below that the engine.
 """
 
 from __future__ import annotations
 
 from supervisor.host import procfs
 
-_DEPTH = 3  # warden, first process of the namespace, engine
+_DEPTH = 3  # warden, guard, engine
 # A fork bomb inside the namespace must not make us walk for seconds.
 _MAX_MEMBERS = 4096
-_FIRST = 1  # the first process of a pid namespace knows itself by this number
 
 
 def speaks_for(leader: int, told: int) -> bool:
@@ -27,21 +26,17 @@ def engine_pid(leader: int, told: int | None = None) -> int:
     """The host's number of the engine process of the child `leader`.
 
     Args:
-        leader: pid of the child that we started (the warden).
-        told: the pid that the engine gave in its hello; without it the oldest child at each step down is taken.
+        leader: pid of the child that we started.
+        told: the pid that the engine gave in its hello. Without it the child is taken to have a warden.
 
     Returns:
         `leader` itself where nothing below it can be seen: no warden, not forked yet, no /proc, gone.
     """
     if told is not None and (found := _told_by(leader, told)) is not None:
         return found
-    below = procfs.children(leader)
-    if not below:
-        return leader
-    if procfs.own_number(below[0]) != _FIRST:
-        return below[0]
-    inside = procfs.children(below[0])  # orphans that it adopted come after its own child
-    return inside[0] if inside else leader
+    guards = procfs.children(leader)
+    engines = procfs.children(guards[0]) if guards else []
+    return engines[0] if engines else leader  # orphans that the guard adopted come after its own child
 
 
 def members(leader: int) -> list[int]:

@@ -16,7 +16,6 @@ import errno
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import stat
@@ -29,7 +28,7 @@ from typing import Any
 import msgspec
 import psutil  # type: ignore[import-untyped]
 
-from supervisor.host import family, procfs
+from supervisor.host import family, procfs, removal
 from supervisor.host.cgroups import Cgroup
 
 log = logging.getLogger(__name__)
@@ -342,17 +341,12 @@ def _wait_gone(pid: int, started: float, until: float) -> bool:
 
 
 def _empty(folder: Path) -> int:
-    """Remove what is in a folder; returns how many entries there were."""
-    count = 0
-    with contextlib.suppress(OSError):
-        for entry in list(folder.iterdir()):
-            count += 1
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    entry.unlink()
-    return count
+    """Remove what is in a folder, which engines may have prepared; returns how many entries are gone."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return 0
+    return sum(removal.remove_tree(folder / name) for name in names)
 
 
 def _remove_stale(path: Path) -> bool:
