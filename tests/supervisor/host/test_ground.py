@@ -194,7 +194,7 @@ def test_modes_without_a_user_of_their_own(ground: Ground, attempt: Attempt):
 @as_root
 def test_the_engines_user_owns_scratch_and_outputs_and_only_reads_inputs(tmp_path: Path):
     user = User(65521, 65521)
-    for folder in list(tmp_path.parents)[:3]:
+    for folder in list(tmp_path.parents)[:2]:
         folder.chmod(0o755)
     tmp_path.chmod(0o711)
     ground = Ground(tmp_path / "instances/m0", user=user)
