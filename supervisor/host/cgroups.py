@@ -140,6 +140,11 @@ class Cgroups:
         return True
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a cgroup that a supervisor made for an instance."""
+    return path.name.startswith(_NAME_PREFIX) and (path / "cgroup.procs").exists()
+
+
 def system_oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int | None:
     """How many processes the kernel killed for want of memory since the boot; None when it does not tell."""
     return _fields(vmstat).get("oom_kill")

@@ -29,7 +29,7 @@ import msgspec
 import psutil  # type: ignore[import-untyped]
 
 from supervisor.host import family, procfs, removal
-from supervisor.host.cgroups import Cgroup
+from supervisor.host.cgroups import Cgroup, is_ours
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Ledger:
             child: Any = None
             try:
                 async with spawn(spec, **options) as child:
-                    record = self.spawned(child.pid, name=spec.name, scratch=spec.cwd)
+                    record = self.spawned(child.pid, name=spec.name, scratch=spec.cwd, cgroup=spec.cgroup)
                     yield child
             finally:
                 if child is not None and not (child.exit is not None and child.exit.unkillable):
@@ -202,9 +202,9 @@ def sweep(ledger: Ledger, *, scratch: Iterable[Path] = (), sockets: Iterable[Pat
     processes = _end(suspects)
     gone = {found.pid for found in processes if found.gone}
     for path, record in ledger.records():
-        if record is not None and record.cgroup:
-            Cgroup(Path(record.cgroup)).remove()
-        if record is None or record.pid in gone or not _is_still(record):
+        group = None if record is None else _group(record)
+        held = group is not None and not group.remove()
+        if record is None or not held and (record.pid in gone or not _is_still(record)):
             ledger.ended(path)
     swept = Swept(
         processes=tuple(processes),
@@ -234,10 +234,16 @@ def _recorded(ledger: Ledger) -> dict[int, tuple[str, str]]:
             found[record.pid] = (record.name, "recorded")
             for pid in family.members(record.pid):
                 found.setdefault(pid, (record.name, "family"))
-        if record.cgroup:
-            for pid in Cgroup(Path(record.cgroup)).pids():
+        if (group := _group(record)) is not None:
+            for pid in group.pids():
                 found.setdefault(pid, (record.name, "cgroup"))
     return found
+
+
+def _group(record: Record) -> Cgroup | None:
+    """The cgroup of a record, if it is still there and one that we made."""
+    path = Path(record.cgroup)
+    return Cgroup(path) if record.cgroup and is_ours(path) else None
 
 
 def _orphans(folders: list[Path]) -> list[int]:
