@@ -98,6 +98,8 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
         return canary.privileges()
 
     private = warden.fork(lifeline, layers, policy, verdicts)
+    if verdicts["uid"] == "claimed":
+        verdicts["uid"] = user.judge()
     canary.namespaces(verdicts, spec.get("parent", 0))
     policy = policy | {"private_proc": verdicts["proc"] == "verified", "write": [*policy.get("write", ()), *private]}
     if "processes" in policy and not off:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import struct
 
-from engines.lockdown import kernel
+from engines.lockdown import kernel, user
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x00020000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -37,7 +37,7 @@ def fork(*, network: bool, verdicts: dict[str, str]) -> int:
         verdicts["net"] = "off"
     failure: OSError | None = None
     for flags in (private | _NEWUSER, private):
-        if not flags & _NEWUSER and os.geteuid() != 0:
+        if not flags & _NEWUSER and not user.be_root():
             break  # only root may go without a user namespace
         told = dict.fromkeys(names, "claimed")
         if not flags & _NEWUSER and failure is not None:

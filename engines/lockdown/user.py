@@ -2,7 +2,8 @@
 
 It is tried before it is done for good: what the engine needs may lie where only root can go (an interpreter below
 /root, most often), and an engine that cannot start is no safer than one that starts. So the effective user changes
-first, everything needed is looked at as that user, and only then is the way back closed.
+first and everything needed is looked at as that user. The way back stays open until the namespaces are made: where a
+box lets nobody but root make them, root still does. Then each of the processes closes it for itself (`finish`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,17 @@ _MOST_LOOKED_AT = 2000  # files of a model folder
 _STREAMS = (0, 1, 2)
 
 
+class _Way:
+    """How far we have come: the user that we are becoming, and a file that it must not be able to open."""
+
+    uid = 0
+    secret = -1
+
+
 def drop(user: dict[str, Any], devices: list[str]) -> str:
-    """Become the user for good, or stay root; returns the verdict. Raises OSError: the kernel refuses to change.
+    """Become the user as far as can be taken back, or stay root. Raises OSError: the kernel refuses to change.
+
+    Returns "claimed", or why it stays root.
 
     Args:
         user: `uid`, `gid`, and what it must reach: `runs`, `reads` (folders with all their files), `writes`.
@@ -28,38 +38,60 @@ def drop(user: dict[str, Any], devices: list[str]) -> str:
     """
     uid, gid = user["uid"], user["gid"]
     before = os.getgroups()
-    secret = _secret()
-    pipes = [fd for fd in _STREAMS if _is_pipe(fd)]
-    for fd in pipes:  # else /dev/stderr, which opens the pipe again, would be root's alone
-        os.fchown(fd, uid, -1)
+    refused = "error"
     try:
         os.setgroups(_groups_of(devices))
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, 0)
         refused = _out_of_reach(user)
-        if not refused:
-            os.setresuid(uid, uid, uid)
-    except OSError:
-        refused = None
-        raise
     finally:
-        if refused != "":
+        if refused:
             os.setresuid(0, 0, 0)
             os.setresgid(0, 0, 0)
             os.setgroups(before)
-            for fd in pipes:
-                os.fchown(fd, 0, -1)
-        # A change of user makes a process undumpable, and with that its /proc files root's: the maps of the user
-        # namespace to come could not be written.
-        kernel.prctl(_PR_SET_DUMPABLE, 1)
-        if refused != "":
-            os.close(secret)
+        _be_dumpable()
     if refused:
         return f"unavailable({refused})"
-    try:
-        return _judge(secret)
-    finally:
-        os.close(secret)
+    os.seteuid(0)
+    _Way.secret = _secret()
+    for fd in _STREAMS:
+        if _is_pipe(fd):  # else /dev/stderr, which opens the pipe again, would be root's alone
+            os.fchown(fd, uid, -1)
+    os.seteuid(uid)
+    _be_dumpable()
+    _Way.uid = uid
+    return "claimed"
+
+
+def be_root() -> bool:
+    """Take the change back for a moment, if it can be; whether we are root now."""
+    if _Way.uid and os.geteuid() != 0:
+        os.seteuid(0)
+        _be_dumpable()
+    return os.geteuid() == 0
+
+
+def finish() -> None:
+    """Close the way back, when there is one. What asks to die with the parent must ask again."""
+    if _Way.uid:
+        os.setresuid(_Way.uid, _Way.uid, _Way.uid)
+        _be_dumpable()
+
+
+def judge() -> str:
+    """The verdict, from trying to go back and to open what is root's."""
+    found = {
+        "root": _fails(lambda: os.setuid(0)),
+        "files": _fails(lambda: os.open(f"/proc/self/fd/{_Way.secret}", os.O_RDONLY)),
+    }
+    os.close(_Way.secret)
+    open_ = [name for name, refused in found.items() if not refused]
+    return f"partial({', '.join(open_)} open)" if open_ else "verified"
+
+
+def _be_dumpable() -> None:
+    """A change of user makes the /proc files of a process root's; but it has to write the maps of its namespace."""
+    kernel.prctl(_PR_SET_DUMPABLE, 1)
 
 
 def _secret() -> int:
@@ -69,17 +101,11 @@ def _secret() -> int:
     return fd
 
 
-def _judge(secret: int) -> str:
-    found = {"root": _fails(lambda: os.setuid(0)), "files": _fails(lambda: os.open(f"/proc/self/fd/{secret}", 0))}
-    open_ = [name for name, refused in found.items() if not refused]
-    return f"partial({', '.join(open_)} open)" if open_ else "verified"
-
-
 def _fails(attempt: Any) -> bool:
     try:
         attempt()
-    except PermissionError:
-        return True
+    except OSError as error:
+        return error.errno in (errno.EPERM, errno.EACCES, errno.EINVAL)  # the last: no such user in our namespace
     return False
 
 

@@ -22,7 +22,7 @@ import signal
 import struct
 from typing import Any, NoReturn
 
-from engines.lockdown import family, namespaces
+from engines.lockdown import family, namespaces, user
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -41,16 +41,21 @@ def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdict
     apart = verdicts["pid"] == "claimed"
     if pid:
         os.close(tell)
+        user.finish()
+        if lifeline is None:
+            family.die_with_parent()  # asked for before, and forgotten with a change of user
         _hold(pid, lifeline, told)
     os.close(told)
     if lifeline is not None:
         os.close(lifeline)
     private: list[str] = []
     if apart:
+        private = namespaces.furnish(verdicts, loopback=network == "loopback", granted=_granted(policy))
+    user.finish()
+    if apart:
         family.die_with_parent()
         if _alone(tell):
             os._exit(0)
-        private = namespaces.furnish(verdicts, loopback=network == "loopback", granted=_granted(policy))
     else:
         family.adopt_orphans()
     keeper = os.getpid()

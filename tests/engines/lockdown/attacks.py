@@ -1,8 +1,9 @@
 """Stands in for an engine's boot.py: tries everything that an engine must not, and what it must, and says what came.
 
-    python attacks.py ROOT MODULE VICTIM_PID PRIVATE_FILE READABLE_FOLDER TCP_PORT UNIX_PATH UDP_PORT
+    python attacks.py ROOT MODULE '{"victim": PID, "private": FILE, …}'
 
-Each line of the table is "open" or "denied"; run by the real launcher in its locked-down process.
+Each line of the table is "open" or "denied"; run by the real launcher in its locked-down process. What is written to
+folders that may be private ones ("left in …") is judged by the caller, who looks for it outside.
 """
 
 import ctypes
@@ -16,8 +17,9 @@ import socket
 import sys
 import threading
 
-victim, private, readable, tcp, unix, udp = sys.argv[3:]
-victim, tcp, udp = int(victim), int(tcp), int(udp)
+given = json.loads(sys.argv[3])
+victim, private, readable, roots = given["victim"], given["private"], given["model"], given["roots"]
+tcp, unix, udp, ground, neighbour = given["tcp"], given["unix"], given["udp"], given["ground"], given["neighbour"]
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 ARM = os.uname().machine == "aarch64"
@@ -60,7 +62,7 @@ def bind(family: int, address: object) -> None:
 
 
 def execute() -> None:
-    pid = os.posix_spawn("/bin/true", ["true"], {})
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 0"], {})
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
         raise OSError(errno.EACCES, "refused")
 
@@ -93,29 +95,74 @@ def ptrace() -> None:
     call(101, 117, 0x4206, victim, 0, 0)  # PTRACE_SEIZE: does not stop it; our end detaches
 
 
+def replace_inputs() -> None:
+    os.rename(f"{ground}/in/j", f"{ground}/in/k")
+    os.rename(f"{ground}/in/k", f"{ground}/in/j")
+
+
+def take_descriptor() -> None:
+    pidfd = os.pidfd_open(victim)
+    try:
+        os.close(call(438, 438, pidfd, 0, 0))
+    finally:
+        os.close(pidfd)
+
+
+def forget_parent() -> None:
+    if libc.prctl(1, 0, 0, 0, 0):
+        raise OSError(errno.EPERM, "refused")
+
+
+def become_root() -> None:
+    """Where we are root the call changes nothing; it must fail where we are not."""
+    if os.fork() == 0:
+        try:
+            os.setuid(0)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.wait()[1]):
+        raise OSError(errno.EPERM, "refused")
+
+
 ATTACKS = {
     "read a private file": lambda: read(private),
     "read /etc/passwd": lambda: read("/etc/passwd"),
     "write beside the private file": lambda: write(os.path.join(os.path.dirname(private), "new")),
     "write to the model folder": lambda: write(os.path.join(readable, "new")),
+    "read what is root's alone": lambda: read(roots),
+    "read a neighbour's scratch": lambda: read(f"{neighbour}/i1/key"),
+    "write a neighbour's scratch": lambda: write(f"{neighbour}/i1/new"),
+    "read a neighbour's input": lambda: read(f"{neighbour}/in/j/audio"),
+    "write a neighbour's output": lambda: write(f"{neighbour}/out/j/new"),
+    "write its own inputs": lambda: write(f"{ground}/in/j/audio"),
+    "replace its own inputs": replace_inputs,
+    "left in /tmp": lambda: write(f"/tmp/{given['token']}"),
+    "left in /dev/shm": lambda: write(f"/dev/shm/{given['token']}"),
     "TCP connect": lambda: connect(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", tcp)),
     "TCP bind": lambda: bind(socket.AF_INET, ("127.0.0.1", 0)),
     "UDP send": lambda: connect(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", udp)),
+    "vsock": lambda: socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close(),
     "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close(),
     "unix socket by path": lambda: connect(socket.AF_UNIX, socket.SOCK_STREAM, unix),
     "abstract unix socket": lambda: connect(socket.AF_UNIX, socket.SOCK_STREAM, "\0" + unix),
     "signal": lambda: os.kill(victim, HARMLESS),
     "ptrace": ptrace,
     "environ": lambda: read(f"/proc/{victim}/environ"),
+    "descriptors": lambda: os.listdir(f"/proc/{victim}/fd"),
+    "pidfd_getfd": take_descriptor,
     "cmdline": lambda: read(f"/proc/{victim}/cmdline"),
     "memory": lambda: read(f"/proc/{victim}/maps"),
     "renice": lambda: os.setpriority(os.PRIO_PROCESS, victim, 0),
     "prlimit": lambda: resource.prlimit(victim, resource.RLIMIT_CORE),
+    "affinity": lambda: os.sched_setaffinity(victim, os.sched_getaffinity(0)),
     "oom_score_adj": lambda: write(f"/proc/{victim}/oom_score_adj"),
     "io_uring": io_uring,
     "new user namespace": new_user_namespace,
     "keyctl": keyctl,
-    "exec /bin/true": execute,
+    "exec /bin/sh": execute,
+    "become root": become_root,
+    "forget its parent": forget_parent,
 }
 
 
@@ -132,6 +179,8 @@ def threads() -> None:
 
 
 NEEDS = {
+    "read its inputs": lambda: read(f"{ground}/in/j/audio"),
+    "write its outputs": lambda: write(f"{ground}/out/j/a.png"),
     "read the model folder": lambda: read(os.path.join(readable, "model")),
     "write the scratch folder": scratch,
     "memfd": lambda: os.close(os.memfd_create("x")),
