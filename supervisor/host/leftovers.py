@@ -204,7 +204,7 @@ def sweep(ledger: Ledger, *, scratch: Iterable[Path] = (), sockets: Iterable[Pat
     for path, record in ledger.records():
         group = None if record is None else _group(record)
         held = group is not None and not group.remove()
-        if record is None or not held and (record.pid in gone or not _is_still(record)):
+        if record is None or (not held and (record.pid in gone or not _is_still(record))):
             ledger.ended(path)
     swept = Swept(
         processes=tuple(processes),
