@@ -15,9 +15,9 @@ It needs root, a cgroup v2 hierarchy, and the packages systemd, dbus and libpam-
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -141,7 +141,7 @@ class Box:
 
     Args:
         init: pid of its systemd, as the host sees it.
-        folder: the box's folder on the host; empty there, for the mounts are the box's own.
+        cgroup: the box's own, on the host.
     """
 
     def __init__(self, init: int, cgroup: Path) -> None:
@@ -282,5 +282,117 @@ def _members(cgroup: Path) -> list[int]:
     return found
 
 
-__all__: Sequence[str] = ("Box", "booted", "missing", "until")
-_ = signal
+# ---- a service in a box ------------------------------------------------------------------------------------------
+
+TOML = """\
+[coordinator]
+listen = "127.0.0.1:0"
+[limits]
+drain_s = 20
+cancel_grace_s = 1
+term_grace_s = 1
+[engines.odd]
+module = "engines.synthetic.misbehave"
+[[models]]
+name = "synthetic-slow"
+engine = "synthetic"
+options = { slots = 2, tokens = 400, delay_ms = 25 }
+[[models]]
+name = "synthetic-odd"
+engine = "odd"
+kinds = ["llm"]
+"""
+# What tests change of a unit: its pace. RestartSec=2 and WatchdogSec=30 are for people.
+QUICK = "[Service]\nRestartSec=200ms\nWatchdogSec=2\n"
+_PYTHON = (sys.executable, "-P", "-m")
+_CHAT = """
+import json, sys, urllib.request
+url, key, model, text, tokens = sys.argv[1:]
+body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": int(tokens)}
+headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
+asked = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), headers)
+with urllib.request.urlopen(asked, timeout=60) as answer:
+    print(json.load(answer)["choices"][0]["message"]["content"])
+"""
+_MODELS = """
+import json, sys, urllib.request
+asked = urllib.request.Request(sys.argv[1] + "/v1/models", headers={"Authorization": "Bearer " + sys.argv[2]})
+with urllib.request.urlopen(asked, timeout=30) as answer:
+    print(*(model["id"] for model in json.load(answer)["data"]))
+"""
+
+
+class Worker:
+    """One service of the supervisor in a box, under a name of its own.
+
+    Args:
+        user: whose unit it is; "" for one of the system.
+    """
+
+    def __init__(self, box: Box, name: str, *, user: str = "", toml: str = TOML) -> None:
+        self.box, self.name, self.user = box, name, user
+        self.unit = f"{name}.service"
+        self.config = f"/home/{user}/{name}.toml" if user else f"/etc/{name}/worker.toml"
+        self.state_dir = f"/home/{user}/.local/state/bulkhead" if user else f"/var/lib/{name}"
+        self._asked: list[subprocess.Popen[str]] = []
+        self.rewrite(toml)
+
+    def rewrite(self, toml: str) -> None:
+        """Replace worker.toml."""
+        self.box.write(self.config, toml)
+
+    def service(self, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """`supervisor service VERB`."""
+        scope = () if self.user else ("--system",)
+        argv = (*_PYTHON, "supervisor", "service", verb, *scope, "--name", self.name, *words)
+        return self.box.run(argv, user=self.user)
+
+    def install(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`supervisor service install`."""
+        return self.service("install", "--config", self.config, *words)
+
+    def drop_in(self, text: str) -> None:
+        """Change the unit beside its file."""
+        self.box.write(f"/etc/systemd/system/{self.unit}.d/test.conf", text)
+        self.box.ok("systemctl", "daemon-reload")
+
+    def ctl(self, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """systemctl VERB on the unit."""
+        return self.box.run(["systemctl", *(["--user"] if self.user else []), verb, *words, self.unit], user=self.user)
+
+    def show(self, name: str) -> str:
+        """One property of the unit."""
+        return self.box.show(self.unit, name, user=self.user).get(name, "")
+
+    def pid(self) -> int:
+        """The supervisor's pid inside the box."""
+        return int(self.show("MainPID"))
+
+    def endpoint(self) -> tuple[str, str]:
+        """Address and client key of the embedded coordinator."""
+        told = json.loads(self.box.ok("cat", f"{self.state_dir}/endpoint.json"))
+        return told["url"], self.box.ok("cat", told["client_key_file"]).strip()
+
+    def models(self) -> set[str]:
+        """What the coordinator offers now. AssertionError when it does not answer."""
+        return set(self.box.ok(sys.executable, "-c", _MODELS, *self.endpoint()).split())
+
+    def serving(self) -> None:
+        """Wait until both models are offered."""
+        until(lambda: self.models() >= {"synthetic-slow", "synthetic-odd"}, f"models of {self.name} are offered")
+
+    def chat(self, model: str, text: str, tokens: int = 20) -> subprocess.Popen[str]:
+        """Ask; the answer is its stdout. Ended with the worker."""
+        words = ["nsenter", "-t", str(self.box.init), "-n", "-m", "-p", "-C"]
+        argv = [*words, sys.executable, "-c", _CHAT, *self.endpoint(), model, text, str(tokens)]
+        self._asked.append(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return self._asked[-1]
+
+    def remove(self) -> None:
+        """Take it away, whatever its state."""
+        for asked in self._asked:
+            with asked:  # waits, and closes its pipes
+                asked.kill()
+        self.ctl("kill", "--signal=SIGKILL", "--kill-whom=all")
+        self.service("uninstall")
+        self.box.run(["rm", "-rf", f"/etc/systemd/system/{self.unit}.d"])
