@@ -18,6 +18,7 @@ START_S = 20.0
 SHORT_START_S = 4.0  # where a start that never ends is the misdeed
 # Answers and typed faults come within milliseconds on an idle box; the rest is for a busy one.
 SOON_S = 4.0
+DISK_S = 15.0  # a folder is measured every few seconds
 HANG_S = STALL_S + GRACE_S + SOON_S
 
 CRASHED = ("engine_crashed",)
@@ -321,11 +322,12 @@ _NOISE = (
 )
 
 _RESOURCES = (
-    _harmless(
-        "leak",
-        "leaks 48 MiB in each of eight runs",
-        "memory:48",
-        "",
+    Case(
+        name="leak",
+        title="leaks 48 MiB in each of eight runs",
+        expected="Every run is answered; the engine is replaced between two of them.",
+        prompt="memory:48",
+        answer="",
         runs=8,
         pause_s=0.4,
         growth_mib=150,
@@ -343,12 +345,21 @@ _RESOURCES = (
     ),
     Case(
         name="disk",
-        title="writes 300 MiB where 100 are allowed",
-        expected="The engine is ended at its ceiling; the caller gets a fault that says so.",
+        title="writes a file of 300 MiB where 100 are allowed",
+        expected="The file is cut off, or the engine ended; the caller gets a fault that says so.",
         prompt="disk:300",
         scratch_mib=100,
+        codes=("engine_failed", "worker_disk_full", *CRASHED),
+        within_s=DISK_S,
+    ),
+    Case(
+        name="disk-many",
+        title="writes 300 files of 1 MiB where 100 MiB are allowed",
+        expected="The engine is ended at its ceiling; the caller gets a fault that says so.",
+        prompt="disk-many:300",
+        scratch_mib=100,
         codes=("worker_disk_full", *CRASHED),
-        within_s=3 * SOON_S,
+        within_s=DISK_S,
         ends=True,
     ),
     Case(

@@ -126,6 +126,9 @@ class Canaries:
                 await plug.bind(address)
                 plugs.append(plug)
             os.chmod(path, 0o777)
+        for plug in plugs:
+            if plug.type != socket.SOCK_DGRAM:
+                plug.listen()
         names = ("TCP connection", "datagram", "connection to a unix socket", "connection to an abstract socket")
         for name, plug in zip(names, plugs, strict=False):
             nursery.start_soon(self._hear, name, plug)
@@ -138,7 +141,6 @@ class Canaries:
                 while True:
                     await plug.recvfrom(64)
                     self.touched.append(f"a {name} reached us")
-            plug.listen()
             while True:
                 theirs, _ = await plug.accept()
                 theirs.close()

@@ -54,6 +54,15 @@ def _disk(job: Job, argument: str) -> str:
     return _sit(job)
 
 
+def _disk_many(job: Job, argument: str) -> str:
+    """As `_disk`, in files of 1 MiB: no limit on the size of one file stops this."""
+    for n in range(min(int(argument or 64), MOST_DISK_MIB)):
+        Path(f"filler{n}").write_bytes(os.urandom(2**10) * 2**10)
+        job.progress(n + 1, None, "fill")
+        job.check_cancelled()
+    return _sit(job)
+
+
 def _sit(job: Job) -> str:
     for n in range(int(LONGEST_S / TICK_S)):
         job.progress(n + 1, None, "sit")
@@ -149,6 +158,7 @@ MISDEEDS: dict[str, Callable[[Job, str], str]] = {
     "memory": _memory,
     "hoard": _hoard,
     "disk": _disk,
+    "disk-many": _disk_many,
     "descriptors": _descriptors,
     "fork": _fork,
     "daemon": _daemon,

@@ -93,10 +93,12 @@ def test_hoarding_grows_and_goes_on_with_progress_until_it_is_cancelled(child):
     assert child.finish(answer).fault.code == "cancelled"
 
 
-def test_filling_the_disk_writes_into_its_own_folder(child):
-    answer = child.begin("llm", {"prompt": "disk:10"})
+@pytest.mark.parametrize(("word", "files"), [("disk", 1), ("disk-many", 10)])
+def test_filling_the_disk_writes_into_its_own_folder(child, word, files):
+    answer = child.begin("llm", {"prompt": f"{word}:10"})
     while not (isinstance(message := child.receive(PATIENCE_S), Progress) and message.phase == "sit"):
         pass
-    assert (child.folder / "filler").stat().st_size == 10 * 2**20
+    sizes = [path.stat().st_size for path in child.folder.glob("filler*")]
+    assert (len(sizes), sum(sizes)) == (files, 10 * 2**20)
     child.send(Cancel(run=1))
     assert child.finish(answer).fault.code == "cancelled"

@@ -1,0 +1,131 @@
+"""The command: table, JSON, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from supervisor import selftest
+from supervisor.cli import main
+from supervisor.selftest_cases import CASES
+from supervisor.selftest_judge import Row
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kit's engine is Linux's")
+COMMAND = [sys.executable, "-m", "supervisor", "selftest"]
+
+
+def row(name: str = "segv", *, contained: bool = True) -> Row:
+    return Row(
+        name=name,
+        group="dying",
+        title="crashes",
+        expected="It is told.",
+        outcome="engine_crashed (killed by SIGSEGV)" if contained else "not contained: 2 processes were left",
+        contained=contained,
+        seconds=0.0123,
+        neighbour_worst_s=0.004,
+    )
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Let the command have these rows without running anything."""
+
+    def make(*rows: Row, stopped: bool = False) -> None:
+        found = {each.name: each for each in rows}
+        monkeypatch.setattr(selftest, "run", lambda cases, line, *, mode: (found, stopped))
+
+    return make
+
+
+def test_one_case_for_real_as_json(capsys):
+    assert main(["selftest", "--case", "exit", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["name"] == "exit"
+    assert found["contained"] is True
+    assert found["code"] == "engine_crashed"
+    assert "exit code 3" in found["outcome"]
+    assert 0 < found["seconds"] < 4
+    assert {"name", "title", "expected", "outcome", "contained", "seconds"} <= {*found}
+
+
+def test_the_table_says_what_was_tried_what_happened_how_long_and_whether_it_was_contained(pretend, capsys):
+    pretend(row())
+    assert main(["selftest", "--case", "segv"]) == 0
+    head, line, *rest = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "the engine …"
+    assert line.split() == "crashes yes 0.01 s 4 ms engine_crashed (killed by SIGSEGV)".split()
+    assert "1 of 1 cases were contained" in "\n".join(rest)
+
+
+def test_one_case_that_was_not_contained_is_exit_code_1_and_named(pretend, capsys):
+    pretend(row(contained=False))
+    assert main(["selftest", "--case", "segv"]) == 1
+    out = capsys.readouterr().out
+    assert "NO" in out
+    assert "Not contained: segv; `supervisor selftest --verbose --case segv` says more." in out
+
+
+def test_what_was_not_tried_is_no_success(pretend, capsys):
+    pretend(row("segv"))
+    assert main(["selftest", "--case", "segv", "--case", "hang"]) == 1
+    assert "1 were not tried to the end: the first is hang." in capsys.readouterr().out
+
+
+def test_a_case_that_nobody_knows_is_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["selftest", "--case", "no-such-case"])
+    assert ended.value.code == 64
+    assert "no-such-case" in capsys.readouterr().err
+
+
+def test_the_list_tries_nothing(capsys):
+    assert main(["selftest", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(CASES) + 1
+    assert any(line.split()[0] == "fork-bomb" for line in lines)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_on_a_terminal_only_and_removed():
+    terminal, file = _Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        line = selftest.ProgressLine(stream, 69)
+        line.show(3, ["hang", "spin"])
+        line.close()
+    assert "3 of 69 done; now hang, spin" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\033[K")
+    assert file.getvalue() == ""
+
+
+def test_ctrl_c_ends_every_child_removes_the_folder_and_prints_what_was_done(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [*COMMAND, "--case", "raise", "--case", "start-hang", "--case", "load-slow"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 30
+        while not [*tmp_path.glob("bh-selftest-*/0/instances/*/i1")]:  # the first case has begun
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        while [*tmp_path.glob("bh-selftest-*/0")]:  # and is done: its folder is gone
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "raises a Python exception" in out
+    assert "1 of 1 cases were contained" in out
+    assert "stopped; 2 of 3 cases were not tried to their end" in err
+    assert [*tmp_path.iterdir()] == []
