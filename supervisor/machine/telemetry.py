@@ -325,14 +325,14 @@ class GpuWatch:
 
     async def _rest(self, pause_s: float) -> None:
         """Pause until it is over or somebody wants to know; old readings are forgotten when they go stale."""
-        self._bell = trio.Event()
         with trio.move_on_after(pause_s):
             if self._by_uuid and pause_s > (left := self._stale_s - self.age_s()):
                 with trio.move_on_after(max(0.0, left)):
                     await self._bell.wait()
-                    return
-                self._forget()
+                if not self._bell.is_set():
+                    self._forget()
             await self._bell.wait()
+        self._bell = trio.Event()
 
     async def _outlive(self, pid: int) -> None:
         """Wait until a process that could not be killed is gone: another reader would get stuck as well."""

@@ -8,7 +8,7 @@ import sys
 import pytest
 import trio
 
-from supervisor.machine.gpu import Machine, read_machine, wait_for_gpu
+from supervisor.machine.gpu import Machine, read_machine, try_gpu, wait_for_gpu
 
 H200 = {
     "os": "linux",
@@ -90,3 +90,32 @@ async def test_waiting_ends_with_the_last_reading_when_no_gpu_comes(monkeypatch)
 
 def test_no_gpu_is_a_value():
     assert not Machine().usable
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (saying('{"uuid": "GPU-1", "error": ""}'), ""),
+        (saying('{"uuid": "GPU-1", "error": "cuInit failed: CUDA_ERROR_UNKNOWN (999)"}'), "CUDA_ERROR_UNKNOWN"),
+        ((sys.executable, "-c", "raise SystemExit('driver exploded')"), "driver exploded"),
+        ((sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"), "SIGSEGV"),
+        (saying("nonsense"), "ended with exit code 0"),
+    ],
+)
+async def test_a_trial_of_a_gpu_tells_why_it_failed(program, said):
+    error, stuck = await try_gpu("GPU-1", argv=program)
+    assert said in error
+    assert bool(error) == bool(said)
+    assert stuck == 0
+
+
+async def test_a_trial_that_hangs_is_ended():
+    with trio.fail_after(20):
+        error, stuck = await try_gpu("GPU-1", argv=(sys.executable, "-c", "while True: pass"), deadline_s=0.3)
+    assert "no answer within 0.3 s" in error
+    assert stuck == 0
+
+
+async def test_the_real_trial_says_what_is_missing_here():
+    error, _stuck = await try_gpu("GPU-of-nobody")
+    assert "libcuda" in error or "cu" in error
