@@ -16,6 +16,8 @@ import msgspec
 
 # SIGKILL that has not worked after this long will not: the process is stuck in the kernel (D state).
 UNKILLABLE_AFTER_S = 10.0
+# Windows has no such signals; its backend tells crashes and kills by them all the same.
+_NAMES_ELSEWHERE = {4: "SIGILL", 6: "SIGABRT", 8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
 
 
 class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,11 +68,11 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 def signal_name(number: int) -> str:
-    """ "SIGSEGV" for 11; the number where the platform has no name for it."""
+    """ "SIGSEGV" for 11; the number where there is no name for it."""
     try:
         return signal.Signals(number).name
     except ValueError:
-        return f"signal {number}"
+        return _NAMES_ELSEWHERE.get(number, f"signal {number}")
 
 
 class Reader(Protocol):

@@ -58,9 +58,8 @@ class LinuxLeash(PosixLeash):
 
     def kill_family(self) -> bool:
         """cgroup.kill and the lifeline."""
-        self._note_members()
-        by_cgroup = self._kill_cgroup()
-        return super().kill_family() or by_cgroup
+        cut = super().kill_family()
+        return self._kill_cgroup() or cut
 
     def members(self) -> dict[int, str]:
         """As /proc shows them."""
