@@ -6,32 +6,46 @@ Cancelling `Host.run` cancels the run: the engine is asked first, and given up a
 from __future__ import annotations
 
 import contextlib
-import shutil
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import trio
 
 from protocol.faults import Fault, refuse
-from supervisor.host.lane import Lane
+from supervisor.host import removal
+from supervisor.host.ground import Ground
+from supervisor.host.lane import Lane, OnUnkillable
 from supervisor.host.means import REAL_MEANS, Means
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import Failed, InstanceStatus, ModelSpec, OnEvent, RunEnd, RunRequest
 from supervisor.settings import LimitsTable
 
+log = logging.getLogger(__name__)
+
 _CANCELLED = Fault("cancelled", "The job was cancelled.")
 
 
 class Host:
-    """Runs jobs on engine instances. Made by `open_host` only."""
+    """Runs jobs on engine instances. Made by `open_host` only.
+
+    Attributes:
+        on_change: called after every change that `snapshot` would show.
+        on_unkillable: called with a model and its GPUs when a process of it cannot be killed: what else uses them
+            should be withdrawn. The lane itself goes into quarantine.
+        on_late_death: called with the same when that process is dead after all.
+    """
 
     def __init__(self, lanes: Sequence[Lane], limits: LimitsTable) -> None:
         self._lanes = {lane.spec.name: lane for lane in lanes}
         self._limits = limits
-        self._tickets: dict[str, tuple[Lane, Ticket]] = {}
+        self._tickets: dict[str, tuple[Lane, Ticket]] = {}  # by label
+        self._live: set[Ticket] = set()
         self._stopped = False
         self._scope = trio.CancelScope()
         self.on_change: Callable[[], None] | None = None
+        self.on_unkillable: OnUnkillable | None = None
+        self.on_late_death: OnUnkillable | None = None
 
     async def run(self, request: RunRequest, on_event: OnEvent) -> RunEnd:
         """Run one job to its end: queue on the model's lane, load on first use.
@@ -48,21 +62,21 @@ class Host:
             return Failed(fault=Fault("worker_stopping", "The worker is stopping."))
         seconds = self._limits.job_s if request.deadline_s is None else request.deadline_s
         ticket = Ticket(request, on_event, trio.current_time() + seconds)
+        self._live.add(ticket)
         if request.label:
             self._tickets[request.label] = (lane, ticket)
         try:
             lane.add(ticket)
             await self._wait(lane, ticket)
         finally:
+            self._live.discard(ticket)
             self._tickets.pop(request.label, None)
         assert ticket.end is not None
         return ticket.end
 
     async def _wait(self, lane: Lane, ticket: Ticket) -> None:
         try:
-            with trio.move_on_at(ticket.deadline):
-                await ticket.ended.wait()
-            if not ticket.ended.is_set():
+            if not await ticket.wait():
                 lane.drop(ticket, Fault("deadline_exceeded", "The job did not end before its deadline."))
                 await ticket.ended.wait()
         except trio.Cancelled:
@@ -76,9 +90,28 @@ class Host:
         if found := self._tickets.get(label):
             found[0].drop(found[1], _CANCELLED)
 
+    def slept(self, seconds: float) -> None:
+        """The machine slept, and our clock stood still meanwhile while the deadlines of jobs did not.
+
+        Deadlines come nearer by as much. One that passed in the sleep is answered by a cancel, and its run has
+        `cancel_grace_s` to finish; limits of silence do not count the sleep at all.
+        """
+        log.info("the machine slept for %.0f s", seconds)
+        for ticket in self._live:
+            ticket.hasten(seconds, self._limits.cancel_grace_s)
+
     def preload(self, model: str) -> None:
         """Load a model before anybody asks for it."""
         self._lanes[model].preload()
+
+    @property
+    def occupants(self) -> Sequence[Lane]:
+        """The lanes, as the room and `supervisor status` see them."""
+        return list(self._lanes.values())
+
+    def ground(self, model: str) -> Ground:
+        """Where the engine of a model works, for the folders of its attempts."""
+        return self._lanes[model].ground
 
     def snapshot(self) -> list[InstanceStatus]:
         """State of every model, in the order of the configuration."""
@@ -88,13 +121,21 @@ class Host:
         """Take no more runs, wait at most `grace_s` for those in flight, then end every instance."""
         self._stopped = True
         with trio.move_on_after(grace_s):
-            for _lane, ticket in list(self._tickets.values()):
+            for ticket in list(self._live):
                 await ticket.ended.wait()
         self._scope.cancel()
 
     def _changed(self) -> None:
         if self.on_change is not None:
             self.on_change()
+
+    def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...]) -> None:
+        if self.on_unkillable is not None:
+            self.on_unkillable(spec, devices)
+
+    def _died_late(self, spec: ModelSpec, devices: tuple[str, ...]) -> None:
+        if self.on_late_death is not None:
+            self.on_late_death(spec, devices)
 
     async def _own(self) -> None:
         with self._scope:
@@ -116,7 +157,7 @@ async def open_host(
     Args:
         scratch: absolute; whatever an earlier life left in it is removed.
     """
-    _make_empty(scratch)
+    removal.empty_tree(scratch)
     host = Host([], limits)
     lanes = [
         Lane(
@@ -124,6 +165,8 @@ async def open_host(
             limits,
             scratch / f"m{number}",
             on_change=host._changed,
+            on_unkillable=host._unkillable,
+            on_late_death=host._died_late,
             means=means,
         )
         for number, spec in enumerate(models)
@@ -136,8 +179,3 @@ async def open_host(
         finally:
             host._stopped = True
             host._scope.cancel()
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)

@@ -1,21 +1,21 @@
 """One engine instance: a process with a model in it, from spawn to reaped.
 
-Theory of operation. `open_instance` starts the child, greets it, loads the model and yields; leaving the block
-shuts the child down. One task reads frames and is the only one that touches the runs; each run has a small task
-of its own that watches its deadlines. What the engine reports as progress decides; nothing else keeps it alive.
-
-A run that does not end within `cancel_grace_s` of a cancel is given up at once, so that its caller is answered;
-the instance then takes no new runs (`draining`) and is ended when its neighbours are done: one stuck run never
-kills another caller's.
+Theory of operation. `open_instance` starts the child and yields; the lane then lets it load and hands it runs
+(runs.py); leaving the block shuts the child down. One task reads frames and is the only one that touches the runs;
+another looks at the process from outside (watch.py). Whoever finds that the instance has to go calls `give_up`: the
+stacks are taken, every run in flight gets its fault, `over` is set, and the lane leaves the block. What ended an
+instance first is its end (ends.py); what happens to the process afterwards is only noted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import signal
+import os
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import trio
@@ -25,18 +25,31 @@ from protocol.engine_session import EngineSession, ProtocolError, Role
 from protocol.faults import Fault, FaultError, refuse
 from protocol.framing import FrameDecoder, FramingError
 from protocol.revision import ENGINE_WIRE, Span, agree
-from supervisor.host.child import Child, ChildSpec, Exit
+from supervisor.host import patience
+from supervisor.host.cgroups import Cgroup
+from supervisor.host.child import Child
+from supervisor.host.ends import End, Why, judge
+from supervisor.host.ground import Ground
+from supervisor.host.incidents import Incident, stack_dump, without_stacks
 from supervisor.host.launching import engine_child
 from supervisor.host.means import REAL_MEANS, Means
-from supervisor.host.ticket import Ticket
-from supervisor.host.work import Chunk, Done, ModelSpec, Progress, RunRequest, Started
+from supervisor.host.runs import Runs
+from supervisor.host.watch import Watch, ceiling_bytes
+from supervisor.host.work import ModelSpec, Progress
 from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
 
 # Shutdown is asked for politely before SIGTERM; an engine that obeys does so at once.
 SHUTDOWN_GRACE_S = 2.0
+# faulthandler needs less than a millisecond; its dump is over when nothing more comes for so long.
+STACKS_S = 0.5
+STACKS_QUIET_S = 0.05
+# Gigabytes that an engine left are removed by a thread, and nobody waits longer than this for it.
+REMOVE_S = 10.0
 EXIT_NOT_CONFINED = 71  # engines/launch.py: a required layer is not verified
+WHILE_LOADING = "while it loaded the model"
+WHILE_RUNNING = "while it ran this job"
 _EVIDENCE_LINES = 40
 _OUT_OF_MEMORY = ("cuda error: out of memory", "cudaerrormemoryallocation", "failed to allocate cuda")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -47,37 +60,51 @@ class Instance:
 
     Attributes:
         ready: what the engine said after the load; None before.
-        admitted: tickets that hold a slot.
-        succeeded: runs that ended with a result.
-        draining: takes no new runs; see the module's theory.
+        runs: what runs on it.
+        watch: what is seen of it from outside.
+        ours: the end that we decided on; None while we have not.
         over: set when the process is dead, or can no longer be trusted and is about to be ended.
-        exit: how the process ended, once it has.
     """
 
-    def __init__(self, spec: ModelSpec, limits: LimitsTable, child: Child) -> None:
+    def __init__(
+        self, spec: ModelSpec, limits: LimitsTable, child: Child, means: Means, scratch: Path, cgroup: Cgroup | None
+    ) -> None:
         self.spec, self.limits, self.child = spec, limits, child
         self.ready: wire.Ready | None = None
-        self.admitted: list[Ticket] = []
-        self.draining = False
+        self.ours: End | None = None
         self.over = trio.Event()
-        self.broken: Fault | None = None
-        self.succeeded = 0
         self.changed: Callable[[], None] = lambda: None
+        self.cgroup = cgroup
+        self.runs = Runs(spec, limits, self)
+        self.watch = Watch(self, means.senses, scratch)
+        self._scratch = scratch
+        self._cause: tuple[str, str] | None = None  # code and sentence of the fault, when the end is ours
+        self._in_flight: tuple[str, ...] = ()  # labels, at the moment it was over
         self._session = EngineSession(Role.HOST)
-        self._runs: dict[int, Ticket] = {}
-        self._next_run = wire.FIRST_RUN
         self._hello = trio.Event()
         self._loaded = trio.Event()
         self._load_fault: Fault | None = None
         self._load_sign = 0.0
         self._on_load_progress: Callable[[Progress], None] = lambda _progress: None
+        self._said = trio.Event()  # replaced with each line on stderr
+        self._lines = 0
 
     @property
     def free_slots(self) -> int:
         """How many more runs it takes now."""
-        if self.ready is None or self.draining or self.over.is_set():
+        if self.ready is None or self.runs.stuck is not None or self.ours is not None or self.over.is_set():
             return 0
-        return max(0, self.ready.slots - len(self.admitted))
+        return max(0, self.ready.slots - len(self.runs.admitted))
+
+    @property
+    def loading(self) -> bool:
+        """Whether it has greeted and has not answered the load yet."""
+        return self._hello.is_set() and not self._loaded.is_set()
+
+    @property
+    def has(self) -> int:
+        """How many runs the engine still works on, those that were given up included."""
+        return len(self._session.open_runs)
 
     # ---- sending
 
@@ -85,38 +112,49 @@ class Instance:
         self._session.sending(message)
         await self.child.write(*wire.encode(message))
 
-    async def _send_quietly(self, message: wire.Down) -> None:
+    async def tell(self, message: wire.Down) -> None:
         """Send when the engine still listens; its death is noticed elsewhere."""
         with contextlib.suppress(BrokenPipeError, trio.ClosedResourceError):
             await self._send(message)
 
     # ---- load
 
-    async def load(self, scratch: Path, on_progress: Callable[[Progress], None]) -> wire.Ready:
+    async def load(self, on_greeted: Callable[[], None], on_progress: Callable[[Progress], None]) -> wire.Ready:
         """Greet and load.
 
         Raises:
             FaultError: the engine died, hung, refused the model, or fell back to the CPU.
         """
-        with trio.move_on_after(self.limits.start_s):
-            await self._until(self._hello)
+        name = self.spec.engine.name
+        start_s, load_s = self.limits.start_s, self.limits.load_s
+        await patience.wait_until(lambda: self._until(self._hello), trio.current_time() + start_s)
         if not self._hello.is_set():
-            raise self._died(f"did not say hello within {self.limits.start_s:g} s")
+            text = f"Engine {name} did not say hello within {start_s:g} s; it was ended."
+            await self.give_up(End(why=Why.NO_HELLO, when=f"within {start_s:g} s"), "engine_hung", text)
+            raise FaultError(self.end_fault(WHILE_LOADING))
+        on_greeted()
         self._on_load_progress = on_progress
-        await self._send_quietly(wire.Load(model=self.spec.model, scratch=str(scratch)))
         self._load_sign = trio.current_time()
-        while not self._loaded.is_set() and not self.over.is_set():
-            limit = self._load_sign + self.limits.load_s
-            with trio.move_on_at(limit):
-                await self._until(self._loaded)
-            if trio.current_time() >= self._load_sign + self.limits.load_s:
+        self.moved()
+        await self.tell(wire.Load(model=self.spec.model, scratch=str(self._scratch)))
+        while not await patience.wait_until(lambda: self._until(self._loaded), self._load_sign + load_s):
+            if trio.current_time() >= self._load_sign + load_s:
+                text = f"Engine {name} showed no progress for {load_s:g} s while loading; it was ended."
+                await self.give_up(End(why=Why.LOAD_STALLED, when=f"for {load_s:g} s"), "engine_hung", text)
                 break
-        if self._load_fault is not None:
-            raise FaultError(self._load_fault)
-        if self.ready is None:
-            raise self._died(f"showed no progress for {self.limits.load_s:g} s while loading")
-        if self.spec.engine.sandbox.mode == "require" and not self.ready.sandbox:
-            raise refuse("load_failed", f"Engine {self.spec.engine.name} runs in no sandbox, and one is required.")
+        return self._accept_load()
+
+    def _accept_load(self) -> wire.Ready:
+        name = self.spec.engine.name
+        self.watch.loaded()
+        if self._load_fault is None and self.ready is None:
+            raise FaultError(self.end_fault(WHILE_LOADING))
+        if self.ready and self.spec.engine.sandbox.mode == "require" and not self.ready.sandbox:
+            self._load_fault = Fault("load_failed", f"Engine {name} runs in no sandbox, and one is required.")
+        if self._load_fault is not None or self.ready is None:
+            fault = self._load_fault or Fault("load_failed", f"Engine {name} did not load its model.")
+            self.ours = self.ours or End(why=Why.LOAD_REFUSED, note=fault.message)
+            raise FaultError(fault)
         weak = [f"{layer}: {word}" for layer, word in self.ready.sandbox.items() if word not in ("verified", "claimed")]
         log.info("%s is confined%s", self.spec.name, f", except {'; '.join(weak)}" if weak else " by every layer")
         return self.ready
@@ -132,86 +170,6 @@ class Instance:
             nursery.start_soon(wait, event)
             nursery.start_soon(wait, self.over)
 
-    def _died(self, otherwise: str) -> FaultError:
-        """The fault of a start or load that ended without an answer."""
-        if self.over.is_set():
-            return FaultError(self.end_fault("while it loaded the model"))
-        return refuse(
-            "engine_hung",
-            f"Engine {self.spec.engine.name} {otherwise}; it was ended.",
-            stderr_tail=self.child.stderr_tail(_EVIDENCE_LINES),
-        )
-
-    # ---- runs
-
-    def admit(self, ticket: Ticket) -> Ticket:
-        """Give a run its slot; the caller has seen a free one and calls `serve` next."""
-        ticket.last_sign = trio.current_time()
-        self.admitted.append(ticket)
-        self.changed()
-        return ticket
-
-    async def serve(self, ticket: Ticket) -> None:
-        """Take an admitted run to its end; the ticket always gets one.
-
-        Cancellation: the run ends with `worker_stopping`; the engine is not asked, it is about to be ended.
-        """
-        # The wire wants run numbers in order: from here to the write lock there is no checkpoint.
-        run, self._next_run = self._next_run, self._next_run + 1
-        self._runs[run] = ticket
-        try:
-            async with trio.open_nursery() as nursery:
-
-                async def until_ended() -> None:
-                    await ticket.ended.wait()
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(until_ended)
-                nursery.start_soon(self._limit, ticket)
-                nursery.start_soon(self._obey_cancel, run, ticket)
-                await self._send_quietly(_run_message(run, ticket.request))
-        finally:
-            ticket.fail(Fault("worker_stopping", "The worker stopped before the job was done."))
-            self._runs.pop(run, None)
-            self.admitted.remove(ticket)
-            self.changed()
-
-    async def _limit(self, ticket: Ticket) -> None:
-        """Ask for a cancel when the deadline or the time without progress is over."""
-        while True:
-            silent_s = self._patience_s(ticket)
-            assert ticket.last_sign is not None
-            until = min(ticket.deadline, ticket.last_sign + silent_s)
-            await trio.sleep_until(until)
-            now = trio.current_time()
-            if now >= ticket.deadline:
-                ticket.ask_cancel(Fault("deadline_exceeded", "The job did not end before its deadline."))
-                return
-            silent_s = self._patience_s(ticket)
-            if now >= ticket.last_sign + silent_s:
-                self.child.signal(signal.SIGUSR2)  # a stack dump for the evidence
-                message = f"Engine {self.spec.engine.name} showed no progress for {silent_s:g} s."
-                ticket.ask_cancel(Fault("engine_hung", message))
-                return
-
-    def _patience_s(self, ticket: Ticket) -> float:
-        """How long the run may show no progress now."""
-        return self.spec.stall_s or (self.limits.stall_s if ticket.produced else self.limits.first_output_s)
-
-    async def _obey_cancel(self, run: int, ticket: Ticket) -> None:
-        await ticket.cancel_asked.wait()
-        await self._send_quietly(wire.Cancel(run=run))
-        await trio.sleep(self.limits.cancel_grace_s)
-        # It does not listen. The caller is answered now; the process goes as soon as it is empty.
-        assert ticket.wanted_end is not None
-        self.draining = True
-        wanted = ticket.wanted_end
-        if wanted.code == "engine_hung":
-            detail = {**wanted.detail, "stderr_tail": self.child.stderr_tail(_EVIDENCE_LINES)}
-            wanted = Fault(wanted.code, wanted.message, detail=detail)
-        log.warning("%s ignored a cancel for %g s", self.spec.name, self.limits.cancel_grace_s)
-        ticket.fail(wanted)
-
     # ---- receiving
 
     async def read(self) -> None:
@@ -219,46 +177,27 @@ class Instance:
         decoder = FrameDecoder()
         try:
             while data := await self.child.read():
+                self.watch.heard()
                 decoder.feed(data)
                 for frame in decoder:
                     message = wire.decode_up(frame)
                     self._session.received(message)
                     self._take(message)
         except (FramingError, ProtocolError, wire.WireError) as error:
-            self.broken = Fault(
-                "engine_protocol",
-                f"Engine {self.spec.engine.name} broke the protocol: {error}.",
-                detail={"stderr_tail": self.child.stderr_tail(_EVIDENCE_LINES)},
-            )
-            log.error("%s: %s", self.spec.name, self.broken.message)
-            self.child.signal_group(signal.SIGKILL)
-        if self.broken is None:
+            self._broke(str(error))
+        if not self.over.is_set() and self.child.exit is None:
             with trio.move_on_after(self.limits.term_grace_s):  # it closed its pipe: it dies, or it is ended
                 await self.child.wait()
         self._all_over()
 
-    def _all_over(self) -> None:
-        self.over.set()
-        for ticket in list(self.admitted):
-            ticket.fail(ticket.wanted_end or self.end_fault("while it ran this job"))
-        self.changed()
-
-    def end_fault(self, when: str) -> Fault:
-        """The fault that the end of the process means, with its evidence."""
-        if self.broken is not None:
-            return self.broken
-        how = self.child.exit or Exit()
-        tail = self.child.stderr_tail(_EVIDENCE_LINES)
-        detail: dict[str, object] = {"stderr_tail": tail}
-        if how.code is not None:
-            detail["exit_code"] = how.code
-        if how.signal is not None:
-            detail["signal"] = how.signal
-        if how.code == EXIT_NOT_CONFINED and tail and tail[-1].startswith("sandbox = "):
-            return Fault("load_failed", f"Engine {self.spec.engine.name} was not started: {tail[-1]}.", detail=detail)
-        memory = any(sign in line.lower() for line in tail for sign in _OUT_OF_MEMORY)
-        text = " ".join(["Engine", self.spec.engine.name, how.describe(), when]).rstrip() + "."
-        return Fault("out_of_memory" if memory else "engine_crashed", text, detail=detail)
+    def _broke(self, error: str) -> None:
+        """What it says cannot be trusted any more: it is killed at once, without a grace."""
+        if self.ours is None:
+            self.ours = End(why=Why.BROKEN_PROTOCOL, note=error)
+            self._cause = ("engine_protocol", f"Engine {self.spec.engine.name} broke the protocol: {error}.")
+            log.error("%s: %s", self.spec.name, self._cause[1])
+        self.child.kill("it broke the protocol")
+        self._all_over()
 
     def _take(self, message: wire.UpMessage) -> None:
         match message:
@@ -269,6 +208,7 @@ class Instance:
                 self._loaded.set()
             case wire.Progress(run=wire.NO_RUN):
                 self._load_sign = trio.current_time()
+                self.moved()
                 self._on_load_progress(Progress(message.n, message.total, message.phase or "load", message.text))
             case wire.RunFault(run=wire.NO_RUN):
                 self._load_fault = message.fault
@@ -276,8 +216,10 @@ class Instance:
             case wire.Log():
                 log.log(_LEVELS.get(message.level, logging.INFO), "%s: %s", self.spec.name, message.message)
             case wire.Started() | wire.Progress() | wire.Chunk() | wire.Result() | wire.RunFault():
-                self._take_run(message)
-            case _:  # pong, stats, valid: nothing waits for them yet
+                self.runs.take(message)
+            case wire.Pong():
+                self.watch.ponged()
+            case _:  # stats, valid: nothing waits for them
                 pass
 
     def _greet(self, hello: wire.Hello) -> None:
@@ -286,94 +228,220 @@ class Instance:
                 f"the engine speaks revisions {hello.low} to {hello.high}, we {ENGINE_WIRE.low} to {ENGINE_WIRE.high}"
             )
             raise wire.WireError(text)
+        self.watch.greeted(hello.pid)
         self._hello.set()
 
-    def _take_run(self, message: wire.Started | wire.Progress | wire.Chunk | wire.Result | wire.RunFault) -> None:
-        ticket = self._runs.get(message.run)
-        if ticket is None:
-            return  # given up before; the engine has ended it after all
-        match message:
-            case wire.Started():
-                ticket.tell(Started())
-            case wire.Progress():
-                ticket.tell(Progress(message.n, message.total, message.phase, message.text))
-            case wire.Chunk():
-                ticket.tell(Chunk(message.seq, bytes(message.data)))
-            case wire.Result():
-                self.succeeded += 1
-                ticket.finish(Done(body=bytes(message.body), files=message.files, usage=message.usage))
-            case wire.RunFault():
-                cancelled = message.fault.code == "cancelled" and ticket.wanted_end is not None
-                ticket.fail(ticket.wanted_end if cancelled and ticket.wanted_end else message.fault)
+    def moved(self) -> None:
+        """Work was handed over or moved."""
+        self.watch.moved()
+
+    # ---- ending
+
+    def retire(self, end: End) -> None:
+        """Take no new runs; the lane leaves the block when those it has are done."""
+        if self.ours is None and not self.over.is_set():
+            self.ours = end
+
+    async def give_up(self, end: End, code: str, message: str) -> None:
+        """It has to go now: take its stacks, answer every run with a fault of `code`, and set `over`."""
+        if self._cause is not None or self.over.is_set():
+            return
+        self.ours, self._cause = end, (code, message)
+        log.error("%s: %s", self.spec.name, message)
+        await self.take_stacks()
+        self._all_over()
+
+    async def take_stacks(self) -> None:
+        """Ask for a stack dump on stderr and wait until it is there, at most `STACKS_S`."""
+        before = self._lines
+        if not self.child.dump_stacks():
+            return
+        with trio.move_on_after(STACKS_S):
+            if self._lines == before:
+                await self._said.wait()
+            more = True
+            while more:
+                with trio.move_on_after(STACKS_QUIET_S) as quiet:
+                    await self._said.wait()
+                more = not quiet.cancelled_caught
+
+    def line(self, text: str) -> None:
+        """A line on stderr."""
+        log.debug("%s stderr: %s", self.spec.name, text)
+        self._lines += 1
+        self._said.set()
+        self._said = trio.Event()
+
+    def _all_over(self) -> None:
+        if self.over.is_set():
+            return
+        self._in_flight = tuple(ticket.request.label for ticket in self.runs.admitted)
+        self.over.set()
+        self.runs.fail_all(self.end_fault(WHILE_RUNNING))
+        self.changed()
+
+    def evidence(self, code: str) -> dict[str, Any]:
+        """The last lines of stderr, and for a hang what the watchdog thinks of it."""
+        found: dict[str, Any] = {"stderr_tail": self.child.stderr_tail(_EVIDENCE_LINES)}
+        if code == "engine_hung":
+            found["diagnosis"] = str(self.watch.diagnosis)
+        return found
+
+    def end(self) -> End:
+        """How it ended, as far as is known by now."""
+        loading = self.ready is None
+        when = WHILE_LOADING if loading else "while it ran a job" if self._in_flight else ""
+        return judge(self.child.exit, self._decided(), oom=self._out_of_memory(), when=when)
+
+    def _decided(self) -> End | None:
+        """Our decision; we asked it to leave because of the run that was given up, where there was one."""
+        stuck = self.runs.stuck
+        if stuck is None or self.ours is None or self._cause is not None:
+            return self.ours
+        return End(why=Why.HUNG if stuck.code == "engine_hung" else Why.STUCK_CANCEL, note=stuck.message)
+
+    def _out_of_memory(self) -> bool:
+        """Whether the kernel killed for want of memory: in its cgroup, or anywhere since we looked last."""
+        return self.watch.oom_killed() or (self.cgroup is not None and self.cgroup.oom_kills() > 0)
+
+    def end_fault(self, when: str) -> Fault:
+        """The fault that the end means for whoever it hit, with its evidence."""
+        end = judge(self.child.exit, self.ours, oom=self._out_of_memory(), when=when)
+        code, text = self._cause or self._told_apart(end, when)
+        return Fault(code, text, detail={**end.detail(), **self.evidence(code)})
+
+    def _told_apart(self, end: End, when: str) -> tuple[str, str]:
+        """Code and sentence for a process that went by itself."""
+        name, tail = self.spec.engine.name, self.child.stderr_tail(_EVIDENCE_LINES)
+        if end.code == EXIT_NOT_CONFINED and tail and tail[-1].startswith("sandbox = "):
+            return "load_failed", f"Engine {name} was not started: {tail[-1]}."
+        text = f"{_sentence(name, end.how)} {when}".rstrip() + "."
+        memory = any(sign in line.lower() for line in tail for sign in _OUT_OF_MEMORY)
+        return "out_of_memory" if memory or end.why is Why.OOM_KILLED else "engine_crashed", text
+
+    def report(self) -> Incident:
+        """What an operator may want to know about a bad end; call it when the process is gone."""
+        end = self.end()
+        fault = self.end_fault(end.when)
+        lines = self.child.stderr_tail(self.child.spec.stderr_lines)
+        return Incident(
+            model=self.spec.name,
+            engine=self.spec.engine.name,
+            pid=self.child.pid,
+            how=end.phrase(),
+            diagnosis=str(self.watch.diagnosis),
+            facts=self.watch.facts(),
+            code=fault.code,
+            message=fault.message,
+            stacks=tuple(stack_dump(lines)),
+            stderr=tuple(without_stacks(lines)),
+            runs=self._in_flight,
+            sandbox=self.ready.sandbox if self.ready else {},
+            gpus=self.watch.gpus(),
+        )
 
     async def shut_down(self) -> None:
         """Ask the engine to leave. Cancellation: shielded, bounded by `SHUTDOWN_GRACE_S`."""
-        if self.over.is_set() or self.draining:
+        self.retire(End(why=Why.ASKED))
+        if self.over.is_set() or self.runs.stuck is not None:
             return
         with trio.CancelScope(shield=True), trio.move_on_after(SHUTDOWN_GRACE_S):
-            await self._send_quietly(wire.Shutdown())
+            await self.tell(wire.Shutdown())
             self.child.close_stdin()
             await self.child.wait()
 
 
-def _run_message(run: int, request: RunRequest) -> wire.Run:
-    return wire.Run(
-        run=run,
-        kind=request.kind,
-        params=msgspec.Raw(request.params),
-        inputs={name: str(path) for name, path in request.inputs.items()},
-        folder=str(request.folder),
-        stream=request.stream,
-        log=request.label,
-    )
+def _sentence(name: str, how: str) -> str:
+    return f"Engine {name} was {how}" if how.startswith("killed") else f"Engine {name} {how}"
 
 
 @contextlib.asynccontextmanager
 async def open_instance(
-    spec: ModelSpec,
-    limits: LimitsTable,
-    scratch: Path,
-    *,
-    on_progress: Callable[[Progress], None] = lambda _progress: None,
-    means: Means = REAL_MEANS,
+    spec: ModelSpec, limits: LimitsTable, ground: Ground, number: int, *, means: Means = REAL_MEANS
 ) -> AsyncIterator[Instance]:
-    """Start an engine with its model loaded; leaving the block ends it and removes its scratch folder.
+    """Start an engine; leaving the block ends it and removes its scratch folder.
 
     Args:
-        scratch: folder of this instance; made here.
-        means: how to verify files, spawn, and remove the folder.
+        ground: where the model's instances work.
+        number: of this instance, never used there before.
+        means: how to spawn, what to look with, and how to remove the folder.
 
     Raises:
-        FaultError: whose fault it is and why.
+        FaultError: it cannot be started.
+
+    Cancellation: the end of the process is shielded and bounded, see `open_child`.
     """
-    await means.verify(spec)
-    _make(scratch)
+    cgroup = _cgroup(spec, ground, number, means)
+    record: Path | None = None
+    instance: Instance | None = None
     try:
-        try:
-            opened = means.spawn(_child_spec(spec, scratch), term_grace_s=limits.term_grace_s)
-            async with opened as child:
-                instance = Instance(spec, limits, child)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(instance.read)
-                    try:
-                        await instance.load(scratch, on_progress)
-                        yield instance
-                    finally:
-                        await instance.shut_down()
-                        nursery.cancel_scope.cancel()
-        except OSError as error:
-            raise refuse("load_failed", f"Engine {spec.engine.name} cannot be started: {error}.") from None
+        async with contextlib.AsyncExitStack() as stack:
+            instance = await _spawned(stack, spec, limits, ground, number, means, cgroup)
+            if means.ledger is not None:
+                record = means.ledger.spawned(
+                    instance.child.pid,
+                    name=spec.engine.name,
+                    scratch=ground.instance(number),
+                    cgroup=cgroup.path if cgroup else None,
+                )
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            nursery.start_soon(instance.read)
+            nursery.start_soon(instance.watch.run)
+            try:
+                yield instance
+            finally:
+                await instance.shut_down()
+                nursery.cancel_scope.cancel()
     finally:
-        with trio.CancelScope(shield=True):
-            await means.remove(scratch)
+        how = instance.child.exit if instance is not None else None
+        if how is None or not how.unkillable:  # else it may still be in there, and nobody could wait for it
+            if means.ledger is not None:
+                means.ledger.ended(record)
+            await _clear(ground.instance(number), cgroup, means)
 
 
-def _make(folder: Path) -> None:
-    folder.mkdir(parents=True, mode=0o700)
+async def _spawned(
+    stack: contextlib.AsyncExitStack,
+    spec: ModelSpec,
+    limits: LimitsTable,
+    ground: Ground,
+    number: int,
+    means: Means,
+    cgroup: Cgroup | None,
+) -> Instance:
+    heard: list[Callable[[str], None]] = []
 
-
-def _child_spec(spec: ModelSpec, scratch: Path) -> ChildSpec:
     def line(text: str) -> None:
-        log.debug("%s stderr: %s", spec.name, text)
+        for listener in heard:
+            listener(text)
 
-    return engine_child(spec.engine, scratch, model=spec.model, on_stderr_line=line)
+    joins = str(cgroup.path) if cgroup else None
+    try:
+        scratch = ground.make_instance(number)
+        child_spec = engine_child(
+            spec.engine, scratch, model=spec.model, ground=ground, cgroup=joins, on_stderr_line=line
+        )
+        if cgroup is not None:
+            child_spec = msgspec.structs.replace(child_spec, cgroup=cgroup.path)
+        child = await stack.enter_async_context(means.spawn(child_spec, term_grace_s=limits.term_grace_s))
+    except OSError as error:
+        raise refuse("load_failed", f"Engine {spec.engine.name} cannot be started: {error}.") from None
+    instance = Instance(spec, limits, child, means, scratch, cgroup)
+    heard.append(instance.line)
+    return instance
+
+
+def _cgroup(spec: ModelSpec, ground: Ground, number: int, means: Means) -> Cgroup | None:
+    """A cgroup of its own, where we may make one."""
+    if means.cgroups is None:
+        return None
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{os.getpid()}-{ground.root.name}-{number}-{spec.name}")
+    return means.cgroups.make(name[:100], ceiling_bytes(spec))
+
+
+async def _clear(scratch: Path, cgroup: Cgroup | None, means: Means) -> None:
+    """Remove what the instance leaves. Cancellation: shielded, bounded by `REMOVE_S`."""
+    with trio.CancelScope(shield=True), trio.move_on_after(REMOVE_S):
+        if cgroup is not None:
+            await trio.to_thread.run_sync(cgroup.remove, abandon_on_cancel=True)
+        await means.remove(scratch)

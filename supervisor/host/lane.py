@@ -1,54 +1,60 @@
 """One model's lane: its queue, its instance, and when to start another one.
 
-Theory of operation. One task owns a lane. It waits for demand, opens an instance, hands it tickets while it has
-free slots, and when the instance ends it decides: a first crash is followed by a new instance at once, further
-ones by growing, jittered pauses; a load that failed fails everything that waits, and the same fault answers new
-runs until the pause is over, so that nobody waits for a model that cannot load. An instance that did a
-job, or stayed well for `HEALTHY_S`, clears the record.
+Theory of operation. One task owns a lane, and it alone steps through the states of lifecycle.py. It waits for demand,
+waits for room, opens an instance, hands it tickets while it has free slots, and when the instance has ended it
+decides what follows: nothing, after an end that we wanted; a pause, none after the first bad end and then growing
+(restart.py); or a quarantine, which ends when a probe passes. A load that failed fails everything that waits, and the
+same fault answers new runs until the pause is over, so that nobody waits for a model that cannot load.
 
-    cold ──demand──► starting ──► loading ──► ready ◄─► busy ──► stopping ──► cold
-                        └───── failed / crashed ─────► backoff ──► starting
+The queue is first come, first served. A run that wants to be alone waits at its head until the instance is empty, and
+those behind it wait until it is done: neither can starve.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
 from protocol.faults import Fault, FaultError
+from supervisor.host.child import Child
+from supervisor.host.ends import End, Why
+from supervisor.host.ground import Ground
 from supervisor.host.instance import Instance, open_instance
+from supervisor.host.lifecycle import ALIVE, LOADED, Event, Life, State
 from supervisor.host.means import REAL_MEANS, Means
+from supervisor.host.quarantine import Standing
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import InstanceStatus, ModelSpec, Progress
 from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
 
-HEALTHY_S = 60.0
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
+OnUnkillable = Callable[[ModelSpec, tuple[str, ...]], None]
 
 
-def pause_s(failures: int, jitter: float) -> float:
-    """Pause before the next start after `failures` ends in a row; `jitter` in [0, 1).
+class _Story:
+    """What became of one instance, for the judgement after its end."""
 
-    The first crash costs no pause: most are one bad request, and the next caller should not wait.
-    """
-    if failures <= 1:
-        return 0.0
-    return min(FIRST_PAUSE_S * 2.0 ** (failures - 2), LONGEST_PAUSE_S) * (0.75 + 0.5 * jitter)
+    def __init__(self) -> None:
+        self.end = End(why=Why.NOT_STARTED)
+        self.fault: Fault | None = None  # it could not be loaded
+        self.loaded_at = math.inf
+        self.succeeded = False
+        self.instance: Instance | None = None
 
 
 class Lane:
-    """The lane of one model. `run` is its only task; everything else posts to it.
+    """The lane of one model. `run` is its only task; everything else posts to it. It is an `Occupant` of the room.
 
     Args:
-        scratch: folder below which instances get theirs.
+        scratch: the model's own folder, made here: see ground.py.
         on_change: called after every change that `status` would show.
+        on_unkillable: called with the GPUs of a process that could not be killed; False later, when it died after all.
     """
 
     def __init__(
@@ -58,25 +64,34 @@ class Lane:
         scratch: Path,
         *,
         on_change: Callable[[], None] = lambda: None,
+        on_unkillable: OnUnkillable = lambda _spec, _devices: None,
+        on_late_death: OnUnkillable = lambda _spec, _devices: None,
         means: Means = REAL_MEANS,
     ) -> None:
         self.spec, self.limits = spec, limits
-        self._scratch = scratch
+        self.ground = Ground(scratch, limit_bytes=int(limits.scratch_gb * 2**30))
         self._on_change = on_change
+        self._on_unkillable, self._on_late_death = on_unkillable, on_late_death
         self._means = means
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._bell = trio.Event()
+        self._life = Life()
+        self._standing = Standing(spec, limits.restart, means)
         self._instance: Instance | None = None
-        self._state, self._reason = "cold", ""
-        self._failures = 0
+        self._evicted = ""  # why, when the instance shall go and is not ready yet
+        self._reason, self._last_end = "", ""
+        self._sandbox: dict[str, str] = {}
+        self._idle_since: float | None = None
+        self._ready_since: float | None = None
         self._starts = 0
         self._blocked: Fault | None = None
         self._wanted = False  # load without a run: preload
+        self._abandoned: Child | None = None  # a process that could not be killed
 
     # ---- asking
 
     def add(self, ticket: Ticket) -> None:
-        """Queue a run; answered at once with the fault of the last load while that is being paced."""
+        """Queue a run; answered at once while the model cannot be loaded or is in quarantine."""
         if self._blocked is not None:
             ticket.fail(self._blocked)
             return
@@ -88,7 +103,7 @@ class Lane:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             ticket.fail(fault)
-            self._on_change()
+            self._ring()  # it may have been what the others waited for
         else:
             ticket.ask_cancel(fault)
 
@@ -101,136 +116,322 @@ class Lane:
         """Snapshot for people and for what is announced."""
         instance = self._instance
         ready = instance.ready if instance else None
+        rss = instance.watch.rss_bytes if instance else 0
         return InstanceStatus(
             model=self.spec.name,
             engine=self.spec.engine.name,
-            state=self._state,
-            pid=instance.child.pid if instance else 0,
-            running=len(instance.admitted) if instance else 0,
+            state=str(self._life.state),
+            pid=self.pid,
+            running=len(instance.runs.admitted) if instance else 0,
             queued=len(self._waiting),
             slots=ready.slots if ready else 1,
             restarts=max(0, self._starts - 1),
             reason=self._reason,
+            blocked=self._blocked is not None,
             device=ready.device if ready else "",
             limits=ready.limits if ready else {},
-            rss_bytes=ready.peak_rss_bytes if ready else 0,
+            rss_bytes=rss or (ready.peak_rss_bytes if ready else 0),
+            vram_bytes=self._means.senses.vram_bytes(self.spec.name) if instance else 0,
+            sandbox=self._sandbox,
+            idle_s=None if self._idle_since is None else trio.current_time() - self._idle_since,
+            last_end=self._last_end,
         )
+
+    # ---- as an occupant of the room
+
+    @property
+    def pid(self) -> int:
+        """Leader of its instance's family; 0 without one."""
+        return self._instance.child.pid if self._instance else 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether runs wait for it or run on it."""
+        return bool(self._waiting) or bool(self._instance and self._instance.runs.admitted)
+
+    @property
+    def idle_since(self) -> float | None:
+        """trio time since when it has been loaded without work; None when it works or is not loaded."""
+        return self._idle_since
+
+    @property
+    def ready_since(self) -> float | None:
+        """trio time since when its model is loaded, with or without work; None while it is not."""
+        return self._ready_since if self._life.state in LOADED else None
+
+    def evict(self, reason: str) -> None:
+        """End the instance as soon as it has no run; nothing without one."""
+        if self._life.state in ALIVE:
+            self._evicted = reason
+            self._retire()
+            self._ring()
+
+    def tell(self, progress: Progress) -> None:
+        """Pass a sign of progress of the load, or of the wait for room, to those who wait for the model."""
+        if progress.phase == "room":
+            self._reason = progress.text
+        for ticket in self._waiting:
+            ticket.tell(progress)
+        self._on_change()
 
     # ---- the task
 
     async def run(self) -> None:
         """Own the lane until cancelled; then end the instance and everything that waits."""
         try:
+            if (left_s := self._standing.recalled()) is not None:
+                log.warning("%s is in quarantine since an earlier life of the supervisor", self.spec.name)
+                await self._sit_out(left_s)
             while True:
                 await self._demand()
-                await self._one_instance()
-                await self._pace()
+                story = await self._one_instance()
+                await self._follow(story)
         finally:
             self._fail_waiting(Fault("worker_stopping", "The worker stopped before the job was done."))
-            self._set("cold")
+            self._step(Event.SHUT)
 
     async def _demand(self) -> None:
         while not self._waiting and not self._wanted:
-            await self._bell.wait()
-            self._bell = trio.Event()
+            await self._next_bell()
 
-    async def _one_instance(self) -> None:
-        """One instance from start to end; failures are counted, never raised."""
-        self._wanted = False
+    async def _one_instance(self) -> _Story:
+        """One instance from start to end; failures are told in the story, never raised."""
+        story = _Story()
+        self._wanted, self._evicted = False, ""
         self._starts += 1
-        self._set("starting")
-        folder = self._scratch / f"i{self._starts}"
+        self._step(Event.DEMAND)
         try:
-            async with open_instance(
-                self.spec, self.limits, folder, on_progress=self._loading, means=self._means
-            ) as instance:
-                self._instance = instance
-                instance.changed = self._changed
-                began = trio.current_time()
-                await self._hand_out(instance)
-                self._judge(instance, trio.current_time() - began)
+            await self._means.verify(self.spec)
+            async with self._means.room.place(self):
+                await self._live(story)
         except FaultError as error:
-            self._load_failed(error.fault)
+            self._refuse(story, error.fault)
         except BaseExceptionGroup as group:
             faults, rest = group.split(FaultError)
             if rest is not None or faults is None:
                 raise
-            self._load_failed(_first_fault(faults))
-        finally:
-            self._instance = None
+            self._refuse(story, _first_fault(faults))
+        self._stopping()
+        return story
 
-    def _loading(self, progress: Progress) -> None:
-        if self._state != "loading":
-            self._set("loading")
-        for ticket in self._waiting:
-            ticket.tell(progress)
+    async def _live(self, story: _Story) -> None:
+        try:
+            opened = open_instance(self.spec, self.limits, self.ground, self._starts, means=self._means)
+            async with opened as instance:
+                self._instance = story.instance = instance
+                instance.changed = instance.runs.changed = self._changed
+                try:
+                    ready = await instance.load(lambda: self._step(Event.GREETED), self.tell)
+                    self._sandbox = dict(ready.sandbox)
+                    story.loaded_at = self._idle_since = self._ready_since = trio.current_time()
+                    self._reason = ""
+                    self._step(Event.LOADED)
+                    await self._hand_out(instance)
+                except FaultError as error:
+                    self._refuse(story, error.fault)
+                finally:
+                    self._stopping()
+        finally:
+            self._instance = None  # its pid may be somebody else's by now
+            if story.instance is not None:
+                story.end = story.instance.end()
+                story.succeeded = story.instance.runs.succeeded > 0
 
     async def _hand_out(self, instance: Instance) -> None:
-        """Give the instance tickets while it has slots; return when it is over or has drained."""
-        self._changed()
+        """Give the instance tickets while it has slots; return when it is over or has done its last."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._ring_when_over, instance)
-            while not instance.over.is_set() and not (instance.draining and not instance.admitted):
-                while self._waiting and instance.free_slots:
-                    ticket = self._waiting.popleft()
-                    nursery.start_soon(instance.serve, instance.admit(ticket))
-                await self._bell.wait()
-                self._bell = trio.Event()
-            self._set("stopping")
+            while True:
+                self._retire()
+                while (ticket := self._next_for(instance)) is not None:
+                    nursery.start_soon(instance.runs.serve, instance.runs.admit(ticket))
+                leaving = instance.ours is not None or instance.runs.stuck is not None
+                if instance.over.is_set() or (leaving and not instance.runs.admitted):
+                    break
+                with trio.move_on_at(self._idle_until()) as patience:
+                    await self._next_bell()
+                if patience.cancelled_caught and self._idle_until() <= trio.current_time():
+                    instance.retire(End(why=Why.IDLE, note=f"idle for {self.spec.keep_alive_s:g} s"))
+            self._stopping()
             nursery.cancel_scope.cancel()
+
+    def _next_for(self, instance: Instance) -> Ticket | None:
+        """The next ticket that the instance may have now."""
+        if not self._waiting or not instance.free_slots:
+            return None
+        alone = self._waiting[0].request.alone or instance.runs.alone
+        if alone and instance.runs.admitted:
+            return None
+        return self._waiting.popleft()
+
+    def _idle_until(self) -> float:
+        if self._idle_since is None or not self.spec.keep_alive_s:
+            return math.inf
+        return self._idle_since + self.spec.keep_alive_s
+
+    def _retire(self) -> None:
+        """Let an instance that is worn or not wanted take no more runs."""
+        instance = self._instance
+        if instance is None or instance.ready is None or instance.ours is not None:
+            return
+        if self._evicted:
+            instance.retire(End(why=Why.EVICTED, note=self._evicted))
+        elif worn := instance.watch.worn():
+            log.info("%s is replaced between two jobs: %s", self.spec.name, worn)
+            instance.retire(End(why=Why.RECYCLED, note=worn))
 
     async def _ring_when_over(self, instance: Instance) -> None:
         await instance.over.wait()
         self._ring()
 
-    def _judge(self, instance: Instance, uptime_s: float) -> None:
-        """Count an instance that ended; a long life, or a job done well, clears the record first.
+    # ---- what follows
 
-        So a bad job costs those behind it no pause, and an engine that dies of everything is paced.
+    async def _follow(self, story: _Story) -> None:
+        """Judge an instance that ended, and sit out what its end deserves.
+
+        A long life, or a job done well, clears the record first: so a bad job costs those behind it no pause, and an
+        engine that dies of everything is paced.
         """
-        if uptime_s >= HEALTHY_S or instance.succeeded:
-            self._failures = 0
-        self._failures += 1
-        fault = instance.end_fault("") if instance.over.is_set() else None
-        self._reason = fault.message if fault else "An ignored cancel: the instance was replaced."
-        log.warning("%s: %s", self.spec.name, self._reason)
-
-    def _load_failed(self, fault: Fault) -> None:
-        self._failures += 1
+        instance, end = story.instance, story.end
+        self._last_end = end.phrase()
+        if not end.bad:
+            log.info("%s: %s", self.spec.name, end.phrase())
+            self._reason = "" if end.why in (Why.ASKED, Why.RECYCLED) else f"It was {end.phrase()}."
+            self._wanted = self._wanted or end.why is Why.RECYCLED
+            self._step(Event.GONE)
+            return
+        fault = story.fault or (instance.end_fault(end.when) if instance else Fault("worker_failed", "It was not started."))
         self._reason = fault.message
-        log.error("%s cannot be loaded: %s", self.spec.name, fault.message)
-        self._fail_waiting(fault)
-        self._blocked = fault
+        log.warning("%s: %s", self.spec.name, end.phrase())
+        if instance is not None and self._means.incidents is not None:
+            self._means.incidents.keep(instance.report())
+        if end.why is Why.UNKILLABLE and instance is not None:
+            await self._quarantine(self._standing.barred(self._abandon(instance)).pause_s)
+            return
+        if not end.counts:
+            self._step(Event.GONE)
+            return
+        well = story.succeeded or trio.current_time() - story.loaded_at >= self.limits.restart.healthy_s
+        following = self._standing.bad_end(fault, well=well, loading=story.fault is not None)
+        if following.quarantined:
+            await self._quarantine(following.pause_s)
+            return
+        await self._pause(following.pause_s)
 
-    async def _pace(self) -> None:
-        """Pause after failures; a blocked lane pauses even after the first."""
-        failures = self._failures + 1 if self._blocked else self._failures
-        pause = pause_s(failures, self._means.jitter())
-        self._set("failed" if self._blocked else "backoff" if pause else "cold")
-        await trio.sleep(pause)
-        self._blocked = None  # the next one who asks may try again
-        self._set("cold")
+    async def _pause(self, pause_s: float) -> None:
+        if pause_s:
+            self._step(Event.PAUSE)
+            await trio.sleep(pause_s)
+            self._blocked = None  # the next one who asks may try again
+            self._step(Event.RETRY)
+        else:
+            self._step(Event.GONE)
+
+    async def _quarantine(self, pause_s: float) -> None:
+        log.error("%s is in quarantine for %.0f s: %s", self.spec.name, pause_s, self._reason)
+        await self._sit_out(pause_s)
+
+    async def _sit_out(self, pause_s: float) -> None:
+        """Quarantine, until a probe passes."""
+        while True:
+            self._blocked = self._standing.fault
+            assert self._blocked is not None
+            self._reason = self._blocked.message
+            self._fail_waiting(self._blocked)
+            if self._life.state is not State.QUARANTINED:
+                self._step(Event.BAR)
+            await self._wait_or_late_death(pause_s)
+            problem = await self._probe()
+            if not problem:
+                break
+            cause = Fault(self._blocked.detail.get("cause", "load_failed"), problem)
+            pause_s = self._standing.barred(cause).pause_s
+            log.warning("%s stays in quarantine for another %.0f s: %s", self.spec.name, pause_s, problem)
+        self._standing.lift()
+        self._blocked, self._reason = None, ""
+        log.info("%s is back: its probe passed", self.spec.name)
+        self._step(Event.LIFT)
+
+    async def _wait_or_late_death(self, pause_s: float) -> None:
+        with trio.move_on_after(pause_s):
+            if self._abandoned is None:
+                await trio.sleep_forever()
+            else:
+                await self._abandoned.gone.wait()
+
+    async def _probe(self) -> str:
+        """Try the model; "" when it passed, else why not."""
+        if self._abandoned is not None:
+            if not self._abandoned.gone.is_set():
+                return f"Process {self._abandoned.pid} of engine {self.spec.engine.name} still cannot be killed."
+            self._abandoned = None
+        limit_s = self.limits.start_s + self.limits.load_s + self.limits.first_output_s
+        with trio.move_on_after(limit_s):
+            try:
+                return await self._means.reprobe(self.spec)
+            except FaultError as error:
+                return error.fault.message
+        return f"Its probe did not end within {limit_s:g} s."
+
+    def _abandon(self, instance: Instance) -> Fault:
+        """Take note of a process that nobody can kill: its GPUs are not to be used, everything else goes on."""
+        ready = instance.ready
+        devices = self.spec.model.devices or ((ready.device,) if ready and ready.device != "cpu" else ())
+        self._abandoned = instance.child
+        instance.child.on_late_death = lambda _how: self._on_late_death(self.spec, devices)
+        self._on_unkillable(self.spec, devices)
+        where = f" It may still hold {', '.join(devices)}." if devices else ""
+        text = f"Process {instance.child.pid} of engine {self.spec.engine.name} cannot be killed: {instance.end().note}"
+        self._reason = f"{text.rstrip(': .')}.{where}"
+        return Fault("engine_hung", self._reason, detail=instance.evidence("engine_hung"))
 
     # ---- small parts
+
+    def _refuse(self, story: _Story, fault: Fault) -> None:
+        """The model cannot be loaded: answer everybody who waits, now, and everybody who asks for a while."""
+        story.fault = fault
+        if story.instance is None:
+            story.end = End(why=Why.NOT_STARTED, note=fault.message)
+        self._reason = fault.message
+        log.error("%s cannot be loaded: %s", self.spec.name, fault.message)
+        self._blocked = fault
+        self._fail_waiting(fault)
 
     def _fail_waiting(self, fault: Fault) -> None:
         while self._waiting:
             self._waiting.popleft().fail(fault)
+
+    async def _next_bell(self) -> None:
+        await self._bell.wait()
+        self._bell = trio.Event()
 
     def _ring(self) -> None:
         self._bell.set()
         self._on_change()
 
     def _changed(self) -> None:
-        """Something about the instance's runs changed: derive the state again and look at the queue."""
-        instance = self._instance
-        if instance is not None and not instance.over.is_set() and self._state != "stopping":
-            self._state = "busy" if instance.admitted else "ready"
-            self._reason = ""
+        """Something about the instance's runs changed: step, and look at the queue."""
+        instance, state = self._instance, self._life.state
+        if instance is not None and not instance.over.is_set():
+            running = len(instance.runs.admitted)
+            if state is State.READY and running:
+                self._idle_since = None
+                self._life.step(Event.TAKE)
+            elif state is State.BUSY and not running:
+                self._idle_since = trio.current_time()
+                instance.watch.rested()
+                self._life.step(Event.EMPTIED)
+            elif state is State.BUSY and (instance.ours is not None or instance.runs.stuck is not None):
+                self._life.step(Event.DRAIN)
         self._ring()
 
-    def _set(self, state: str) -> None:
-        self._state = state
+    def _stopping(self) -> None:
+        self._idle_since = None
+        if self._life.state is not State.STOPPING:
+            self._step(Event.END)
+
+    def _step(self, event: Event) -> None:
+        self._life.step(event)
         self._on_change()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 
 from protocol.faults import Fault
+from supervisor.host import patience
 from supervisor.host.work import Chunk, Failed, OnEvent, RunEnd, RunEvent, RunRequest, Started
 
 
@@ -32,6 +33,28 @@ class Ticket:
         self.ended = trio.Event()
         self.cancel_asked = trio.Event()
         self._on_event = on_event
+        self._waiting: trio.CancelScope | None = None
+
+    async def wait(self) -> bool:
+        """Wait for the end, at most until the deadline; whether it came. Cancellation: only the waiting ends."""
+        while not self.ended.is_set():
+            due = self.deadline
+            if await patience.wait_until(self._ended_or_hastened, due):
+                continue
+            if trio.current_time() >= self.deadline:
+                break
+        return self.ended.is_set()
+
+    async def _ended_or_hastened(self) -> None:
+        with trio.CancelScope() as self._waiting:
+            await self.ended.wait()
+
+    def hasten(self, by_s: float, least_s: float) -> None:
+        """Bring the deadline forward by the time that the clock missed, but leave at least `least_s`."""
+        soonest = trio.current_time() + least_s
+        self.deadline = min(self.deadline, max(soonest, self.deadline - by_s))
+        if self._waiting is not None:
+            self._waiting.cancel()  # wait anew
 
     def tell(self, event: RunEvent) -> None:
         """Pass an event on, and take note of what it proves."""

@@ -132,6 +132,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: cold, starting, loading, ready, busy, draining, stopping, backoff, quarantined.
         reason: one sentence when it does not serve.
+        blocked: new runs are answered at once with a fault, for `reason`: it cannot be loaded, or is in quarantine.
         sandbox: layer -> verdict, as the running (or latest) instance told.
         idle_s: how long it has been loaded without work; None when it works or is not loaded.
         vram_bytes: GPU memory it was seen to hold.
@@ -147,6 +148,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 1
     restarts: int = 0
     reason: str = ""
+    blocked: bool = False
     device: str = ""
     limits: Mapping[str, Any] = {}
     rss_bytes: int = 0

@@ -34,7 +34,7 @@ def why_not(proof: Proof, status: InstanceStatus | None) -> str:
     """Why a model cannot be announced now; "" when it can."""
     if not proof.ok:
         return proof.reason or "it did not pass its checks"
-    if status is not None and status.state == "failed":
+    if status is not None and status.blocked:
         return status.reason or "it cannot be loaded"
     return ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import trio.testing
 
 from protocol import engine_wire as wire
 from protocol.faults import Fault, FaultError
-from supervisor.host.fake import Died, FakeChild, FakeEngines, echo, greet_and_load
+from supervisor.host.fake import Died, FakeChild, FakeEngines, echo, fake_means, greet_and_load
 from supervisor.host.host import open_host
-from supervisor.host.means import Means
 from supervisor.host.work import Chunk, Done, EngineSpec, Failed, ModelSpec, Progress, RunRequest, Started
 from supervisor.settings import LimitsTable
 
@@ -33,15 +31,10 @@ def ask(words: str = "hi", model: str = "m", **more: object) -> RunRequest:
     return RunRequest(model=model, kind="llm", params=params, folder=Path("/nowhere"), **more)
 
 
-async def remove_now(folder: Path) -> None:
-    """No thread: under a virtual clock a real thread makes time jump."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def open_fakes(script, tmp_path: Path, *names: str, **more: object):
     fakes = FakeEngines(script)
     models = [spec(name) for name in names or ("m",)]
-    means = Means(spawn=fakes, remove=remove_now, jitter=lambda: 0.5, **more)
+    means = fake_means(fakes, **more)
     return fakes, open_host(models, LIMITS, tmp_path / "s", means=means)
 
 
@@ -63,7 +56,7 @@ async def test_first_use_loads_and_the_next_runs_share_the_instance(tmp_path, au
         await trio.testing.wait_all_tasks_blocked()
         assert host.snapshot()[0].state == "ready"
     assert len(fakes.children) == 1
-    assert not (tmp_path / "s" / "m0").exists() or not list((tmp_path / "s" / "m0").iterdir())
+    assert not list((tmp_path / "s" / "m0").glob("i[0-9]*"))
 
 
 async def test_unknown_model_is_refused_by_name(tmp_path, autojump_clock):
@@ -160,9 +153,12 @@ async def test_load_fault_answers_all_that_wait_then_is_paced_then_tried_again(t
         end = await host.run(ask(), Story())
         assert isinstance(end, Failed)
         assert (end.fault.code, end.fault.message) == ("load_failed", "No such file.")
-        assert host.snapshot()[0].state == "failed"
-        again = await host.run(ask(), Story())
-        assert again == end
+        assert host.snapshot()[0].state == "stopping"  # nobody waits for its end
+        assert host.snapshot()[0].blocked
+        assert await host.run(ask(), Story()) == end
+        await trio.sleep(0.5)
+        assert host.snapshot()[0].state == "backoff"
+        assert await host.run(ask(), Story()) == end
         assert len(fakes.children) == 1
         await trio.sleep(5)
         assert host.snapshot()[0].state == "cold"
@@ -258,7 +254,7 @@ async def test_a_stall_is_ended_and_the_next_run_gets_a_new_instance(tmp_path, a
 async def test_a_model_whose_runs_may_be_silent_is_ended_by_the_deadline_alone(tmp_path, autojump_clock):
     fakes = FakeEngines(silent)
     patient = ModelSpec(name="m", engine=ENGINE, model=wire.Model(name="m"), stall_s=math.inf)
-    means = Means(spawn=fakes, remove=remove_now, jitter=lambda: 0.5)
+    means = fake_means(fakes)
     async with open_host([patient], LIMITS, tmp_path / "s", means=means) as host:
         began = trio.current_time()
         end = await host.run(ask(), Story())
@@ -383,11 +379,11 @@ async def test_crash_loop_is_paced(tmp_path, autojump_clock):
     fakes, opened = open_fakes(script, tmp_path)
     async with opened as host:
         began = trio.current_time()
-        for _ in range(6):
+        for _ in range(LIMITS.restart.quarantine_after):
             await host.run(ask(), Story())
-        # pauses after crash 1..5: 0, 1, 2, 4, 8 seconds
-        assert 15 <= trio.current_time() - began < 16
-    assert len(fakes.children) == 6
+        # pauses after crash 1..4: 0, 1, 2, 4 seconds; after the fifth there is none, but a quarantine
+        assert 7 <= trio.current_time() - began < 8
+    assert len(fakes.children) == 5
 
 
 async def test_a_bad_job_between_good_ones_costs_nobody_a_pause(tmp_path, autojump_clock):

@@ -62,7 +62,7 @@ async def bench(tmp_path: Path):
     async with open_host([model()], LIMITS, tmp_path / "scratch") as host:
         yield Bench(host, tmp_path)
     assert not [child for child in psutil.Process().children() if "misbehave" in " ".join(child.cmdline())]
-    assert not list((tmp_path / "scratch" / "m0").glob("*"))
+    assert not list((tmp_path / "scratch" / "m0").glob("i[0-9]*"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ async def test_every_kind_of_hang_ends_in_bounded_time_and_the_next_job_works(be
 async def test_a_hang_leaves_the_stacks_of_all_threads(bench):
     await bench.says("warm")
     fault = await bench.fault("hang")
-    assert any("_hang" in line for line in fault.detail["stderr_tail"])
+    assert any(line.endswith(" in hang") for line in fault.detail["stderr_tail"])
 
 
 async def test_work_past_its_deadline_is_cancelled_though_it_makes_progress(bench):
@@ -206,7 +206,8 @@ async def test_every_bad_load_is_typed(tmp_path, options, code):
     async with open_host([model(**options)], LIMITS, tmp_path / "scratch") as host:
         fault = await Bench(host, tmp_path).fault("hello")
         assert fault.code == code
-        assert host.snapshot()[0].state == "failed"
+        assert host.snapshot()[0].state in ("stopping", "backoff")
+        assert host.snapshot()[0].blocked
         assert host.snapshot()[0].reason
 
 

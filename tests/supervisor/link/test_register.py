@@ -20,7 +20,7 @@ PROOFS = {
 }
 SNAPSHOT = [
     InstanceStatus(model="proved", engine="llm", state="ready", slots=4, device="cuda:0", limits={"n_ctx": 4096}),
-    InstanceStatus(model="failed", engine="llm", state="failed", reason="no memory"),
+    InstanceStatus(model="failed", engine="llm", state="backoff", reason="no memory", blocked=True),
 ]
 
 
