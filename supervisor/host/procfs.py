@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
 
 import msgspec
 
@@ -133,7 +132,17 @@ def _status(pid: int, field: str) -> str:
 
 
 def _text(path: str) -> str:
+    # Not Path.read_text: hundreds of these are read in one go on the trio thread, and this takes a third of the time.
     try:
-        return Path(path).read_text(errors="replace")
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError):
         return ""
+    try:
+        parts = []
+        while part := os.read(descriptor, 2**16):
+            parts.append(part)
+    except OSError:  # ESRCH: it died between open and read
+        return ""
+    finally:
+        os.close(descriptor)
+    return b"".join(parts).decode(errors="replace")
