@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable
@@ -113,36 +114,78 @@ async def test_kill_reaches_a_grandchild_in_a_session_of_its_own_without_a_warde
         await nobody(mark)
 
 
-@pytest.mark.parametrize("layers", [(), ("namespaces",)], ids=["namespaces", "no namespaces"])
-async def test_kill_of_a_confined_family_with_a_daemon_leaves_nobody(layers, mark: str, tmp_path: Path):
-    module = tmp_path / "site" / "nasty_family.py"
-    module.parent.mkdir()
-    module.write_text(FAMILY + "\n")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+LAYERS = pytest.mark.parametrize("layers", [(), ("namespaces",)], ids=["namespaces", "no namespaces"])
+# A process that is never twice the same: each lives only to make the next one.
+HOPPER = """
+import os, signal
+if os.fork() == 0:
+    os.setsid()
+    while True:
+        if os.fork():
+            os._exit(0)
+os.wait()
+print("up", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def confined(code: str, layers: tuple[str, ...], mark: str, folder: Path) -> ChildSpec:
+    """Spec of a real launcher and warden whose engine is this code.
+
+    The launcher starts `engines/runtime/boot.py` below the root that it is told: ours is the code.
+    """
+    boot = folder / "site" / "engines" / "runtime" / "boot.py"
+    boot.parent.mkdir(parents=True)
+    boot.write_text(code)
+    (folder / "scratch").mkdir()
     engine = EngineSpec(
         name="nasty",
         module="engines.synthetic.engine",
         python=sys.executable,
         env={"MARK": mark, "DAEMON": "1"},
-        sandbox=Sandbox(without=layers, read=(str(module.parent),)),
+        sandbox=Sandbox(without=layers, read=(str(folder / "site"),)),
     )
-    spec = engine_child(engine, scratch)
-    # The launcher starts `engines/runtime/boot.py` below the root that it is told: ours is the family.
-    boot = tmp_path / "site" / "engines" / "runtime" / "boot.py"
-    boot.parent.mkdir(parents=True)
-    boot.write_text(FAMILY)
-    told = spec.argv[-1].replace(f'"root":"{ROOT}"', f'"root":"{module.parent}"')
+    spec = engine_child(engine, folder / "scratch")
+    told = spec.argv[-1].replace(f'"root":"{ROOT}"', f'"root":"{folder / "site"}"')
     assert told != spec.argv[-1]
-    async with open_child(
-        ChildSpec(name="nasty", argv=(*spec.argv[:-1], told), env={**(spec.env or {}), "MARK": mark}, lifeline=True)
-    ) as child:
+    return ChildSpec(name="nasty", argv=(*spec.argv[:-1], told), env={**(spec.env or {}), "MARK": mark}, lifeline=True)
+
+
+@LAYERS
+async def test_kill_of_a_confined_family_with_a_daemon_leaves_nobody(layers, mark: str, tmp_path: Path):
+    async with open_child(confined(FAMILY, layers, mark, tmp_path)) as child:
         await up(child)
         assert len(marked(mark)) >= 4
         child.kill("test")
         with trio.fail_after(PATIENCE_S):
             assert await child.wait() == Exit(signal=signal.SIGKILL)
-        assert [process.pid for process in marked(mark)] == []  # the warden ends last
+        assert marked(mark) == []  # the warden ends last
+
+
+@LAYERS
+async def test_kill_of_a_family_that_never_stands_still_leaves_nobody(layers, mark: str, tmp_path: Path):
+    async with open_child(confined(HOPPER, layers, mark, tmp_path)) as child:
+        await up(child)
+        child.kill("test")
+        with trio.fail_after(PATIENCE_S):
+            assert await child.wait() == Exit(signal=signal.SIGKILL)
+        await nobody(mark)
+
+
+@LAYERS
+async def test_kill_at_any_moment_of_the_start_leaves_nobody(layers, mark: str, tmp_path: Path):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # noqa: T201  to replay a failure
+    moments = random.Random(seed)
+    spec = confined(FAMILY, layers, mark, tmp_path)
+    for _ in range(10):
+        async with open_child(spec) as child:
+            await trio.sleep(moments.random() * 0.08)  # the moment is the test's subject
+            child.kill("test")
+            with trio.fail_after(PATIENCE_S):
+                assert await child.wait() == Exit(signal=signal.SIGKILL)
+        await nobody(mark)
 
 
 async def test_a_warden_that_does_nothing_is_replaced_by_force(monkeypatch: pytest.MonkeyPatch, mark: str):
@@ -336,6 +379,23 @@ async def test_a_late_death_that_makes_trouble_does_not_end_the_supervisor(monke
         await child.gone.wait()
         await trio.testing.wait_all_tasks_blocked()
     assert "trouble" in caplog.text
+
+
+def test_an_abandoned_child_does_not_hold_the_supervisors_own_end(monkeypatch):
+    monkeypatch.setattr(child_module, "WARDEN_S", 0.05)
+    monkeypatch.setattr(child_module, "UNKILLABLE_AFTER_S", 0.05)
+    backend = StuckLinux()
+
+    async def main() -> Child:
+        with trio.fail_after(PATIENCE_S):
+            async with open_child(python(DEAF), term_grace_s=0.05, backend=backend) as child:
+                await up(child)
+            return child
+
+    child = trio.run(main)  # returns, though the process is still there
+    assert not child.gone.is_set()
+    os.kill(child.pid, signal.SIGKILL)
+    assert backend.leash.reap() == Exit(signal=signal.SIGKILL)
 
 
 # ---- pipes and numbers
