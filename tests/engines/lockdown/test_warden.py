@@ -194,17 +194,57 @@ def test_sigterm_to_the_warden_alone_reaches_the_engine(argv, tmp_path: Path):
     assert not living_in(tmp_path / "scratch")
 
 
-def test_a_killed_warden_takes_the_engine_with_it(argv, tmp_path: Path):
-    """Without a pid namespace only the engine itself is sure to go; so the host cuts the lifeline instead."""
-    started = Started(argv(_END, "wait")).up()
-    (engine,) = (each for each in living_in(tmp_path / "scratch") if os.getsid(each.pid) == started.process.pid)
-    ended = os.pidfd_open(engine.pid)
+@pytest.mark.parametrize("code", [_NASTY, _END], ids=["nasty", "setsid child"])
+def test_a_killed_warden_takes_the_whole_family_with_it(argv, tmp_path: Path, code: str):
+    started = Started(argv(code, "wait")).up()
+    assert len(living_in(tmp_path / "scratch")) >= 2
     started.process.kill()
-    assert select.select([ended], [], [], PATIENCE_S)[0]
-    os.close(ended)
     assert started.close() == -signal.SIGKILL
-    for left in living_in(tmp_path / "scratch"):
-        left.kill()
+    assert nobody_in(tmp_path / "scratch")
+
+
+def test_sigkill_to_the_whole_group_leaves_nobody(argv, tmp_path: Path):
+    """As the host does when nothing else helped: warden and engine die at once, the setsid child is the guard's."""
+    started = Started(argv(_NASTY)).up()
+    os.killpg(started.process.pid, signal.SIGKILL)
+    assert started.close() == -signal.SIGKILL
+    assert nobody_in(tmp_path / "scratch")
+
+
+def test_a_killed_guard_leaves_nobody(argv, tmp_path: Path):
+    """Or the first process of the pid namespace, which stands in the same place."""
+    started = Started(argv(_NASTY)).up()
+    (between,) = psutil.Process(started.process.pid).children()
+    between.kill()
+    assert started.close() == -signal.SIGKILL
+    assert not living_in(tmp_path / "scratch")
+
+
+def test_the_guard_buries_who_was_left_to_it(argv, tmp_path: Path):
+    """A daemon's dead children must not fill the process table while the engine lives."""
+    code = (
+        "import os, signal\n"
+        "gone, tell = os.pipe()\n"
+        "for _ in range(20):\n"
+        "    if os.fork() == 0:\n"
+        "        if os.fork() == 0:\n"
+        "            os._exit(0)\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+        "os.close(tell)\n"
+        "os.read(gone, 1)\n"
+        "print('up', flush=True)\n"
+        "signal.pause()\n"
+    )
+    started = Started(argv(code)).up()
+    (between,) = psutil.Process(started.process.pid).children()
+    until = time.monotonic() + PATIENCE_S
+    while any(each.status() == psutil.STATUS_ZOMBIE for each in between.children()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [each.status() for each in between.children() if each.status() == psutil.STATUS_ZOMBIE] == []
+    os.close(started.lifeline)
+    started.lifeline = -1
+    started.close()
 
 
 def test_the_pipe_ends_when_the_engine_closes_it(argv):
