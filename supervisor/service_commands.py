@@ -25,8 +25,6 @@ from supervisor.service_units import SERVICE_USER, ServicePlan, stop_s
 NAME = "bulkhead"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 SYSTEM_CONFIG = Path("/etc/bulkhead/worker.toml")
-# `systemctl` and the rest name their exit code for "it does not run" 3, and so do our other commands.
-_NOT_RUNNING = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +175,7 @@ def _status(arguments: argparse.Namespace) -> int:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(state)).decode() + "\n")
     else:
         sys.stdout.write(render(state) + "\n")
-    return int(ExitCode.STOPPED) if state.active else _NOT_RUNNING
+    return int(ExitCode.STOPPED if state.active else ExitCode.NOT_RUNNING)
 
 
 def render(state: ServiceState) -> str:

@@ -79,8 +79,11 @@ def systemd_words(argv: tuple[str, ...]) -> str:
     """A command line for ExecStart=.
 
     The leading ":" switches off the substitution of $VARIABLES, which has no way to quote the program's own path;
-    % begins a specifier and is doubled; quotes and backslashes are escaped as in C.
+    % begins a specifier and is doubled; quotes and backslashes are escaped as in C. As the path of a program systemd
+    refuses them even so, as an argument it does not: `env` then starts the program.
     """
+    if any(char in "\"'\\" or not char.isprintable() for char in argv[0]):
+        argv = ("/usr/bin/env", *argv)
     return ":" + " ".join(_systemd_word(word) for word in argv)
 
 

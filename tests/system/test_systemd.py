@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -23,6 +24,8 @@ _spec.loader.exec_module(boxes)
 
 pytestmark = [pytest.mark.systemd, pytest.mark.skipif(bool(boxes.missing()), reason=boxes.missing() or "there is one")]
 
+_NUMBERS = itertools.count(1)
+
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -32,9 +35,9 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def worker(box: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+def worker(box: Any) -> Iterator[Any]:
     """A name and a configuration of this test's own; removed with it."""
-    made = boxes.Worker(box, f"w{abs(hash(request.node.name)) % 10**8}")
+    made = boxes.Worker(box, f"w{next(_NUMBERS)}")
     yield made
     made.remove()
 
