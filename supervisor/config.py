@@ -198,6 +198,7 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
             link, **{name: absolute(getattr(link, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_ca")}
         ),
         worker=msgspec.structs.replace(settings.worker, state_dir=absolute(settings.worker.state_dir)),
+        control=msgspec.structs.replace(settings.control, socket=absolute(settings.control.socket)),
         engines={name: table if table is BAD else engine(table) for name, table in settings.engines.items()},
         models=[table if table is BAD else model(table) for table in settings.models],
     )
@@ -212,6 +213,11 @@ def state_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Pa
     base = environ.get("XDG_STATE_HOME", "")
     home = Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state"
     return home / "bulkhead"
+
+
+def control_socket(settings: Settings) -> Path:
+    """Where the owner speaks with the supervisor: configured, else in the state folder."""
+    return Path(settings.control.socket) if settings.control.socket else state_dir(settings) / "control.sock"
 
 
 # ---- checks over several fields --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ class ExitCode(enum.IntEnum):
 
     STOPPED = 0  # asked to stop
     FAILED = 1  # a command other than `run` did not succeed
+    NOT_RUNNING = 3  # `status`, `pause` and the like: there is nobody to ask
     USAGE = 64
     REFUSED = 69  # authentication, revoked, deleted, version: not restarted
     INTERNAL = 70

@@ -130,6 +130,7 @@ class VramRoom:
         self._queue: list[_Claim] = []
         self._tainted: dict[str, tuple[int, str]] = {}
         self._bell = trio.Event()
+        self._freeing = ""
 
     # ---- asking
 
@@ -155,6 +156,11 @@ class VramRoom:
         """Model -> device -> GPU memory that it was last seen to hold."""
         return {claim.name: dict(claim.now) for claim in self._inside if claim.now}
 
+    def free(self, reason: str) -> None:
+        """End every model outside the CPU as soon as it is idle, for as long as there is a reason; "" stops that."""
+        self._freeing = reason
+        self.sample()
+
     # ---- the block
 
     @contextlib.asynccontextmanager
@@ -167,9 +173,10 @@ class VramRoom:
         Cancellation: while it waits, the place in the queue is given up; at the end, waiting for the memory is
         shielded and bounded by `BACK_S`.
         """
-        if who.spec.model.device == "cpu" or not self._gpus.available or not (devices := self._devices(who.spec)):
+        if who.spec.model.device == "cpu":
             yield
             return
+        devices = self._devices(who.spec)
         facts = await self._facts(who.spec)
         need = residency.need_of(
             told=who.spec.vram_bytes,
@@ -315,6 +322,9 @@ class VramRoom:
 
     def sample(self) -> None:
         """Look at what everybody holds; a model seen idle for the first time is settled, and its peak learned."""
+        if self._freeing:
+            idle = [claim.name for claim in self._inside if claim.who.idle_since is not None and not claim.who.wanted]
+            self._evict(idle, self._freeing)
         if not self._gpus.available:
             return
         for claim in self._inside:

@@ -379,6 +379,33 @@ async def test_without_a_gpu_and_for_the_cpu_everybody_fits(world, autojump_cloc
         assert world.room.promised() == {}
 
 
+async def test_gpu_memory_can_be_freed_for_somebody_else(world, autojump_clock):
+    world.nursery.start_soon(world.room.keep_learning)
+    a = world.start(FakeLane(world, "a", 5, told=5))
+    b = world.start(FakeLane(world, "b", 5, told=5), rest=False)
+    await soon(a.inside)
+    await soon(b.inside)
+    world.room.free("the operator wants the GPU")
+    assert a.evicted == ["the operator wants the GPU"]
+    assert b.evicted == []
+    b.rest()
+    await soon(b.left, 10)
+    world.room.free("")
+    c = world.start(FakeLane(world, "c", 5, told=5))
+    await soon(c.inside)
+    await trio.sleep(10)
+    assert c.evicted == []
+
+
+async def test_memory_can_be_freed_where_no_gpu_is_measured(world, autojump_clock):
+    world.gpus.available = False
+    a = world.start(FakeLane(world, "a", 5))
+    await soon(a.inside)
+    world.room.free("the operator wants the GPU")
+    assert a.evicted
+    await soon(a.left, 1)
+
+
 async def test_a_telemetry_that_dies_lets_the_waiting_in(world, autojump_clock):
     a = world.start(FakeLane(world, "a", 20, told=20), rest=False)
     await soon(a.inside)

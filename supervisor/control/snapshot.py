@@ -1,0 +1,113 @@
+"""What the owner is shown, as data. Gathered in one place (gather.py), read by routes, sentences and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from supervisor.intake.holds import Hold
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """The connection to the coordinator. `reason` says why there is none."""
+
+    url: str = ""
+    connected: bool = False
+    reason: str = ""
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """One model; fields as in `supervisor.host.work.InstanceStatus`.
+
+    Attributes:
+        waits: why it is not loaded yet although it is wanted; "" when it does not wait for room.
+        gpus: UUIDs of its device set; empty means the first GPU, or none when `device` is "cpu".
+        held: GPU -> bytes that it was last seen to hold.
+        ends: cause -> how often an instance of it ended so.
+    """
+
+    name: str
+    engine: str
+    state: str
+    reason: str = ""
+    waits: str = ""
+    device: str = ""
+    gpus: tuple[str, ...] = ()
+    pid: int = 0
+    running: int = 0
+    queued: int = 0
+    slots: int = 1
+    restarts: int = 0
+    rss_bytes: int = 0
+    vram_bytes: int = 0
+    held: Mapping[str, int] = {}
+    idle_s: float | None = None
+    sandbox: Mapping[str, str] = {}
+    last_end: str = ""
+    ends: Mapping[str, int] = {}
+
+
+class GpuView(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU.
+
+    Attributes:
+        ours_bytes: held by our engines; `foreign_bytes`: by everybody else, None when it is not known.
+        promised_bytes: what loads in progress will still take.
+        busy: share of the last second with a kernel running, 0 to 1.
+        fault: why it is not used; "" when it is.
+        tainted: memory that did not come back.
+        why: why it is idle, in one sentence; "" when it works.
+    """
+
+    uuid: str
+    name: str = ""
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    ours_bytes: int = 0
+    foreign_bytes: int | None = None
+    promised_bytes: int = 0
+    busy: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    fault: str = ""
+    tainted: str = ""
+    why: str = ""
+
+
+class IncidentView(msgspec.Struct, frozen=True, kw_only=True):
+    """One bad end of an instance."""
+
+    time: str
+    model: str
+    how: str = ""
+    code: str = ""
+    message: str = ""
+    diagnosis: str = ""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything at one moment.
+
+    Attributes:
+        state: starting, idle, busy, draining, paused, offline.
+        why: why it is not working, in one sentence; "" when it is.
+        now: seconds since the epoch, so that a reader can tell how old this is.
+        gpu_reason: why nothing is known of GPUs; "" when something is.
+    """
+
+    version: str
+    worker: str = ""
+    pid: int = 0
+    now: float = 0.0
+    uptime_s: float = 0.0
+    state: str = "starting"
+    why: str = ""
+    draining: str = ""
+    link: Link = Link()
+    jobs: int = 0
+    holds: tuple[Hold, ...] = ()
+    models: tuple[ModelView, ...] = ()
+    gpus: tuple[GpuView, ...] = ()
+    gpu_reason: str = ""
+    incidents: tuple[IncidentView, ...] = ()

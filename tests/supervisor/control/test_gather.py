@@ -1,0 +1,115 @@
+"""A snapshot gathered from its sources."""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from protocol import engine_wire as wire
+from supervisor.control.gather import Gathering, Sources
+from supervisor.control.snapshot import IncidentView, Link
+from supervisor.host.work import EngineSpec, InstanceStatus, ModelSpec
+from supervisor.intake.holds import Hold, Holds, Source
+from supervisor.machine.readings import GpuProcess, GpuReading, foreign_bytes
+from supervisor.room import VramRoom
+
+GIB = 2**30
+ENGINE = EngineSpec(name="llm", module="none", python="none")
+
+
+class Watch:
+    """One GPU of 24 GiB: 5 GiB are this process's, 3 GiB somebody else's."""
+
+    reason = ""
+    available = True
+
+    def __init__(self) -> None:
+        ours = GpuProcess(pid=os.getpid(), bytes=5 * GIB)
+        theirs = GpuProcess(pid=1, bytes=3 * GIB)
+        self.gpu = GpuReading(
+            uuid="GPU-1",
+            name="H200",
+            memory_total_bytes=24 * GIB,
+            memory_free_bytes=16 * GIB,
+            memory_used_bytes=8 * GIB,
+            processes=(ours, theirs),
+            busy=0.25,
+        )
+
+    def readings(self):
+        return {"GPU-1": self.gpu}
+
+    def device(self, uuid: str):
+        return self.readings().get(uuid)
+
+    def used_by(self, pids):
+        held = sum(process.bytes or 0 for process in self.gpu.processes if process.pid in set(pids))
+        return {"GPU-1": held} if held else {}
+
+    def foreign_bytes(self, uuid: str, own_pids, own_bytes: int = 0):
+        return foreign_bytes(self.gpu, own_pids, own_bytes)
+
+    async def wait_for(self, _predicate, _deadline_s: float) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+
+class Lane:
+    """A loaded model whose process is this one."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.pid = os.getpid()
+        self.wanted, self.idle_since, self.ready_since = False, 0.0, 0.0
+
+    def evict(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def tell(self, progress) -> None:
+        raise AssertionError(progress)
+
+
+async def test_everything_comes_together(tmp_path, autojump_clock):
+    spec = ModelSpec(name="chat", engine=ENGINE, model=wire.Model(name="chat", device="cuda", devices=("GPU-1",)))
+    watch = Watch()
+    room = VramRoom(watch, 0, tmp_path / "vram.json")
+    hold = Hold(source=Source.OPERATOR, since=1.0)
+    instance = InstanceStatus(
+        model="chat", engine="llm", state="ready", pid=os.getpid(), idle_s=1.0, sandbox={"seccomp": "verified"}
+    )
+    sources = Sources(
+        worker="box",
+        specs=[spec],
+        instances=lambda: [instance],
+        holds=lambda: Holds((hold,)),
+        room=room,
+        watch=watch,
+        link=lambda: Link(url="ws://c", connected=True),
+        jobs=lambda: 2,
+        gpu_faults=lambda: {"GPU-1": ""},
+        incidents=lambda count: [IncidentView(time="t", model="chat")] * count,
+        ends=lambda: {"chat": {"crashed": 2}},
+    )
+    gathering = Gathering(sources)
+    await trio.sleep(60)
+    async with room.place(Lane(spec)):
+        seen = gathering.snapshot()
+    assert (seen.worker, seen.pid, seen.uptime_s, seen.jobs) == ("box", os.getpid(), 60, 2)
+    assert seen.state == "paused"
+    assert seen.why.startswith("Paused by the operator")
+    (model,) = seen.models
+    assert (model.device, model.vram_bytes, model.held) == ("cuda", 5 * GIB, {"GPU-1": 5 * GIB})
+    assert model.ends == {"crashed": 2}
+    (gpu,) = seen.gpus
+    assert (gpu.ours_bytes, gpu.foreign_bytes, gpu.free_bytes) == (5 * GIB, 3 * GIB, 16 * GIB)
+    assert gpu.why == seen.why
+    assert len(seen.incidents) == 5
+
+
+async def test_a_drain_is_told_as_such(tmp_path, autojump_clock):
+    watch = Watch()
+    room = VramRoom(watch, 0, tmp_path / "vram.json")
+    sources = Sources("box", [], list, Holds, room, watch, draining=lambda: "moving house")
+    seen = Gathering(sources).snapshot()
+    assert (seen.state, seen.why) == ("draining", "The worker is draining: moving house.")
