@@ -129,17 +129,20 @@ def _service_section(plan: ServicePlan) -> list[str]:
         "LimitCORE=0",
         "LimitNOFILE=65536",
         "UMask=0077",
-        "# Do not add SystemCallFilter, RestrictNamespaces, ProtectKernelTunables, ProtectKernelLogs, ProtectProc,",
-        "# ProcSubset or ProtectHostname: engines lock themselves down, and these take away what they do it with.",
-        "# PrivateDevices hides the GPU; so do DeviceAllow and ProtectClock when nvidia-uvm is loaded later.",
+        "# Left out on purpose. SystemCallFilter ends every engine by SIGSYS and RestrictNamespaces takes their",
+        "# namespaces: both are what engines lock themselves down with. ProtectKernelTunables, ProtectKernelLogs and",
+        "# ProtectProc cover parts of /proc, and some kernels then refuse engines a /proc of their own. PrivateDevices",
+        "# hides the GPU; so do DeviceAllow and ProtectClock when nvidia-uvm is loaded after the start.",
     ]
     return lines + (_system_only(plan) if plan.system else [])
 
 
 def _system_only(plan: ServicePlan) -> list[str]:
     """What only the system's own manager may do; a user's silently ignores some of it."""
+    own = ["RemoveIPC=yes"] if plan.user == SERVICE_USER else []  # else it would take what others of that user share
     return [
         f"User={plan.user}",
+        *own,
         f"StateDirectory={plan.name}",
         "StateDirectoryMode=0700",
         f"RuntimeDirectory={plan.name}",
