@@ -10,6 +10,7 @@ import ctypes
 from typing import Any
 
 _LIBRARIES = ("libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1")
+_WORDS = 4096
 _NO_SUCH_LIBRARY = "libcuda.so.1 is not installed"
 
 # out[i] = i * 3 for i < n, then `spin` rounds of nothing: PTX 6.0 for sm_50, which every driver since 2018 compiles
@@ -56,7 +57,7 @@ class CudaError(Exception):
 
 
 class Cuda:
-    """libcuda with its return codes turned into `CudaError`. One context, on the thread that calls `open`."""
+    """libcuda with its return codes turned into `CudaError`. One context; `use` brings it to another thread."""
 
     def __init__(self) -> None:
         self._library = _load()
@@ -80,6 +81,10 @@ class Cuda:
         self.call("cuDeviceGet", ctypes.byref(device), ordinal)
         self.call("cuCtxCreate_v2", ctypes.byref(self._context), 0, device)
 
+    def use(self) -> None:
+        """Make the context that of the calling thread: it belongs to the one that called `open` until then."""
+        self.call("cuCtxSetCurrent", self._context)
+
     def close(self) -> None:
         """Destroy the context."""
         self.call("cuCtxDestroy_v2", self._context)
@@ -97,20 +102,24 @@ class Cuda:
         self.call("cuModuleGetFunction", ctypes.byref(function), module, name)
         return function
 
-    def triple(self, function: ctypes.c_void_p, count: int, spin: int = 0) -> None:
-        """Start `out[i] = 3 i` on fresh memory and check the answer.
+    def free(self, pointer: int) -> None:
+        """Give device memory back."""
+        self.call("cuMemFree_v2", ctypes.c_uint64(pointer))
+
+    def triple(self, function: ctypes.c_void_p, pointer: int, count: int, spin: int = 0) -> None:
+        """Run `out[i] = 3 i` on the device and check the answer. Raises CudaError.
 
         Args:
+            pointer: device memory for `count` 4-byte words.
             spin: rounds that each thread goes on for; 2**62 is for ever.
         """
-        out = ctypes.c_uint64(self.allocate(4 * count))
+        out = ctypes.c_uint64(pointer)
         words = (out, ctypes.c_uint32(count), ctypes.c_uint64(spin))
         given = (ctypes.c_void_p * 3)(*(ctypes.cast(ctypes.pointer(word), ctypes.c_void_p) for word in words))
         self.call("cuLaunchKernel", function, (count + 127) // 128, 1, 1, 128, 1, 1, 0, None, given, None)
         self.call("cuCtxSynchronize")
         answer = (ctypes.c_uint32 * count)()
         self.call("cuMemcpyDtoH_v2", answer, out, ctypes.c_size_t(4 * count))
-        self.call("cuMemFree_v2", out)
         wrong = [index for index in range(count) if answer[index] != 3 * index]
         if wrong:
             raise CudaError(f"the kernel computed {answer[wrong[0]]} where {3 * wrong[0]} is right")
@@ -146,7 +155,9 @@ def exercise() -> str:
         if not cuda.count():
             return "CUDA counts no device"
         cuda.open()
-        cuda.triple(cuda.kernel(), 4096)
+        memory = cuda.allocate(4 * _WORDS)
+        cuda.triple(cuda.kernel(), memory, _WORDS)
+        cuda.free(memory)
         cuda.close()
     except CudaError as error:
         return str(error)
