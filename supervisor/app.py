@@ -20,7 +20,6 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import msgspec
 import trio
 
 from protocol.faults import Fault
@@ -28,7 +27,6 @@ from protocol.link_wire import Capabilities
 from supervisor import config
 from supervisor.embedded import Ready, open_embedded
 from supervisor.errors import ConfigError, ExitCode, IdentityHeld, LinkRefused, SupervisorError
-from supervisor.host.ground import Ground
 from supervisor.host.host import Host, open_host
 from supervisor.host.means import Means
 from supervisor.host.work import ModelSpec
@@ -85,7 +83,7 @@ class _Supervisor:
     def __init__(self, settings: Settings, state: StateFolder) -> None:
         self._settings = settings
         self._state = state
-        self._specs = [_granted(spec, state.attempts) for spec in config.build_models(settings)]
+        self._specs = config.build_models(settings)
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
@@ -163,8 +161,7 @@ class _Supervisor:
             Transfer(address) as transfer,
             trio.open_nursery() as nursery,
         ):
-            ground = Ground(self._state.empty_attempts() / "all")
-            attempts = Attempts(host, transfer, lambda _model: ground, nursery)
+            attempts = Attempts(host, transfer, host.ground, nursery)
             worker = self._worker(host, attempts)
             prover = Prover(
                 digests.verify,
@@ -252,12 +249,6 @@ def _refusal(end: SessionEnd) -> SupervisorError:
         Why.REVISION: "update the older of the two",
     }
     return LinkRefused(f"The coordinator refused this worker: {end.sentence}; {cures[end.why]}.")
-
-
-def _granted(spec: ModelSpec, attempts: Path) -> ModelSpec:
-    """Let an engine read the inputs and write the outputs of its runs."""
-    sandbox = msgspec.structs.replace(spec.engine.sandbox, write=(*spec.engine.sandbox.write, str(attempts)))
-    return msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, sandbox=sandbox))
 
 
 def _plain(error: BaseException) -> BaseException:

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ Confined = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def reachable(tmp_path: Path) -> Path:
-    """A folder that every user can reach."""
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):  # pytest keeps its folders to itself
-        if folder.stat().st_uid == os.geteuid():
-            folder.chmod(0o755)
-    return tmp_path
+def reachable() -> Iterator[Path]:
+    """A folder that every user can reach. Not tmp_path: pytest keeps that to its user, and closes it again."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-test-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 @pytest.fixture

@@ -193,15 +193,9 @@ class Place:
         return report
 
 
-def open_to_all(folder: Path) -> Path:
-    for above in (folder, *list(folder.parents)[:2]):  # pytest keeps its folders to itself
-        above.chmod(0o755)
-    return folder
-
-
 @pytest.fixture(params=WHO)
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    made = Place(open_to_all(tmp_path_factory.mktemp("g")) / "place", request.param)
+def place(request: pytest.FixtureRequest, reachable: Path) -> Iterator[Place]:
+    made = Place(reachable / "place", request.param)
     yield made
     made.close()
 
@@ -237,8 +231,8 @@ def no_more_user_namespaces(*then: str) -> tuple[str, ...]:
     return ("unshare", "--user", "--map-root-user", "sh", "-c", go, "sh")
 
 
-def test_without_user_namespaces_the_other_layers_hold(tmp_path_factory: pytest.TempPathFactory):
-    place = Place(open_to_all(tmp_path_factory.mktemp("g")) / "place", "plain user")
+def test_without_user_namespaces_the_other_layers_hold(reachable: Path):
+    place = Place(reachable / "place", "plain user")
     try:
         prefix = no_more_user_namespaces("setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
         report = place.run(SETS["all"], prefix)
@@ -277,9 +271,9 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def test_root_makes_the_other_namespaces_before_it_drops_where_there_are_no_user_namespaces(
-    tmp_path_factory: pytest.TempPathFactory,
+    reachable: Path,
 ):
-    place = Place(open_to_all(tmp_path_factory.mktemp("g")) / "place", "root, dropped")
+    place = Place(reachable / "place", "root, dropped")
     try:
         report = place.run(SETS["all"], (PYTHON, "-I", "-S", "-c", _TWO_USERS.replace("\\\\n", "\\n")))
     finally:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def attempt(ground: Ground):
     made = ground.open_attempt("job_1.1")
     yield made
     made.close()
+
+
+@pytest.fixture
+def reachable():
+    """A folder that every user can pass through; pytest keeps its own to its user."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-test-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
 
 
 def told(name: str = "a.png", content: bytes = CONTENT) -> OutputFile:
@@ -192,12 +201,9 @@ def test_modes_without_a_user_of_their_own(ground: Ground, attempt: Attempt):
 
 
 @as_root
-def test_the_engines_user_owns_scratch_and_outputs_and_only_reads_inputs(tmp_path: Path):
+def test_the_engines_user_owns_scratch_and_outputs_and_only_reads_inputs(reachable: Path):
     user = User(65521, 65521)
-    for folder in list(tmp_path.parents)[:2]:
-        folder.chmod(0o755)
-    tmp_path.chmod(0o711)
-    ground = Ground(tmp_path / "instances/m0", user=user)
+    ground = Ground(reachable / "instances/m0", user=user)
     scratch = ground.make_instance(1)
     attempt = ground.open_attempt("job_1.1")
     other = ground.open_attempt("job_2.1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def plain_user(work) -> int:
         except BaseException:
             os._exit(2)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def reachable():
+    """A folder in which every user may work; pytest keeps its own to its user."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-test-") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
 
 
 @pytest.fixture
@@ -77,13 +86,9 @@ def test_a_chain_deeper_than_any_path_and_any_recursion(folder: Path):
     assert not folder.exists()
 
 
-def test_folders_without_permissions(tmp_path: Path):
-    tmp_path.chmod(0o777)
-    for above in list(tmp_path.parents)[:2]:
-        above.chmod(0o755)
-
+def test_folders_without_permissions(reachable: Path):
     def work() -> bool:
-        folder = tmp_path / "out"
+        folder = reachable / "out"
         (folder / "closed/inner").mkdir(parents=True)
         (folder / "closed/inner/file").touch()
         (folder / "readable/inner").mkdir(parents=True)
@@ -95,15 +100,13 @@ def test_folders_without_permissions(tmp_path: Path):
     assert plain_user(work) == 0
 
 
-def test_what_cannot_be_removed_is_told_and_soon(tmp_path: Path):
-    for above in list(tmp_path.parents)[:2]:
-        above.chmod(0o755)
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs/file").touch()
+def test_what_cannot_be_removed_is_told_and_soon(reachable: Path):
+    (reachable / "theirs").mkdir()
+    (reachable / "theirs/file").touch()
     if os.geteuid() == 0:
-        assert plain_user(lambda: not remove_tree(tmp_path / "theirs")) == 0
-    assert not remove_tree(tmp_path / "theirs", patience_s=-1.0)
-    assert remove_tree(tmp_path / "theirs")
+        assert plain_user(lambda: not remove_tree(reachable / "theirs")) == 0
+    assert not remove_tree(reachable / "theirs", patience_s=-1.0)
+    assert remove_tree(reachable / "theirs")
 
 
 def test_an_engine_that_makes_files_as_fast_as_they_go_does_not_hold_us(folder: Path):
