@@ -85,7 +85,7 @@ async def test_the_leash_ends_a_family_by_the_process_table(monkeypatch: pytest.
     monkeypatch.setattr(macos.MacosLeash, "wait_dead", LinuxLeash.wait_dead)
     code = (
         "import os, signal\nsignal.signal(15, signal.SIG_IGN)\n"
-        "if os.fork() == 0: os.setsid()\nprint(os.getpid(), flush=True)\nsignal.pause()"
+        "if os.fork() == 0: os.setsid()\nos.write(1, b'%d\\n' % os.getpid())\nsignal.pause()"
     )
     spec = ChildSpec(name="family", argv=(sys.executable, "-c", code))
     said = b""
