@@ -175,4 +175,6 @@ def summary(rows: Sequence[Row], untried: Sequence[Case], seconds: float) -> str
         text += f" Not contained: {', '.join(bad)}; `supervisor selftest --verbose --case {bad[0]}` says more."
     if untried:
         text += f" {len(untried)} were not tried to the end: the first is {untried[0].name}."
+    lacks = sorted({layer for row in rows for layer in row.lacks})
+    text += f"\nLayers of the sandbox that were not whole here: {', '.join(lacks)}." if lacks else ""
     return text + "\n“neighbour” is the longest that a healthy engine took to answer meanwhile."

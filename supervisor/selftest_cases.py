@@ -16,6 +16,8 @@ STALL_S = 1.0  # the longest silence of a run
 GRACE_S = 0.3  # for a cancel, and from SIGTERM to the next step
 START_S = 20.0
 SHORT_START_S = 4.0  # where a start that never ends is the misdeed
+QUARANTINE_AFTER = 3  # bad ends in a row
+REPROBE_S = 1.5
 # Answers and typed faults come within milliseconds on an idle box; the rest is for a busy one.
 SOON_S = 4.0
 DISK_S = 15.0  # a folder is measured every few seconds
@@ -39,6 +41,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         within_s: the caller must have the answer or the fault by then.
         deadline_s: of the run.
         cancel_after_s: the caller hangs up so long after the start.
+        last_code: the fault of the last of several runs.
         ends: the instance must be gone afterwards, with all its processes.
         runs, pause_s: how often the misdeed is asked, and how long after each other; each must come out right.
         spawns: makes processes, which are counted while it runs.
@@ -61,6 +64,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     within_s: float = SOON_S
     deadline_s: float = 20.0
     cancel_after_s: float | None = None
+    last_code: str = ""
     ends: bool = False
     runs: int = 1
     pause_s: float = 0.0
@@ -91,7 +95,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             term_grace_s=GRACE_S,
             job_s=60.0,
             scratch_gb=self.scratch_mib / 1024 or 20.0,
-            restart=RestartTable(first_pause_s=0.2, longest_pause_s=1.0),
+            restart=RestartTable(
+                first_pause_s=0.2, longest_pause_s=1.0, quarantine_after=QUARANTINE_AFTER, reprobe_s=REPROBE_S
+            ),
             recycle=RecycleTable(rss_growth_gb=self.growth_mib / 1024),
         )
 
@@ -99,6 +105,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 def _crash(name: str, title: str, prompt: str, **more: object) -> Case:
     expected = "The caller gets engine_crashed with the cause at once; the next run works."
     return Case(name=name, title=title, expected=expected, prompt=prompt, codes=CRASHED, ends=True, **more)  # type: ignore[arg-type]
+
+
+def _stillborn(name: str, title: str, code: str, **more: object) -> Case:
+    expected = f"The caller gets {code}; the next start works."
+    return Case(name=name, title=title, expected=expected, codes=(code,), ends=True, **more)  # type: ignore[arg-type]
 
 
 def _hang(name: str, title: str, prompt: str, **more: object) -> Case:
@@ -142,22 +153,8 @@ _DYING = (
 )
 
 _STARTING = (
-    Case(
-        name="start-exit",
-        title="ends before it says hello",
-        expected="The caller gets engine_crashed; the next start works.",
-        start="exit:4",
-        codes=CRASHED,
-        ends=True,
-    ),
-    Case(
-        name="start-crash",
-        title="crashes while it imports its library",
-        expected="The caller gets engine_crashed; the next start works.",
-        start="crash:SIGSEGV",
-        codes=CRASHED,
-        ends=True,
-    ),
+    _stillborn("start-exit", "ends before it says hello", "engine_crashed", start="exit:4"),
+    _stillborn("start-crash", "crashes while it imports its library", "engine_crashed", start="crash:SIGSEGV"),
     Case(
         name="start-hang",
         title="never says hello",
@@ -183,38 +180,21 @@ _STARTING = (
         start="noise",
         answer="hello",
     ),
+    _stillborn("load-crash", "crashes while it loads the model", "engine_crashed", load="crash:SIGSEGV"),
     Case(
-        name="load-crash",
-        title="crashes while it loads the model",
-        expected="The caller gets engine_crashed; the next load works.",
+        name="crash-loop",
+        title="crashes in every one of three loads",
+        expected="The fourth caller gets quarantined at once; after a while the model is tried again and works.",
         load="crash:SIGSEGV",
-        codes=CRASHED,
+        runs=QUARANTINE_AFTER + 1,
+        pause_s=0.8,
+        codes=(*CRASHED, "quarantined"),
+        last_code="quarantined",
         ends=True,
     ),
-    Case(
-        name="load-exit",
-        title="ends itself while it loads the model",
-        expected="The caller gets engine_crashed; the next load works.",
-        load="exit:3",
-        codes=CRASHED,
-        ends=True,
-    ),
-    Case(
-        name="load-raise",
-        title="raises while it loads the model",
-        expected="The caller gets load_failed; the next load works.",
-        load="raise",
-        codes=("load_failed",),
-        ends=True,
-    ),
-    Case(
-        name="load-fault",
-        title="finds its model broken",
-        expected="The caller gets model_corrupt; the next load works.",
-        load="fault",
-        codes=("model_corrupt",),
-        ends=True,
-    ),
+    _stillborn("load-exit", "ends itself while it loads the model", "engine_crashed", load="exit:3"),
+    _stillborn("load-raise", "raises while it loads the model", "load_failed", load="raise"),
+    _stillborn("load-fault", "finds its model broken", "model_corrupt", load="fault"),
     Case(
         name="load-stall",
         title="never gets ready",

@@ -73,6 +73,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         code: the fault's code; "" when the run was answered.
         recovered_s: until the same model answered again.
         gone_s: until the last process of the engine was dead.
+        lacks: layers of the sandbox that this box does not have, or that are off.
         neighbour_worst_s: longest wait of a healthy neighbour meanwhile.
     """
 
@@ -86,6 +87,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     code: str = ""
     recovered_s: float | None = None
     gone_s: float | None = None
+    lacks: tuple[str, ...] = ()
     neighbour_worst_s: float = 0.0
     neighbour_answers: int = 0
 
@@ -106,6 +108,7 @@ def judge(case: Case, seen: Seen) -> Row:
         code=last.end.fault.code if last is not None and isinstance(last.end, Failed) else "",
         recovered_s=_rounded(seen.recovered_s),
         gone_s=_rounded(seen.gone_s),
+        lacks=_lacks(seen),
         neighbour_worst_s=round(seen.worst_s, 4),
         neighbour_answers=seen.answers,
     )
@@ -122,6 +125,9 @@ def _wrong(case: Case, seen: Seen) -> list[str]:
     if seen.trouble:
         return [seen.trouble]
     found = [text for each in seen.asked for text in _wrong_end(case, each)]
+    last = _said(seen.asked[-1].end) if seen.asked else "nothing"
+    if case.last_code and last != case.last_code:
+        found.append(f"the last caller got {last}, not {case.last_code}")
     if case.beside and not (isinstance(seen.beside, Failed) and seen.beside.fault.code in case.codes):
         found.append(f"the run in flight beside it ended with {_said(seen.beside)}")
     if seen.recovered_s is None:
@@ -195,12 +201,14 @@ def _said(end: RunEnd | None) -> str:
     return "nothing"
 
 
+def _lacks(seen: Seen) -> tuple[str, ...]:
+    return tuple(f"{layer} {word}" for layer, word in seen.sandbox.items() if word not in GOOD_WORDS)
+
+
 def _missing(case: Case, seen: Seen) -> list[str]:
     """Which layers this box does not have, where they could have helped."""
-    if case.group != "attacks":
-        return []
-    weak = [f"{layer} {word}" for layer, word in seen.sandbox.items() if word not in GOOD_WORDS]
-    return [f"this box lacks: {', '.join(weak)}"] if weak else []
+    lacks = _lacks(seen) if case.group == "attacks" else ()
+    return [f"this box lacks: {', '.join(lacks)}"] if lacks else []
 
 
 # ---- what happened
@@ -223,7 +231,8 @@ def _summary(case: Case, seen: Seen) -> str:
         else:
             parts.append("answered rightly")
     if seen.gone_s is not None:
-        parts.append(f"its {seen.processes} processes gone" if seen.processes else "no process left")
+        count = f"its {seen.processes} processes gone after {seen.gone_s * 1000:.0f} ms"
+        parts.append(count if seen.processes else "no process left")
     if case.recycled:
         parts.append("replaced between two runs")
     if seen.recovered_s is not None:

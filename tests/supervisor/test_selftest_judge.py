@@ -34,7 +34,8 @@ def test_a_contained_crash_says_what_happened():
     row = judge(BY_NAME["segv"], seen(failed("engine_crashed")))
     assert row.contained
     assert row.outcome == (
-        "engine_crashed (was killed by SIGSEGV while it ran this job); its 3 processes gone; answers again after 0.20 s"
+        "engine_crashed (was killed by SIGSEGV while it ran this job); its 3 processes gone after 10 ms; "
+        "answers again after 0.20 s"
     )
     assert (row.code, row.seconds, row.gone_s, row.recovered_s) == ("engine_crashed", 0.1, 0.01, 0.2)
 
@@ -90,6 +91,13 @@ def test_a_run_in_flight_beside_it_gets_the_same_fault():
         assert not judge(case, seen(failed("engine_crashed"), beside=beside)).contained
 
 
+def test_an_engine_that_never_loads_ends_in_quarantine():
+    case = BY_NAME["crash-loop"]
+    assert judge(case, seen(failed("quarantined"))).contained
+    row = judge(case, seen(failed("engine_crashed")))
+    assert "the last caller got engine_crashed, not quarantined" in row.outcome
+
+
 def test_a_leaking_engine_has_to_be_replaced():
     assert judge(BY_NAME["leak"], seen(done("holds 48 MiB"))).contained
     assert not judge(BY_NAME["leak"], seen(done("holds 48 MiB"), replaced=False)).contained
@@ -107,6 +115,7 @@ def test_an_attack_must_have_managed_nothing():
         BY_NAME["spy"], seen(told(["command line"]), sandbox={"pid": "unavailable(EPERM)", "seccomp": "verified"})
     )
     assert not row.contained
+    assert row.lacks == ("pid unavailable(EPERM)",)
     assert row.outcome == "not contained: it managed: command line; this box lacks: pid unavailable(EPERM)"
 
 
