@@ -11,6 +11,8 @@ import pytest
 from engines.catalog import CATALOG
 from protocol.engine_wire import Model
 from supervisor.host import grants
+from supervisor.host.engine_user import User
+from supervisor.host.ground import Ground
 from supervisor.host.launching import ROOT
 from supervisor.host.work import EngineSpec, Sandbox
 
@@ -129,3 +131,45 @@ def test_a_folder_put_on_the_path_by_a_pth_file_is_read(tmp_path: Path):
     assert {str(tmp_path / "src"), str(tmp_path / "shared")} <= set(policy["read"])
     assert "/no/such" not in policy["read"]
     assert str(tmp_path / "venv") in policy["execute"]
+
+
+def test_of_its_ground_it_reads_inputs_and_writes_outputs_and_of_others_nothing(tmp_path: Path):
+    ground, other = Ground(tmp_path / "m0", user=None), Ground(tmp_path / "m1", user=None)
+    policy = grants.policy(spec("synthetic"), ground.instance(1), ROOT, None, "cpu", ground=ground)
+    assert policy["write"] == [str(ground.instance(1)), str(ground.outputs)]
+    assert str(ground.inputs) in policy["read"]
+    assert not all_paths(policy) & {str(ground.root), str(ground.instance(2)), str(other.root), str(tmp_path)}
+
+
+def test_what_its_own_user_must_reach(tmp_path: Path):
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "adapter").touch()
+    options = {"lora": str(tmp_path / "adapter"), "argv": ["/opt/tool", "-x"], "cwd": str(tmp_path)}
+    model = Model(
+        name="m",
+        files={"model": str(tmp_path / "model.gguf"), "gone": str(tmp_path / "gone")},
+        device="cpu",
+        options=options,
+    )
+    engine = spec("command", read=("/data",), write=("/out",))
+    assert "user" not in given(engine, model)
+    user = grants.policy(engine, SCRATCH, ROOT, model, user=User(65521, 65522))["user"]
+    assert (user["uid"], user["gid"]) == (65521, 65522)
+    assert {sys.executable, "/opt/tool"} <= set(user["runs"])
+    assert {str(tmp_path / "model.gguf"), str(tmp_path / "adapter"), "/data"} <= set(user["reads"])
+    assert str(tmp_path / "gone") not in user["reads"]
+    assert {str(SCRATCH), "/out", str(tmp_path)} == set(user["writes"])
+
+
+def test_an_engine_of_a_gpu_finds_the_drivers_of_wsl2(monkeypatch: pytest.MonkeyPatch):
+    libraries = {"/usr/lib/wsl/lib", "/usr/lib/wsl/drivers"}
+    monkeypatch.setattr(grants.glob, "glob", lambda pattern: ["/dev/dxg"] if pattern == "/dev/dxg" else [])
+    policy = given(spec(), Model(name="m", device="cuda"))
+    assert "/dev/dxg" in policy["devices"]
+    assert libraries <= set(policy["execute"])
+    assert policy["names_threads"]
+    without = given(spec(), Model(name="m", device="cpu"))
+    assert "/dev/dxg" not in without["devices"]
+    assert not libraries & set(without["execute"])
+    monkeypatch.setattr(grants.glob, "glob", lambda pattern: ["/dev/nvidiactl"] if pattern == "/dev/nvidiactl" else [])
+    assert not libraries & set(given(spec(), Model(name="m", device="cuda"))["execute"])

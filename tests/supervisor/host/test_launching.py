@@ -10,7 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from supervisor.host import launching
 from supervisor.host.child import run_child
+from supervisor.host.engine_user import User
+from supervisor.host.ground import Ground
 from supervisor.host.launching import ROOT, cuda_libraries, engine_child
 from supervisor.host.work import EngineSpec, Sandbox
 
@@ -84,3 +87,37 @@ async def test_the_engine_starts_with_them(venv: Path, tmp_path: Path):
     output, how, child = await run_child(engine_child(engine, tmp_path), deadline_s=30)
     assert how.code == 0, child.stderr_tail()
     assert output.decode().strip() == folders(venv)
+
+
+def test_its_ground_is_made_and_bounds_its_files(tmp_path: Path):
+    ground = Ground(tmp_path / "m0", limit_bytes=1000, user=None)
+    child = engine_child(ENGINE, tmp_path / "m0/i1", ground=ground, cgroup="/sys/fs/cgroup/x")
+    spec = json.loads(child.argv[-1])
+    assert ground.inputs.is_dir()
+    assert ground.outputs.is_dir()
+    assert spec["rlimits"] == {"FSIZE": 1000}
+    assert spec["cgroup"] == "/sys/fs/cgroup/x"
+    assert str(ground.outputs) in spec["sandbox"]["write"]
+    plain = told(ENGINE)
+    assert "cgroup" not in plain
+    assert "rlimits" not in plain
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+@pytest.mark.parametrize(("mode", "owner"), [("best-effort", 65530), ("off", 0)])
+def test_root_gives_the_scratch_folder_to_the_engines_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, owner: int
+):
+    monkeypatch.setattr(launching, "engine_user", lambda: User(65530, 65531))
+    engine = msgspec.structs.replace(ENGINE, sandbox=Sandbox(mode=mode))
+    spec = json.loads(engine_child(engine, tmp_path).argv[-1])
+    assert tmp_path.stat().st_uid == owner
+    assert spec["sandbox"].get("user", {}).get("uid", 0) == owner
+
+
+def test_the_libraries_of_wsl2_are_found(venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching, "_WSL_LIBRARIES", tmp_path / "wsl")
+    assert cuda_libraries(str(venv)) == folders(venv)
+    (tmp_path / "wsl").mkdir()
+    assert cuda_libraries(str(venv)) == f"{folders(venv)}:{tmp_path / 'wsl'}"
+    assert cuda_libraries("/nowhere/bin/python") == str(tmp_path / "wsl")
