@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from supervisor.host import procfs
+from supervisor.host import family, procfs
 from supervisor.host.containment.base import ChildSpec
 
 assert sys.platform == "linux" or not TYPE_CHECKING  # for the type checker: the rest is Linux's
 
-from supervisor.host.containment.posix import MAX_MEMBERS, PosixLeash  # noqa: E402
+from supervisor.host.containment.posix import PosixLeash  # noqa: E402
 
 
 class LinuxLeash(PosixLeash):
@@ -108,96 +108,14 @@ def is_wsl2(release: str) -> bool:
 
 def members(leader: int) -> dict[int, str]:
     """The leader's descendants that /proc shows now, each with its start time; not the leader itself."""
-    found: dict[int, str] = {}
-    generation = [leader]
-    while generation and len(found) < MAX_MEMBERS:
-        below = [child for pid in generation for child in procfs.children(pid) if child not in found]
-        generation = []
-        for pid in below[: MAX_MEMBERS - len(found)]:
-            if started := start_time(pid):
-                found[pid] = started
-                generation.append(pid)
-    return found
+    below = {pid: start_time(pid) for pid in family.members(leader) if pid != leader}
+    return {pid: began for pid, began in below.items() if began}
 
 
 def start_time(pid: int) -> str:
     """In clock ticks since boot: with the pid it names one process for ever; "" when gone."""
     found = procfs.stat(pid)
     return "" if found is None else str(found.started)
-
-
-def signal_exactly(self, pid: int, started: str, number: int) -> bool:
-        """By a pidfd."""
-        return signal_exactly(pid, started, number)
-
-    def _kill_cgroup(self) -> bool:
-        if self._cgroup is None:
-            return False
-        try:  # since Linux 5.14
-            (self._cgroup / "cgroup.kill").write_text("1")
-        except OSError:
-            return False
-        return True
-
-
-class Linux:
-    """The backend."""
-
-    name = "linux"
-
-    def spawn(self, spec: ChildSpec, is_over: Callable[[], bool]) -> LinuxLeash:
-        """Start a child."""
-        return LinuxLeash(spec, is_over)
-
-    def verdicts(self) -> dict[str, str]:
-        """None: every layer is the launcher's."""
-        return {}
-
-    def facts(self) -> dict[str, str]:
-        """Under WSL2 the kernel is Microsoft's and GPUs are reached through /dev/dxg."""
-        return {"platform": "wsl2" if is_wsl2(platform.release()) else "linux"}
-
-
-def is_wsl2(release: str) -> bool:
-    """Whether a kernel release is WSL2's ("5.15.153.1-microsoft-standard-WSL2"); WSL1's ends in "-Microsoft"."""
-    return "microsoft" in release and not release.endswith("-Microsoft")
-
-
-# ---- who belongs to a family
-
-
-def members(leader: int) -> dict[int, str]:
-    """The leader's descendants that /proc shows now, each with its start time; not the leader itself."""
-    found: dict[int, str] = {}
-    generation = [leader]
-    while generation and len(found) < MAX_MEMBERS:
-        below = [child for pid in generation for child in procfs.children(pid) if child not in found]
-        generation = []
-        for pid in below[: MAX_MEMBERS - len(found)]:
-            if started := start_time(pid):
-                found[pid] = started
-                generation.append(pid)
-    return found
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
-    except OSError:
-        pass
-    return found
-
-
-def start_time(pid: int) -> str:
-    """Field 22 of its stat, in clock ticks since boot: with the pid it names one process for ever; "" when gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return stat.rpartition(")")[2].split()[19]
 
 
 def signal_exactly(pid: int, started: str, number: int) -> bool:
