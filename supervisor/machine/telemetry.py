@@ -42,6 +42,7 @@ RECHECK_S = 60.0  # a GPU may appear: a driver loaded late, an eGPU
 ASK_AGAIN_S = 0.1
 MAX_LINE_BYTES = 2**20  # a box with 16 GPUs and 256 processes on each needs 300 KiB
 MAX_GARBAGE = 100  # lines in a row
+KEPT_EVENTS = 50
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 TERM_GRACE_S = 0.5  # NVML holds no state of ours
@@ -102,6 +103,7 @@ class GpuWatch:
         self._child: Any = None
         self._news = trio.Event()
         self._bell = trio.Event()
+        self._events: collections.deque[tuple[float, GpuEvent]] = collections.deque(maxlen=KEPT_EVENTS)
         self._subscribers: dict[int, tuple[OnReading | None, OnEvent | None]] = {}
         self.restarts = 0
         self.garbage = 0
@@ -170,6 +172,11 @@ class GpuWatch:
         """How busy a GPU is, 0 to 1; None when unknown (also for MIG devices)."""
         found = self.readings().get(uuid)
         return None if found is None else found.busy
+
+    def recent_events(self, within_s: float, uuid: str = "") -> list[GpuEvent]:
+        """Events of the last `within_s`, of one GPU or of all: evidence beside an engine's end."""
+        since = trio.current_time() - within_s
+        return [event for at, event in self._events if at >= since and (not uuid or event.uuid in ("", uuid))]
 
     # ---- asking
 
@@ -303,6 +310,7 @@ class GpuWatch:
             self._tell(self._by_uuid)
         elif isinstance(spoken, GpuEvent):
             log.warning("GPU %s: %s %s", spoken.uuid or "(unnamed)", spoken.kind, spoken.xid or spoken.text)
+            self._events.append((trio.current_time(), spoken))
             for _on_reading, on_event in list(self._subscribers.values()):
                 if on_event is not None:
                     on_event(spoken)

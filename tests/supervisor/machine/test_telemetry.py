@@ -284,6 +284,18 @@ async def test_lines_may_come_in_any_pieces(autojump_clock):
         assert [event.xid for event in events] == [31]
 
 
+async def test_recent_events_are_kept_for_whoever_asks_why_an_engine_died(autojump_clock):
+    one, two = (b'{"t": "event", "kind": "xid", "xid": %d, "uuid": "GPU-%d"}\n' % pair for pair in ((13, 1), (79, 2)))
+    async with watching(then(a_reading(), one, 2, a_reading() + two + a_reading(), 2, a_reading())) as (
+        watch,
+        _readers,
+    ):
+        await trio.sleep(3)
+        assert [event.xid for event in watch.recent_events(10)] == [13, 79]
+        assert [event.xid for event in watch.recent_events(10, "GPU-1")] == [13]
+        assert [event.xid for event in watch.recent_events(1.5)] == [79]
+
+
 async def test_a_reader_that_cannot_be_started_is_told(autojump_clock):
     async with watching(OSError(2, "No such file or directory")) as (watch, readers):
         await trio.sleep(10)
