@@ -8,10 +8,13 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-from collections.abc import Callable
-from typing import Any
 
 from engines.lockdown import kernel
+
+TYPE_CHECKING = False  # what launch.py says of `typing`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 _NETLINK = 16
 _NOWHERE = ("192.0.2.1", 9)  # TEST-NET-1: never a real host; connecting a datagram socket sends nothing

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 import time
-from typing import NoReturn
+
+TYPE_CHECKING = False  # what launch.py says of `typing`
+if TYPE_CHECKING:
+    import signal
+    from typing import NoReturn
+else:
+    import _signal as signal
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from typing import Any
 
 from engines.lockdown import kernel
+
+TYPE_CHECKING = False  # what launch.py says of `typing`
+if TYPE_CHECKING:
+    from typing import Any
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _MAKE_CHAR, _MAKE_BLOCK = 1 << 6, 1 << 11

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import time
-from typing import NoReturn
 
 # Only the package `engines` is taken from there, and only from this place in this program.
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -26,6 +24,13 @@ sys.path.append(_ROOT)
 from engines.lockdown import family  # noqa: E402
 
 sys.path.remove(_ROOT)
+
+TYPE_CHECKING = False  # what launch.py says of `typing`
+if TYPE_CHECKING:
+    import signal
+    from typing import NoReturn
+else:
+    import _signal as signal
 
 
 def main() -> NoReturn:

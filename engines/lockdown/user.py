@@ -11,9 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Any
 
 from engines.lockdown import kernel
+
+TYPE_CHECKING = False  # what launch.py says of `typing`
+if TYPE_CHECKING:
+    from typing import Any
 
 _PR_SET_DUMPABLE = 4
 _MOST_LOOKED_AT = 2000  # files of a model folder

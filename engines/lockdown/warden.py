@@ -18,11 +18,16 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import struct
-from typing import Any, NoReturn
 
 from engines.lockdown import family, namespaces, user
+
+TYPE_CHECKING = False  # what launch.py says of `typing`
+if TYPE_CHECKING:
+    import signal
+    from typing import Any, NoReturn
+else:
+    import _signal as signal
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
