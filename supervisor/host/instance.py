@@ -1,7 +1,7 @@
-"""One engine instance: a process with a model in it, from spawn to reaped.
+"""One engine instance: a process with a model in it.
 
-Theory of operation. `open_instance` starts the child and yields; the lane then lets it load and hands it runs
-(runs.py); leaving the block shuts the child down. One task reads frames and is the only one that touches the runs;
+Theory of operation. `open_instance` (opening.py) starts the child and yields; the lane then lets it load and hands it
+runs (runs.py); leaving the block shuts the child down. One task reads frames and is the only one that touches the runs;
 another looks at the process from outside (watch.py). Whoever finds that the instance has to go calls `give_up`: the
 stacks are taken, every run in flight gets its fault, `over` is set, and the lane leaves the block. What ended an
 instance first is its end (ends.py); what happens to the process afterwards is only noted.
@@ -11,30 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import trio
 
 from protocol import engine_wire as wire
 from protocol.engine_session import EngineSession, ProtocolError, Role
-from protocol.faults import Fault, FaultError, refuse
+from protocol.faults import Fault, FaultError
 from protocol.framing import FrameDecoder, FramingError
 from protocol.revision import ENGINE_WIRE, Span, agree
 from supervisor.host import patience
 from supervisor.host.cgroups import Cgroup
 from supervisor.host.child import Child
 from supervisor.host.ends import End, Why, judge
-from supervisor.host.ground import Ground
 from supervisor.host.incidents import Incident, stack_dump, without_stacks
-from supervisor.host.launching import engine_child
-from supervisor.host.means import REAL_MEANS, Means
+from supervisor.host.means import Means
 from supervisor.host.runs import Runs
-from supervisor.host.watch import Watch, ceiling_bytes
+from supervisor.host.watch import Watch
 from supervisor.host.work import ModelSpec, Progress
 from supervisor.settings import LimitsTable
 
@@ -45,8 +40,6 @@ SHUTDOWN_GRACE_S = 2.0
 # faulthandler needs less than a millisecond; its dump is over when nothing more comes for so long.
 STACKS_S = 0.5
 STACKS_QUIET_S = 0.05
-# Gigabytes that an engine left are removed by a thread, and nobody waits longer than this for it.
-REMOVE_S = 10.0
 EXIT_NOT_CONFINED = 71  # engines/launch.py: a required layer is not verified
 WHILE_LOADING = "while it loaded the model"
 WHILE_RUNNING = "while it ran this job"
@@ -56,7 +49,7 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 
 
 class Instance:
-    """A running instance. Made by `open_instance` only.
+    """A running instance. Made by `opening.open_instance` only.
 
     Attributes:
         ready: what the engine said after the load; None before.
@@ -353,95 +346,3 @@ class Instance:
 
 def _sentence(name: str, how: str) -> str:
     return f"Engine {name} was {how}" if how.startswith("killed") else f"Engine {name} {how}"
-
-
-@contextlib.asynccontextmanager
-async def open_instance(
-    spec: ModelSpec, limits: LimitsTable, ground: Ground, number: int, *, means: Means = REAL_MEANS
-) -> AsyncIterator[Instance]:
-    """Start an engine; leaving the block ends it and removes its scratch folder.
-
-    Args:
-        ground: where the model's instances work.
-        number: of this instance, never used there before.
-        means: how to spawn, what to look with, and how to remove the folder.
-
-    Raises:
-        FaultError: it cannot be started.
-
-    Cancellation: the end of the process is shielded and bounded, see `open_child`.
-    """
-    cgroup = _cgroup(spec, ground, number, means)
-    record: Path | None = None
-    instance: Instance | None = None
-    try:
-        async with contextlib.AsyncExitStack() as stack:
-            instance = await _spawned(stack, spec, limits, ground, number, means, cgroup)
-            if means.ledger is not None:
-                record = means.ledger.spawned(
-                    instance.child.pid,
-                    name=spec.engine.name,
-                    scratch=ground.instance(number),
-                    cgroup=cgroup.path if cgroup else None,
-                )
-            nursery = await stack.enter_async_context(trio.open_nursery())
-            nursery.start_soon(instance.read)
-            nursery.start_soon(instance.watch.run)
-            try:
-                yield instance
-            finally:
-                await instance.shut_down()
-                nursery.cancel_scope.cancel()
-    finally:
-        how = instance.child.exit if instance is not None else None
-        if how is None or not how.unkillable:  # else it may still be in there, and nobody could wait for it
-            if means.ledger is not None:
-                means.ledger.ended(record)
-            await _clear(ground.instance(number), cgroup, means)
-
-
-async def _spawned(
-    stack: contextlib.AsyncExitStack,
-    spec: ModelSpec,
-    limits: LimitsTable,
-    ground: Ground,
-    number: int,
-    means: Means,
-    cgroup: Cgroup | None,
-) -> Instance:
-    heard: list[Callable[[str], None]] = []
-
-    def line(text: str) -> None:
-        for listener in heard:
-            listener(text)
-
-    joins = str(cgroup.path) if cgroup else None
-    try:
-        scratch = ground.make_instance(number)
-        child_spec = engine_child(
-            spec.engine, scratch, model=spec.model, ground=ground, cgroup=joins, on_stderr_line=line
-        )
-        if cgroup is not None:
-            child_spec = msgspec.structs.replace(child_spec, cgroup=cgroup.path)
-        child = await stack.enter_async_context(means.spawn(child_spec, term_grace_s=limits.term_grace_s))
-    except OSError as error:
-        raise refuse("load_failed", f"Engine {spec.engine.name} cannot be started: {error}.") from None
-    instance = Instance(spec, limits, child, means, scratch, cgroup)
-    heard.append(instance.line)
-    return instance
-
-
-def _cgroup(spec: ModelSpec, ground: Ground, number: int, means: Means) -> Cgroup | None:
-    """A cgroup of its own, where we may make one."""
-    if means.cgroups is None:
-        return None
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{os.getpid()}-{ground.root.name}-{number}-{spec.name}")
-    return means.cgroups.make(name[:100], ceiling_bytes(spec))
-
-
-async def _clear(scratch: Path, cgroup: Cgroup | None, means: Means) -> None:
-    """Remove what the instance leaves. Cancellation: shielded, bounded by `REMOVE_S`."""
-    with trio.CancelScope(shield=True), trio.move_on_after(REMOVE_S):
-        if cgroup is not None:
-            await trio.to_thread.run_sync(cgroup.remove, abandon_on_cancel=True)
-        await means.remove(scratch)

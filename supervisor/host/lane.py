@@ -21,12 +21,12 @@ from pathlib import Path
 import trio
 
 from protocol.faults import Fault, FaultError
-from supervisor.host.child import Child
 from supervisor.host.ends import End, Why
 from supervisor.host.ground import Ground
-from supervisor.host.instance import Instance, open_instance
+from supervisor.host.instance import Instance
 from supervisor.host.lifecycle import ALIVE, LOADED, Event, Life, State
 from supervisor.host.means import REAL_MEANS, Means
+from supervisor.host.opening import open_instance
 from supervisor.host.quarantine import Standing
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import InstanceStatus, ModelSpec, Progress
@@ -54,7 +54,8 @@ class Lane:
     Args:
         scratch: the model's own folder, made here: see ground.py.
         on_change: called after every change that `status` would show.
-        on_unkillable: called with the GPUs of a process that could not be killed; False later, when it died after all.
+        on_unkillable, on_late_death: called with the GPUs of a process that could not be killed, and when it died
+            after all.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Lane:
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._bell = trio.Event()
         self._life = Life()
-        self._standing = Standing(spec, limits.restart, means)
+        self._standing = Standing(spec, limits, means)
         self._instance: Instance | None = None
         self._evicted = ""  # why, when the instance shall go and is not ready yet
         self._reason, self._last_end = "", ""
@@ -86,14 +87,16 @@ class Lane:
         self._starts = 0
         self._blocked: Fault | None = None
         self._wanted = False  # load without a run: preload
-        self._abandoned: Child | None = None  # a process that could not be killed
+        self._recalled_s = self._standing.recalled()
+        if self._recalled_s is not None:
+            self._bar()
 
     # ---- asking
 
     def add(self, ticket: Ticket) -> None:
         """Queue a run; answered at once while the model cannot be loaded or is in quarantine."""
-        if self._blocked is not None:
-            ticket.fail(self._blocked)
+        if (refusal := self._refusal) is not None:
+            ticket.fail(refusal)
             return
         self._waiting.append(ticket)
         self._ring()
@@ -126,8 +129,8 @@ class Lane:
             queued=len(self._waiting),
             slots=ready.slots if ready else 1,
             restarts=max(0, self._starts - 1),
-            reason=self._reason,
-            blocked=self._blocked is not None,
+            reason=self._standing.fault.message if self._standing.fault else self._reason,
+            blocked=self._refusal is not None,
             device=ready.device if ready else "",
             limits=ready.limits if ready else {},
             rss_bytes=rss or (ready.peak_rss_bytes if ready else 0),
@@ -160,8 +163,8 @@ class Lane:
         return self._ready_since if self._life.state in LOADED else None
 
     def evict(self, reason: str) -> None:
-        """End the instance as soon as it has no run; nothing without one."""
-        if self._life.state in ALIVE:
+        """End the instance as soon as it has no run. Nothing without one, or while runs wait for its load."""
+        if self._life.state in LOADED or (self._life.state in ALIVE and not self._waiting):
             self._evicted = reason
             self._retire()
             self._ring()
@@ -179,9 +182,8 @@ class Lane:
     async def run(self) -> None:
         """Own the lane until cancelled; then end the instance and everything that waits."""
         try:
-            if (left_s := self._standing.recalled()) is not None:
-                log.warning("%s is in quarantine since an earlier life of the supervisor", self.spec.name)
-                await self._sit_out(left_s)
+            if self._recalled_s is not None:
+                await self._sit_out(self._recalled_s)
             while True:
                 await self._demand()
                 story = await self._one_instance()
@@ -236,6 +238,8 @@ class Lane:
             if story.instance is not None:
                 story.end = story.instance.end()
                 story.succeeded = story.instance.runs.succeeded > 0
+                if story.end.why is Why.UNKILLABLE:
+                    self._abandon(story.instance)
 
     async def _hand_out(self, instance: Instance) -> None:
         """Give the instance tickets while it has slots; return when it is over or has done its last."""
@@ -292,7 +296,7 @@ class Lane:
         A long life, or a job done well, clears the record first: so a bad job costs those behind it no pause, and an
         engine that dies of everything is paced.
         """
-        instance, end = story.instance, story.end
+        end = story.end
         self._last_end = end.phrase()
         if not end.bad:
             log.info("%s: %s", self.spec.name, end.phrase())
@@ -300,13 +304,11 @@ class Lane:
             self._wanted = self._wanted or end.why is Why.RECYCLED
             self._step(Event.GONE)
             return
-        fault = story.fault or (instance.end_fault(end.when) if instance else Fault("worker_failed", "It was not started."))
-        self._reason = fault.message
         log.warning("%s: %s", self.spec.name, end.phrase())
-        if instance is not None and self._means.incidents is not None:
-            self._means.incidents.keep(instance.report())
-        if end.why is Why.UNKILLABLE and instance is not None:
-            await self._quarantine(self._standing.barred(self._abandon(instance)).pause_s)
+        fault = self._cause(story)
+        self._reason = fault.message
+        if end.why is Why.UNKILLABLE:
+            await self._sit_out(self._standing.barred(fault).pause_s)
             return
         if not end.counts:
             self._step(Event.GONE)
@@ -314,76 +316,63 @@ class Lane:
         well = story.succeeded or trio.current_time() - story.loaded_at >= self.limits.restart.healthy_s
         following = self._standing.bad_end(fault, well=well, loading=story.fault is not None)
         if following.quarantined:
-            await self._quarantine(following.pause_s)
-            return
-        await self._pause(following.pause_s)
-
-    async def _pause(self, pause_s: float) -> None:
-        if pause_s:
+            await self._sit_out(following.pause_s)
+        elif following.pause_s:
             self._step(Event.PAUSE)
-            await trio.sleep(pause_s)
+            await trio.sleep(following.pause_s)
             self._blocked = None  # the next one who asks may try again
             self._step(Event.RETRY)
         else:
             self._step(Event.GONE)
 
-    async def _quarantine(self, pause_s: float) -> None:
-        log.error("%s is in quarantine for %.0f s: %s", self.spec.name, pause_s, self._reason)
-        await self._sit_out(pause_s)
+    def _cause(self, story: _Story) -> Fault:
+        """The fault that stands for a bad end; where there was a process, a report of it is kept."""
+        instance = story.instance
+        if instance is None:
+            return story.fault or Fault("worker_failed", f"Engine {self.spec.engine.name} was not started.")
+        if self._means.incidents is not None:
+            self._means.incidents.keep(instance.report())
+        if story.end.why is Why.UNKILLABLE:
+            return Fault("engine_hung", self._unkillable(instance), detail=instance.evidence("engine_hung"))
+        return story.fault or instance.end_fault(story.end.when)
+
+    def _unkillable(self, instance: Instance) -> str:
+        devices = self._devices(instance)
+        where = f" It may still hold {', '.join(devices)}." if devices else ""
+        return f"Process {instance.child.pid} of engine {self.spec.engine.name} hangs and cannot be killed.{where}"
+
+    def _devices(self, instance: Instance) -> tuple[str, ...]:
+        """GPUs that an instance may hold."""
+        ready = instance.ready
+        return self.spec.model.devices or ((ready.device,) if ready and ready.device != "cpu" else ())
+
+    def _abandon(self, instance: Instance) -> None:
+        """A process that nobody can kill: its GPUs are not to be used any more, everything else goes on."""
+        devices = self._devices(instance)
+        instance.child.on_late_death = lambda _how: self._on_late_death(self.spec, devices)
+        self._standing.abandon(instance.child)
+        self._on_unkillable(self.spec, devices)
 
     async def _sit_out(self, pause_s: float) -> None:
         """Quarantine, until a probe passes."""
-        while True:
-            self._blocked = self._standing.fault
-            assert self._blocked is not None
-            self._reason = self._blocked.message
-            self._fail_waiting(self._blocked)
-            if self._life.state is not State.QUARANTINED:
-                self._step(Event.BAR)
-            await self._wait_or_late_death(pause_s)
-            problem = await self._probe()
-            if not problem:
-                break
-            cause = Fault(self._blocked.detail.get("cause", "load_failed"), problem)
-            pause_s = self._standing.barred(cause).pause_s
-            log.warning("%s stays in quarantine for another %.0f s: %s", self.spec.name, pause_s, problem)
-        self._standing.lift()
-        self._blocked, self._reason = None, ""
+        log.error("%s is in quarantine for %.0f s: %s", self.spec.name, pause_s, self._reason)
+        if self._life.state is not State.QUARANTINED:
+            self._bar()
+        await self._standing.serve(pause_s)
+        self._reason = ""
         log.info("%s is back: its probe passed", self.spec.name)
         self._step(Event.LIFT)
 
-    async def _wait_or_late_death(self, pause_s: float) -> None:
-        with trio.move_on_after(pause_s):
-            if self._abandoned is None:
-                await trio.sleep_forever()
-            else:
-                await self._abandoned.gone.wait()
+    def _bar(self) -> None:
+        if self._standing.fault is not None:
+            self._fail_waiting(self._standing.fault)
+        self._blocked = None
+        self._step(Event.BAR)
 
-    async def _probe(self) -> str:
-        """Try the model; "" when it passed, else why not."""
-        if self._abandoned is not None:
-            if not self._abandoned.gone.is_set():
-                return f"Process {self._abandoned.pid} of engine {self.spec.engine.name} still cannot be killed."
-            self._abandoned = None
-        limit_s = self.limits.start_s + self.limits.load_s + self.limits.first_output_s
-        with trio.move_on_after(limit_s):
-            try:
-                return await self._means.reprobe(self.spec)
-            except FaultError as error:
-                return error.fault.message
-        return f"Its probe did not end within {limit_s:g} s."
-
-    def _abandon(self, instance: Instance) -> Fault:
-        """Take note of a process that nobody can kill: its GPUs are not to be used, everything else goes on."""
-        ready = instance.ready
-        devices = self.spec.model.devices or ((ready.device,) if ready and ready.device != "cpu" else ())
-        self._abandoned = instance.child
-        instance.child.on_late_death = lambda _how: self._on_late_death(self.spec, devices)
-        self._on_unkillable(self.spec, devices)
-        where = f" It may still hold {', '.join(devices)}." if devices else ""
-        text = f"Process {instance.child.pid} of engine {self.spec.engine.name} cannot be killed: {instance.end().note}"
-        self._reason = f"{text.rstrip(': .')}.{where}"
-        return Fault("engine_hung", self._reason, detail=instance.evidence("engine_hung"))
+    @property
+    def _refusal(self) -> Fault | None:
+        """What new runs are answered with at once."""
+        return self._standing.fault or self._blocked
 
     # ---- small parts
 
@@ -417,12 +406,12 @@ class Lane:
             if state is State.READY and running:
                 self._idle_since = None
                 self._life.step(Event.TAKE)
+            elif state is State.BUSY and (instance.ours is not None or instance.runs.stuck is not None):
+                self._life.step(Event.DRAIN)
             elif state is State.BUSY and not running:
                 self._idle_since = trio.current_time()
                 instance.watch.rested()
                 self._life.step(Event.EMPTIED)
-            elif state is State.BUSY and (instance.ours is not None or instance.runs.stuck is not None):
-                self._life.step(Event.DRAIN)
         self._ring()
 
     def _stopping(self) -> None:

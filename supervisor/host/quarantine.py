@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import trio
 
-from protocol.faults import Fault
+from protocol.faults import Fault, FaultError
 from supervisor.host import restart
+from supervisor.host.child import Child
 from supervisor.host.means import Means
 from supervisor.host.restart import Next, Record
 from supervisor.host.work import ModelSpec
-from supervisor.settings import RestartTable
+from supervisor.settings import LimitsTable
 from supervisor.state import write_atomically
 
 log = logging.getLogger(__name__)
@@ -84,10 +86,13 @@ class Standing:
         fault: what new runs get while it is in quarantine; None while it is not.
     """
 
-    def __init__(self, spec: ModelSpec, table: RestartTable, means: Means) -> None:
+    def __init__(self, spec: ModelSpec, limits: LimitsTable, means: Means) -> None:
         self.record = Record()
         self.fault: Fault | None = None
-        self._spec, self._table, self._means = spec, table, means
+        self._spec, self._limits, self._means = spec, limits, means
+        self._table = limits.restart
+        self._abandoned: Child | None = None  # a process that could not be killed
+        self._late_death = trio.Event()  # of that one; never set without one
 
     def recalled(self) -> float | None:
         """Seconds that a quarantine of an earlier life still lasts; None when there is none."""
@@ -116,7 +121,38 @@ class Standing:
         """Into quarantine, or into another one, whatever the record says."""
         return self._follow(restart.barred(self.record, self._table, self._means.jitter()), fault)
 
-    def lift(self) -> None:
+    def abandon(self, child: Child) -> None:
+        """Take note of a process that nobody can kill: no probe passes while it is there."""
+        self._abandoned, self._late_death = child, child.gone
+
+    async def serve(self, pause_s: float) -> None:
+        """Sit out a quarantine and its prolongations until a probe passes, then lift it."""
+        while True:
+            with trio.move_on_after(pause_s):
+                await self._late_death.wait()
+            problem = await self._probe()
+            if not problem:
+                break
+            code = self.fault.detail.get("cause", "") if self.fault is not None else ""
+            pause_s = self.barred(Fault(code or "load_failed", problem)).pause_s
+            log.warning("%s stays in quarantine for another %.0f s: %s", self._spec.name, pause_s, problem)
+        self._lift()
+
+    async def _probe(self) -> str:
+        """Try the model; "" when it passed, else why not."""
+        if self._abandoned is not None:
+            if not self._abandoned.gone.is_set():
+                return f"Process {self._abandoned.pid} of engine {self._spec.engine.name} still cannot be killed."
+            self._abandoned, self._late_death = None, trio.Event()
+        limit_s = self._limits.start_s + self._limits.load_s + self._limits.first_output_s
+        with trio.move_on_after(limit_s):
+            try:
+                return await self._means.reprobe(self._spec)
+            except FaultError as error:
+                return error.fault.message
+        return f"Its probe did not end within {limit_s:g} s."
+
+    def _lift(self) -> None:
         """A probe has passed: the next load decides."""
         self.record = restart.lifted(self.record, self._table)
         self.fault = None

@@ -41,7 +41,12 @@ def baseline(known: Baseline | None, reading: Reading) -> Baseline | None:
 
 
 def due(base: Baseline | None, reading: Reading, table: RecycleTable) -> str:
-    """Why the instance should be replaced when its runs are done; "" when it should not."""
+    """Why the instance should be replaced when its runs are done; "" when it should not.
+
+    One that has done nothing yet is as good as new, whatever its age.
+    """
+    if not reading.jobs:
+        return ""
     if table.after_jobs and reading.jobs >= table.after_jobs:
         return f"it did {reading.jobs} jobs"
     if table.after_s and reading.age_s >= table.after_s:
