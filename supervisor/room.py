@@ -8,8 +8,8 @@ Somebody who waits for memory that only other programs could free holds up nobod
 load that nobody asks for any more (a preload): it ends nobody's instance, and waits for free room.
 
 A load has a promise (a reservation) for what it is going to take, less what it is seen to hold already, so that
-two loads at once are not both told that there is room. The promise ends when the model is first seen idle; what it
-held by then, and ever after, is learned for the next time.
+two loads at once are not both told that there is room. The promise ends when the model has been idle for a moment;
+what it held by then, and ever after, is learned for the next time.
 
 A model that is never idle keeps nobody out for ever: after `PATIENCE_S` it is asked to end between two jobs.
 
@@ -47,6 +47,10 @@ BACK_S = 10.0
 SLACK_BYTES = 64 * 2**20
 # Sign of life for those who wait, though nothing changed.
 TELL_AGAIN_S = 10.0
+# Readings come once a second: what a model holds is known this long after it became idle.
+SETTLE_S = 2.0
+# How long a load waits for the first reading: at boot the driver may need seconds, a hung one never answers.
+KNOWN_S = 10.0
 # How often the memory of loaded models is looked at, to learn their peaks.
 LEARN_S = 2.0
 
@@ -66,6 +70,9 @@ class Gpus(Protocol):
 
     def used_by(self, pids: Iterable[int]) -> Mapping[str, int]:
         """UUID -> bytes that these processes hold; empty where the driver does not tell."""
+
+    async def wait_known(self, deadline_s: float) -> bool:
+        """Wait until something is known about the GPUs (that there is none, too); False when it took too long."""
 
     async def wait_for(self, predicate: Callable[[Mapping[str, GpuReading]], bool], deadline_s: float) -> bool:
         """Wait until a fresh reading satisfies `predicate`; False when `deadline_s` passed first."""
@@ -110,6 +117,7 @@ class VramRoom:
         gpus: the telemetry.
         margin_bytes: what stays free on each GPU.
         peaks: what was learned earlier; kept on disk.
+        unusable: why nothing may load on this GPU ("" when it may): a fault, a process that cannot leave it.
         facts: reads what an estimate needs of a model's files.
         pids: the processes of an instance, from its leader.
     """
@@ -120,12 +128,13 @@ class VramRoom:
         margin_bytes: int,
         peaks: Peaks | Path,
         *,
+        unusable: Callable[[str], str] = lambda _uuid: "",
         facts: Callable[[ModelSpec], Awaitable[Facts]] = facts_of,
         pids: Callable[[int], Iterable[int]] = members,
     ) -> None:
         self._gpus, self._margin = gpus, margin_bytes
         self._peaks = Peaks(peaks) if isinstance(peaks, Path) else peaks
-        self._facts, self._pids = facts, pids
+        self._unusable, self._facts, self._pids = unusable, facts, pids
         self._inside: list[_Claim] = []
         self._queue: list[_Claim] = []
         self._tainted: dict[str, tuple[int, str]] = {}
@@ -161,6 +170,10 @@ class VramRoom:
         self._freeing = reason
         self.sample()
 
+    def vram_bytes(self, model: str) -> int:
+        """GPU memory that a model was last seen to hold, on all GPUs; 0 when it is not known."""
+        return sum(sum(claim.now.values()) for claim in self._inside if claim.name == model)
+
     # ---- the block
 
     @contextlib.asynccontextmanager
@@ -168,7 +181,7 @@ class VramRoom:
         """See `supervisor.host.means.Room`.
 
         Raises:
-            FaultError: `out_of_memory`, when it can never fit.
+            FaultError: `out_of_memory`, when it can never fit; `gpu_failed`, when its GPU is out of use.
 
         Cancellation: while it waits, the place in the queue is given up; at the end, waiting for the memory is
         shielded and bounded by `BACK_S`.
@@ -176,6 +189,8 @@ class VramRoom:
         if who.spec.model.device == "cpu":
             yield
             return
+        if not self._gpus.available:
+            await self._gpus.wait_known(KNOWN_S)
         devices = self._devices(who.spec)
         facts = await self._facts(who.spec)
         need = residency.need_of(
@@ -223,6 +238,9 @@ class VramRoom:
     def _step(self, claim: _Claim) -> str | None:
         """Try to let it in. Returns why not, or None when it is inside; nothing here waits."""
         self.sample()
+        for uuid in claim.devices:
+            if reason := self._unusable(uuid):
+                raise refuse("gpu_failed", f"{claim.name} cannot be loaded on {uuid}: {reason}")
         if ahead := self._ahead(claim):
             return f"waits for its turn behind {ahead.name}"
         gpus = [self._measure(uuid, total, free) for uuid, total, free in self._measured()]
@@ -333,14 +351,23 @@ class VramRoom:
             claim.now = self._held(claim)
             for uuid, count in claim.now.items():
                 claim.held[uuid] = max(claim.held.get(uuid, 0), count)
-            if claim.who.idle_since is not None:
-                claim.settled = True
+            self._settle(claim)
             if claim.settled and claim.held != claim.learned:
                 claim.learned = dict(claim.held)
                 self._peaks.learn(claim.facts.key, claim.held)
         for claim in self._inside:
             if claim.who.pid:
                 claim.others = self._others(claim)
+
+    def _settle(self, claim: _Claim) -> None:
+        """Once it has been idle for a while, what it holds is what it takes; nothing, if free memory says so too."""
+        idle_since = claim.who.idle_since
+        if claim.settled or idle_since is None or trio.current_time() < idle_since + SETTLE_S:
+            return
+        alone = all(other is claim or other.settled for other in self._inside)
+        claim.settled = True
+        if alone and not any(claim.held.values()):
+            claim.held = dict.fromkeys(claim.devices, 0)
 
     def _others(self, claim: _Claim) -> dict[str, int]:
         found = {uuid: self._not_ours(uuid) for uuid in {*claim.devices, *claim.now}}

@@ -14,7 +14,7 @@ from supervisor.host.work import EngineSpec, ModelSpec
 from supervisor.intake.residency import GIB
 from supervisor.machine.readings import GpuReading
 from supervisor.peaks import Facts
-from supervisor.room import BACK_S, PATIENCE_S, VramRoom
+from supervisor.room import BACK_S, PATIENCE_S, SETTLE_S, VramRoom
 
 GPU, OTHER = "GPU-one", "GPU-two"
 MARGIN = GIB // 2
@@ -29,6 +29,7 @@ class FakeGpus:
         self.foreign = {GPU: 0, OTHER: 0}
         self.held: dict[int, dict[str, int]] = {}
         self.tells_processes = True
+        self.known_after_s = float("inf")
 
     def readings(self):
         if not self.available:
@@ -53,6 +54,13 @@ class FakeGpus:
             for uuid, count in self.held.get(pid, {}).items():
                 total[uuid] = total.get(uuid, 0) + count
         return total
+
+    async def wait_known(self, deadline_s: float) -> bool:
+        with trio.move_on_after(min(deadline_s, self.known_after_s)):
+            await trio.sleep_forever()
+        if self.known_after_s <= deadline_s:
+            self.available = True
+        return self.known_after_s <= deadline_s
 
     async def wait_for(self, predicate, deadline_s: float) -> bool:
         with trio.move_on_after(deadline_s):
@@ -289,6 +297,7 @@ async def test_what_can_never_fit_is_refused_with_numbers(world, autojump_clock)
 async def test_a_peak_is_learned_and_outlives_the_room(world, autojump_clock):
     a = world.start(FakeLane(world, "a", 20))
     await soon(a.inside)
+    await trio.sleep(SETTLE_S)
     world.room.sample()
     a.evict("enough")
     await soon(a.left)
@@ -365,6 +374,39 @@ async def test_a_preload_ends_nobody_and_holds_up_nobody(world, autojump_clock):
     assert a.evicted == []
     small = world.start(FakeLane(world, "small", 2, told=2))
     assert await soon(small.inside) < 2
+
+
+async def test_a_model_that_takes_no_gpu_memory_is_learned_as_such(world, autojump_clock):
+    world.sizes["a"] = 20 * GIB
+    a = world.start(FakeLane(world, "a", 0))
+    await soon(a.inside)
+    await trio.sleep(SETTLE_S)
+    world.room.sample()
+    a.evict("enough")
+    await soon(a.left)
+    world.gpus.foreign[GPU] = 20 * GIB
+    again = world.start(FakeLane(world, "a", 0))
+    assert await soon(again.inside) < 2
+
+
+async def test_a_load_waits_for_the_first_reading(world, autojump_clock):
+    world.gpus.available, world.gpus.known_after_s = False, 3.0
+    a = world.start(FakeLane(world, "a", 20, told=20))
+    assert await soon(a.inside) == pytest.approx(4.0, abs=0.01)
+    b = world.start(FakeLane(world, "b", 20, told=20))
+    await soon(b.inside)
+    assert a.evicted
+
+
+async def test_a_gpu_that_is_out_of_use_takes_no_load(world, autojump_clock):
+    world.room._unusable = {GPU: "Xid 79: it fell off the bus.", OTHER: ""}.__getitem__
+    with pytest.raises(FaultError) as caught:
+        async with world.room.place(FakeLane(world, "a", 1, told=1)):
+            pytest.fail("it was let in")
+    assert caught.value.fault.code == "gpu_failed"
+    assert "a cannot be loaded on GPU-one: Xid 79" in caught.value.fault.message
+    b = world.start(FakeLane(world, "b", 1, told=1, devices=(OTHER,)))
+    await soon(b.inside)
 
 
 async def test_without_a_gpu_and_for_the_cpu_everybody_fits(world, autojump_clock):
