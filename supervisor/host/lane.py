@@ -283,6 +283,10 @@ class Lane:
         elif worn := instance.watch.worn():
             log.info("%s is replaced between two jobs: %s", self.spec.name, worn)
             instance.retire(End(why=Why.RECYCLED, note=worn))
+        else:
+            return
+        if self._life.state is State.BUSY:
+            self._step(Event.DRAIN)
 
     async def _ring_when_over(self, instance: Instance) -> None:
         await instance.over.wait()

@@ -8,6 +8,7 @@ replace a leaking engine between two jobs.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ TICK_S = 1.0
 STUCK_IN_KERNEL_S = 30.0
 # Wear is judged when no run holds memory of its own; an instance that never rests is judged as it is after this long.
 RESTLESS_S = 300.0
+OOM_LOOKS = 4
 _SHARE_OF_BOX = 0.9
 _GIB = 2**30
 
@@ -63,7 +65,8 @@ class Watch:
         self._dog.on_gpu = instance.spec.model.device != "cpu"  # until the engine says where it really is
         limit = int(instance.limits.scratch_gb * _GIB)
         self._scratch = senses.scratch(scratch, limit, lambda: senses.members(self._pid))
-        self._oom_kills = senses.oom_kills()
+        # The kernel counts when it kills; a large process needs a while to be dead, so what was a few looks ago counts.
+        self._oom_kills = collections.deque([senses.oom_kills()], maxlen=OOM_LOOKS)
         self._began = trio.current_time()
         self._measured = self._rested = self._began
         self._pinged = self._active = False
@@ -111,9 +114,9 @@ class Watch:
         return self._senses.gpus(self._instance.spec)
 
     def oom_killed(self) -> bool:
-        """Whether the kernel has killed for want of memory since the latest look."""
-        now = self._senses.oom_kills()
-        return now is not None and self._oom_kills is not None and now > self._oom_kills
+        """Whether the kernel has killed for want of memory within the latest `OOM_LOOKS` looks."""
+        before, now = self._oom_kills[0], self._senses.oom_kills()
+        return now is not None and before is not None and now > before
 
     def worn(self) -> str:
         """Why the instance should be replaced when its runs are done; "" when it should not."""
@@ -157,7 +160,7 @@ class Watch:
             self._dog.rest()
         self.rss_bytes = self._senses.rss_bytes(self._pid)
         await self._end_greedy()
-        self._oom_kills = self._senses.oom_kills()
+        self._oom_kills.append(self._senses.oom_kills())
         if instance.ready is not None and (not active or trio.current_time() - self._rested >= RESTLESS_S):
             self._look()
             instance.changed()

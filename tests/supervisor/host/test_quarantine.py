@@ -109,7 +109,9 @@ async def test_a_probe_without_an_end_is_a_failed_one(tmp_path, autojump_clock):
 
     async def probe(_spec: ModelSpec) -> str:
         asked.append(trio.current_time())
-        await (trio.sleep_forever() if len(asked) == 1 else trio.lowlevel.checkpoint())
+        if len(asked) == 1:
+            await trio.sleep_forever()
+        await trio.lowlevel.checkpoint()
         return ""
 
     standing = Standing(spec(), LIMITS, means(tmp_path / "q")._replace(reprobe=probe))
