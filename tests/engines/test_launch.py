@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines import launch
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "engines" / "launch.py"
@@ -135,3 +139,28 @@ def test_sigterm_ends_it(root):
     assert child.wait(20) == -signal.SIGTERM
     child.stdin.close()
     child.stdout.close()
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_VALUES)
+def test_the_spec_is_read_as_json_reads_it(value: object):
+    assert launch._decoded(json.dumps(value)) == value
+
+
+@given(st.dictionaries(st.text(), st.text(), max_size=5))
+def test_the_verdicts_are_written_as_json_writes_them(words: dict[str, str]):
+    assert json.loads(launch._encoded(words)) == words
+
+
+def test_no_start_pays_for_what_only_type_checkers_need():
+    code = f"import sys\nsys.path.append({str(ROOT)!r})\nimport engines.launch\n"
+    code += "from engines.lockdown import canary, landlock, limits, privileges, seccomp, user, warden\n"
+    code += "print(sorted({'typing', 'json', 're', 'enum', 'signal', 'collections'} & set(sys.modules)))\n"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "[]\n", done.stderr
