@@ -22,17 +22,17 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
 from protocol.faults import refuse
+from supervisor.claims import Claim, Gpus
 from supervisor.host.family import members
 from supervisor.host.means import Occupant
 from supervisor.host.work import ModelSpec, Progress
 from supervisor.intake import residency
-from supervisor.intake.residency import Evict, Fits, Need, Never, Wait, gib, short
-from supervisor.machine.readings import Device, GpuReading, devices
+from supervisor.intake.residency import Evict, Fits, Never, Wait, gib, short
+from supervisor.machine.readings import GpuReading, devices
 from supervisor.peaks import Facts, Peaks, facts_of
 
 log = logging.getLogger(__name__)
@@ -55,61 +55,6 @@ KNOWN_S = 10.0
 LEARN_S = 2.0
 
 
-class Gpus(Protocol):
-    """What the room asks of the GPU telemetry (`supervisor.machine.telemetry.GpuWatch`)."""
-
-    @property
-    def available(self) -> bool:
-        """Whether there is a GPU and its state is known."""
-
-    def readings(self) -> Mapping[str, GpuReading]:
-        """The latest of each GPU, in the driver's order."""
-
-    def device(self, uuid: str) -> Device | None:
-        """One GPU or MIG device; None when it is not known."""
-
-    def used_by(self, pids: Iterable[int]) -> Mapping[str, int]:
-        """UUID -> bytes that these processes hold; empty where the driver does not tell."""
-
-    async def wait_known(self, deadline_s: float) -> bool:
-        """Wait until something is known about the GPUs (that there is none, too); False when it took too long."""
-
-    async def wait_for(self, predicate: Callable[[Mapping[str, GpuReading]], bool], deadline_s: float) -> bool:
-        """Wait until a fresh reading satisfies `predicate`; False when `deadline_s` passed first."""
-
-
-class _Claim:
-    """One model inside the block, or waiting for it.
-
-    Attributes:
-        takes: device -> promise; empty before it may load.
-        before: device -> free bytes when it entered.
-        held: device -> most that it was seen to hold.
-        now: device -> what it was last seen to hold.
-        others: device -> what was in use there by nobody of ours when it was last looked at.
-        settled: it was seen idle, so that what it holds is what it takes.
-        leaving: told to end, or ended.
-        foreign: it waits for what only other programs could free.
-    """
-
-    def __init__(self, who: Occupant, devices: tuple[str, ...], facts: Facts, need: Need, since: float) -> None:
-        self.who, self.devices, self.facts, self.need, self.since = who, devices, facts, need, since
-        self.takes: dict[str, int] = {}
-        self.before: dict[str, int] = {}
-        self.held: dict[str, int] = {}
-        self.now: dict[str, int] = {}
-        self.others: dict[str, int] = {}
-        self.learned: dict[str, int] = {}
-        self.settled = False
-        self.leaving = False
-        self.foreign = False
-        self.reason = ""
-
-    @property
-    def name(self) -> str:
-        return self.who.spec.name
-
-
 class VramRoom:
     """See the module.
 
@@ -118,6 +63,7 @@ class VramRoom:
         margin_bytes: what stays free on each GPU.
         peaks: what was learned earlier; kept on disk.
         unusable: why nothing may load on this GPU ("" when it may): a fault, a process that cannot leave it.
+        on_lost: told a GPU and a sentence when memory did not come back.
         facts: reads what an estimate needs of a model's files.
         pids: the processes of an instance, from its leader.
     """
@@ -129,14 +75,16 @@ class VramRoom:
         peaks: Peaks | Path,
         *,
         unusable: Callable[[str], str] = lambda _uuid: "",
+        on_lost: Callable[[str, str], None] = lambda _uuid, _sentence: None,
         facts: Callable[[ModelSpec], Awaitable[Facts]] = facts_of,
         pids: Callable[[int], Iterable[int]] = members,
     ) -> None:
         self._gpus, self._margin = gpus, margin_bytes
         self._peaks = Peaks(peaks) if isinstance(peaks, Path) else peaks
-        self._unusable, self._facts, self._pids = unusable, facts, pids
-        self._inside: list[_Claim] = []
-        self._queue: list[_Claim] = []
+        self._unusable, self._on_lost = unusable, on_lost
+        self._facts, self._pids = facts, pids
+        self._inside: list[Claim] = []
+        self._queue: list[Claim] = []
         self._tainted: dict[str, tuple[int, str]] = {}
         self._bell = trio.Event()
         self._freeing = ""
@@ -199,7 +147,7 @@ class VramRoom:
             file_bytes=facts.file_bytes,
             kv_tokens=facts.kv_tokens,
         )
-        claim = _Claim(who, devices, facts, need, trio.current_time())
+        claim = Claim(who, devices, facts, need, trio.current_time())
         await self._enter(claim)
         try:
             yield
@@ -218,7 +166,7 @@ class VramRoom:
         found = self._gpus.device(uuid)
         return None if found is None else found.memory_free_bytes
 
-    async def _enter(self, claim: _Claim) -> None:
+    async def _enter(self, claim: Claim) -> None:
         self._queue.append(claim)
         told_at = -TELL_AGAIN_S
         try:
@@ -235,16 +183,16 @@ class VramRoom:
             self._queue.remove(claim)
             self.look_again()
 
-    def _step(self, claim: _Claim) -> str | None:
+    def _step(self, claim: Claim) -> str | None:
         """Try to let it in. Returns why not, or None when it is inside; nothing here waits."""
         self.sample()
         for uuid in claim.devices:
             if reason := self._unusable(uuid):
-                raise refuse("gpu_failed", f"{claim.name} cannot be loaded on {uuid}: {reason}")
+                raise refuse("gpu_failed", f"{claim.name} cannot be loaded: {reason}")
         if ahead := self._ahead(claim):
             return f"waits for its turn behind {ahead.name}"
         gpus = [self._measure(uuid, total, free) for uuid, total, free in self._measured()]
-        residents = [self._resident(each) for each in self._inside]
+        residents = [each.resident() for each in self._inside]
         wish = residency.Wish(name=claim.name, devices=claim.devices, need=claim.need)
         verdict = residency.judge(wish, gpus, residents, self._margin)
         claim.foreign = False
@@ -265,7 +213,7 @@ class VramRoom:
                     self._evict(on, f"{claim.name} has waited {PATIENCE_S:g} s for its turn")
                 return reason
 
-    def _had_their_time(self, names: Sequence[str], waiting: _Claim) -> bool:
+    def _had_their_time(self, names: Sequence[str], waiting: Claim) -> bool:
         """Whether all of these have been loaded, and somebody has waited for them, for `PATIENCE_S`.
 
         A load is never ended for another, and what was loaded gets to work: else two models that both are wanted
@@ -275,14 +223,14 @@ class VramRoom:
         ready = [claim.who.ready_since for claim in self._inside if claim.name in names]
         return waiting.since <= until and all(since is not None and since <= until for since in ready)
 
-    def _ahead(self, claim: _Claim) -> _Claim | None:
+    def _ahead(self, claim: Claim) -> Claim | None:
         """Who came before and wants the same GPU, and can be helped by us."""
         for other in self._queue[: self._queue.index(claim)]:
             if set(other.devices) & set(claim.devices) and other.who.wanted and not other.foreign:
                 return other
         return None
 
-    def _admit(self, claim: _Claim, verdict: Fits) -> None:
+    def _admit(self, claim: Claim, verdict: Fits) -> None:
         if verdict.note:
             log.info("%s loads: %s", claim.name, verdict.note)
         claim.takes = dict(verdict.takes)
@@ -320,23 +268,7 @@ class VramRoom:
         )
 
     def _promised(self, uuid: str) -> int:
-        return sum(
-            max(0, claim.takes.get(uuid, 0) - claim.now.get(uuid, 0))
-            for claim in self._inside
-            if not claim.settled and not claim.leaving
-        )
-
-    def _resident(self, claim: _Claim) -> residency.Resident:
-        holds = dict(claim.now)
-        if not claim.settled:
-            holds = {uuid: max(holds.get(uuid, 0), claim.takes.get(uuid, 0)) for uuid in {*holds, *claim.takes}}
-        return residency.Resident(
-            name=claim.name,
-            holds=holds,
-            idle_since=claim.who.idle_since,
-            wanted=claim.who.wanted,
-            leaving=claim.leaving,
-        )
+        return sum(claim.promised(uuid) for claim in self._inside)
 
     def sample(self) -> None:
         """Look at what everybody holds; a model seen idle for the first time is settled, and its peak learned."""
@@ -359,7 +291,7 @@ class VramRoom:
             if claim.who.pid:
                 claim.others = self._others(claim)
 
-    def _settle(self, claim: _Claim) -> None:
+    def _settle(self, claim: Claim) -> None:
         """Once it has been idle for a while, what it holds is what it takes; nothing, if free memory says so too."""
         idle_since = claim.who.idle_since
         if claim.settled or idle_since is None or trio.current_time() < idle_since + SETTLE_S:
@@ -369,11 +301,11 @@ class VramRoom:
         if alone and not any(claim.held.values()):
             claim.held = dict.fromkeys(claim.devices, 0)
 
-    def _others(self, claim: _Claim) -> dict[str, int]:
+    def _others(self, claim: Claim) -> dict[str, int]:
         found = {uuid: self._not_ours(uuid) for uuid in {*claim.devices, *claim.now}}
         return {uuid: count for uuid, count in found.items() if count is not None}
 
-    def _held(self, claim: _Claim) -> dict[str, int]:
+    def _held(self, claim: Claim) -> dict[str, int]:
         """Device -> bytes that it holds: by its processes, else by how much less is free than when it entered."""
         if told := self._gpus.used_by(self._pids(claim.who.pid)):
             return dict(told)
@@ -393,7 +325,7 @@ class VramRoom:
 
     # ---- leaving
 
-    async def _leave(self, claim: _Claim) -> None:
+    async def _leave(self, claim: Claim) -> None:
         """Wait until the memory is back, or say that it is not."""
         claim.leaving = True
         try:
@@ -403,7 +335,7 @@ class VramRoom:
             self._inside.remove(claim)
             self.look_again()
 
-    async def _watch_it_come_back(self, claim: _Claim) -> None:
+    async def _watch_it_come_back(self, claim: Claim) -> None:
         def back(_readings: Mapping[str, GpuReading]) -> bool:
             return not self._lost(claim)
 
@@ -417,8 +349,9 @@ class VramRoom:
             log.warning("%s", text)
             free = self._free(uuid) or 0
             self._tainted[uuid] = (free + lack - SLACK_BYTES, text)
+            self._on_lost(uuid, text)
 
-    def _lost(self, claim: _Claim) -> dict[str, int]:
+    def _lost(self, claim: Claim) -> dict[str, int]:
         """Device -> bytes that are nobody's of ours now and were not nobody's before the claim's end."""
         lost = {}
         for uuid, before in claim.others.items():
@@ -427,7 +360,7 @@ class VramRoom:
                 lost[uuid] = now - before
         return lost
 
-    def _not_ours(self, uuid: str, without: _Claim | None = None) -> int | None:
+    def _not_ours(self, uuid: str, without: Claim | None = None) -> int | None:
         """Bytes in use that none of our instances holds; None when it is not known."""
         for each, total, free in self._measured():
             if each == uuid:

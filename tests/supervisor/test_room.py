@@ -146,6 +146,7 @@ class World:
         self.nursery = nursery
         self.seen: list[str] = []
         self.sizes: dict[str, int] = {}
+        self.lost: list[tuple[str, str]] = []
         self.path = tmp_path / "vram.json"
         self.room = self.new_room()
 
@@ -153,7 +154,10 @@ class World:
         async def facts(spec: ModelSpec) -> Facts:
             return Facts(key=spec.name, file_bytes=self.sizes.get(spec.name, 0))
 
-        return VramRoom(self.gpus, MARGIN, self.path, facts=facts, pids=lambda leader: {leader})
+        def lost(uuid: str, sentence: str) -> None:
+            self.lost.append((uuid, sentence))
+
+        return VramRoom(self.gpus, MARGIN, self.path, facts=facts, pids=lambda leader: {leader}, on_lost=lost)
 
     async def give_back(self, pid: int, after_s: float) -> None:
         await trio.sleep(after_s)
@@ -336,6 +340,7 @@ async def test_the_end_waits_until_the_memory_is_back(world, autojump_clock):
     a.evict("enough")
     assert await soon(a.left) == pytest.approx(3.1, abs=0.2)
     assert world.room.tainted() == {}
+    assert world.lost == []
 
 
 async def test_memory_that_does_not_come_back_taints_the_gpu_until_it_does(world, autojump_clock):
@@ -347,6 +352,7 @@ async def test_memory_that_does_not_come_back_taints_the_gpu_until_it_does(world
     a.evict("enough")
     assert await soon(a.left) == pytest.approx(BACK_S, abs=0.2)
     assert "20.0 GiB of GPU-one did not come back within 10 s after a had ended" in world.room.tainted()[GPU]
+    assert world.lost == [(GPU, world.room.tainted()[GPU])]
     b = world.start(FakeLane(world, "b", 20, told=20))
     await trio.sleep(1)
     assert "did not come back" in world.room.waiting()["b"]
@@ -404,7 +410,7 @@ async def test_a_gpu_that_is_out_of_use_takes_no_load(world, autojump_clock):
         async with world.room.place(FakeLane(world, "a", 1, told=1)):
             pytest.fail("it was let in")
     assert caught.value.fault.code == "gpu_failed"
-    assert "a cannot be loaded on GPU-one: Xid 79" in caught.value.fault.message
+    assert "a cannot be loaded: Xid 79" in caught.value.fault.message
     b = world.start(FakeLane(world, "b", 1, told=1, devices=(OTHER,)))
     await soon(b.inside)
 
