@@ -8,6 +8,9 @@ the lifeline: a byte means "end it" (SIGTERM, GRACE_S, SIGKILL), the end of file
 (SIGKILL at once). Once the program has ended, whatever is left of its family is killed, and the leash ends exactly as
 the program did: same exit code, same signal. 126 and 127 mean, as in a shell, that it could not be started.
 
+The program runs as we do, so it can kill the leash. Then it dies itself, and what it had sent into sessions of their
+own falls to the engine's warden, guard or pid namespace: it lives no longer than the engine, but may outlive the run.
+
 Standard library only, single-threaded: it may fork by hand.
 """
 
