@@ -15,6 +15,7 @@ It needs root, a cgroup v2 hierarchy, and the packages systemd, dbus and libpam-
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -41,17 +42,6 @@ mount -t tmpfs -o mode=755,size=1g box "$box"
 mkdir "$box/upper" "$box/work" "$box/root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$box/upper,workdir=$box/work" "$box/root"
 root=$box/root
-for folder in "$@"; do
-    # The service's user has to reach it; what lies in the overlay is this box's alone.
-    mkdir -p "$root$folder"
-    parent=$(dirname "$folder")
-    while [ "$parent" != / ]; do
-        chmod o+rx "$root$parent" 2>/dev/null || true
-        parent=$(dirname "$parent")
-    done
-    mount --bind "$folder" "$root$folder"
-    mount -o remount,bind,ro "$root$folder"
-done
 mount -t proc proc "$root/proc"
 mount -t sysfs -o ro sysfs "$root/sys"
 mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
@@ -70,6 +60,17 @@ for place in /run /var/log /var/lib/systemd /etc/systemd/system /etc/systemd/use
     mount -t tmpfs -o mode=755 box "$root$place"
 done
 mount -t tmpfs -o mode=1777 box "$root/tmp"
+for folder in "$@"; do
+    # The service's user has to reach it; what lies in the overlay is this box's alone.
+    mkdir -p "$root$folder"
+    parent=$(dirname "$folder")
+    while [ "$parent" != / ]; do
+        chmod o+rx "$root$parent" 2>/dev/null || true
+        parent=$(dirname "$parent")
+    done
+    mount --bind "$folder" "$root$folder"
+    mount -o remount,bind,ro "$root$folder"
+done
 rm -f "$root/etc/fstab" "$root/etc/machine-id" "$root/etc/resolv.conf"
 echo 0123456789abcdef0123456789abcdef > "$root/etc/machine-id"
 mkdir -p "$root/etc/systemd/system.conf.d" "$root/mnt"
@@ -90,6 +91,7 @@ exec env -i container=bulkhead-test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
 """
 
 
+@functools.cache
 def missing() -> str:
     """Why there can be no box here, as one sentence; "" when there can."""
     if sys.platform != "linux":
