@@ -66,9 +66,9 @@ def _works(models: Sequence[ModelView]) -> bool:
 def _on(model: ModelView, gpu: GpuView, snapshot: Snapshot) -> bool:
     if model.held.get(gpu.uuid):
         return True
-    if model.device == "cpu":
-        return False
-    return gpu.uuid in model.gpus if model.gpus else gpu.uuid == snapshot.gpus[0].uuid
+    if model.gpus:
+        return gpu.uuid in model.gpus
+    return model.device != "cpu" and gpu.uuid == snapshot.gpus[0].uuid
 
 
 def _decided(snapshot: Snapshot) -> str:
