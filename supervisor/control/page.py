@@ -9,6 +9,7 @@ from typing import Any
 from supervisor.columns import columns
 
 _GIB = 2**30
+_WIDEST = 160  # of a sentence in a table; `--json` has all of it
 
 
 def page(seen: Mapping[str, Any]) -> str:
@@ -20,7 +21,7 @@ def page(seen: Mapping[str, Any]) -> str:
 def _head(seen: Mapping[str, Any]) -> str:
     link = seen["link"]
     where = f" of {link['url']}" if link["url"] else ""
-    lines = [f"{seen['worker'] or 'worker'}{where}: {seen['state']}. {seen['why']}".rstrip()]
+    lines = [f"{seen['worker'] or 'worker'}{where}: {seen['state']}. {_sentence(seen['why'])}".rstrip()]
     lines.append(f"supervisor {seen['version']}, pid {seen['pid']}, up {span(seen['uptime_s'])}, {seen['jobs']} jobs")
     return "\n".join(lines)
 
@@ -29,7 +30,7 @@ def _holds(seen: Mapping[str, Any]) -> list[str]:
     if not seen["holds"]:
         return []
     rows = [
-        [hold["source"], hold["mode"], _clock(hold["since"]), _until(hold["until"]), hold["reason"]]
+        [hold["source"], hold["mode"], _clock(hold["since"]), _until(hold["until"]), _sentence(hold["reason"])]
         for hold in seen["holds"]
     ]
     return [columns(("HOLD", "MODE", "SINCE", "UNTIL", "REASON"), rows)]
@@ -46,7 +47,7 @@ def _models(seen: Mapping[str, Any]) -> str:
     for model in seen["models"]:
         state = f"{model['state']} {span(model['idle_s'])}" if model["idle_s"] is not None else model["state"]
         jobs = f"{model['running']}/{model['slots']}" + (f" +{model['queued']}" if model["queued"] else "")
-        why = model["waits"] or model["reason"] or model["last_end"]
+        why = _sentence(model["waits"] or model["reason"] or model["last_end"])
         rows.append([model["name"], state, model["device"], jobs, _gib(model["rss_bytes"]), _gib(_vram(model)), why])
     return columns(("MODEL", "STATE", "DEVICE", "JOBS", "MEMORY", "GPU MEMORY", "WHY"), rows, right=(4, 5))
 
@@ -68,17 +69,26 @@ def _gpus(seen: Mapping[str, Any]) -> str:
 
 
 def _why(gpu: Mapping[str, Any]) -> str:
-    return " ".join(part for part in (gpu["why"], gpu["tainted"]) if part)
+    return _sentence(" ".join(part for part in (gpu["why"], gpu["tainted"]) if part))
 
 
 def _incidents(seen: Mapping[str, Any]) -> list[str]:
     if not seen["incidents"]:
         return []
-    rows = [[one["time"][:19], one["model"], one["code"], one["message"] or one["how"]] for one in seen["incidents"]]
+    rows = [
+        [one["time"][:19], one["model"], one["code"], _sentence(one["message"] or one["how"])]
+        for one in seen["incidents"]
+    ]
     return [columns(("LAST INCIDENTS", "MODEL", "FAULT", "WHAT HAPPENED"), rows)]
 
 
 # ---- words
+
+
+def _sentence(text: str) -> str:
+    """Fit for one line of a terminal: engines write what they like, escape sequences too."""
+    plain = "".join(char if char.isprintable() else " " for char in text)
+    return plain if len(plain) <= _WIDEST else f"{plain[: _WIDEST - 1]}…"
 
 
 def span(seconds: float | None) -> str:

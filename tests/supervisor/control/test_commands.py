@@ -204,6 +204,19 @@ def test_spans(seconds, text):
     assert span(seconds) == text
 
 
+async def test_what_an_engine_wrote_cannot_paint_the_terminal(box, config, capsys):
+    evil = "\x1b[2J\x1b]0;owned\x07\nsecond line " + "x" * 5000
+    model = ModelView(name="m", engine="e", state="quarantined", reason=evil)
+    incident = IncidentView(time="t", model="m", message=evil)
+    hold = Hold(source=Source.OPERATOR, since=0, reason=evil)
+    box.shown = Snapshot(version="1", models=(model,), incidents=(incident,), holds=(hold,), gpu_reason="none")
+    assert await run("status", "--config", config) == 0
+    out = capsys.readouterr().out
+    assert not [char for char in out if char != "\n" and not char.isprintable()]
+    assert max(map(len, out.splitlines())) < 300
+    assert not [line for line in out.splitlines() if line.startswith("second")]
+
+
 async def test_status_is_cheap(box, config):
     """No trio and no httpx in the command, and little CPU: it is meant for status bars."""
     script = textwrap.dedent(f"""
