@@ -36,7 +36,8 @@ def drop(user: dict[str, Any], devices: list[str]) -> str:
     Returns "claimed", or why it stays root.
 
     Args:
-        user: `uid`, `gid`, and what it must reach: `runs`, `reads` (folders with all their files), `writes`.
+        user: `uid`, `gid`, and what it must reach: `runs` (programs, and folders just to be entered), `reads`
+            (folders with all their files), `writes`.
         devices: nodes to be opened; groups that own them are kept, where others may not open them.
     """
     uid, gid = user["uid"], user["gid"]

@@ -123,7 +123,7 @@ def _as_user(
     Only what the engine cannot do without: of the folders of the system nobody is kept out.
     """
     asked = engine.sandbox
-    runs = [engine.python, *_interpreter(engine.python), *asked.execute]
+    runs = [engine.python, *_interpreter(engine.python), *_added_paths(engine.python), *asked.execute]
     reads = [str(root / "engines" / "runtime" / "boot.py"), str(root / "protocol"), *asked.read]
     writes = [str(scratch), *asked.write]
     if model is not None:
@@ -133,7 +133,6 @@ def _as_user(
             argv, cwd = model.options.get("argv"), model.options.get("cwd")
             runs += [str(argv[0])] if isinstance(argv, list) and argv and os.path.isabs(str(argv[0])) else []
             writes += [cwd] if isinstance(cwd, str) and cwd else []
-    reads = [*reads, *_added_paths(engine.python)]
     return {
         "uid": user.uid,
         "gid": user.gid,
