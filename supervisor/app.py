@@ -25,10 +25,15 @@ import trio
 from protocol.faults import Fault
 from protocol.link_wire import Capabilities
 from supervisor import config
+from supervisor.box import Box
+from supervisor.control.gather import Gathering, Sources
+from supervisor.control.knock import knock
+from supervisor.control.routes import Surface
+from supervisor.control.server import open_control
+from supervisor.control.snapshot import Link
 from supervisor.embedded import Ready, open_embedded
-from supervisor.errors import ConfigError, ExitCode, IdentityHeld, LinkRefused, SupervisorError
+from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused, SupervisorError
 from supervisor.host.host import Host, open_host
-from supervisor.host.means import Means
 from supervisor.host.work import ModelSpec
 from supervisor.intake.admission import ModelState
 from supervisor.link import register
@@ -38,11 +43,13 @@ from supervisor.link.register import Proof
 from supervisor.link.session import Address, SessionEnd, Why, converse
 from supervisor.link.transfer import Transfer
 from supervisor.link.worker import Identity, Worker
+from supervisor.liveness import Liveness
 from supervisor.machine.weights import Digests
 from supervisor.notices import set_up
+from supervisor.orders import Orders
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
-from supervisor.service import sd_notify
+from supervisor.service import Service, status_sentence
 from supervisor.settings import CoordinatorTable, LimitsTable, Settings
 from supervisor.state import StateFolder, hold_state, write_endpoint
 from supervisor.version import version
@@ -84,6 +91,7 @@ class _Supervisor:
         self._settings = settings
         self._state = state
         self._specs = config.build_models(settings)
+        self._service = Service()
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
@@ -92,11 +100,13 @@ class _Supervisor:
 
     async def live(self) -> ExitCode:
         """Until drained, stopped or refused."""
+        box = Box(self._settings, self._state)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._heed_signals)
             with self._now:
+                await box.clear_leftovers(config.control_socket(self._settings))
                 async with self._coordinator() as (address, drain_coordinator):
-                    await self._work(address, drain_coordinator)
+                    await self._work(box, address, drain_coordinator)
             nursery.cancel_scope.cancel()
         if self._refused is not None:
             raise self._refused
@@ -154,46 +164,100 @@ class _Supervisor:
 
     # ---- the work
 
-    async def _work(self, address: Address, drain_coordinator: Callable[[], Awaitable[None]]) -> None:
+    async def _work(self, box: Box, address: Address, drain_coordinator: Callable[[], Awaitable[None]]) -> None:
         digests = Digests(self._state.digests)
+        prover = Prover(
+            digests.verify,
+            Verdicts(self._state.verdicts),
+            lambda spec, proof: self._proved(spec, proof, host, worker),
+            probe=functools.partial(probe_engine, folder=self._state.empty_probes()),
+        )
+        means = box.means(digests.verify, prover.again)
         async with (
-            open_host(self._specs, self._limits, self._state.instances, means=Means(verify=digests.verify)) as host,
+            open_host(self._specs, self._limits, self._state.instances, means=means) as host,
             Transfer(address) as transfer,
             trio.open_nursery() as nursery,
         ):
             attempts = Attempts(host, transfer, host.ground, nursery)
-            worker = self._worker(host, attempts)
-            prover = Prover(
-                digests.verify,
-                Verdicts(self._state.verdicts),
-                lambda spec, proof: self._proved(spec, proof, host, worker),
-                probe=functools.partial(probe_engine, folder=self._state.empty_probes()),
-            )
+            worker = self._worker(box, host, attempts)
             host.on_change = worker.announce
+            box.on_change = lambda: self._machine_changed(box, worker)
+            nursery.start_soon(box.run, host)
             nursery.start_soon(worker.keep_announced)
             nursery.start_soon(transfer.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, address, worker)
-            sd_notify("READY=1")
-            await self._drain.wait()
-            sd_notify("STOPPING=1")
-            if self._refused is None:
-                await self._drained(worker, attempts, drain_coordinator)
+            async with open_control(config.control_socket(self._settings), self._surface(box, host, worker, address)):
+                nursery.start_soon(self._liveness(box, host, worker).run)
+                self._service.ready()
+                await self._drain.wait()
+                self._service.stopping()
+                nursery.start_soon(self._service.keep_extending)
+                if self._refused is None:
+                    await self._drained(worker, attempts, drain_coordinator)
             host.on_change = None
+            box.on_change = lambda: None
             nursery.cancel_scope.cancel()
 
-    def _worker(self, host: Host, attempts: Attempts) -> Worker:
+    def _machine_changed(self, box: Box, worker: Worker) -> None:
+        worker.announce()
+        if why := box.hopeless(self._specs):
+            self._refused = self._refused or GpuUnkillable(why)
+            self.ask_drain(why)
+
+    def _liveness(self, box: Box, host: Host, worker: Worker) -> Liveness:
+        def sentence() -> str:
+            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred)
+            reason = box.pausing.reason()
+            return status_sentence(
+                models=len(states),
+                ready=sum(state.available for state in states.values()),
+                jobs=worker.running,
+                holds=[reason] if reason else [],
+                stopping=self._drain_reason,
+            )
+
+        liveness = Liveness(self._service, sentence)
+        path = config.control_socket(self._settings)
+        liveness.probe("the control socket", lambda: knock(path))
+        return liveness
+
+    def _surface(self, box: Box, host: Host, worker: Worker, address: Address) -> Surface:
+        def link() -> Link:
+            up = worker.connected
+            return Link(url=address.url, connected=up, reason="" if up else "the coordinator does not answer")
+
+        gathering = Gathering(
+            Sources(
+                worker=worker.name,
+                specs=self._specs,
+                instances=host.snapshot,
+                holds=box.pausing.holds,
+                room=box.room,
+                watch=box.watch,
+                link=link,
+                jobs=lambda: worker.running,
+                draining=lambda: self._drain_reason or worker.stopping,
+                gpu_faults=box.gpu_faults,
+                incidents=box.recent_incidents,
+                ends=box.ends,
+            )
+        )
+        return Surface(gathering.snapshot, Orders(box.pausing, self.ask_drain), box.gpu_metrics)
+
+    def _worker(self, box: Box, host: Host, attempts: Attempts) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
             return register.capabilities(
-                register.model_offers(self._specs, self._proofs, host.snapshot()),
+                register.model_offers(self._specs, self._proofs, host.snapshot(), box.barred),
                 labels=self._settings.worker.labels,
                 machine=f"{platform.system()} {platform.machine()}",
                 version=version(),
                 not_accepting=not_accepting,
+                gpus=box.gpus(),
             )
 
         def models() -> dict[str, ModelState]:
-            return register.model_states(self._specs, self._proofs, host.snapshot())
+            return register.model_states(self._specs, self._proofs, host.snapshot(), box.barred)
 
         name = self._state.worker_id(self._settings.worker.name)
         return Worker(
@@ -202,6 +266,7 @@ class _Supervisor:
             offered=offered,
             models=models,
             on_shutdown=self.ask_drain,
+            held=lambda: (box.pausing.reason(), box.pausing.left_s()),
         )
 
     def _proved(self, spec: ModelSpec, proof: Proof, host: Host, worker: Worker) -> None:

@@ -161,27 +161,27 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     service = command("service", "install, remove or look at the service of this user or of the system")
     for name, help_ in _CONTROL.items():
         parser_of_verb = command(name, help_)
-        if name in words:
+        if words[:1] == [name]:
             from supervisor.control import commands as control
 
             control.add_arguments(name, parser_of_verb)
     # Their arguments are theirs to name; importing both for every command would cost each of them.
-    if "models" in words:
+    if words[:1] == ["models"]:
         from supervisor import pull
 
         pull.add_arguments(models)
         models.set_defaults(command=pull.main)
-    if "setup" in words:
+    if words[:1] == ["setup"]:
         from supervisor import setup as setting_up
 
         setting_up.add_arguments(setup)
         setup.set_defaults(command=setting_up.main)
-    if "selftest" in words:
+    if words[:1] == ["selftest"]:
         from supervisor import selftest as testing
 
         testing.add_arguments(selftest)
         selftest.set_defaults(command=testing.main)
-    if "service" in words:
+    if words[:1] == ["service"]:
         from supervisor import service_commands
 
         service_commands.add_arguments(service)

@@ -10,12 +10,14 @@ the folder of the file, `~` is the home folder. Every error reads
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ from supervisor.toml_lines import Path as KeyPath
 from supervisor.toml_lines import key_lines, line_of
 
 ENV_PREFIX = "BULKHEAD__"
+MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, the closing zero included
 SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml")
 # A model named by these engines makes up its answers; the name must say so.
 _MADE_UP = "synthetic"
@@ -216,8 +219,19 @@ def state_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Pa
 
 
 def control_socket(settings: Settings) -> Path:
-    """Where the owner speaks with the supervisor: configured, else in the state folder."""
-    return Path(settings.control.socket) if settings.control.socket else state_dir(settings) / "control.sock"
+    """Where the owner speaks with the supervisor: configured, else in the state folder.
+
+    A socket's path may have about 100 bytes. Below a state folder that lies too deep it is a name made of that
+    folder's, in the folder that the system has for such things.
+    """
+    if settings.control.socket:
+        return Path(settings.control.socket)
+    folder = state_dir(settings)
+    path = folder / "control.sock"
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+        return path
+    digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"bulkhead-{os.getuid()}-{digest}.sock"
 
 
 # ---- checks over several fields --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     ├── IdentityHeld             another process works with this state folder or this worker id (73)
     ├── NoPermission             a file or folder of ours cannot be used (77)
     ├── LinkRefused              the coordinator refused this worker for good (69)
+    ├── GpuUnkillable            a process that cannot be killed holds the last GPU (79)
     └── CoordinatorFailed        the embedded coordinator does not start (70)
 
 A service manager restarts on 70 and 75 only; the others need a person first.
@@ -63,6 +64,12 @@ class LinkRefused(SupervisorError):
     """The coordinator will not take this worker, however often it asks."""
 
     exit_code = ExitCode.REFUSED
+
+
+class GpuUnkillable(SupervisorError):
+    """No GPU is left that a process does not hold for ever."""
+
+    exit_code = ExitCode.GPU_UNKILLABLE
 
 
 class CoordinatorFailed(SupervisorError):

@@ -92,6 +92,17 @@ class Prover:
             for spec in specs:
                 nursery.start_soon(self._prove, spec)
 
+    async def again(self, spec: ModelSpec) -> str:
+        """Prove a model that was proved before, whatever is remembered; why it fails, or "".
+
+        Cancellation: the probe's child is ended.
+        """
+        try:
+            await self._verify(spec)
+        except FaultError as error:
+            return error.fault.message
+        return await self._engine(spec.engine, spec.model.backend, spec.model.device, remembered=False)
+
     async def _prove(self, spec: ModelSpec) -> None:
         backoff = self._backoff()
         while True:
@@ -110,12 +121,12 @@ class Prover:
         reason = await self._engine(spec.engine, spec.model.backend, spec.model.device)
         return Proof(ok=not reason, reason=reason, revision=revision)
 
-    async def _engine(self, engine: EngineSpec, backend: str, device: str) -> str:
+    async def _engine(self, engine: EngineSpec, backend: str, device: str, *, remembered: bool = True) -> str:
         """Why this engine must not serve; "" when it may."""
         key = "/".join((engine.name, backend, device))
         async with self._locks.setdefault(key, trio.Lock()):
             circumstances = await trio.to_thread.run_sync(circumstances_of, engine)
-            if self._verdicts.holds(key, circumstances):
+            if remembered and self._verdicts.holds(key, circumstances):
                 return ""
             async with self._limiter:
                 probe = await self._probe(engine.name, engine, backend, device, deadline_s=PROBE_DEADLINE_S)

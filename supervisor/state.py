@@ -5,10 +5,16 @@ worker-id       made at the first start, so that a renamed or re-addressed box s
 digests.json    sha256 of model files already read
 verdicts.json   probes that were passed, and under which circumstances
 endpoint.json   where the embedded coordinator answers and where the client key lies; gone when it is not up
+quarantines.json  models that are out of service, and until when
+gpus.json       GPUs that are out of service, and why
+peaks.json      GPU memory that models were seen to take
+holds.json      why no jobs are taken, and until when
+control.sock    the owner's socket
 coordinator/    state of the embedded coordinator
-instances/      scratch of engine instances
-attempts/       inputs and outputs of running jobs
+instances/      where engines work: scratch, inputs and outputs of their jobs
 probes/         scratch of probes
+children/       what was started, for the next life to clear up
+incidents/      reports of the latest bad ends of engines
 """
 
 from __future__ import annotations
@@ -39,8 +45,13 @@ class StateFolder:
         self.endpoint = root / "endpoint.json"
         self.coordinator = root / "coordinator"
         self.instances = root / "instances"
-        self.attempts = root / "attempts"
         self.probes = root / "probes"
+        self.children = root / "children"
+        self.incidents = root / "incidents"
+        self.quarantines = root / "quarantines.json"
+        self.gpus = root / "gpus.json"
+        self.peaks = root / "peaks.json"
+        self.holds = root / "holds.json"
 
     def worker_id(self, configured: str) -> str:
         """The configured name, else the one made at the first start."""
@@ -55,10 +66,6 @@ class StateFolder:
         made = f"{host.strip('-')[:40] or 'worker'}-{secrets.token_hex(4)}"
         write_atomically(path, made.encode() + b"\n")
         return made
-
-    def empty_attempts(self) -> Path:
-        """Remove what an earlier life left of its jobs: nobody will ask for it again."""
-        return _emptied(self.attempts)
 
     def empty_probes(self) -> Path:
         """Remove what an earlier life, killed while it probed, left of its probes."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
-from protocol.link_wire import Capabilities, ModelOffer
+from protocol.link_wire import Capabilities, Gpu, ModelOffer
 from supervisor.host.work import InstanceStatus, ModelSpec
 from supervisor.intake.admission import ModelState
 
@@ -30,8 +30,18 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 PENDING = Proof(ok=False, reason="it is still being checked")
 
 
-def why_not(proof: Proof, status: InstanceStatus | None) -> str:
-    """Why a model cannot be announced now; "" when it can."""
+Barred = Callable[[ModelSpec], str]
+
+
+def anywhere(_spec: ModelSpec) -> str:
+    """No model is kept from being served."""
+    return ""
+
+
+def why_not(proof: Proof, status: InstanceStatus | None, barred: str = "") -> str:
+    """Why a model cannot be announced now; "" when it can. `barred`: why this machine cannot serve it."""
+    if barred:
+        return barred
     if not proof.ok:
         return proof.reason or "it did not pass its checks"
     if status is not None and status.blocked:
@@ -40,14 +50,17 @@ def why_not(proof: Proof, status: InstanceStatus | None) -> str:
 
 
 def model_states(
-    specs: Iterable[ModelSpec], proofs: Mapping[str, Proof], snapshot: Iterable[InstanceStatus]
+    specs: Iterable[ModelSpec],
+    proofs: Mapping[str, Proof],
+    snapshot: Iterable[InstanceStatus],
+    barred: Barred = anywhere,
 ) -> dict[str, ModelState]:
     """Every configured model as admission sees it; `taken` is the ledger's to fill in."""
     statuses = {status.model: status for status in snapshot}
     states = {}
     for spec in specs:
         status = statuses.get(spec.name)
-        reason = why_not(proofs.get(spec.name, PENDING), status)
+        reason = why_not(proofs.get(spec.name, PENDING), status, barred(spec))
         states[spec.name] = ModelState(
             kinds=spec.model.kinds,
             slots=status.slots if status else 1,
@@ -58,14 +71,17 @@ def model_states(
 
 
 def model_offers(
-    specs: Iterable[ModelSpec], proofs: Mapping[str, Proof], snapshot: Iterable[InstanceStatus]
+    specs: Iterable[ModelSpec],
+    proofs: Mapping[str, Proof],
+    snapshot: Iterable[InstanceStatus],
+    barred: Barred = anywhere,
 ) -> tuple[ModelOffer, ...]:
     """The announcement of every model that works, in the order of the configuration."""
     statuses = {status.model: status for status in snapshot}
     offers = []
     for spec in specs:
         proof, status = proofs.get(spec.name, PENDING), statuses.get(spec.name)
-        if why_not(proof, status):
+        if why_not(proof, status, barred(spec)):
             continue
         offers.append(
             ModelOffer(
@@ -84,11 +100,18 @@ def model_offers(
 
 
 def capabilities(
-    models: tuple[ModelOffer, ...], *, labels: Mapping[str, str], machine: str, version: str, not_accepting: str = ""
+    models: tuple[ModelOffer, ...],
+    *,
+    labels: Mapping[str, str],
+    machine: str,
+    version: str,
+    not_accepting: str = "",
+    gpus: tuple[Gpu, ...] = (),
 ) -> Capabilities:
     """The whole announcement; `not_accepting` is the reason why no jobs are taken, or ""."""
     return Capabilities(
         models=models,
+        gpus=gpus,
         labels=dict(labels),
         version=version,
         machine=machine,

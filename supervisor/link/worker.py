@@ -35,6 +35,8 @@ class Worker:
         offered: what is announced now, given the reason for not taking jobs ("" when there is none).
         models: the models as admission sees them, without `taken`.
         on_shutdown: the coordinator asks the supervisor to drain and end.
+        held: why this box takes no work now, as a phrase ("" when it does), and for how many more seconds (None when
+            nobody knows).
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Worker:
         offered: Callable[[str], wire.Capabilities],
         models: Callable[[], Mapping[str, ModelState]],
         on_shutdown: Callable[[str], None],
+        held: Callable[[], tuple[str, float | None]] = lambda: ("", None),
     ) -> None:
         self._identity = identity
         self._attempts = attempts
         self._offered = offered
         self._models = models
         self._on_shutdown = on_shutdown
+        self._held = held
         self._post: Post | None = None
         self._announced: wire.Capabilities | None = None
         self._draining = ""
@@ -67,6 +71,21 @@ class Worker:
         if self._post is not None:
             self._post(wire.Draining(reason=reason), "", 0)
 
+    @property
+    def name(self) -> str:
+        """Its id."""
+        return self._identity.name
+
+    @property
+    def connected(self) -> bool:
+        """Whether a session is open."""
+        return self._post is not None
+
+    @property
+    def stopping(self) -> str:
+        """Why it drains, or ""."""
+        return self._draining or self._drain_asked
+
     def announce(self) -> None:
         """Announce the capabilities again, when they differ from what was announced last."""
         if self._post is None:
@@ -79,7 +98,7 @@ class Worker:
     def _not_accepting(self) -> str:
         if self._paused and trio.current_time() >= self._paused_until:
             self._paused = ""
-        return self._draining or self._drain_asked or self._paused
+        return self._draining or self._drain_asked or self._paused or self._held()[0]
 
     # ---- the side of a session
 
@@ -169,8 +188,11 @@ class Worker:
             self._attempts.begin(job, attempt, offer)
 
     def _situation(self) -> Situation:
-        reason = self._not_accepting()
-        left_s = self._paused_until - trio.current_time()
+        self._not_accepting()  # lifts a pause that has run out
+        paused, left_s = self._paused, self._paused_until - trio.current_time()
+        if not paused:
+            paused, held_s = self._held()
+            left_s = float("inf") if held_s is None else held_s
         ledger = self._attempts.ledger
         models = {
             name: msgspec.structs.replace(state, taken=ledger.taken(name)) for name, state in self._models().items()
@@ -178,7 +200,7 @@ class Worker:
         return Situation(
             models=models,
             draining=self._draining or self._drain_asked,
-            paused=reason if self._paused else "",
+            paused=paused,
             paused_ms=int(left_s * 1000) if left_s < float("inf") else 0,
         )
 

@@ -1,0 +1,237 @@
+"""This machine around the host: its GPUs and their health, who fits into them, ceilings, leftovers, holds.
+
+Wiring only. Everything here is made once per life of the supervisor, before anything is started; `run` owns the
+tasks. What it knows reaches the host as `Means`, the owner as a snapshot, and the coordinator as capabilities.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from protocol.link_wire import Gpu
+from supervisor.control.snapshot import IncidentView
+from supervisor.host.cgroups import Cgroups
+from supervisor.host.child import open_child
+from supervisor.host.family import members
+from supervisor.host.host import Host
+from supervisor.host.incidents import Incident, Incidents
+from supervisor.host.leftovers import Ledger, sweep
+from supervisor.host.means import Means, OpenChild
+from supervisor.host.quarantine import Quarantines
+from supervisor.host.senses import Senses
+from supervisor.host.work import ModelSpec
+from supervisor.intake.holds import Mode
+from supervisor.machine.gpu_health import GpuHealth, State
+from supervisor.machine.gpu_metrics import gpu_metrics
+from supervisor.machine.gpu_trials import GpuTrials
+from supervisor.machine.telemetry import GpuWatch, simulated_argv
+from supervisor.pausing import Pausing
+from supervisor.room import VramRoom
+from supervisor.settings import Settings
+from supervisor.state import StateFolder, write_atomically
+from supervisor.suspend import SleepWatch
+
+log = logging.getLogger(__name__)
+
+# For trying things out without a GPU: a script for engines/telemetry/simulated.py.
+SIMULATED = "BULKHEAD_SIMULATED_GPUS"
+
+
+class Box:
+    """See the module. Made on the trio thread, before the first child; `clear_leftovers` comes next.
+
+    Attributes:
+        on_change: called when a GPU or a hold changed what may be announced.
+        spawn: `open_child` that writes its children down for the next life.
+    """
+
+    def __init__(self, settings: Settings, state: StateFolder) -> None:
+        self._settings, self._state = settings, state
+        self.on_change: Callable[[], None] = lambda: None
+        self._cgroups = Cgroups.find()  # may move us into a leaf of our own, so before anything is started
+        self._ledger = Ledger(state.children)
+        self._incidents = _Counted(state.incidents)
+        self.spawn: OpenChild = self._ledger.recording(open_child)
+        self.watch = GpuWatch(_reader(state), spawn=self.spawn)
+        self.health = GpuHealth(trio.current_time, self._health_changed)
+        self._trials = GpuTrials(self.health)
+        self.health.restore(_kept_quarantines(state.gpus))
+        self.watch.subscribe(self.health.note_readings, self.health.note_event)
+        margin = int(settings.limits.vram_margin_gb * 2**30)
+        self.room = VramRoom(self.watch, margin, state.peaks, unusable=self.health.usable)
+        self.pausing = Pausing(state.holds)
+        self.pausing.on_change = self._hold_changed
+        self._host: Host | None = None
+
+    async def clear_leftovers(self, control_socket: Path) -> None:
+        """End what an earlier life left running, and remove its scratch folders and sockets."""
+        folders = [self._state.instances, self._state.probes]
+        swept = await trio.to_thread.run_sync(lambda: sweep(self._ledger, scratch=folders, sockets=[control_socket]))
+        for found in swept.unkillable:
+            log.error("%s (pid %d) of an earlier life cannot be ended; reboot to be rid of it", found.name, found.pid)
+
+    def means(
+        self, verify: Callable[[ModelSpec], Awaitable[str]], reprobe: Callable[[ModelSpec], Awaitable[str]]
+    ) -> Means:
+        """What the host works with."""
+        return Means(
+            verify=verify,
+            room=self.room,
+            reprobe=reprobe,
+            memory=Quarantines(self._state.quarantines),
+            senses=Senses(
+                vram_bytes=self.room.vram_bytes, gpu_share=self._gpu_share, gpus=lambda spec: self._evidence(spec)
+            ),
+            cgroups=self._cgroups,
+            ledger=self._ledger,
+            incidents=self._incidents,
+        )
+
+    async def run(self, host: Host) -> None:
+        """All tasks of the machine. Runs until cancelled."""
+        self._host = host
+        host.on_unkillable = self._unkillable
+        self._incidents.on_incident = self._incident
+        self._hold_changed()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.watch.run)
+            nursery.start_soon(self._trials.run)
+            nursery.start_soon(self.pausing.run)
+            nursery.start_soon(SleepWatch(on_slept=host.slept).run)
+
+    # ---- what others ask
+
+    def barred(self, spec: ModelSpec) -> str:
+        """Why a model cannot be served on this machine now; "" when it can."""
+        for uuid in self._gpus_of(spec, spec.model.devices):
+            if why := self.health.usable(uuid):
+                return why
+        return ""
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """What is announced of the GPUs; free memory is left out, because it never stands still."""
+        return tuple(
+            Gpu(uuid=uuid, name=gpu.name, vram_bytes=gpu.memory_total_bytes or 0)
+            for uuid, gpu in self.watch.readings().items()
+        )
+
+    def gpu_faults(self) -> Mapping[str, str]:
+        """GPU -> why it is not used."""
+        return {uuid: why for uuid in self.watch.readings() if (why := self.health.usable(uuid))}
+
+    def gpu_metrics(self) -> Iterable[str]:
+        """Prometheus lines."""
+        own = [pid for one in self._host.snapshot() if one.pid for pid in members(one.pid)] if self._host else []
+        return gpu_metrics(
+            self.watch.readings(),
+            age_s=self.watch.age_s(),
+            driver=self.watch.driver,
+            health=self.health.snapshot(),
+            faults=self.health.faults,
+            own_pids=own,
+        )
+
+    def ends(self) -> Mapping[str, Mapping[str, int]]:
+        """Model -> fault code -> bad ends since the start."""
+        return self._incidents.counts
+
+    def recent_incidents(self, count: int) -> list[IncidentView]:
+        """The newest bad ends."""
+        names = IncidentView.__struct_fields__
+        return [
+            IncidentView(**{name: getattr(found, name) for name in names}) for found in self._incidents.recent(count)
+        ]
+
+    def hopeless(self, specs: Iterable[ModelSpec]) -> str:
+        """Why no model can ever run again without a person: "" as long as one may."""
+        stuck = self.health.stuck()
+        if not stuck or not all(spec.model.device != "cpu" and self.barred(spec) for spec in specs):
+            return ""
+        pids = ", ".join(str(pid) for pid in sorted(stuck))
+        return f"No GPU is left: process {pids} cannot be killed and holds it; reset the GPU or reboot."
+
+    # ---- GPUs
+
+    def _gpus_of(self, spec: ModelSpec, told: Iterable[str]) -> list[str]:
+        """UUIDs that a model uses: those told, else the first GPU; none on the CPU."""
+        known = list(self.watch.readings())
+        named = [uuid for uuid in told if not uuid.startswith("cuda")]
+        if named or spec.model.device == "cpu" or not known:
+            return named
+        return known[:1] if spec.model.device == "cuda" or any(word.startswith("cuda") for word in told) else []
+
+    def _gpu_share(self, spec: ModelSpec) -> float | None:
+        shares = [self.watch.utilisation(uuid) for uuid in self._gpus_of(spec, spec.model.devices)]
+        known = [share for share in shares if share is not None]
+        return max(known) if known else None
+
+    def _evidence(self, spec: ModelSpec) -> tuple[Mapping[str, Any], ...]:
+        readings = self.watch.readings()
+        uuids = self._gpus_of(spec, spec.model.devices)
+        return tuple(msgspec.to_builtins(readings[uuid]) for uuid in uuids if uuid in readings)
+
+    def _incident(self, incident: Incident) -> None:
+        """An engine's last words may speak of the GPU; they cost it a trial at most."""
+        occupants = self._host.occupants if self._host else ()
+        spec = next((lane.spec for lane in occupants if lane.spec.name == incident.model), None)
+        if spec is not None:
+            self.health.note_engine(self._gpus_of(spec, spec.model.devices), incident.stderr)
+
+    def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...]) -> None:
+        pid = next((one.pid for one in self._host.snapshot() if one.model == spec.name), 0) if self._host else 0
+        self.health.note_unkillable(self._gpus_of(spec, devices), pid)
+        self.on_change()
+
+    def _health_changed(self, _uuid: str) -> None:
+        self._trials.wake()
+        kept = {uuid: one.reason for uuid, one in self.health.snapshot().items() if one.state is State.QUARANTINED}
+        try:
+            write_atomically(self._state.gpus, msgspec.json.encode(kept))
+        except OSError as error:
+            log.warning("the quarantine of GPUs could not be kept: %s", error.strerror)
+        self.room.look_again()
+        self.on_change()
+
+    def _hold_changed(self) -> None:
+        holds = self.pausing.holds()
+        unload = any(hold.mode is not Mode.STOP for hold in holds.items)
+        self.room.free(holds.reason() if unload else "")
+        self.on_change()
+
+
+class _Counted(Incidents):
+    """Incidents that are counted by model and fault code, too."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.counts: dict[str, Counter[str]] = {}
+        self.on_incident: Callable[[Incident], None] = lambda _incident: None
+
+    def keep(self, incident: Incident) -> Path | None:
+        """See `Incidents.keep`."""
+        self.counts.setdefault(incident.model, Counter())[incident.code or "engine_crashed"] += 1
+        self.on_incident(incident)
+        return super().keep(incident)
+
+
+def _reader(state: StateFolder) -> tuple[str, ...] | None:
+    script = os.environ.get(SIMULATED)
+    if not script:
+        return None
+    log.warning("%s is set: the GPUs are simulated by %s", SIMULATED, script)
+    return simulated_argv(Path(script), state.instances)
+
+
+def _kept_quarantines(path: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.MsgspecError):
+        return {}
