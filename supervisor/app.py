@@ -180,7 +180,7 @@ class _Supervisor:
         ):
             attempts = Attempts(host, transfer, host.ground, nursery)
             worker = self._worker(box, host, attempts)
-            host.on_change = worker.announce
+            host.on_change = lambda: self._host_changed(box, worker)
             box.on_change = lambda: self._machine_changed(box, worker)
             nursery.start_soon(box.run, host)
             nursery.start_soon(worker.keep_announced)
@@ -198,6 +198,10 @@ class _Supervisor:
             host.on_change = None
             box.on_change = lambda: None
             nursery.cancel_scope.cancel()
+
+    def _host_changed(self, box: Box, worker: Worker) -> None:
+        box.room.look_again()
+        worker.announce()
 
     def _machine_changed(self, box: Box, worker: Worker) -> None:
         worker.announce()

@@ -66,7 +66,9 @@ class Box:
         self.health.restore(_kept_quarantines(state.gpus))
         self.watch.subscribe(self.health.note_readings, self.health.note_event)
         margin = int(settings.limits.vram_margin_gb * 2**30)
-        self.room = VramRoom(self.watch, margin, state.peaks, unusable=self.health.usable)
+        self.room = VramRoom(
+            self.watch, margin, state.peaks, unusable=self.health.usable, on_lost=self.health.note_not_returned
+        )
         self.pausing = Pausing(state.holds)
         self.pausing.on_change = self._hold_changed
         self._host: Host | None = None
@@ -104,6 +106,7 @@ class Box:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch.run)
             nursery.start_soon(self._trials.run)
+            nursery.start_soon(self.room.keep_learning)
             nursery.start_soon(self.pausing.run)
             nursery.start_soon(SleepWatch(on_slept=host.slept).run)
 

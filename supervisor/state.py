@@ -24,8 +24,8 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +33,7 @@ import msgspec
 
 from protocol.ids import is_safe_id
 from supervisor.errors import IdentityHeld, NoPermission, SupervisorError
+from supervisor.host.removal import empty_tree
 
 
 class StateFolder:
@@ -73,9 +74,15 @@ class StateFolder:
 
 
 def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    empty_tree(folder)
+    _let_engines_through(folder)
     return folder
+
+
+def _let_engines_through(folder: Path) -> None:
+    """As root, engines have a user of their own: it may pass through to its own folder, and list nothing."""
+    if sys.platform.startswith("linux") and os.geteuid() == 0:
+        folder.chmod(0o711)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -104,6 +111,7 @@ def hold_state(root: Path) -> Iterator[StateFolder]:
     """
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _let_engines_through(root)
         descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise NoPermission(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("protocol", "engines", "supervisor", "coordinator")
 GPU_LIBRARIES = {"pynvml", "onnxruntime", "ctranslate2", "faster_whisper", "llama_cpp", "xllamacpp", "piper", "torch"}
 # Children that the supervisor starts; they live in its package but never in its process.
-CHILD_FILES = {"supervisor/machine/gpu_child.py", "supervisor/pull_child.py"}
+CHILD_FILES = {"supervisor/pull_child.py"}
 
 
 def sources(package: str) -> list[Path]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 
@@ -54,16 +55,17 @@ def test_the_worker_id_is_made_once_and_kept(tmp_path):
         assert is_safe_id(state.worker_id(""))
 
 
-def test_what_an_earlier_life_left_of_its_jobs_goes(tmp_path):
-    (tmp_path / "attempts" / "job_1.1").mkdir(parents=True)
-    with hold_state(tmp_path) as state:
-        assert list(state.empty_attempts().iterdir()) == []
-
-
 def test_what_an_earlier_life_left_of_its_probes_goes(tmp_path):
     (tmp_path / "probes" / "bh-probe-x").mkdir(parents=True)
     with hold_state(tmp_path) as state:
         assert list(state.empty_probes().iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has engines of another user")
+def test_engines_of_root_may_pass_through_to_their_own_folders_and_list_nothing(tmp_path):
+    with hold_state(tmp_path / "state") as state:
+        assert stat.S_IMODE(state.root.stat().st_mode) == 0o711
+        assert stat.S_IMODE(state.empty_probes().stat().st_mode) == 0o711
 
 
 def test_the_endpoint_file(tmp_path):
