@@ -63,12 +63,24 @@ def main() -> NoReturn:
     """Entry point; never returns."""
     spec: dict[str, Any] = _decoded(sys.argv[1])
     lifeline = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    _ignore_early_dumps()
     if "sandbox" not in spec or not sys.platform.startswith("linux"):
         _die_with_parent(spec.get("parent"))
         _limits(spec)
         _become(spec)
     verdicts, kept = _lock_down(spec, lifeline)
     _become(spec, verdicts, kept)
+
+
+def _ignore_early_dumps() -> None:
+    """Ignore SIGUSR2, which asks for the stacks, until the engine's runtime catches it: its default would kill.
+
+    That outlives exec. Modes of the runtime that never catch it (probe, describe, check) go on ignoring it. Programs
+    that an engine starts have the default again: a caught signal falls back to it at exec, and what was ignored is
+    set back by lockdown/leash.py.
+    """
+    if hasattr(signal, "SIGUSR2"):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, str], list[int]]:

@@ -69,7 +69,8 @@ def _start(argv: list[str]) -> int:
         if os.getppid() != leash:
             os._exit(127)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        ours = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR2)
+        for number in ours:  # handlers of this file, and what Python and launch.py ignore
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         os.execvp(argv[0], argv)

@@ -71,8 +71,8 @@ def confine(
         guard(pid, lifeline)
     if lifeline is not None:
         os.close(lifeline)
-    for number in _PASSED_ON:
-        signal.signal(number, signal.SIG_DFL)
+    for number in _PASSED_ON:  # SIGUSR2 would kill, see launch.py
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR2 else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     told = {name: policy.get(name) for name in ("mode", "network", "spawns")} | {"argv": argv}
     if policy.get("mode") == "off" or not os.path.exists(SANDBOX_EXEC):

@@ -73,8 +73,8 @@ def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdict
     if os.getppid() != keeper and not apart:
         os._exit(0)
     os.close(tell)
-    for number in _PASSED_ON:
-        signal.signal(number, signal.SIG_DFL)
+    for number in _PASSED_ON:  # SIGUSR2 would kill, see launch.py
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR2 else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     verdicts["warden"] = "claimed"
     return private

@@ -30,6 +30,7 @@ print(json.dumps({
     "core": resource.getrlimit(resource.RLIMIT_CORE), "nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     "oom": open("/proc/self/oom_score_adj").read().strip() if os.path.exists("/proc/self/oom_score_adj") else "",
     "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+    "dump": signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN,
 }), flush=True)
 sys.stdin.read()
 """
@@ -60,6 +61,7 @@ def test_the_engine_runs_isolated_with_root_module_and_arguments(root):
     assert report["argv"][1:] == [str(root), "some.engine", "serve", "--json"]
     assert report["isolated"] == 1
     assert report["term"] is True
+    assert report["dump"] is True
 
 
 def test_the_environment_is_scrubbed(root, tmp_path):

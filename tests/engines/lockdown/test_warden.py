@@ -194,6 +194,20 @@ def test_sigterm_to_the_warden_alone_reaches_the_engine(argv, tmp_path: Path):
     assert not living_in(tmp_path / "scratch")
 
 
+def test_a_stack_dump_that_is_asked_for_too_early_ends_nobody(argv, tmp_path: Path):
+    """Between exec and the moment when the engine's runtime registers faulthandler."""
+    started = Started(argv("import sys\nprint('up', flush=True)\nprint(sys.stdin.readline(), end='', flush=True)")).up()
+    leader = psutil.Process(started.process.pid)
+    for process in (leader, *leader.children(recursive=True)):
+        process.send_signal(signal.SIGUSR2)
+    assert started.process.stdin is not None
+    assert started.process.stdout is not None
+    started.process.stdin.write(b"alive\n")
+    started.process.stdin.close()
+    assert started.process.stdout.readline() == b"alive\n"
+    assert started.close() == 0
+
+
 @pytest.mark.parametrize("code", [_NASTY, _END], ids=["nasty", "setsid child"])
 def test_a_killed_warden_takes_the_whole_family_with_it(argv, tmp_path: Path, code: str):
     started = Started(argv(code, "wait")).up()

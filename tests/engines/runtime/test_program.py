@@ -68,6 +68,16 @@ def test_signals_have_their_defaults_in_the_program(start):
     assert list(start(code).lines()) == ["True set()"]
 
 
+def test_a_signal_that_only_the_engine_ignores_has_its_default_in_the_program(start):
+    """The launcher has SIGUSR2 ignored; in modes that never register faulthandler it stays so."""
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        program = start("import signal; print(signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL)")
+        assert list(program.lines()) == ["True"]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 def test_lines_come_as_they_are_printed(start):
     program = start("import sys\nprint('one', flush=True)\nsys.stdin.read()\nimport time\ntime.sleep(100)")
     assert next(program.lines()) == "one"
