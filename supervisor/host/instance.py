@@ -228,6 +228,10 @@ class Instance:
         """Work was handed over or moved."""
         self.watch.moved()
 
+    def rested(self) -> None:
+        """It has no run just now."""
+        self.watch.rested()
+
     # ---- ending
 
     def retire(self, end: End) -> None:

@@ -414,7 +414,6 @@ class Lane:
                 self._life.step(Event.DRAIN)
             elif state is State.BUSY and not running:
                 self._idle_since = trio.current_time()
-                instance.watch.rested()
                 self._life.step(Event.EMPTIED)
         self._ring()
 

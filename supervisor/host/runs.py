@@ -49,6 +49,9 @@ class Engine(Protocol):
     def moved(self) -> None:
         """A run was handed over or showed progress."""
 
+    def rested(self) -> None:
+        """The engine has no run just now."""
+
     @property
     def has(self) -> int:
         """How many runs the engine still works on, those that were given up included."""
@@ -59,7 +62,7 @@ class Runs:
 
     Attributes:
         admitted: tickets that hold a slot.
-        succeeded, done: runs that ended with a result; that ended at all.
+        succeeded, done: runs that the engine ended with a result; that it ended at all.
         stuck: why the instance is not to be trusted any more: what the run that was given up had to end with.
         changed: called when a slot was taken or left, or the instance got stuck.
     """
@@ -121,7 +124,6 @@ class Runs:
             ticket.fail(Fault("worker_stopping", "The worker stopped before the job was done."))
             self._runs.pop(run, None)
             self.admitted.remove(ticket)
-            self.done += 1
             self.changed()
 
     async def _limit(self, ticket: Ticket) -> None:
@@ -159,6 +161,10 @@ class Runs:
 
     def take(self, message: RunMessage) -> None:
         """A message of a run; one for a run that was given up means nothing any more."""
+        if isinstance(message, wire.Result | wire.RunFault):
+            self.done += 1
+            if not self._engine.has:
+                self._engine.rested()  # here, because the next run may be handed over before this one has left
         ticket = self._runs.get(message.run)
         if ticket is None:
             return

@@ -18,12 +18,10 @@ GREETING = b"".join(wire.encode(wire.Hello(engine="fake", kinds=("llm",), low=1,
 
 
 async def script(child: FakeChild) -> None:
-    """Greets, answers pings, dies of SIGSEGV on a cancel, ends on shutdown."""
+    """Greets, dies of SIGSEGV on a cancel, ends on shutdown; pings are answered for it."""
     child.send_bytes(GREETING)
     async for message in child.inbox:
         match message:
-            case wire.Ping(n=n):
-                child.send(wire.Pong(n=n))
             case wire.Cancel():
                 raise Died(signal=signal.SIGSEGV)
             case wire.Shutdown():
@@ -32,8 +30,9 @@ async def script(child: FakeChild) -> None:
 
 # The same engine as a real program, driven by raw bytes so that it needs no engine module.
 PROGRAM = """
-import os, sys
+import faulthandler, os, signal, sys
 sys.path.insert(0, {root!r})
+faulthandler.register(signal.SIGUSR2)
 from protocol import engine_wire as wire
 from protocol.framing import FrameDecoder
 decoder = FrameDecoder()
@@ -49,15 +48,15 @@ while data := os.read(0, 65536):
 """
 
 
-def real() -> AbstractAsyncContextManager:
+def real(**more: object) -> AbstractAsyncContextManager:
     from supervisor.host.launching import ROOT
 
-    spec = ChildSpec(name="real", argv=(sys.executable, "-c", PROGRAM.format(root=str(ROOT))))
+    spec = ChildSpec(name="real", argv=(sys.executable, "-c", PROGRAM.format(root=str(ROOT))), **more)
     return open_child(spec, term_grace_s=2)
 
 
-def fake() -> AbstractAsyncContextManager:
-    return FakeEngines(script)(ChildSpec(name="fake", argv=()), term_grace_s=2)
+def fake(**more: object) -> AbstractAsyncContextManager:
+    return FakeEngines(script)(ChildSpec(name="fake", argv=(), **more), term_grace_s=2)
 
 
 @pytest.fixture(params=[real, fake], ids=["real", "fake"])
@@ -150,3 +149,24 @@ async def test_kill_after_the_end_changes_nothing(opened):
         assert child.killed_because == ""
         assert child.exit == Exit(signal=signal.SIGTERM)
         assert child.dump_stacks() is False
+
+
+@pytest.mark.parametrize("start", [real, fake])
+async def test_a_stack_dump_comes_on_stderr_line_by_line_and_ends_nothing(start):
+    lines: list[str] = []
+    whole = trio.Event()
+
+    def line(text: str) -> None:
+        lines.append(text)
+        if text.startswith('  File "'):
+            whole.set()
+
+    async with start(on_stderr_line=line) as child:
+        await receive(child)
+        assert child.dump_stacks() is True
+        with trio.fail_after(20):
+            await whole.wait()
+        assert any("most recent call first" in text for text in lines)
+        assert child.stderr_tail()[: len(lines)] == lines
+        await send(child, wire.Ping(n=3))
+        assert await receive(child) == wire.Pong(n=3)
