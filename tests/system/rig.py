@@ -249,9 +249,15 @@ class Rig:
         return one
 
     def scratch(self) -> list[str]:
-        """Whatever lies in the scratch folders of instances and attempts, but for the lanes' own folders."""
-        left = [path.name for path in (self.state / "attempts").iterdir()]
-        return left + [path.name for path in (self.state / "instances").glob("*/*")]
+        """Whatever lies in the scratch folders of instances, attempts and probes; their empty grounds may stay."""
+        left = [str(path) for path in (self.state / "probes").glob("*")]
+        for ground in (self.state / "instances").glob("*"):
+            left += [str(path) for path in ground.glob("*") if path.name not in ("in", "out")]
+        return left + self.attempts()
+
+    def attempts(self) -> list[str]:
+        """Folders of attempts, with inputs or outputs."""
+        return [str(path) for part in ("in", "out") for path in (self.state / "instances").glob(f"*/{part}/*")]
 
 
 def chat(text: str, model: str = "synthetic", **more: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def settled(rig: Any, rigs: Any) -> None:
             lambda state=state: not client.get("/v1/jobs", params={"state": state}).json()["data"],
             f"no job is {state}",
         )
-    rigs.until(lambda: not list((rig.state / "attempts").iterdir()), "no attempt has a folder", 10)
+    rigs.until(lambda: not rig.attempts(), "no attempt has a folder", 10)
 
 
 def descriptors(rig: Any) -> dict[str, int]:
