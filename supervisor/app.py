@@ -95,6 +95,7 @@ class _Supervisor:
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
+        self._restart = False
         self._now = trio.CancelScope()  # cancelled by the second signal
         self._refused: SupervisorError | None = None
 
@@ -110,14 +111,15 @@ class _Supervisor:
             nursery.cancel_scope.cancel()
         if self._refused is not None:
             raise self._refused
-        return ExitCode.STOPPED
+        return ExitCode.RESTART if self._restart else ExitCode.STOPPED
 
     # ---- asking for the end
 
-    def ask_drain(self, reason: str) -> None:
-        """Begin the drain; later reasons change nothing."""
+    def ask_drain(self, reason: str, restart: bool = False) -> None:
+        """Begin the drain; later reasons change nothing. With `restart` the end asks to be started again."""
         if not self._drain.is_set():
             self._drain_reason = reason
+            self._restart = restart
             self._drain.set()
 
     async def _heed_signals(self, task_status: trio.TaskStatus[None]) -> None:

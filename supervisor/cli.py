@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _CONFIG_HELP = """\
 The configuration is worker.toml: --config FILE, else $BULKHEAD_CONFIG, else ./worker.toml, else
-~/.config/bulkhead/worker.toml. Environment variables are stronger than the file:
+~/.config/bulkhead/worker.toml, else /etc/bulkhead/worker.toml. Environment variables are stronger than the file:
 BULKHEAD__COORDINATOR__LISTEN=127.0.0.1:9000 sets [coordinator] listen."""
 
 _EXAMPLES = {
@@ -91,6 +91,7 @@ examples:
     "drain": """\
 examples:
   supervisor drain                           finish what runs, take nothing new, then end
+  supervisor drain --restart                 the same, and be started again by systemd (exit code 75)
 """,
     "version": "",
 }

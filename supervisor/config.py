@@ -38,7 +38,7 @@ from supervisor.toml_lines import key_lines, line_of
 
 ENV_PREFIX = "BULKHEAD__"
 MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, the closing zero included
-SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml")
+SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml", "/etc/bulkhead/worker.toml")
 # A model named by these engines makes up its answers; the name must say so.
 _MADE_UP = "synthetic"
 _SECRET = re.compile(r"token|secret|password|passwd|key|credential", re.IGNORECASE)

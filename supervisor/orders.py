@@ -15,10 +15,10 @@ class Orders:
     """Implements `supervisor.control.routes.Requests`.
 
     Args:
-        drain: begins the drain of the supervisor, with its reason.
+        drain: begins the drain of the supervisor, with its reason, and whether it shall be started again.
     """
 
-    def __init__(self, pausing: Pausing, drain: Callable[[str], None]) -> None:
+    def __init__(self, pausing: Pausing, drain: Callable[[str, bool], None]) -> None:
         self._pausing, self._drain = pausing, drain
 
     def pause(self, reason: str, *, for_s: float | None, free_vram: bool) -> None:
@@ -30,7 +30,7 @@ class Orders:
         """See `Requests`."""
         return self._pausing.lift(Source.OPERATOR)
 
-    def drain(self, reason: str) -> None:
+    def drain(self, reason: str, *, restart: bool) -> None:
         """See `Requests`."""
-        log.info("the owner asked for a drain: %s", reason)
-        self._drain(reason)
+        log.info("the owner asked for a %s: %s", "restart" if restart else "drain", reason)
+        self._drain(reason, restart)

@@ -30,6 +30,8 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             "--for", dest="for_s", metavar="TIME", type=duration, help="how long: 90s, 30m, 2h, 1d, 1h30m"
         )
         parser.add_argument("--free-vram", action="store_true", help="also end the models that hold GPU memory")
+    if name == "drain":
+        parser.add_argument("--restart", action="store_true", help="end so that the service manager starts it again")
     if name in ("pause", "drain"):
         parser.add_argument("--reason", metavar="TEXT", default="", type=_short, help="what others are told")
     parser.set_defaults(command=_VERBS[name])
@@ -88,8 +90,11 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _drain(arguments: argparse.Namespace) -> int:
-    seen = ask(socket_path(arguments.config), "POST", "/v1/drain", {"reason": arguments.reason})
-    _print(arguments, seen, lambda seen: f"Draining: {_jobs(seen['jobs'])}; the supervisor ends when it is done.")
+    seen = ask(
+        socket_path(arguments.config), "POST", "/v1/drain", {"reason": arguments.reason, "restart": arguments.restart}
+    )
+    then = "it is started again" if arguments.restart else "the supervisor ends"
+    _print(arguments, seen, lambda seen: f"Draining: {_jobs(seen['jobs'])}; {then} when that is done.")
     return int(ExitCode.STOPPED)
 
 

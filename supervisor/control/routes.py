@@ -31,8 +31,8 @@ class Requests(Protocol):
     def resume(self) -> bool:
         """Lift the operator's hold; False when there was none."""
 
-    def drain(self, reason: str) -> None:
-        """Finish what runs, take nothing new, then end."""
+    def drain(self, reason: str, *, restart: bool) -> None:
+        """Finish what runs, take nothing new, then end; with `restart` so that the service manager starts us again."""
 
 
 class Surface(NamedTuple):
@@ -82,6 +82,7 @@ class _Pause(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Drain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: Annotated[str, Meta(max_length=200)] = ""
+    restart: bool = False
 
 
 class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -158,7 +159,7 @@ def _resume(request: Request, surface: Surface) -> Response:
 
 def _drain(request: Request, surface: Surface) -> Response:
     order = _body(request, _Drain)
-    surface.requests.drain(order.reason or "the operator asked for it")
+    surface.requests.drain(order.reason or "the operator asked for it", restart=order.restart)
     return _status(request, surface)
 
 

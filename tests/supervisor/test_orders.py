@@ -9,7 +9,7 @@ from supervisor.pausing import Pausing
 
 async def test_a_pause_is_a_hold_of_the_operators_and_resume_lifts_it(tmp_path):
     pausing, drained = Pausing(tmp_path / "holds.json", now=lambda: 100.0), []
-    orders = Orders(pausing, drained.append)
+    orders = Orders(pausing, lambda *asked: drained.append(asked))
     orders.pause("a game", for_s=60, free_vram=True)
     (hold,) = pausing.holds().items
     assert (hold.source, hold.reason, hold.until, hold.mode) == (Source.OPERATOR, "a game", 160.0, Mode.UNLOAD)
@@ -19,5 +19,6 @@ async def test_a_pause_is_a_hold_of_the_operators_and_resume_lifts_it(tmp_path):
     assert orders.resume()
     assert not orders.resume()
     assert drained == []
-    orders.drain("moving house")
-    assert drained == ["moving house"]
+    orders.drain("moving house", restart=False)
+    orders.drain("an update", restart=True)
+    assert drained == [("moving house", False), ("an update", True)]

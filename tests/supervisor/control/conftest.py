@@ -28,8 +28,8 @@ class Acts:
         held, self.held = self.held, False
         return held
 
-    def drain(self, reason: str) -> None:
-        self.asked.append(("drain", reason))
+    def drain(self, reason: str, *, restart: bool) -> None:
+        self.asked.append(("drain", reason, restart))
 
 
 class Box:

@@ -98,8 +98,9 @@ async def test_status_without_models_and_gpus(box, config, capsys):
         (["pause", "--for", "2h"], ("pause", "", 7200.0, False)),
         (["pause", "--for", "1h30m", "--free-vram", "--reason", "a game"], ("pause", "a game", 5400.0, True)),
         (["resume"], ("resume",)),
-        (["drain"], ("drain", "the operator asked for it")),
-        (["drain", "--reason", "moving"], ("drain", "moving")),
+        (["drain"], ("drain", "the operator asked for it", False)),
+        (["drain", "--reason", "moving"], ("drain", "moving", False)),
+        (["drain", "--restart"], ("drain", "the operator asked for it", True)),
     ],
 )
 @pytest.mark.parametrize("how", [[], ["--json"]])

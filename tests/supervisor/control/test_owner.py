@@ -113,7 +113,7 @@ async def open_owner(tmp_path: Path, capsys: Any, *models: ModelSpec) -> AsyncIt
             )
             surface = Surface(
                 Gathering(sources).snapshot,
-                Orders(pausing, owner.drained.append),
+                Orders(pausing, lambda reason, _restart: owner.drained.append(reason)),
                 lambda: gpu_metrics(watch.readings()),
             )
             async with open_control(tmp_path / "control.sock", surface):

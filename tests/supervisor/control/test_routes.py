@@ -35,8 +35,9 @@ async def test_every_question_has_an_answer(box, target):
         ("/v1/pause", {"for_s": 1.5, "reason": "x"}, ("pause", "x", 1.5, False)),
         ("/v1/pause", {"free_vram": True}, ("pause", "", None, True)),
         ("/v1/resume", None, ("resume",)),
-        ("/v1/drain", {}, ("drain", "the operator asked for it")),
-        ("/v1/drain", {"reason": "moving house"}, ("drain", "moving house")),
+        ("/v1/drain", {}, ("drain", "the operator asked for it", False)),
+        ("/v1/drain", {"reason": "moving house"}, ("drain", "moving house", False)),
+        ("/v1/drain", {"restart": True}, ("drain", "the operator asked for it", True)),
     ],
 )
 async def test_an_order_is_passed_on_once(box, target, body, asked):
