@@ -10,7 +10,8 @@ die with the parent; then the warden and the namespaces (lockdown/warden.py), be
 capabilities and no_new_privs, which Landlock and seccomp ask for; then Landlock; then seccomp, last, because it forbids
 the calls used before. After each layer somebody tries what it should refuse (lockdown/canary.py): that is its verdict,
 and the engine tells the host in `ready`. A layer that the kernel does not have costs only itself, unless the mode is
-"require". Without `sandbox` in the spec the process only dies with its parent.
+"require". macOS has one layer (lockdown/seatbelt.py), Windows none (lockdown/windows.py). Without `sandbox` in the spec
+the process only dies with its parent.
 
 The engine's interpreter may be another venv's; it is exec'ed on this installation's `engines` and `protocol`
 (`root`), so the two ends of the wire cannot be of different revisions.
@@ -21,7 +22,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import resource
 import sys
 
 # Every import here is paid for at every start of an engine. `typing`, `json` and `signal` (for `enum`) together cost as
@@ -29,9 +29,12 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Iterable
     from typing import Any, NoReturn
 else:
     import _signal as signal
+if sys.platform != "win32":
+    import resource
 
 _PR_SET_PDEATHSIG = 1
 # Exit code when the mode is "require" and a layer is not verified; the last line of stderr names it.
@@ -63,13 +66,22 @@ def main() -> NoReturn:
     """Entry point; never returns."""
     spec: dict[str, Any] = _decoded(sys.argv[1])
     lifeline = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    # Last on the path: only the package `engines`, which nobody else has, is taken from there.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     _ignore_early_dumps()
-    if "sandbox" not in spec or not sys.platform.startswith("linux"):
+    if "sandbox" not in spec:
         _die_with_parent(spec.get("parent"))
         _limits(spec)
         _become(spec)
-    verdicts, kept = _lock_down(spec, lifeline)
-    _become(spec, verdicts, kept)
+    elif sys.platform == "linux":
+        verdicts, kept = _lock_down(spec, lifeline)
+        _become(spec, verdicts, kept)
+    elif sys.platform == "darwin":
+        _limits(spec)
+        _confine(spec, lifeline)
+    else:
+        _limits(spec)
+        _become(spec, _no_layers(spec["sandbox"]))
 
 
 def _ignore_early_dumps() -> None:
@@ -91,12 +103,8 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
     become when we are root (lockdown/user.py); `processes`, how many of them and of threads there may be.
     `spec["cgroup"]` is a folder of cgroups to join, whatever the mode.
     """
-    # Only the package `engines` is taken from there, and only from this place in this program.
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    sys.path.append(root)
     from engines.lockdown import canary, kernel, landlock, limits, privileges, seccomp, user, warden
 
-    sys.path.remove(root)
     policy: dict[str, Any] = spec["sandbox"]
     off = policy.get("mode") == "off"
     layers = set() if off else set(policy.get("layers", LAYERS))
@@ -106,7 +114,7 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
         verdicts["cgroup"] = limits.join(spec["cgroup"])
     _limits(spec)
     verdicts["uid"] = "off"
-    if "uid" in layers and "user" in policy and os.geteuid() == 0:
+    if "uid" in layers and "user" in policy and _is_root():
         verdicts["uid"] = _attempt(lambda: user.drop(policy["user"], policy.get("devices", [])))
     if lifeline is None:  # else the lifeline tells of the parent's end, and the warden must live to clean up
         _die_with_parent(spec.get("parent"))
@@ -146,6 +154,28 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
     return verdicts, landlock.pinned
 
 
+def _is_root() -> bool:
+    return sys.platform != "win32" and os.geteuid() == 0
+
+
+def _confine(spec: dict[str, Any], lifeline: int | None) -> NoReturn:
+    """macOS: become the warden of an engine under the profile `spec["seatbelt"]`."""
+    from engines.lockdown import seatbelt
+
+    _close_but(() if lifeline is None else (lifeline,))
+    argv, environment = _image(spec)
+    seatbelt.confine(spec.get("seatbelt", ""), spec["sandbox"], lifeline, argv, environment)
+
+
+def _no_layers(policy: dict[str, Any]) -> dict[str, str]:
+    """The verdicts on a system for which there are no layers."""
+    word = "off" if policy.get("mode") == "off" else f"unavailable({sys.platform})"
+    verdicts = dict.fromkeys(REQUIRED, word)
+    if policy.get("mode") == "require":
+        _insist(verdicts, policy.get("network", "none"))
+    return verdicts
+
+
 def _attempt(layer: Any) -> str:
     try:
         return str(layer())
@@ -166,21 +196,21 @@ def _die_with_parent(parent: int | None) -> None:
 
     The request outlives exec. It is made after fork, so the parent may have died already: then leave at once.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
-        os._exit(0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os._exit(0)
 
 
 def _limits(spec: dict[str, Any]) -> None:
     """No core files: writing one would hold GPU memory for as long as the disk takes."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for name, value in spec.get("rlimits", {}).items():
-        which = getattr(resource, f"RLIMIT_{name}")
-        ceiling = resource.getrlimit(which)[1]
-        wanted = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
-        resource.setrlimit(which, (wanted, ceiling))
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for name, value in spec.get("rlimits", {}).items():
+            which = getattr(resource, f"RLIMIT_{name}")
+            ceiling = resource.getrlimit(which)[1]
+            wanted = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
+            resource.setrlimit(which, (wanted, ceiling))
     try:  # when memory runs out, the engine goes first, never the supervisor
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
@@ -190,22 +220,36 @@ def _limits(spec: dict[str, Any]) -> None:
 
 def _become(spec: dict[str, Any], verdicts: dict[str, str] | None = None, kept: list[int] | None = None) -> NoReturn:
     """Close what is not ours, set the environment, exec the engine's interpreter."""
+    _close_but(kept or ())
+    argv, environment = _image(spec)
+    if verdicts is not None:
+        environment[VERDICTS] = _encoded(verdicts)
+    if sys.platform == "win32":
+        from engines.lockdown import windows
+
+        windows.become(argv, environment | windows.folders(environment))
+    else:
+        os.execve(argv[0], argv, environment)
+
+
+def _close_but(kept: Iterable[int]) -> None:
     low = 3
-    for fd in sorted(kept or ()):
+    for fd in sorted(kept):
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, 65536)
+
+
+def _image(spec: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The engine's argv and whole environment; changes to its scratch folder."""
     names = [*_KEPT, *spec.get("keep", [])]  # `keep`: names granted by the operator; values never travel in argv
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment = ENVIRONMENT | environment | spec.get("env", {})
     if "scratch" in spec:
         environment |= {"HOME": spec["scratch"], "TMPDIR": spec["scratch"]}
         os.chdir(spec["scratch"])
-    if verdicts is not None:
-        environment[VERDICTS] = _encoded(verdicts)
     boot = os.path.join(spec["root"], "engines", "runtime", "boot.py")
-    argv = [spec["python"], "-I", boot, spec["root"], spec["module"], *spec.get("args", [])]
-    os.execve(spec["python"], argv, environment)
+    return [spec["python"], "-I", boot, spec["root"], spec["module"], *spec.get("args", [])], environment
 
 
 class _Plain:

@@ -2,12 +2,14 @@
 
     sandbox-exec -p PROFILE -- python -I -S engines/lockdown/seatbelt.py '{"argv": …, "network": …, …}'
 
-Theory of operation. The supervisor's child forks: the parent stays as the warden, the child becomes `sandbox-exec`
-with the profile that the supervisor made of the policy, which becomes this file again, inside: it tries what the
-profile should refuse, tells the verdict in the environment, and becomes the engine. The warden waits on a kqueue for
-the lifeline to close and for the engine to end. macOS has no subreaper: an orphan is handed to launchd. So the warden
-notes the family at every fork of the engine, with start times, and ends what it noted; a daemon whose parents lived
-shorter than the warden's look is missed, and `family` says `partial` for engines that may fork at all.
+Theory of operation. The supervisor's child forks: the parent stays as the warden, the child becomes `sandbox-exec` with
+the profile that the supervisor made of the policy, which becomes this file again, inside: it tries what the profile
+should refuse, tells the verdict in the environment, and becomes the engine. The warden waits on a kqueue for the
+lifeline to close and for the engine to end. Where `sandbox-exec` does not come as far as this file (a profile that the
+system does not understand), the engine runs without it and says so, unless the sandbox is required. macOS has no
+subreaper: an orphan is handed to launchd. So the warden notes the family at every fork of the engine, with start times,
+and ends what it noted; a daemon whose parents lived shorter than the warden's look is missed, and `family` says
+`partial` for engines that may fork at all.
 
 Standard library only, and nothing of ours: inside, only this file is run. It has not run on a Mac yet.
 """
@@ -60,30 +62,70 @@ def confine(
     """Become the warden of an engine that runs under the profile; called by the launcher, never returns.
 
     Args:
-        profile: text from the supervisor's containment/seatbelt_profile.py.
+        profile: text from the supervisor's containment/seatbelt_profile.py; "" when it could not be written.
         policy: as in engines/launch.py; `mode`, `network` and `spawns` are looked at.
         argv: of the engine; its program is absolute.
         environment: of the engine, whole.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    told: dict[str, Any] = {name: policy.get(name) for name in ("mode", "network", "spawns")} | {"argv": argv}
+    pid, verdict = 0, _without(profile, policy)
+    if not verdict:
+        pid, verdict = _start_inside(profile, told, lifeline, environment)
+    if verdict:
+        pid = os.fork()
+        if pid == 0:
+            _be_engine(lifeline)
+            become(told, {"seatbelt": verdict}, environment)
+    guard(pid, lifeline)
+
+
+def _without(profile: str, policy: dict[str, Any]) -> str:
+    """The verdict where the sandbox is not even tried; else ""."""
+    if policy.get("mode") == "off":
+        return "off"
+    if not profile:
+        return "unavailable(profile)"
+    return "" if os.path.exists(SANDBOX_EXEC) else "unavailable(ENOENT)"
+
+
+def _start_inside(
+    profile: str, told: dict[str, Any], lifeline: int | None, environment: dict[str, str]
+) -> tuple[int, str]:
+    """Start `main` below sandbox-exec: its pid and "" once it runs there, 0 and the verdict when it never did."""
+    arrived, arrive = os.pipe()
+    os.set_inheritable(arrive, True)
     pid = os.fork()
-    if pid:
-        guard(pid, lifeline)
+    if pid == 0:
+        _be_engine(lifeline)
+        inside = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(told | {"arrive": arrive})]
+        os.execve(SANDBOX_EXEC, [SANDBOX_EXEC, "-p", profile, "--", *inside], environment)
+    os.close(arrive)
+    if lifeline in select.select([arrived] if lifeline is None else [arrived, lifeline], [], [])[0]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        _end_like(signal.SIGKILL)
+    came = os.read(arrived, 1)
+    os.close(arrived)
+    if came:
+        return pid, ""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return 0, f"unavailable(exit code {code})" if code >= 0 else f"unavailable(signal {-code})"
+
+
+def _be_engine(lifeline: int | None) -> None:
     if lifeline is not None:
         os.close(lifeline)
     for number in _PASSED_ON:  # SIGUSR2 would kill, see launch.py
         signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR2 else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-    told = {name: policy.get(name) for name in ("mode", "network", "spawns")} | {"argv": argv}
-    if policy.get("mode") == "off" or not os.path.exists(SANDBOX_EXEC):
-        become(told, {"seatbelt": "off" if policy.get("mode") == "off" else "unavailable(ENOENT)"}, environment)
-    inside = [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(told)]
-    os.execve(SANDBOX_EXEC, [SANDBOX_EXEC, "-p", profile, "--", *inside], environment)
 
 
 def main() -> NoReturn:
     """Inside the sandbox: try, tell, become the engine."""
     told: dict[str, Any] = json.loads(sys.argv[1])
+    os.write(told["arrive"], b"x")
+    os.close(told["arrive"])
     become(told, {"seatbelt": judge(attempts(told))}, dict(os.environ))
 
 

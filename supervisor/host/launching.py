@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,13 @@ import msgspec
 
 from protocol.engine_wire import Model
 from supervisor.host.child import ChildSpec
+from supervisor.host.containment.seatbelt_profile import profile
 from supervisor.host.engine_user import engine_user
 from supervisor.host.grants import policy
 from supervisor.host.ground import Ground, give
 from supervisor.host.work import EngineSpec
+
+log = logging.getLogger(__name__)
 
 # The folder that holds the packages `engines` and `protocol` of this very installation.
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +43,8 @@ def engine_argv(
     The launcher runs on our own interpreter; it execs the engine's. The values of `engine.env` travel in the
     environment (see `engine_env`), since argv can be read by every user of the box.
     """
-    device = args[args.index("--device") + 1] if "--device" in args else "auto"
+    told = args[args.index("--device") + 1] if "--device" in args else "auto"
+    device = told if model is None else model.device
     user = engine_user() if engine.sandbox.mode != "off" else None
     spec: dict[str, Any] = {
         "root": str(ROOT),
@@ -51,6 +56,8 @@ def engine_argv(
         "args": list(args),
         "sandbox": policy(engine, scratch, ROOT, model, device, ground=ground, user=user),
     }
+    if sys.platform == "darwin":
+        spec["seatbelt"] = seatbelt(spec["sandbox"], device)
     if cgroup is not None:
         spec["cgroup"] = cgroup
     if ground is not None and ground.limit_bytes:
@@ -59,6 +66,15 @@ def engine_argv(
         spec["env"] = {_LIBRARY_PATH: folders}  # for the engine alone: the launcher needs no foreign libraries
     launcher = str(ROOT / "engines" / "launch.py")
     return (sys.executable, "-I", "-S", launcher, msgspec.json.encode(spec).decode())
+
+
+def seatbelt(policy: dict[str, Any], device: str) -> str:
+    """macOS's profile of an engine on `device`; "" when it cannot be written, which the launcher then tells."""
+    try:
+        return profile(policy, metal=device != "cpu", launcher=[sys.prefix, sys.base_prefix, str(ROOT / "engines")])
+    except ValueError as error:
+        log.warning("No sandbox profile: %s.", error)
+        return ""
 
 
 def cuda_libraries(python: str) -> str:

@@ -61,22 +61,42 @@ def started(pid):
         return ""
     return "" if fields[0] == "Z" else fields[19]
 
-seatbelt.select = types.SimpleNamespace(kevent=Event, kqueue=Queue)
+seatbelt.select = types.SimpleNamespace(kevent=Event, kqueue=Queue, select=select.select)
 seatbelt.children, seatbelt.started = children, started
 seatbelt.SANDBOX_EXEC = {sandbox_exec!r}
 lifeline = int(sys.argv[1])
-seatbelt.confine("(version 1)", {policy!r}, lifeline, [sys.executable, "-c", {engine!r}], dict(os.environ))
 """
+DIRECTLY = """
+seatbelt.confine({profile!r}, {policy!r}, lifeline, [sys.executable, "-c", {engine!r}], dict(os.environ))
+"""
+BY_THE_LAUNCHER = """
+import json
+from engines import launch
+boot = Path({folder!r}) / "root/engines/runtime/boot.py"
+boot.parent.mkdir(parents=True)
+boot.write_text({engine!r})
+spec = {{"root": {folder!r} + "/root", "module": "none", "python": sys.executable, "scratch": {folder!r}}}
+spec |= {{"sandbox": {policy!r}, "seatbelt": {profile!r}, "keep": ["MARK"], "args": ["serve"]}}
+sys.argv = ["launch.py", json.dumps(spec), str(lifeline)]
+sys.platform = "darwin"
+launch.main()
+"""
+OBEYING = '[ "$1" = -p ] && [ "$3" = -- ] || exit 64; shift 3; exec "$@"'
 
 
 class Warded:
     """A warden with its engine, and the lifeline."""
 
-    def __init__(self, folder: Path, engine: str, **policy: object) -> None:
-        script = folder / "sandbox-exec"
-        script.write_text('#!/bin/sh\n[ "$1" = -p ] && [ "$3" = -- ] || exit 64\nshift 3\nexec "$@"\n')
-        script.chmod(0o755)
-        code = STAND_IN.format(root=str(ROOT), sandbox_exec=str(script), policy=policy, engine=engine)
+    begin = DIRECTLY
+
+    def __init__(
+        self, folder: Path, engine: str, *, script: str = OBEYING, profile: str = "(version 1)", **policy: object
+    ) -> None:
+        sandbox_exec = folder / "sandbox-exec"
+        sandbox_exec.write_text(f"#!/bin/sh\n{script}\n")
+        sandbox_exec.chmod(0o755)
+        given = {"root": str(ROOT), "sandbox_exec": str(sandbox_exec), "profile": profile}
+        code = (STAND_IN + self.begin).format(**given, policy=policy, engine=engine, folder=str(folder))
         theirs, self.lifeline = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(theirs)],
@@ -202,6 +222,69 @@ def test_a_required_sandbox_that_is_not_verified_starts_no_engine(tmp_path: Path
     code, err = Warded(tmp_path, "print('must not run')", mode="require").end()
     assert code == seatbelt.EXIT_NOT_CONFINED
     assert err.splitlines()[-1] == 'sandbox = "require": seatbelt is failed'
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("script", "profile", "told"),
+    [
+        ('echo "sandbox-exec: invalid profile" >&2; exit 65', "(nonsense", "unavailable(exit code 65)"),
+        ("kill -KILL $$", "(version 1)", "unavailable(signal 9)"),
+        (OBEYING, "", "unavailable(profile)"),
+    ],
+)
+def test_a_sandbox_that_cannot_be_had_is_told_and_stops_only_who_requires_it(
+    tmp_path: Path, script: str, profile: str, told: str
+):
+    warded = Warded(tmp_path, TELL + "raise SystemExit(3)", script=script, profile=profile)
+    verdicts = json.loads(warded.line())
+    assert (verdicts["seatbelt"], verdicts["warden"]) == (told, "claimed")
+    assert warded.end()[0] == 3
+    code, err = Warded(tmp_path, "print('must not run')", script=script, profile=profile, mode="require").end()
+    assert code == seatbelt.EXIT_NOT_CONFINED
+    assert err.splitlines()[-1] == f'sandbox = "require": seatbelt is {told}'
+
+
+@linux_only
+def test_the_lifeline_ends_a_sandbox_exec_that_hangs(tmp_path: Path):
+    warded = Warded(tmp_path, TELL, script=f"echo up > {tmp_path}/up; exec sleep 1000")
+    until = time.monotonic() + PATIENCE_S
+    while not (tmp_path / "up").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    warded.cut()
+    assert warded.end()[0] == -signal.SIGKILL
+    assert nobody_is_left(tmp_path)
+
+
+class Launched(Warded):
+    begin = BY_THE_LAUNCHER
+
+
+@linux_only
+def test_the_launcher_hands_its_engine_over_with_a_clean_environment(tmp_path: Path):
+    engine = (
+        "import json, os, sys\n"
+        "fds = [fd for fd in range(3, 256) if os.path.exists(f'/proc/self/fd/{fd}')]\n"
+        "print(json.dumps([dict(os.environ), os.getcwd(), sys.argv[1:], fds]), flush=True)\n"
+        "sys.exit(7)\n"
+    )
+    launched = Launched(tmp_path, engine)
+    environment, cwd, argv, fds = json.loads(launched.line())
+    assert json.loads(environment["BULKHEAD_SANDBOX"])["warden"] == "claimed"
+    assert (environment["HOME"], environment["MARK"], cwd) == (str(tmp_path),) * 3
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert argv == [f"{tmp_path}/root", "none", "serve"]
+    assert fds == []
+    assert launched.end()[0] == 7
+
+
+@linux_only
+def test_the_lifeline_of_a_launched_engine_ends_it(tmp_path: Path):
+    launched = Launched(tmp_path, "import signal; print('up', flush=True); signal.pause()")
+    assert launched.line() == "up"
+    launched.cut()
+    assert launched.end()[0] == -signal.SIGKILL
+    assert nobody_is_left(tmp_path)
 
 
 def test_the_verdict_counts_only_seatbelts_own_refusal():

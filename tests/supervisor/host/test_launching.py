@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from protocol.engine_wire import Model
 from supervisor.host import launching
 from supervisor.host.child import run_child
 from supervisor.host.engine_user import User
@@ -113,6 +114,34 @@ def test_root_gives_the_scratch_folder_to_the_engines_user(
     spec = json.loads(engine_child(engine, tmp_path).argv[-1])
     assert tmp_path.stat().st_uid == owner
     assert spec["sandbox"].get("user", {}).get("uid", 0) == owner
+
+
+def test_on_macos_the_launcher_gets_a_profile_of_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "seatbelt" not in told(ENGINE)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(launching, "engine_user", lambda: None)
+    (tmp_path / "model").touch()
+
+    def text(device: str, **model: object) -> str:
+        argv = engine_child(ENGINE, tmp_path, ["probe", "--device", device], **model).argv  # type: ignore[arg-type]
+        return json.loads(argv[-1])["seatbelt"]
+
+    cpu, gpu = text("cpu"), text("auto")
+    assert f'(subpath "{ROOT}/engines")' in cpu
+    assert f'(subpath "{os.path.realpath(sys.prefix)}")' in cpu
+    assert f'(allow file-read* file-write*\n  (subpath "{os.path.realpath(tmp_path)}"))' in cpu
+    assert ("AGXDeviceUserClient" in cpu, "AGXDeviceUserClient" in gpu) == (False, True)
+    # With a model it is the model's own device that counts.
+    assert "AGXDeviceUserClient" not in text("auto", model=Model(name="m", device="cpu"))
+
+
+def test_a_path_that_no_profile_can_name_leaves_the_profile_out_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    odd = tmp_path / "a\nb"
+    odd.mkdir()
+    assert launching.seatbelt({"read": [str(odd)]}, "cpu") == ""
+    assert "control characters" in caplog.text
 
 
 def test_the_libraries_of_wsl2_are_found(venv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
