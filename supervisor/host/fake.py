@@ -73,6 +73,10 @@ class FakeChild:
         if self.spec.on_stderr_line is not None:
             self.spec.on_stderr_line(line)
 
+    def close_stdout(self) -> None:
+        """Close the pipe and live on."""
+        self._out_send.close()
+
     def die(self, how: Exit) -> None:
         """End the process; one that was abandoned as unkillable dies late."""
         if self.gone.is_set():

@@ -181,6 +181,8 @@ class Instance:
         if not self.over.is_set() and self.child.exit is None:
             with trio.move_on_after(self.limits.term_grace_s):  # it closed its pipe: it dies, or it is ended
                 await self.child.wait()
+            if self.child.exit is None and self.ours is None:
+                self.ours = End(why=Why.CLOSED_OUTPUT, when="while it ran a job" if self.runs.admitted else "")
         self._all_over()
 
     def _broke(self, error: str) -> None:

@@ -245,6 +245,47 @@ async def test_a_cancelled_run_that_wanted_to_be_alone_lets_the_others_in(tmp_pa
         assert isinstance(it.ends["after"], Done)
 
 
+# ---- starts and ends that go wrong
+
+
+async def test_a_folder_that_cannot_be_made_is_a_failed_load_and_not_our_end(tmp_path, autojump_clock):
+    async with yard(echo, tmp_path) as it:
+        (tmp_path / "s" / "m0").write_text("in the way")
+        fault = await it.fault()
+        assert fault.code == "load_failed"
+        assert it.status.blocked
+        (tmp_path / "s" / "m0").unlink()
+        await trio.sleep(5)
+        assert isinstance(await it.host.run(ask(), lambda _event: None), Done)
+
+
+async def test_an_engine_that_closes_its_output_is_ended(tmp_path, autojump_clock):
+    async def script(child: FakeChild) -> None:
+        await greet_and_load(child)
+        await child.inbox.receive()
+        child.close_stdout()
+        await trio.sleep_forever()
+
+    async with yard(script, tmp_path) as it:
+        fault = await it.fault()
+        assert (fault.code, fault.detail["end"]) == ("engine_crashed", "closed-output")
+        assert "closed its output" in fault.message
+        await trio.sleep(1)
+        assert it.fakes.children[0].exit is not None
+        assert it.status.last_end == "ended because it closed its output while it ran a job"
+
+
+async def test_one_that_says_no_hello_names_it(tmp_path, autojump_clock):
+    async def script(child: FakeChild) -> None:
+        await trio.sleep_forever()
+
+    async with yard(script, tmp_path) as it:
+        fault = await it.fault()
+        assert (fault.code, fault.detail["end"], fault.detail["diagnosis"]) == ("engine_hung", "no-hello", "working")
+        await trio.sleep(1.5)
+        assert it.status.last_end == "ended because it did not say hello within 10 s"
+
+
 # ---- ends that we wanted
 
 
@@ -542,9 +583,7 @@ async def test_a_process_that_cannot_be_killed_costs_its_lane_and_nobody_else(tm
         assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
 
 
-async def test_callers_who_hang_up_on_an_engine_deaf_to_cancels_put_no_model_out_of_service(
-    tmp_path, autojump_clock
-):
+async def test_callers_who_hang_up_on_an_engine_deaf_to_cancels_put_no_model_out_of_service(tmp_path, autojump_clock):
     async with yard(worker, tmp_path) as it:
         for number in range(5):
             await it.begin("silent", f"r{number}")
