@@ -100,7 +100,7 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
 
     The policy, `spec["sandbox"]`: `mode`, `layers` (default: all), `network` (see lockdown/seccomp.py), and paths to
     `read`, `execute`, `write` and, as `devices`, to open and control; `names_threads` as CUDA needs it; `user` to
-    become when we are root (lockdown/user.py); `processes`, how many of them and of threads there may be.
+    become when we are root (lockdown/user.py), or `no_user`, why there is none; `processes`, how many of them and of threads there may be.
     `spec["cgroup"]` is a folder of cgroups to join, whatever the mode.
     """
     from engines.lockdown import canary, kernel, landlock, limits, privileges, seccomp, user, warden
@@ -113,7 +113,7 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
     if "cgroup" in spec:
         verdicts["cgroup"] = limits.join(spec["cgroup"])
     _limits(spec)
-    verdicts["uid"] = "off"
+    verdicts["uid"] = f"unavailable({policy['no_user']})" if "uid" in layers and "no_user" in policy else "off"
     if "uid" in layers and "user" in policy and _is_root():
         verdicts["uid"] = _attempt(lambda: user.drop(policy["user"], policy.get("devices", [])))
     if lifeline is None:  # else the lifeline tells of the parent's end, and the warden must live to clean up

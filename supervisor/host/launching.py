@@ -14,7 +14,7 @@ import msgspec
 from protocol.engine_wire import Model
 from supervisor.host.child import ChildSpec
 from supervisor.host.containment.seatbelt_profile import profile
-from supervisor.host.engine_user import engine_user
+from supervisor.host.engine_user import engine_user, why_not
 from supervisor.host.grants import policy
 from supervisor.host.ground import Ground, give
 from supervisor.host.work import EngineSpec
@@ -56,6 +56,8 @@ def engine_argv(
         "args": list(args),
         "sandbox": policy(engine, scratch, ROOT, model, device, ground=ground, user=user),
     }
+    if reason := why_not():
+        spec["sandbox"]["no_user"] = reason
     if sys.platform == "darwin":
         spec["seatbelt"] = seatbelt(spec["sandbox"], device)
     if cgroup is not None:
