@@ -100,8 +100,8 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
 
     The policy, `spec["sandbox"]`: `mode`, `layers` (default: all), `network` (see lockdown/seccomp.py), and paths to
     `read`, `execute`, `write` and, as `devices`, to open and control; `names_threads` as CUDA needs it; `user` to
-    become when we are root (lockdown/user.py), or `no_user`, why there is none; `processes`, how many of them and of threads there may be.
-    `spec["cgroup"]` is a folder of cgroups to join, whatever the mode.
+    become when we are root (lockdown/user.py), or `no_user`, why there is none; `processes`, how many of them and of
+    threads there may be. `spec["cgroup"]` is a folder of cgroups to join, whatever the mode.
     """
     from engines.lockdown import canary, kernel, landlock, limits, privileges, seccomp, user, warden
 
