@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+from supervisor.control.client import ask
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -87,15 +89,23 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     """
     found = []
     for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            words = [*process.cmdline(), process.cwd(), *process.environ().values()]
-            if any(str(folder) in word for word in words):
+        with contextlib.suppress(psutil.Error):
+            mine = process.pid != os.getpid() and any(str(folder) in word for word in _words_of(process))
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def _words_of(process: psutil.Process) -> list[str]:
+    """Each of the three is asked for by itself: a process of another user shows its command line only."""
+    words: list[str] = []
+    with contextlib.suppress(psutil.Error, OSError):
+        words += process.cmdline()
+    with contextlib.suppress(psutil.Error, OSError):
+        words.append(process.cwd())
+    with contextlib.suppress(psutil.Error, OSError):
+        words += process.environ().values()
+    return words
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -112,8 +122,11 @@ class Rig:
     """One worker.toml, one state folder, and at most one running `supervisor run`.
 
     Args:
+        limits: what stands below `[limits]`; further tables of it may follow.
+        models: engines and models of worker.toml; `MODELS` unless told.
         verdicts: probes that were passed before; copied into the state folder so that a start need not wait.
         want: models that `ready` waits for.
+        env: more environment for the supervisor.
     """
 
     def __init__(
@@ -122,8 +135,10 @@ class Rig:
         *,
         port: int = 0,
         limits: str = "drain_s = 20",
+        models: str = MODELS,
         verdicts: Path | None = None,
         want: frozenset[str] = NAMES,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.want = folder, want
         self.state = folder / "state"
@@ -132,8 +147,9 @@ class Rig:
         self._verdicts = verdicts
         self.config.write_text(
             f'[coordinator]\nlisten = "127.0.0.1:{port}"\n[worker]\nname = "box"\nstate_dir = "state"\n'
-            f"[limits]\n{limits}\n{MODELS}"
+            f"[limits]\n{limits}\n{models}"
         )
+        self._env = {**os.environ, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self._clients: list[httpx.Client] = []
 
@@ -149,7 +165,9 @@ class Rig:
             self.state.mkdir(mode=0o700, exist_ok=True)
             shutil.copy(self._verdicts, self.state / "verdicts.json")
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.argv(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT)
+            self.process = subprocess.Popen(
+                self.argv(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=self._env
+            )
         return self.process
 
     def ready(self) -> httpx.Client:
@@ -234,6 +252,11 @@ class Rig:
                     found.append(child)
         return found
 
+    def descendants(self) -> list[psutil.Process]:
+        """Every process below the running supervisor; those that detached themselves hang below a warden, too."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def coordinator(self) -> psutil.Process:
         """The embedded coordinator."""
         (one,) = until(lambda: self.children("-m coordinator serve"), "there is a coordinator")
@@ -247,6 +270,30 @@ class Rig:
 
         (one,) = until(engines, f"there is an instance of {module}")
         return one
+
+    # ---- the owner's socket
+
+    def order(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`supervisor WORDS`, as its owner types it."""
+        argv = [sys.executable, "-m", "supervisor", *words, "--config", str(self.config)]
+        return subprocess.run(
+            argv, capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=ROOT, env=self._env
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What `supervisor status --json` shows."""
+        found: dict[str, Any] = ask(self.state / "control.sock", "GET", "/v1/status")
+        return found
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One model of the status."""
+        return next(model for model in self.status()["models"] if model["name"] == name)
+
+    def gpu(self, uuid: str) -> dict[str, Any]:
+        """One GPU of the status."""
+        return next(gpu for gpu in self.status()["gpus"] if gpu["uuid"] == uuid)
+
+    # ---- what is left
 
     def scratch(self) -> list[str]:
         """Whatever lies in the scratch folders of instances, attempts and probes; their empty grounds may stay."""

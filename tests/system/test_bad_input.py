@@ -222,14 +222,20 @@ def test_one_flipped_bit_is_a_corrupt_model_until_it_is_mended(served: Served, n
 
 
 class Death(NamedTuple):
-    """A job that ends or hangs its engine, how it ends itself, and the model that must be well afterwards."""
+    """A job that ends or hangs its engine, how it ends itself, and the model that must be well afterwards.
+
+    Attributes:
+        code: of the attempt's fault. A job to blame for it twice ends as poisoned, with this code beside it.
+        poisoned: whether it is to blame: the engine was loaded, and the job was alone in it.
+    """
 
     job: dict[str, Any]
     code: str
     detail: dict[str, Any]
     stderr: str
     then: tuple[str, ...]
-    tries: int = 3
+    tries: int = 2
+    poisoned: bool = True
 
 
 def _llm(model: str, text: str, **more: Any) -> dict[str, Any]:
@@ -254,8 +260,10 @@ DEADLY = {
         {"exit_code": 1},
         "Wrong version of espeak-ng-data",
         ("voice-espeak",),
+        tries=3,
+        poisoned=False,
     ),
-    "no progress": Death(_llm("synthetic-hang", "hang"), "engine_hung", {}, "in _hang", ("synthetic-hang", "chat")),
+    "no progress": Death(_llm("synthetic-hang", "hang"), "engine_hung", {}, "in hang", ("synthetic-hang", "chat")),
     "a network that never returns": Death(
         {"kind": "image", "model": "hang-image", "params": HANGS, "deadline_ms": 2500},
         "deadline_exceeded",
@@ -263,6 +271,7 @@ DEADLY = {
         "",
         ("hang-image", "image"),
         tries=1,
+        poisoned=False,
     ),
 }
 
@@ -275,15 +284,24 @@ def test_what_ends_an_engine_is_a_typed_fault_and_the_engine_comes_back(
     job = ended(served.http, slow[name])
     assert (job["state"], job["tries"]) == ("failed", row.tries), job
     fault = job["fault"]
-    if row.tries > 1:  # retried up to the coordinator's cap; the fault of the last attempt stands
-        assert fault["detail"]["attempts"] == row.tries
-        assert f"All {row.tries} attempts failed" in fault["message"]
-    assert fault["code"] == row.code, fault
     detail = fault.get("detail", {})
+    if row.poisoned:
+        assert_poisoned(fault, row.code)
+    elif row.tries > 1:  # retried up to the coordinator's cap; the fault of the last attempt stands
+        assert detail["attempts"] == row.tries
+        assert f"All {row.tries} attempts failed" in fault["message"]
+    assert row.poisoned or fault["code"] == row.code, fault
     assert row.detail.items() <= detail.items(), detail
     assert row.stderr in "\n".join(detail.get("stderr_tail", [])), detail
     for model in row.then:
         well(served, model)
+
+
+def assert_poisoned(fault: dict[str, Any], last_code: str) -> None:
+    """The job ended its engine twice while nothing else ran there: one try to find out, one to be sure."""
+    detail = fault["detail"]
+    assert (fault["code"], detail["crashes"], detail["last_code"]) == ("job_poisoned", 2, last_code), fault
+    assert "nothing else ran there" in fault["message"]
 
 
 def events_of(served: Served, model: str, text: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -316,10 +334,10 @@ def test_a_crash_in_a_stream_ends_it_with_an_error_event_and_is_not_tried_again(
 def test_a_crash_before_the_first_chunk_is_tried_again_behind_an_open_stream(served: Served) -> None:
     (*chunks, last), job = events_of(served, "synthetic-retried", "crash:SIGABRT")
     assert said(chunks) == ""
-    assert last["error"]["code"] == "engine_crashed"
-    assert "All 3 attempts failed" in last["error"]["message"]
+    assert last["error"]["code"] == "job_poisoned"
     assert "SIGABRT" in last["error"]["message"]
-    assert job["tries"] == 3
+    assert job["tries"] == 2
+    assert_poisoned(job["fault"], "engine_crashed")
     assert job["fault"]["detail"]["signal"] == signal.SIGABRT
     well(served, "synthetic-retried")
 
