@@ -139,11 +139,11 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
     if "landlock" in layers:
         verdicts["landlock"] = _attempt(lambda: canary.landlock(policy, landlock.restrict(policy)))
     if "seccomp" in layers:
-        kept_in = verdicts["pid"] == "verified" or verdicts.get("landlock") == "verified"
-        alone = not kept_in and not policy.get("spawns")
+        exposed = verdicts["pid"] != "verified" and not policy.get("spawns")  # programs have numbers of their own
+        alone = exposed and verdicts.get("landlock") != "verified"
 
         def filtered() -> str:
-            seccomp.install(network=network, own_signals_only=alone)
+            seccomp.install(network=network, own_signals_only=alone, own_schedule_only=exposed)
             return canary.seccomp()
 
         verdicts["seccomp"] = _attempt(filtered)

@@ -97,13 +97,17 @@ def _local_streams() -> _Program:
     return rule
 
 
-def program(*, network: str, own_signals_only: bool, pid: int) -> bytes:
+def program(*, network: str, own_signals_only: bool, own_schedule_only: bool, pid: int) -> bytes:
     """The filter.
 
     Args:
         network: "none": no socket can be connected. "unix": unix streams can. "loopback" (meant for a network
             namespace of one's own) and "host": those and internet sockets.
         own_signals_only: signals to nobody but `pid` itself; for kernels on which nothing else keeps them in.
+        own_schedule_only: affinity and scheduling class of nobody but the caller and `pid`; for engines that can name
+            processes of others. No filter can tell the number of a thread of ours from a stranger's, so threads can
+            then set their own, as 0, but not each other's (pthread_setaffinity_np asks by number). None of the shipped
+            engines does; onnxruntime would where it chooses its number of threads itself, and works on without.
     """
     made = _Program()
     made.load(4)
@@ -122,7 +126,13 @@ def program(*, network: str, own_signals_only: bool, pid: int) -> bytes:
                 made.refuse(error)
     made.for_call("clone", _no_namespace_flags())
     made.for_call("prlimit64", _only(0, (0, pid), errno.EPERM))
-    made.for_call("setpriority", _only(1, (0,), errno.EPERM))
+    # Of a process, itself; 0 would be one's own group and user, too.
+    for name, of_a_process in (("setpriority", 0), ("ioprio_set", 1)):
+        made.for_call(name, _only(0, (of_a_process,), errno.EPERM))
+        made.for_call(name, _only(1, (0,), errno.EPERM))
+    if own_schedule_only:
+        for name in ("sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"):
+            made.for_call(name, _only(0, (0, pid), errno.EPERM))
     made.for_call("ioctl", _none_of(1, (_TIOCSTI, _TIOCLINUX)))
     if own_signals_only:
         for name in ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
@@ -135,11 +145,12 @@ def program(*, network: str, own_signals_only: bool, pid: int) -> bytes:
     return b"".join(struct.pack("HBBI", *each) for each in made.code)
 
 
-def install(*, network: str, own_signals_only: bool) -> None:
+def install(*, network: str, own_signals_only: bool, own_schedule_only: bool) -> None:
     """Filter this process and all it starts, for good. Raises OSError."""
     if kernel.MACHINE not in _ARCHES:
         raise OSError(errno.ENOSYS, "seccomp")
-    code = program(network=network, own_signals_only=own_signals_only, pid=os.getpid())
+    only = {"own_signals_only": own_signals_only, "own_schedule_only": own_schedule_only}
+    code = program(network=network, **only, pid=os.getpid())
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("H6xQ", len(code) // 8, kernel.address(buffer))
     kernel.call("seccomp", 1, 0, header)

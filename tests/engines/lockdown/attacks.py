@@ -108,6 +108,10 @@ def take_descriptor() -> None:
         os.close(pidfd)
 
 
+def io_priority() -> None:
+    call(251, 30, 1, victim, 2 << 13 | 4)  # of one process, best effort, the usual level
+
+
 def forget_parent() -> None:
     if libc.prctl(1, 0, 0, 0, 0):
         raise OSError(errno.EPERM, "refused")
@@ -156,6 +160,8 @@ ATTACKS = {
     "renice": lambda: os.setpriority(os.PRIO_PROCESS, victim, 0),
     "prlimit": lambda: resource.prlimit(victim, resource.RLIMIT_CORE),
     "affinity": lambda: os.sched_setaffinity(victim, os.sched_getaffinity(0)),
+    "scheduler": lambda: os.sched_setscheduler(victim, os.SCHED_OTHER, os.sched_param(0)),
+    "I/O priority": io_priority,
     "oom_score_adj": lambda: write(f"/proc/{victim}/oom_score_adj"),
     "io_uring": io_uring,
     "new user namespace": new_user_namespace,
@@ -178,6 +184,13 @@ def threads() -> None:
     thread.join()
 
 
+def own_schedule() -> None:
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.sched_setaffinity(os.getpid(), os.sched_getaffinity(0))
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0))
+
+
 NEEDS = {
     "read its inputs": lambda: read(f"{ground}/in/j/audio"),
     "write its outputs": lambda: write(f"{ground}/out/j/a.png"),
@@ -186,6 +199,7 @@ NEEDS = {
     "memfd": lambda: os.close(os.memfd_create("x")),
     "socketpair": lambda: [each.close() for each in socket.socketpair()],
     "threads": threads,
+    "its own schedule": own_schedule,
     "fork": lambda: os.waitpid(os.fork() or os._exit(0), 0),
     "read /sys": lambda: os.listdir("/sys/devices/system/cpu"),
     "own /proc": lambda: read("/proc/self/status"),

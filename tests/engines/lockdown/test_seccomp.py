@@ -47,8 +47,8 @@ def ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel, "MACHINE", request.param)
     column = 0 if request.param == "x86_64" else 1
 
-    def found(name: str, *args: int, network: str = "none", alone: bool = False) -> str:
-        code = seccomp.program(network=network, own_signals_only=alone, pid=PID)
+    def found(name: str, *args: int, network: str = "none", alone: bool = False, exposed: bool = False) -> str:
+        code = seccomp.program(network=network, own_signals_only=alone, own_schedule_only=exposed, pid=PID)
         number = kernel.NUMBERS[name][column]
         assert number is not None
         result = evaluate(code, (X86, ARM)[column], number, args)
@@ -82,7 +82,12 @@ def test_calls_refused_by_their_arguments(ask):
     assert ask("clone", thread) == "allowed"
     assert ask("clone", thread | namespace) == "EPERM"
     assert [ask("prlimit64", pid) for pid in (0, PID, 1)] == ["allowed", "allowed", "EPERM"]
-    assert [ask("setpriority", 0, pid) for pid in (0, 1)] == ["allowed", "EPERM"]
+    assert [ask("setpriority", which, who) for which, who in ((0, 0), (0, 1), (1, 0), (2, 0))] == [
+        *("allowed", "EPERM", "EPERM", "EPERM"),  # a process, its group, its user
+    ]
+    assert [ask("ioprio_set", which, who) for which, who in ((1, 0), (1, 5), (2, 0), (3, 0))] == [
+        *("allowed", "EPERM", "EPERM", "EPERM"),
+    ]
     assert [ask("ioctl", 0, request) for request in (0x5412, 0x541C, 0x5401)] == ["EPERM", "EPERM", "allowed"]
 
 
@@ -93,9 +98,17 @@ def test_signals_only_to_itself_where_nothing_else_keeps_them_in(ask):
     assert ask("pidfd_send_signal", alone=True) == "EPERM"
 
 
+def test_the_schedule_of_nobody_else_where_everybody_can_be_named(ask):
+    for name in ("sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"):
+        assert ask(name, 1) == "allowed"
+        assert [ask(name, pid, exposed=True) for pid in (0, PID, 1, PID + 1)] == [
+            *("allowed", "allowed", "EPERM", "EPERM"),
+        ]
+
+
 def test_another_machines_calls_kill(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel, "MACHINE", "x86_64")
-    code = seccomp.program(network="none", own_signals_only=False, pid=PID)
+    code = seccomp.program(network="none", own_signals_only=False, own_schedule_only=False, pid=PID)
     assert evaluate(code, 0x40000003, 1, ()) == KILL  # i386: its numbers mean other calls
     assert evaluate(code, X86, 0x40000000 | 101, ()) == 0x50000 | errno.ENOSYS  # x32
     assert len(code) // 8 < 300
@@ -105,7 +118,7 @@ def test_every_jump_lands_inside(monkeypatch: pytest.MonkeyPatch):
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(kernel, "MACHINE", machine)
         for network in ("none", "unix", "loopback", "host"):
-            code = seccomp.program(network=network, own_signals_only=True, pid=PID)
+            code = seccomp.program(network=network, own_signals_only=True, own_schedule_only=True, pid=PID)
             count = len(code) // 8
             for at in range(count):
                 op, yes, no, _ = struct.unpack_from("<HBBI", code, at * 8)
