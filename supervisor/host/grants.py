@@ -1,7 +1,8 @@
 """What one engine child may touch: the policy that the launcher enforces (engines/launch.py, `_lock_down`).
 
 Read off the file system without running anything: the engine's interpreter belongs to whoever set it up, and asking
-it would run it unconfined.
+it would run it unconfined. What we may not read ourselves is left out: Python runs from installations that nobody
+may list.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _interpreter(python: str) -> list[str]:
     """Its environment and its installation; only the file itself where that would be a shared or private folder."""
     given, real = Path(os.path.abspath(python)), Path(os.path.realpath(python))
     found = []
-    if (given.parent.parent / "pyvenv.cfg").is_file():
+    if os.path.isfile(given.parent.parent / "pyvenv.cfg"):  # os.path: what cannot be read is not there
         found.append(str(given.parent.parent))
     prefix = real.parent.parent
     found.append(str(real if _is_shared(prefix) else prefix))
@@ -166,18 +167,23 @@ def _is_shared(folder: Path) -> bool:
 def _added_paths(python: str) -> Iterator[str]:
     """Folders that .pth files put on the interpreter's path, as editable installs do, and packages that are links."""
     for prefix in {Path(os.path.abspath(python)).parent.parent, Path(os.path.realpath(python)).parent.parent}:
-        for entry in prefix.glob("lib*/python*/site-packages/*"):
-            if entry.is_symlink():
-                yield str(entry.resolve())
-        for file in prefix.glob("lib*/python*/site-packages/*.pth"):
+        for entry in found_below(prefix, "lib*/python*/site-packages/*"):
+            if os.path.islink(entry):
+                yield os.path.realpath(entry)
+        for file in found_below(prefix, "lib*/python*/site-packages/*.pth"):
             try:
-                lines = file.read_text(errors="replace").splitlines()
+                lines = Path(file).read_text(errors="replace").splitlines()
             except OSError:
                 continue
             for line in lines:
-                folder = file.parent / line.strip()
-                if line.strip() and not line.startswith(("#", "import ", "import\t")) and folder.is_dir():
-                    yield str(folder)
+                folder = os.path.join(os.path.dirname(file), line.strip())
+                if line.strip() and not line.startswith(("#", "import ", "import\t")) and os.path.isdir(folder):
+                    yield folder
+
+
+def found_below(folder: Path, pattern: str) -> list[str]:
+    """What is found there, sorted; `Path.glob` would raise on what we may not read."""
+    return sorted(glob.glob(os.path.join(glob.escape(str(folder)), pattern)))
 
 
 # ---- models
@@ -197,7 +203,7 @@ def _with_company(path: Path) -> Iterator[str]:
     A download cache holds links to files elsewhere; Landlock looks at where they lead.
     """
     real = Path(os.path.realpath(path))
-    if real.is_dir():
+    if os.path.isdir(real):
         yield str(real)
         yield from _led_to(real)
         return
@@ -207,8 +213,7 @@ def _with_company(path: Path) -> Iterator[str]:
         yield str(beside)
         yield from _led_to(beside)
         return
-    for other in beside.glob(glob.escape(path.name.split(".")[0].split("-0000")[0]) + "*"):
-        yield str(other)
+    yield from found_below(beside, glob.escape(path.name.split(".")[0].split("-0000")[0]) + "*")
 
 
 def _led_to(folder: Path) -> Iterator[str]:

@@ -15,7 +15,7 @@ from protocol.engine_wire import Model
 from supervisor.host.child import ChildSpec
 from supervisor.host.containment.seatbelt_profile import profile
 from supervisor.host.engine_user import engine_user, why_not
-from supervisor.host.grants import policy
+from supervisor.host.grants import found_below, policy
 from supervisor.host.ground import Ground, give
 from supervisor.host.work import EngineSpec
 
@@ -86,10 +86,10 @@ def cuda_libraries(python: str) -> str:
     starts. Without it ctranslate2 loads its model and fails at the first encode, for want of libcublas. Read off the
     path: nothing is run, and no link is followed, because the interpreter of a venv is one.
     """
-    found = sorted(Path(python).parent.parent.glob("lib*/python*/site-packages/nvidia/*/lib"))
+    found = found_below(Path(python).parent.parent, "lib*/python*/site-packages/nvidia/*/lib")
     if _WSL_LIBRARIES.is_dir():  # WSL2 keeps libcuda where only a distribution made for it looks
-        found.append(_WSL_LIBRARIES)
-    return os.pathsep.join(str(folder) for folder in found)
+        found.append(str(_WSL_LIBRARIES))
+    return os.pathsep.join(found)
 
 
 def engine_env(engine: EngineSpec) -> Mapping[str, str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -13,7 +17,7 @@ from protocol.engine_wire import Model
 from supervisor.host import grants
 from supervisor.host.engine_user import User
 from supervisor.host.ground import Ground
-from supervisor.host.launching import ROOT
+from supervisor.host.launching import ROOT, cuda_libraries
 from supervisor.host.work import EngineSpec, Sandbox
 
 SCRATCH = Path("/scratch/i1")
@@ -173,3 +177,51 @@ def test_an_engine_of_a_gpu_finds_the_drivers_of_wsl2(monkeypatch: pytest.Monkey
     assert not libraries & set(without["execute"])
     monkeypatch.setattr(grants.glob, "glob", lambda pattern: ["/dev/nvidiactl"] if pattern == "/dev/nvidiactl" else [])
     assert not libraries & set(given(spec(), Model(name="m", device="cuda"))["execute"])
+
+
+@pytest.fixture
+def prefix() -> Iterator[Path]:
+    """An installation that its own user can reach, with all that is looked for in one; seen by a plain user."""
+    with tempfile.TemporaryDirectory(prefix="bulkhead-test-") as name:
+        Path(name).chmod(0o755)
+        made = Path(name) / "prefix"
+        site = made / "lib/python3.11/site-packages"
+        for folder in (site, made / "src/inner", made / "bin", made / "models/deep"):
+            folder.mkdir(parents=True)
+        (site / "package").symlink_to(made / "src/inner")
+        (site / "edit.pth").write_text(f"{made / 'src/inner'}\n")
+        (made / "bin/python").symlink_to(sys.executable)
+        (made / "models/model.gguf").touch()
+        yield made
+        for folder in (made, *made.rglob("*")):
+            if folder.is_dir() and not folder.is_symlink():
+                folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def plain_user() -> Iterator[None]:
+    """Root reads everything; so for a moment be somebody else."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(12345)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o311, 0o000])
+@pytest.mark.parametrize("shut", ["", "lib", "lib/python3.11", "lib/python3.11/site-packages", "src", "bin", "models"])
+def test_what_cannot_be_read_is_left_out(prefix: Path, shut: str, mode: int):
+    """Python runs from an installation whose folders cannot be listed, as one below /root may be."""
+    engine = msgspec.structs.replace(spec("command"), python=str(prefix / "bin/python"))
+    files = {"model": str(prefix / "models/model.gguf"), "folder": str(prefix / "models")}
+    model = Model(name="m", files=files, device="cpu", options={"argv": [str(prefix / "bin/tool")]})
+    (prefix / shut).chmod(mode)
+    with plain_user():
+        policy = grants.policy(engine, SCRATCH, ROOT, model, "cpu", user=User(65521, 65521))
+        assert cuda_libraries(engine.python) == ""
+    assert str(SCRATCH) in policy["write"]
+    if shut in ("bin", "models", "lib/python3.11/site-packages"):
+        assert (str(prefix / "src/inner") in policy["read"]) == (shut != "lib/python3.11/site-packages")
