@@ -132,6 +132,9 @@ def _lock_down(spec: dict[str, Any], lifeline: int | None) -> tuple[dict[str, st
         spaces = verdicts["user"] == "claimed"
         own = {"own_namespace": spaces, "own_user": verdicts["uid"] == "verified"}
         verdicts["processes"] = _attempt(lambda: limits.processes(policy["processes"], **own))
+        if verdicts["processes"] != "verified" and verdicts.get("cgroup") == "verified":
+            if limits.counted(spec["cgroup"]):
+                verdicts["processes"] = "claimed"  # by the cgroup; who is not root cannot try it for a moment
     if "privileges" in layers:
         verdicts["privileges"] = _attempt(unprivileged)
     elif layers & {"landlock", "seccomp"}:  # they may be put on by anybody who cannot gain privileges

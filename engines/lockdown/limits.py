@@ -29,6 +29,15 @@ def join(cgroup: str) -> str:
     return "verified" if inside else "failed"
 
 
+def counted(cgroup: str) -> bool:
+    """Whether the kernel bounds the number of processes in a cgroup, as its file says."""
+    try:
+        with open(os.path.join(cgroup, "pids.max")) as file:
+            return file.read().strip().isdigit()
+    except OSError:
+        return False
+
+
 def processes(most: int, *, own_namespace: bool, own_user: bool) -> str:
     """Allow at most so many processes and threads; the verdict, from trying one too many.
 

@@ -1,11 +1,12 @@
 """A cgroup per instance, where somebody gave us the right to make them.
 
-Theory of operation. A cgroup is the only thing that holds a whole family of processes whatever they do, that ends
-them all at once (`cgroup.kill`), and that stops them at a memory ceiling without the kernel choosing another victim
-(`memory.max`, with `memory.oom.group` so that no half of an engine survives). We may make one below the cgroup that we
-run in when that one is writable by us: a systemd unit with `Delegate=yes`, a user's session, a container's root. A
-controller can be handed down only by a cgroup that holds no process itself, so we first move into a leaf of our own,
-and only when we are the only ones there: other people's processes are never moved.
+Theory of operation. A cgroup is the only thing that holds a whole family of processes whatever they do, that ends them
+all at once (`cgroup.kill`), that bounds its number whoever its user is (`pids.max`), and that stops them at a memory
+ceiling without the kernel choosing another victim (`memory.max`, with `memory.oom.group` so that no half of an engine
+survives). We may make one below the cgroup that we run in when that one is writable by us: a systemd unit with
+`Delegate=yes`, a user's session, a container's root. A controller can be handed down only by a cgroup that holds no
+process itself, so we first move into a leaf of our own, and only when we are the only ones there: other people's
+processes are never moved.
 Nothing here is needed to end an engine (the warden does that); it is a second rope, and the only hard memory limit.
 """
 
@@ -23,12 +24,15 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 ROOT = Path("/sys/fs/cgroup")
-# Where we go ourselves when the memory controller has to be handed down.
+# Where we go ourselves when controllers have to be handed down.
 OUR_LEAF = "supervisor"
 _NAME_PREFIX = "bulkhead-"
 # Removing waits for the last process to be gone; a stuck one keeps its cgroup.
 _REMOVE_S = 2.0
 _STEP_S = 0.005
+# Processes and threads of one engine. Libraries make a pool of one thread per core each, some of them several.
+_PROCESSES, _PROCESSES_PER_CORE = 512, 16
+_CONTROLLERS = ("memory", "pids")
 _OURS = 0  # a cgroup.procs takes 0 for "the writer"
 
 
@@ -89,11 +93,13 @@ class Cgroups:
     Attributes:
         base: new cgroups become its children.
         limits: whether they can have a memory ceiling.
+        counts: whether they can have a ceiling on processes and threads.
     """
 
-    def __init__(self, base: Path, *, limits: bool) -> None:
+    def __init__(self, base: Path, *, limits: bool, counts: bool = False) -> None:
         self.base = base
         self.limits = limits
+        self.counts = counts
 
     @classmethod
     def find(cls, root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> Cgroups | None:
@@ -106,15 +112,17 @@ class Cgroups:
             return None
         if base.name == OUR_LEAF and os.access(base.parent / "cgroup.procs", os.W_OK):
             base = base.parent  # an earlier start in this unit moved us here
-        found = cls(base, limits=_hand_down_memory(base))
+        handed = _hand_down(base)
+        found = cls(base, limits="memory" in handed, counts="pids" in handed)
         return found if found._works() else None
 
-    def make(self, name: str, memory_bytes: int = 0) -> Cgroup | None:
+    def make(self, name: str, memory_bytes: int = 0, *, processes: int | None = None) -> Cgroup | None:
         """Make a cgroup for an instance; None when the kernel refuses, which is no reason not to start it.
 
         Args:
             name: for people, of letters, digits, dots and dashes; made unique, since supervisors may share a base.
             memory_bytes: ceiling for everything in it; 0 sets none.
+            processes: how many processes and threads; None means `most_processes`.
         """
         path = self.base / f"{_NAME_PREFIX}{name}-{secrets.token_hex(4)}"
         try:
@@ -127,6 +135,8 @@ class Cgroups:
             # Without this an engine at its ceiling pushes its pages into swap and slows the whole box down.
             _write(path / "memory.swap.max", "0")
             _write(path / "memory.oom.group", "1")
+        if self.counts:
+            _write(path / "pids.max", str(processes or most_processes()))
         return Cgroup(path, limited=limited)
 
     def _works(self) -> bool:
@@ -138,6 +148,11 @@ class Cgroups:
         except OSError:
             return False
         return True
+
+
+def most_processes() -> int:
+    """How many processes and threads an engine may have on this box."""
+    return _PROCESSES + _PROCESSES_PER_CORE * (os.cpu_count() or 1)
 
 
 def is_ours(path: Path) -> bool:
@@ -160,26 +175,28 @@ def _own_cgroup(root: Path, own: Path) -> Path | None:
     return path if (path / "cgroup.procs").exists() else None
 
 
-def _hand_down_memory(base: Path) -> bool:
-    """Let children of `base` have memory limits; True when they do."""
-    if "memory" in _read(base / "cgroup.subtree_control").split():
-        return True
-    if "memory" not in _read(base / "cgroup.controllers").split():
-        return False
-    if _write(base / "cgroup.subtree_control", "+memory"):  # no process of its own, or the root of the tree
-        return True
+def _hand_down(base: Path) -> set[str]:
+    """Let children of `base` have ceilings; returns the controllers that they have."""
+    there = _read(base / "cgroup.controllers").split()
+    wanted = [name for name in _CONTROLLERS if name in there]
+
+    def handed() -> set[str]:
+        for name in wanted:  # works without a process of its own, and in the root of the tree
+            _write(base / "cgroup.subtree_control", f"+{name}")
+        return {name for name in _read(base / "cgroup.subtree_control").split() if name in wanted}
+
+    found = handed()
     inside = {int(word) for word in _read(base / "cgroup.procs").split()}
-    if inside != {os.getpid()}:
-        return False  # somebody else lives here: not ours to move
+    if found == set(wanted) or inside != {os.getpid()}:
+        return found  # all there is, or somebody else lives here, who is not ours to move
     leaf = base / OUR_LEAF
     with contextlib.suppress(OSError):
         _make_folder(leaf)
     if not _write(leaf / "cgroup.procs", str(os.getpid())):
-        return False
-    if _write(base / "cgroup.subtree_control", "+memory"):
-        return True
-    _write(base / "cgroup.procs", str(os.getpid()))  # back where we were found
-    return False
+        return found
+    if not (found := handed()):
+        _write(base / "cgroup.procs", str(os.getpid()))  # back where we were found
+    return found
 
 
 def _make_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from engines.catalog import CATALOG, Profile
 from protocol.engine_wire import Model
+from supervisor.host.cgroups import most_processes
 from supervisor.host.engine_user import User
 from supervisor.host.ground import Ground
 from supervisor.host.work import EngineSpec
@@ -52,8 +53,6 @@ _GPU_INFORMATION = "/proc/driver/nvidia/gpus/*/information"
 _MAX_LINKS = 10_000
 # WSL2: the driver of the host, mounted into the guest; its libcuda is a stub that loads the rest from drivers/.
 _WSL_NODE, _WSL_LIBRARIES = "/dev/dxg", ("/usr/lib/wsl/lib", "/usr/lib/wsl/drivers")
-# Processes and threads of one engine. Libraries make a pool of one thread per core each, some of them several.
-_PROCESSES, _PROCESSES_PER_CORE = 512, 16
 
 
 def policy(
@@ -112,7 +111,7 @@ def policy(
         "write": _unique(write),
         "devices": [*_NODES, *nodes],
         "names_threads": bool(nodes),
-        "processes": _PROCESSES + _PROCESSES_PER_CORE * (os.cpu_count() or 1),
+        "processes": most_processes(),
     }
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from engines.lockdown import limits
+from supervisor.host.cgroups import Cgroups
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start it as somebody else")
 
@@ -151,6 +154,26 @@ def test_the_whole_family_is_in_the_cgroup(confined, drop: bool):
         assert next(line for line in lines if line.startswith("0::")).endswith(folder.name)
     finally:
         folder.rmdir()
+
+
+def test_whether_a_cgroup_counts_is_read(tmp_path: Path):
+    (tmp_path / "pids.max").write_text("max\n")
+    assert not limits.counted(str(tmp_path))
+    (tmp_path / "pids.max").write_text("544\n")
+    assert limits.counted(str(tmp_path))
+    assert not limits.counted(str(tmp_path / "none"))
+
+
+@as_root
+def test_a_real_cgroup_that_counts_is_told(confined):
+    found = Cgroups.find()
+    if found is None or not found.counts:
+        pytest.skip("no pids controller is handed to us")
+    made = found.make("counted")
+    assert made is not None
+    _, verdicts = told(confined("pass", processes=100, spec={"cgroup": str(made.path)}))
+    assert made.remove()
+    assert verdicts["processes"] == "claimed"
 
 
 def test_a_cgroup_that_cannot_be_joined_costs_only_itself(confined, tmp_path: Path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.host import cgroups, family, procfs
-from supervisor.host.cgroups import Cgroup, Cgroups, system_oom_kills
+from supervisor.host.cgroups import Cgroup, Cgroups, most_processes, system_oom_kills
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups are Linux's")
 PATIENCE_S = 20.0
@@ -145,6 +145,32 @@ def test_a_real_memory_ceiling_kills_the_whole_group(real: Cgroups):
         assert made.remove(PATIENCE_S)
 
 
+def test_a_real_ceiling_on_processes_holds(real: Cgroups):
+    if not real.counts:
+        pytest.skip("no pids controller is handed to us")
+    made = real.make("bomb", processes=8)
+    assert made is not None
+    code = (
+        "import errno, os\ncount = 0\ntry:\n"
+        "    while os.fork(): count += 1\n"
+        "except OSError as error:\n"
+        "    os.write(1, b'%d %s\\nup\\n' % (count, errno.errorcode[error.errno].encode()))\n"
+        "import signal\nsignal.pause()\n"
+    )
+    path = made.path / "cgroup.procs"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"open({str(path)!r}, 'w').write('0')\n{code}"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "7 EAGAIN\n"
+    finally:
+        made.kill()
+        process.wait(PATIENCE_S)
+        process.stdout.close()
+        assert made.remove(PATIENCE_S)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
 def test_a_plain_user_has_nothing_to_divide_here():
     found = Cgroups.find()
@@ -167,7 +193,10 @@ def test_the_kernels_count_of_kills_is_read():
 
 
 class Kernel:
-    """Stands in for cgroupfs: furnishes new folders, and takes writes as plain files do."""
+    """Stands in for cgroupfs: furnishes new folders, and takes writes as plain files do.
+
+    But for the controllers that are handed down: those add up, and only those that are there can be.
+    """
 
     def __init__(self, root: Path, *, controllers: str) -> None:
         self.root = root
@@ -175,13 +204,24 @@ class Kernel:
 
     def furnish(self, path: Path, *, handed_down: str = "", procs: str = "") -> Path:
         path.mkdir(parents=True, exist_ok=True)
-        for name in ("cgroup.kill", "memory.max", "memory.swap.max", "memory.oom.group", "memory.current"):
+        for name in ("cgroup.kill", "memory.max", "memory.swap.max", "memory.oom.group", "memory.current", "pids.max"):
             (path / name).write_text("")
         (path / "cgroup.procs").write_text(procs)
         (path / "cgroup.controllers").write_text(self.controllers)
         (path / "cgroup.subtree_control").write_text(handed_down)
         (path / "memory.events").write_text("low 0\nhigh 3\nmax 9\noom 1\noom_kill 2\noom_group_kill 1\n")
         return path
+
+    def write(self, path: Path, text: str) -> bool:
+        if path.name != "cgroup.subtree_control":
+            return _PLAIN_WRITE(path, text)
+        name, before = text.removeprefix("+"), path.read_text().split()
+        if name not in self.controllers.split():
+            return False
+        return _PLAIN_WRITE(path, " ".join(dict.fromkeys([*before, name])))
+
+
+_PLAIN_WRITE = cgroups._write
 
 
 @pytest.fixture
@@ -201,6 +241,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
                 file.unlink()
         remove(path)
 
+    monkeypatch.setattr(cgroups, "_write", made.write)
     monkeypatch.setattr(cgroups, "_make_folder", make_folder)
     monkeypatch.setattr(cgroups, "_remove_folder", remove_folder)
     return made
@@ -224,6 +265,7 @@ def test_a_delegated_cgroup_gives_ceilings(kernel: Kernel, tmp_path: Path):
     assert made.path.name.startswith("bulkhead-chat-")
     for name, text in (("memory.max", "3221225472"), ("memory.swap.max", "0"), ("memory.oom.group", "1")):
         assert (made.path / name).read_text() == text
+    assert (made.path / "pids.max").read_text() == str(most_processes())
     (made.path / "memory.current").write_text("12345\n")
     assert (made.memory_bytes(), made.oom_kills()) == (12345, 2)
     assert made.kill()
@@ -238,6 +280,7 @@ def test_without_a_size_there_is_no_ceiling(kernel: Kernel, tmp_path: Path):
     assert made is not None
     assert not made.limited
     assert (made.path / "memory.max").read_text() == ""
+    assert (made.path / "pids.max").read_text() == str(most_processes())  # that one is for all
 
 
 def test_without_the_controller_limited_is_false(kernel: Kernel, tmp_path: Path):
@@ -250,6 +293,18 @@ def test_without_the_controller_limited_is_false(kernel: Kernel, tmp_path: Path)
     assert made is not None
     assert not made.limited
     assert (made.path / "memory.max").read_text() == ""
+    assert (made.path / "pids.max").read_text() == ""
+
+
+@pytest.mark.parametrize(("controllers", "has"), [("memory", (True, False)), ("pids", (False, True))])
+def test_one_controller_does_without_the_other(
+    kernel: Kernel, tmp_path: Path, controllers: str, has: tuple[bool, bool]
+):
+    kernel.controllers = controllers
+    kernel.furnish(kernel.root / "unit.service")
+    found = Cgroups.find(kernel.root, own(tmp_path, "0::/unit.service"))
+    assert found is not None
+    assert (found.limits, found.counts) == has
 
 
 def test_a_kernel_that_refuses_the_ceiling_is_believed(kernel: Kernel, tmp_path: Path, monkeypatch):
@@ -285,9 +340,8 @@ def test_we_move_into_a_leaf_when_we_are_alone(kernel: Kernel, tmp_path: Path, m
     assert found is not None
     assert found.limits
     assert (unit / "supervisor" / "cgroup.procs").read_text() == str(os.getpid())
-    assert (unit / "cgroup.subtree_control").read_text() == "+memory"
+    assert (unit / "cgroup.subtree_control").read_text() == "memory pids"
     # A second look, from inside the leaf, finds the same place.
-    (unit / "cgroup.subtree_control").write_text("memory")
     again = Cgroups.find(kernel.root, own(tmp_path, "0::/unit.service/supervisor"))
     assert again is not None
     assert (again.base, again.limits) == (unit, True)
@@ -305,7 +359,7 @@ def test_others_are_never_moved(kernel: Kernel, tmp_path: Path, monkeypatch: pyt
 
 def test_a_hybrid_tree_has_v2_beside_v1(kernel: Kernel, tmp_path: Path):
     shutil.rmtree(kernel.root)
-    kernel.furnish(kernel.root / "unified" / "x", handed_down="memory")
+    kernel.furnish(kernel.root / "unified" / "x")
     kernel.furnish(kernel.root / "unified")
     found = Cgroups.find(kernel.root, own(tmp_path, "0::/x"))
     assert found is not None
