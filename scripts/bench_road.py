@@ -21,6 +21,7 @@ import bench_containment as containment
 import httpx
 import psutil
 import trio
+from bench_hostile import bench_hostile
 
 from supervisor.host.child import ChildSpec, open_child
 
@@ -285,6 +286,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "faults": lambda: containment.bench_faults(running),
     "hang": lambda: containment.bench_hang(running),
     "neighbour": lambda: containment.bench_neighbour(running),
+    "hostile": bench_hostile,
 }
 
 

@@ -24,6 +24,7 @@ import trio
 
 from supervisor.host import containment
 from supervisor.host.containment.base import UNKILLABLE_AFTER_S, ChildSpec, Containment, Exit, signal_name
+from supervisor.host.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +202,12 @@ class Child:
             log.exception("watching the abandoned %s (pid %d) failed", self.spec.name, self.pid)
 
     async def _drain_stderr(self) -> None:
-        rest = b""
+        rest, share = b"", Share()
         while data := await self._leash.stderr.read():
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 self._line(line)
+                await share.give_way()
             if len(rest) > MAX_STDERR_LINE_BYTES:
                 self._line(rest)
                 rest = b""

@@ -22,13 +22,14 @@ from protocol.engine_session import EngineSession, ProtocolError, Role
 from protocol.faults import Fault, FaultError
 from protocol.framing import FrameDecoder, FramingError
 from protocol.revision import ENGINE_WIRE, Span, agree
-from supervisor.host import patience
+from supervisor.host import patience, told
 from supervisor.host.cgroups import Cgroup
 from supervisor.host.child import Child
 from supervisor.host.ends import End, Why, judge
 from supervisor.host.incidents import Incident, stack_dump, without_stacks
 from supervisor.host.means import Means
 from supervisor.host.runs import Runs
+from supervisor.host.share import Share
 from supervisor.host.watch import Watch
 from supervisor.host.work import ModelSpec, Progress
 from supervisor.settings import LimitsTable
@@ -81,11 +82,14 @@ class Instance:
         self._on_load_progress: Callable[[Progress], None] = lambda _progress: None
         self._said = trio.Event()  # replaced with each line on stderr
         self._lines = 0
+        self._gate = told.LogGate(trio.current_time)
 
     @property
     def free_slots(self) -> int:
         """How many more runs it takes now."""
         if self.ready is None or self.runs.stuck is not None or self.ours is not None or self.over.is_set():
+            return 0
+        if self.runs.doubtful:
             return 0
         return max(0, self.ready.slots - len(self.runs.admitted))
 
@@ -169,6 +173,7 @@ class Instance:
         """Read frames until the engine dies or breaks the protocol; then every run in flight gets its fault."""
         decoder = FrameDecoder()
         try:
+            share = Share()
             while data := await self.child.read():
                 self.watch.heard()
                 decoder.feed(data)
@@ -176,6 +181,7 @@ class Instance:
                     message = wire.decode_up(frame)
                     self._session.received(message)
                     self._take(message)
+                    await share.give_way()
         except (FramingError, ProtocolError, wire.WireError) as error:
             self._broke(str(error))
         if not self.over.is_set() and self.child.exit is None:
@@ -204,18 +210,27 @@ class Instance:
             case wire.Progress(run=wire.NO_RUN):
                 self._load_sign = trio.current_time()
                 self.moved()
-                self._on_load_progress(Progress(message.n, message.total, message.phase or "load", message.text))
+                phase = told.text(message.phase or "load", told.MAX_NAME_CHARS)
+                self._on_load_progress(Progress(message.n, message.total, phase, told.text(message.text)))
             case wire.RunFault(run=wire.NO_RUN):
-                self._load_fault = message.fault
+                self._load_fault = told.fault(message.fault)
                 self._loaded.set()
             case wire.Log():
-                log.log(_LEVELS.get(message.level, logging.INFO), "%s: %s", self.spec.name, message.message)
+                self._log(message)
             case wire.Started() | wire.Progress() | wire.Chunk() | wire.Result() | wire.RunFault():
                 self.runs.take(message)
             case wire.Pong():
                 self.watch.ponged()
             case _:  # stats, valid: nothing waits for them
                 pass
+
+    def _log(self, message: wire.Log) -> None:
+        dropped = self._gate.admit()
+        if dropped is None:
+            return
+        if dropped:
+            log.warning("%s: %d log lines were left out: it says too much", self.spec.name, dropped)
+        log.log(_LEVELS.get(message.level, logging.INFO), "%s: %s", self.spec.name, told.text(message.message))
 
     def _greet(self, hello: wire.Hello) -> None:
         if agree(ENGINE_WIRE, Span(hello.low, hello.high)) is None:

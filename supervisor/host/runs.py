@@ -4,7 +4,8 @@ Theory of operation. Each run has a small task of its own that hands it to the e
 progress; the deadline is watched by whoever waits for the run. What the engine reports as progress decides; nothing
 else keeps a run alive.
 
-A run that does not end within `cancel_grace_s` of a cancel is given up at once, so that its caller is answered. The
+A run that has to be cancelled is answered within `ANSWER_S`, whatever the engine does: a deadline is a promise to the
+caller. Its slot stays taken until the engine lets go of it. One that does not within `cancel_grace_s` is given up. The
 engine still has it, so the instance is not to be trusted any more: it takes no new runs and is ended when the
 neighbours are done, or as soon as none of them moves either. One stuck run never ends another caller's.
 """
@@ -20,13 +21,15 @@ import trio
 
 from protocol import engine_wire as wire
 from protocol.faults import Fault
-from supervisor.host import patience
+from supervisor.host import patience, told
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import Chunk, Done, ModelSpec, Progress, RunRequest, Started
 from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
 
+# A caller waits no longer than this for an engine to obey a cancel; the slot stays taken until it does, or is given up.
+ANSWER_S = 0.25
 # Beside a run that ignored its cancel, neighbours are believed alive for this share of their own patience: the whole
 # process is probably stuck, and every one of them would sit out its limit for nothing.
 STUCK_SHARE = 0.5
@@ -75,12 +78,19 @@ class Runs:
         self.changed: Callable[[], None] = lambda: None
         self._spec, self._limits, self._engine = spec, limits, engine
         self._runs: dict[int, Ticket] = {}
+        self._left: dict[int, trio.Event] = {}  # set when the engine has let go of the run, or it was given up
+        self._overdue: set[int] = set()  # answered, and still with the engine
         self._next_run = wire.FIRST_RUN
 
     @property
     def alone(self) -> bool:
         """Whether a run that wants to be alone holds a slot."""
         return any(ticket.request.alone for ticket in self.admitted)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the engine is late to obey a cancel. Until it does or is given up, nobody is handed to it."""
+        return bool(self._overdue)
 
     @property
     def hopeless(self) -> bool:
@@ -109,20 +119,23 @@ class Runs:
         # The wire wants run numbers in order: from here to the write lock there is no checkpoint.
         run, self._next_run = self._next_run, self._next_run + 1
         self._runs[run] = ticket
+        self._left[run] = trio.Event()
         try:
             async with trio.open_nursery() as nursery:
 
-                async def until_ended() -> None:
-                    await ticket.ended.wait()
+                async def until_left(left: trio.Event) -> None:
+                    await left.wait()
                     nursery.cancel_scope.cancel()
 
-                nursery.start_soon(until_ended)
+                nursery.start_soon(until_left, self._left[run])
                 nursery.start_soon(self._limit, ticket)
                 nursery.start_soon(self._obey_cancel, run, ticket)
                 await self._engine.tell(_run_message(run, ticket.request))
         finally:
             ticket.fail(Fault("worker_stopping", "The worker stopped before the job was done."))
             self._runs.pop(run, None)
+            self._left.pop(run, None)
+            self._overdue.discard(run)
             self.admitted.remove(ticket)
             self.changed()
 
@@ -146,16 +159,20 @@ class Runs:
 
     async def _obey_cancel(self, run: int, ticket: Ticket) -> None:
         await ticket.cancel_asked.wait()
-        due = trio.current_time() + self._limits.cancel_grace_s
-        with trio.move_on_at(due):  # an engine that was stopped does not empty its pipe either
+        asked = trio.current_time()
+        due = asked + self._limits.cancel_grace_s
+        with trio.move_on_at(min(due, asked + ANSWER_S)):  # an engine that was stopped does not empty its pipe either
             await self._engine.tell(wire.Cancel(run=run))
-        await patience.sleep_until(due)
-        # It does not listen. The caller is answered now; the process goes as soon as it is empty.
+        await patience.sleep_until(min(due, asked + ANSWER_S))
         assert ticket.wanted_end is not None
+        self._overdue.add(run)
+        ticket.fail(self._proven(ticket.wanted_end))
+        await patience.sleep_until(due)
+        # It does not listen. The process goes as soon as it is empty.
         log.warning("%s ignored a cancel for %g s", self._spec.name, self._limits.cancel_grace_s)
         if self.stuck is None or ticket.wanted_end.code == "engine_hung":
             self.stuck = ticket.wanted_end
-        ticket.fail(self._proven(ticket.wanted_end))
+        self._left[run].set()
 
     # ---- what the engine says
 
@@ -173,21 +190,28 @@ class Runs:
             case wire.Started():
                 ticket.tell(Started())
             case wire.Progress():
-                ticket.tell(Progress(message.n, message.total, message.phase, message.text))
+                phase, words = told.text(message.phase, told.MAX_NAME_CHARS), told.text(message.text)
+                ticket.tell(Progress(message.n, message.total, phase, words))
             case wire.Chunk():
                 ticket.tell(Chunk(message.seq, bytes(message.data)))
             case wire.Result():
-                self.succeeded += 1
-                ticket.finish(Done(body=bytes(message.body), files=message.files, usage=message.usage))
+                self.succeeded += ticket.end is None
+                usage = told.usage(message.usage)
+                ticket.finish(Done(body=bytes(message.body), files=message.files, usage=usage))
+                self._left[message.run].set()
             case wire.RunFault():
                 obeyed = message.fault.code == "cancelled" and ticket.wanted_end is not None
-                ticket.fail(self._proven(ticket.wanted_end) if obeyed and ticket.wanted_end else message.fault)
+                fault = told.fault(message.fault)
+                ticket.fail(self._proven(ticket.wanted_end) if obeyed and ticket.wanted_end else fault)
+                self._left[message.run].set()
 
     def fail_all(self, fault: Fault) -> None:
         """The instance is over: answer everybody at once. A run that was to be cancelled ends as wanted."""
         blamed = with_detail(fault, self._blame())
         for ticket in list(self.admitted):
             ticket.fail(self._proven(ticket.wanted_end) if ticket.wanted_end else blamed)
+        for left in self._left.values():
+            left.set()
 
     def _blame(self) -> dict[str, Any]:
         """Who was in flight: the coordinator runs suspects again alone, and counts only what crashed alone."""

@@ -12,7 +12,7 @@ import trio.testing
 
 from protocol import engine_wire as wire
 from protocol.faults import Fault
-from supervisor.host.runs import Runs
+from supervisor.host.runs import ANSWER_S, Runs
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import Done, EngineSpec, Failed, ModelSpec, RunRequest
 from supervisor.settings import LimitsTable
@@ -101,12 +101,16 @@ async def test_a_result_ends_a_run_and_the_quiet_after_the_last_is_told(stage, a
 async def test_a_silent_run_is_cancelled_and_given_up_with_what_is_known(stage, autojump_clock):
     run = await stage.begin()
     await run.ended.wait()
-    assert trio.current_time() == LIMITS.first_output_s + LIMITS.cancel_grace_s
+    assert trio.current_time() == LIMITS.first_output_s + ANSWER_S
+    assert stage.runs.doubtful
     assert stage.engine.told[1:] == [wire.Cancel(run=1)]
     assert "stacks" in stage.engine.story
     fault = fault_of(run)
     assert fault.code == "engine_hung"
     assert fault.detail == {"alone": True, "diagnosis": "deadlocked", "stderr_tail": ["a line"]}
+    assert stage.runs.stuck is None
+    await trio.sleep(LIMITS.cancel_grace_s)
+    assert not stage.runs.admitted
     assert stage.runs.stuck is not None
     assert stage.runs.stuck.code == "engine_hung"
 
@@ -116,8 +120,21 @@ async def test_a_cancel_that_cannot_even_be_written_is_bounded_too(stage, autoju
     stage.engine.deaf = True
     run.ask_cancel(Fault("cancelled", "Gone."))
     await run.ended.wait()
-    assert trio.current_time() == LIMITS.cancel_grace_s
+    assert trio.current_time() == ANSWER_S
     assert fault_of(run).code == "cancelled"
+    await trio.sleep(LIMITS.cancel_grace_s)
+    assert stage.runs.stuck is not None
+
+
+async def test_an_engine_that_obeys_late_keeps_its_life_and_its_slot_until_then(stage, autojump_clock):
+    run = await stage.begin()
+    run.ask_cancel(Fault("deadline_exceeded", "Too late."))
+    await run.ended.wait()
+    assert stage.runs.admitted == [run]
+    stage.runs.take(wire.RunFault(run=1, fault=Fault("cancelled", "As asked.")))
+    await trio.testing.wait_all_tasks_blocked()
+    assert (stage.runs.admitted, stage.runs.doubtful, stage.runs.stuck) == ([], False, None)
+    assert fault_of(run).code == "deadline_exceeded"
 
 
 async def test_words_for_a_run_that_was_given_up_mean_nothing(stage, autojump_clock):
