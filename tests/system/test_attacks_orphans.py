@@ -178,7 +178,7 @@ class Scene:
         client = self.ready()
         self.family(client)
         if self.chance.random() < 0.5:
-            dying = self.rig.engine("synthetic.misbehave")
+            dying = psutil.Process(self.rig.model("synthetic-odd")["pid"])
             self.ask(client, "daemon:exit")
             self.wait(lambda: not self.rigs.alive([dying]), "it died")
         self.pause(0.3)
