@@ -4,9 +4,10 @@
     engine-probe --module their_pkg.engine [--python PATH]
     engine-probe --conformance NAME
 
-A claim of a library is worth nothing until an answer was checked: each child loads the shipped fixture, asks a
-question whose answer is known, and says where it ran (engines/runtime/modes.py). Exit code 0 when all that was
-asked for is ok, 1 when not, 64 for a wrong command line.
+A claim of a library is worth nothing until an answer was checked: each child loads the shipped fixture, asks a question
+whose answer is known, and says where it ran (engines/runtime/modes.py); of a GPU the driver is asked as well
+(supervisor/machine/gpu_truth.py). Exit code 0 when all that was asked for is ok, 1 when not, 64 for a wrong command
+line.
 """
 
 from __future__ import annotations
@@ -18,28 +19,27 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 import trio
 
 from engines.catalog import CATALOG, Entry
-from supervisor import conformance, probe_sandbox
+from supervisor import conformance, probe_climb, probe_sandbox
 from supervisor.columns import columns
 from supervisor.config import find_config, load, sandbox_of
 from supervisor.errors import ConfigError, ExitCode
-from supervisor.host.child import open_child
-from supervisor.host.launching import engine_child
+from supervisor.host.containment import backend as containment
 from supervisor.host.work import EngineSpec
 from supervisor.interrupts import ended
 from supervisor.machine.gpu import Machine, read_machine, wait_for_gpu
-from supervisor.probe_verdict import NOT_INSTALLED, OK, Climb, Probe, judge, summary
+from supervisor.machine.telemetry import GpuWatch
+from supervisor.probe_verdict import NOT_INSTALLED, OK, Probe, judge, summary
 from supervisor.settings import EngineTable
 
 DEADLINE_S = 30.0
 AT_ONCE = 2  # a probe uses several threads of its own; more at once would measure the queue, not the engine
 QUIET_S = 2.0  # nobody needs progress for something shorter
-MAX_OUTPUT_BYTES = 2**20
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +67,7 @@ async def probe_engine(
     deadline_s: float = DEADLINE_S,
     machine: Machine | None = None,
     folder: Path | None = None,
+    watch: GpuWatch | None = None,
 ) -> Probe:
     """Probe one engine on one device in a child.
 
@@ -77,6 +78,7 @@ async def probe_engine(
         deadline_s: for the whole ladder; then the child is ended and the verdict is `hung`.
         machine: GPU and driver, for better hints.
         folder: where the probe's own folder is made; None means the system's place for temporary files.
+        watch: one that runs, to ask whether the driver sees the engine on a GPU; None starts a reader for it.
 
     Cancellation: the child is ended and reaped, its folder removed.
     """
@@ -88,44 +90,15 @@ async def probe_engine(
         )
     scratch = await trio.to_thread.run_sync(lambda: Path(tempfile.mkdtemp(prefix="bh-probe-", dir=folder)))
     try:
-        climb = await _climb(engine, scratch, backend, device, deadline_s)
+        climb = await probe_climb.climb(engine, scratch, backend, device, deadline_s, watch)
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(lambda: shutil.rmtree(scratch, ignore_errors=True))
-    return judge(name, backend, device, engine.python, climb, machine)
-
-
-async def _climb(engine: EngineSpec, scratch: Path, backend: str, device: str, deadline_s: float) -> Climb:
-    args = ["probe", "--device", device] + (["--backend", backend] if backend else [])
-    output = bytearray()
-    async with open_child(engine_child(engine, scratch, args)) as child:
-        child.close_stdin()
-        with trio.move_on_after(deadline_s) as scope:
-            while len(output) < MAX_OUTPUT_BYTES and (data := await child.read()):
-                output += data
-            await child.wait()
-        await child.end(1.0)
-    assert child.exit is not None
-    return Climb(
-        rungs=_rungs(bytes(output)),
-        how=child.exit,
-        hung=scope.cancelled_caught,
-        deadline_s=deadline_s,
-        stderr=tuple(child.stderr_tail(20)),
+    probe = judge(name, backend, device, engine.python, climb, machine)
+    around = containment()
+    return msgspec.structs.replace(
+        probe, platform=around.facts()["platform"], sandbox={**around.verdicts(), **probe.sandbox}
     )
-
-
-def _rungs(output: bytes) -> tuple[dict[str, Any], ...]:
-    """Complete lines only: a child that dies may leave half of one."""
-    found = []
-    for line in output.split(b"\n"):
-        try:
-            value = msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.MsgspecError:
-            continue
-        if "rung" in value:
-            found.append(value)
-    return tuple(found)
 
 
 async def probe_all(

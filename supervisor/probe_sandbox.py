@@ -35,13 +35,16 @@ async def find_guilty(engine: EngineSpec, probe: Callable[[EngineSpec], Awaitabl
 
 def render(probes: Sequence[Probe], guilt: Sequence[str]) -> str:
     """The table for people; `guilt` has a sentence, or "", for each probe."""
-    head = ("engine", "backend", *VERDICTS)
+    told = {name for probe in probes for name in probe.sandbox}
+    names = [*(name for name in VERDICTS if name in told), *sorted(told - set(VERDICTS))] or VERDICTS
     rows = [
-        (probe.engine, probe.backend or "-", *(probe.sandbox.get(name, "-") for name in VERDICTS))
+        (probe.engine, probe.backend or "-", *(probe.sandbox.get(name, "-") for name in names))
         for probe in probes
         if probe.verdict != NOT_INSTALLED
     ]
-    parts = [columns(head, rows)]
+    parts = [columns(("engine", "backend", *names), rows)]
+    if platforms := {probe.platform for probe in probes if probe.platform}:
+        parts = [f"platform: {', '.join(sorted(platforms))}", *parts]
     sentences = [
         f"  {probe.engine} on {probe.device_requested}: {sentence}"
         for probe, sentence in zip(probes, guilt, strict=True)

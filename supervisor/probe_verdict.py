@@ -1,7 +1,8 @@
 """From what a probe child said and how it ended to a verdict, and from what went wrong to the cure. Pure.
 
 The child climbs a ladder (engines/runtime/modes.py): import, claims, load, infer, answer. Each rung is written
-before it is tried, so the last one says where a child died that can say nothing any more.
+before it is tried, so the last one says where a child died that can say nothing any more. The sixth and last step is
+not the child's: does the driver list memory of it on a GPU?
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
         licence: of the engine's library, in words.
         stderr: last lines, when not ok.
         sandbox: layer -> verdict, as the locked process found by trying.
+        platform: "linux", "wsl2", "macos", "windows".
+        held_bytes: GPU -> memory that the driver said the loaded engine held there.
     """
 
     engine: str
@@ -69,6 +72,8 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     python: str = ""
     stderr: tuple[str, ...] = ()
     sandbox: dict[str, str] = {}
+    platform: str = ""
+    held_bytes: dict[str, int] = {}
 
     @property
     def ok(self) -> bool:
@@ -84,6 +89,8 @@ class Climb(msgspec.Struct, frozen=True, kw_only=True):
         how: its end.
         hung: whether it had to be ended at the deadline.
         stderr: its last lines.
+        held: GPU -> bytes that the driver listed for it while it lived; None when the driver was not asked.
+        unknown: why an empty `held` says nothing; "" when it means that it was on no GPU.
     """
 
     rungs: tuple[dict[str, Any], ...]
@@ -91,6 +98,8 @@ class Climb(msgspec.Struct, frozen=True, kw_only=True):
     hung: bool = False
     deadline_s: float = 30.0
     stderr: tuple[str, ...] = ()
+    held: dict[str, int] | None = None
+    unknown: str = ""
 
     @property
     def last(self) -> str:
@@ -118,7 +127,8 @@ def judge(name: str, backend: str, device: str, python: str, climb: Climb, machi
         compute_type=ready.get("compute_type", ""),
         versions={**claims.get("claims", {}).get("versions", {}), **ready.get("versions", {})},
         claimed_devices=tuple(claims.get("claims", {}).get("devices", ())),
-        notes=tuple(claims.get("claims", {}).get("notes", ())),
+        notes=(*claims.get("claims", {}).get("notes", ()), *_unconfirmed(climb)),
+        held_bytes=climb.held or {},
         load_ms=climb.get("infer").get("load_ms"),
         infer_ms=answer.get("infer_ms"),
         rss_bytes=answer.get("rss_bytes"),
@@ -130,6 +140,10 @@ def judge(name: str, backend: str, device: str, python: str, climb: Climb, machi
     if verdict == OK:
         return probe
     return msgspec.structs.replace(probe, hint=hint(probe, climb, machine))
+
+
+def _unconfirmed(climb: Climb) -> tuple[str, ...]:
+    return (f"That it ran on the GPU is its own word. {climb.unknown}",) if climb.unknown else ()
 
 
 def _verdict(climb: Climb, device: str) -> tuple[str, str]:
@@ -145,6 +159,8 @@ def _verdict(climb: Climb, device: str) -> tuple[str, str]:
             return FAILED, f"The answer to a question with a known answer is wrong: {wrong}"
         if device.startswith("cuda") and not executed.startswith("cuda"):
             return CPU_FALLBACK, f"It was asked for {device} and ran on {executed or 'an unnamed device'}."
+        if climb.held == {} and not climb.unknown:
+            return CPU_FALLBACK, f"It says that it ran on {executed}, but the driver lists no memory of it on any GPU."
         return OK, ""
     if climb.how.signal is not None:
         return f"crashed({signal_name(climb.how.signal)})", f"It was killed while {doing}."

@@ -46,7 +46,7 @@ def run(mode: str, module: str, args: list[str], wire_in: int, wire_out: int) ->
         return
     out = _Lines(wire_out)
     if mode == "probe":
-        _probe(module, _value(args, "--backend"), _value(args, "--device") or "cpu", out)
+        _probe(module, _value(args, "--backend"), _value(args, "--device") or "cpu", wire_in, out)
     elif mode == "describe":
         _describe(engine_class(module), _value(args, "--backend"), out)
     elif mode == "check":
@@ -69,8 +69,11 @@ class _Lines:
         os.write(self._fd, msgspec.json.encode(fields) + b"\n")
 
 
-def _probe(module: str, backend: str, device: str, out: _Lines) -> None:
-    """Climb the ladder; the last line written says how far it went, also when the process dies on the way."""
+def _probe(module: str, backend: str, device: str, wire_in: int, out: _Lines) -> None:
+    """Climb the ladder; the last line written says how far it went, also when the process dies on the way.
+
+    On a GPU the process stays after its answer until its input ends.
+    """
     try:
         out.write(rung="import", sandbox=confined.verdicts())
         engine = engine_class(module)
@@ -78,9 +81,18 @@ def _probe(module: str, backend: str, device: str, out: _Lines) -> None:
         out.write(rung="claims", claims=claims, licence=engine.licence, kinds=engine.kinds)
         fixture = engine.fixture(backend)
         with tempfile.TemporaryDirectory() as scratch:
-            _infer(engine(), fixture.model, fixture.cases[0], device, Path(scratch), out)
+            held = engine()  # and with it what it loaded
+            _infer(held, fixture.model, fixture.cases[0], device, Path(scratch), out)
+            if device.startswith("cuda"):
+                _wait_for_end(wire_in)
     except BaseException as error:
         out.write(rung="fault", fault=fault_of(error, "load_failed"))
+
+
+def _wait_for_end(wire_in: int) -> None:
+    """Stay as we are, model loaded, until nobody writes to us any more: somebody asks the driver about us."""
+    while os.read(wire_in, 4096):
+        pass
 
 
 def _infer(engine: Engine, model: Any, case: Case, device: str, scratch: Path, out: _Lines) -> None:

@@ -30,6 +30,7 @@ async def test_asked_for_cuda_it_runs_there_or_says_that_it_does_not(gpu, name, 
     probe = await probe_engine(name, spec, backend, "cuda", deadline_s=120)
     if probe.verdict == "ok":
         assert probe.device_executed.startswith("cuda")
+        assert probe.held_bytes or probe.notes, "the driver was not asked"
     else:
         assert probe.verdict in ("cpu-fallback", "failed", "not-installed")
         assert probe.hint

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 
+from supervisor.host.containment import backend
 from supervisor.host.grants import LAYERS
 from supervisor.host.work import EngineSpec, Sandbox
 from supervisor.probe import engine_spec, main, probe_engine
@@ -54,9 +56,27 @@ async def test_the_real_server_engine_cannot_do_without_its_network():
     """A wrong profile, found by taking layers away: connecting is refused by seccomp and, without it, by the rest."""
     engine = engine_spec("server", EngineTable(network="none"))
     assert engine.sandbox == Sandbox(network="none")
-    assert not (await probe_engine("server", engine, "", "cpu")).ok
+    # With its network it answers within a second; without, it waits for its server until it is ended.
+    assert not (await probe_engine("server", engine, "", "cpu", deadline_s=8)).ok
 
 
-def test_from_the_command_line(capsys):
+def test_layers_of_other_systems_have_their_columns():
+    found = {"seatbelt": "verified", "warden": "claimed"}
+    probe = Probe(
+        engine="e", backend="", device_requested="cpu", verdict="ok", sandbox=found, platform="macos", python=""
+    )
+    text = render([probe], [""])
+    assert text.splitlines()[0] == "platform: macos"
+    assert text.splitlines()[1].split() == ["engine", "backend", "warden", "seatbelt"]
+
+
+def test_from_the_command_line(capsys, monkeypatch):
     assert main(["synthetic", "--device", "cpu", "--sandbox"]) == 0
     assert "landlock" in capsys.readouterr().out
+    monkeypatch.setattr(type(backend()), "facts", lambda _self: {"platform": "wsl2"})
+    monkeypatch.setattr(type(backend()), "verdicts", lambda _self: {"job": "claimed", "warden": "off"})
+    assert main(["synthetic", "--device", "cpu", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["platform"] == "wsl2"
+    assert found["sandbox"]["job"] == "claimed"
+    assert found["sandbox"]["warden"] == "claimed"  # what was found by trying counts for more

@@ -42,6 +42,20 @@ def judged(*rungs: dict[str, Any], how: Exit = WELL, device: str = "cpu", **fiel
         ((IMPORT, CLAIMS, LOAD, infer("cpu"), answer()), {}, "ok", ""),
         ((IMPORT, CLAIMS, LOAD, infer("cuda:0"), answer()), {"device": "cuda"}, "ok", ""),
         ((IMPORT, CLAIMS, LOAD, infer("cpu"), answer()), {"device": "cuda"}, "cpu-fallback", "ran on cpu"),
+        ((IMPORT, CLAIMS, LOAD, infer("cuda:0"), answer()), {"device": "cuda", "held": {"GPU-a": 1}}, "ok", ""),
+        ((IMPORT, CLAIMS, LOAD, infer("cuda:0"), answer()), {"device": "cuda", "held": {}, "unknown": "No."}, "ok", ""),
+        (
+            (IMPORT, CLAIMS, LOAD, infer("cuda:0"), answer()),
+            {"device": "cuda", "held": {}},
+            "cpu-fallback",
+            "no memory",
+        ),
+        (
+            (IMPORT, CLAIMS, LOAD, infer("cuda:0"), answer("it is blue")),
+            {"device": "cuda", "held": {}},
+            "failed",
+            "blue",
+        ),
         ((IMPORT, CLAIMS, LOAD, infer("cpu"), answer("it is blue")), {}, "failed", "it is blue"),
         ((IMPORT, CLAIMS, LOAD, infer("cpu"), answer()), {"how": Exit(signal=11)}, "ok", ""),
         ((IMPORT,), {"how": Exit(signal=11)}, "crashed(SIGSEGV)", "importing"),
@@ -95,6 +109,14 @@ def test_verdicts(rungs: tuple[dict[str, Any], ...], options: dict[str, Any], ve
 )
 def test_hints_name_the_cure(probe: Probe, said: str):
     assert said in probe.hint
+
+
+def test_what_the_driver_said_is_told():
+    rungs = (IMPORT, CLAIMS, LOAD, infer("cuda:0"), answer())
+    assert judged(*rungs, device="cuda", held={"GPU-a": 5}).held_bytes == {"GPU-a": 5}
+    unsure = judged(*rungs, device="cuda", held={}, unknown="Pids are hidden here.")
+    assert unsure.notes == ("That it ran on the GPU is its own word. Pids are hidden here.",)
+    assert judged(*rungs, device="cuda").notes == ()
 
 
 def test_a_llama_fallback_speaks_of_building():

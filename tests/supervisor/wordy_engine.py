@@ -59,7 +59,10 @@ class Wordy(Engine):
             if WRONG == "die-on-bad-model":
                 os._exit(1)
             raise refuse("load_failed", "The model file does not exist.", "files.model")
-        return Ready(device="cpu", slots=2, schema={"type": "object"}, versions={"wordy": "1.0"})
+        if WRONG == "holds-gpu":  # as the simulated reader counts it (engines/telemetry/simulated.py)
+            Path("vram.json").write_text('{"uuid": "GPU-sim-0", "bytes": 1048576}')
+        device = "cuda:0" if model.device == "cuda" and WRONG.endswith("gpu") else "cpu"
+        return Ready(device=device, slots=2, schema={"type": "object"}, versions={"wordy": "1.0"})
 
     def validate(self, kind: str, params: Any) -> None:
         if not isinstance(params.get("text"), str) and WRONG != "accept-all":
