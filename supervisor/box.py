@@ -63,12 +63,12 @@ class Box:
         self.watch = GpuWatch(_reader(state), spawn=self.spawn)
         self.health = GpuHealth(trio.current_time, self._health_changed)
         self._trials = GpuTrials(self.health)
-        self.health.restore(_kept_quarantines(state.gpus))
         self.watch.subscribe(self.health.note_readings, self.health.note_event)
         margin = int(settings.limits.vram_margin_gb * 2**30)
         self.room = VramRoom(
             self.watch, margin, state.peaks, unusable=self.health.usable, on_lost=self.health.note_not_returned
         )
+        self.health.restore(_kept_quarantines(state.gpus))  # tells the room
         self.pausing = Pausing(state.holds)
         self.pausing.on_change = self._hold_changed
         self._host: Host | None = None
