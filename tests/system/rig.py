@@ -280,10 +280,14 @@ class Rig:
             argv, capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=ROOT, env=self._env
         )
 
+    def ask(self, method: str, route: str, body: object = None) -> dict[str, Any]:
+        """What the control socket answers."""
+        found: dict[str, Any] = ask(self.state / "control.sock", method, route, body)
+        return found
+
     def status(self) -> dict[str, Any]:
         """What `supervisor status --json` shows."""
-        found: dict[str, Any] = ask(self.state / "control.sock", "GET", "/v1/status")
-        return found
+        return self.ask("GET", "/v1/status")
 
     def model(self, name: str) -> dict[str, Any]:
         """One model of the status."""
