@@ -11,7 +11,7 @@ import os
 
 from engines.lockdown import kernel
 
-TYPE_CHECKING = False  # what launch.py says of `typing`
+TYPE_CHECKING = False  # what start.py says of `typing`
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

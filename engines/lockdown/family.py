@@ -6,12 +6,11 @@ by hand. Linux and macOS; on macOS nobody can adopt, and only children are found
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
 
-TYPE_CHECKING = False  # what launch.py says of `typing`
+TYPE_CHECKING = False  # what start.py says of `typing`
 if TYPE_CHECKING:
     import signal
     from typing import NoReturn
@@ -37,8 +36,9 @@ def die_with_parent() -> None:
 
 def _prctl(option: int, value: int) -> None:
     if sys.platform.startswith("linux"):
-        zero = ctypes.c_ulong(0)
-        ctypes.CDLL(None).prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero)
+        from engines.lockdown import foreign
+
+        foreign.function("prctl")(option, value, 0, 0, 0)
 
 
 def children() -> list[int]:

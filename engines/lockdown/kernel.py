@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 
-# PyDLL keeps the GIL: `clone` must return into an interpreter that nobody else could have touched.
-_LIBC = ctypes.PyDLL(None, use_errno=True)
-_LIBC.syscall.restype = ctypes.c_long
+from engines.lockdown import foreign
+
+_SYSCALL = foreign.function("syscall", long=True)
+_PRCTL = foreign.function("prctl")
 
 PR_SET_PDEATHSIG = 1
 PR_CAPBSET_DROP = 24
@@ -111,17 +111,15 @@ def call(name: str, *args: int | bytes | None) -> int:
     which = number(name)
     if which is None:
         raise OSError(errno.ENOSYS, name)
-    words = [ctypes.c_char_p(arg) if isinstance(arg, bytes) else ctypes.c_void_p(arg) for arg in args]
-    result = int(_LIBC.syscall(ctypes.c_long(which), *words))
+    result = _SYSCALL(which, *args)
     if result < 0:
-        raise OSError(ctypes.get_errno(), name)
+        raise OSError(foreign.get_errno(), name)
     return result
 
 
 def prctl(option: int, value: int = 0) -> int:
     """prctl(2) with one argument; -1 on failure."""
-    zero = ctypes.c_ulong(0)
-    return int(_LIBC.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero))
+    return _PRCTL(option, value, 0, 0, 0)
 
 
 def mount(source: bytes, target: bytes, kind: bytes | None, flags: int, options: bytes | None = None) -> None:
@@ -134,7 +132,10 @@ def fork_into(flags: int) -> int:
 
     As os.fork, with the interpreter's own preparations around it; flags are CLONE_NEW….
     """
-    ctypes.pythonapi.PyOS_BeforeFork()
+    before, in_child, in_parent = (
+        foreign.function(f"PyOS_{name}") for name in ("BeforeFork", "AfterFork_Child", "AfterFork_Parent")
+    )
+    before()
     error: OSError | None = None
     pid = -1
     try:
@@ -142,9 +143,9 @@ def fork_into(flags: int) -> int:
     except OSError as found:
         error = found
     if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
+        in_child()
     else:
-        ctypes.pythonapi.PyOS_AfterFork_Parent()
+        in_parent()
     if error is not None:
         raise error
     return pid
@@ -153,8 +154,3 @@ def fork_into(flags: int) -> int:
 def word(error: OSError) -> str:
     """The verdict of a layer that the kernel refused: "unavailable(EPERM)"."""
     return f"unavailable({errno.errorcode.get(error.errno or 0, '?')})"
-
-
-def address(buffer: ctypes.Array[ctypes.c_char]) -> int:
-    """Where a buffer lies."""
-    return ctypes.addressof(buffer)

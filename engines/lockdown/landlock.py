@@ -8,7 +8,7 @@ import struct
 
 from engines.lockdown import kernel
 
-TYPE_CHECKING = False  # what launch.py says of `typing`
+TYPE_CHECKING = False  # what start.py says of `typing`
 if TYPE_CHECKING:
     from typing import Any
 

@@ -28,7 +28,7 @@ from engines.lockdown import family  # noqa: E402
 
 sys.path.remove(_ROOT)
 
-TYPE_CHECKING = False  # what launch.py says of `typing`
+TYPE_CHECKING = False  # what start.py says of `typing`
 if TYPE_CHECKING:
     import signal
     from typing import NoReturn

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
 
-from engines.lockdown import kernel
+from engines.lockdown import foreign, kernel
 
 _REFUSED = (
     *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "process_madvise"),
@@ -151,6 +150,5 @@ def install(*, network: str, own_signals_only: bool, own_schedule_only: bool) ->
         raise OSError(errno.ENOSYS, "seccomp")
     only = {"own_signals_only": own_signals_only, "own_schedule_only": own_schedule_only}
     code = program(network=network, **only, pid=os.getpid())
-    buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("H6xQ", len(code) // 8, kernel.address(buffer))
+    header = struct.pack("H6xQ", len(code) // 8, foreign.address(code))
     kernel.call("seccomp", 1, 0, header)

@@ -22,7 +22,7 @@ import struct
 
 from engines.lockdown import family, namespaces, user
 
-TYPE_CHECKING = False  # what launch.py says of `typing`
+TYPE_CHECKING = False  # what start.py says of `typing`
 if TYPE_CHECKING:
     import signal
     from typing import Any, NoReturn

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
+
+import msgspec
 
 _VERDICTS = "BULKHEAD_SANDBOX"  # set by engines/launch.py
 
@@ -13,4 +14,4 @@ _VERDICTS = "BULKHEAD_SANDBOX"  # set by engines/launch.py
 def verdicts() -> dict[str, str]:
     """Layer -> verdict; empty without a sandbox. Taken out of the environment, so that no program inherits it."""
     text = os.environ.pop(_VERDICTS, "")
-    return {str(layer): str(word) for layer, word in json.loads(text).items()} if text else {}
+    return msgspec.json.decode(text, type=dict[str, str]) if text else {}

@@ -6,17 +6,14 @@
     check     judge an answer to case N: {"case", "body" (base64 msgpack), "files"} on stdin
 
 Only `serve` speaks the wire; the others write JSON lines on its out end. They run here and not in the supervisor
-because only this process may import the engine.
+because only this process may import the engine. What only they need is imported there: every engine starts by here.
 """
 
 from __future__ import annotations
 
-import base64
 import importlib
-import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -74,6 +71,8 @@ def _probe(module: str, backend: str, device: str, wire_in: int, out: _Lines) ->
 
     On a GPU the process stays after its answer until its input ends.
     """
+    import tempfile
+
     try:
         out.write(rung="import", sandbox=confined.verdicts())
         engine = engine_class(module)
@@ -136,6 +135,9 @@ def _describe(engine: type[Engine], backend: str, out: _Lines) -> None:
 
 
 def _check(engine: type[Engine], backend: str, wire_in: int, out: _Lines) -> None:
+    import base64
+    import json
+
     with os.fdopen(wire_in, "rb") as stdin:
         asked = json.loads(stdin.read())
     case = engine.fixture(backend).cases[asked["case"]]

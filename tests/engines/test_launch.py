@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines import launch
+from engines.lockdown import start
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "engines" / "launch.py"
@@ -152,17 +152,17 @@ _VALUES = st.recursive(
 
 @given(_VALUES)
 def test_the_spec_is_read_as_json_reads_it(value: object):
-    assert launch._decoded(json.dumps(value)) == value
+    assert start._decoded(json.dumps(value)) == value
 
 
 @given(st.dictionaries(st.text(), st.text(), max_size=5))
 def test_the_verdicts_are_written_as_json_writes_them(words: dict[str, str]):
-    assert json.loads(launch._encoded(words)) == words
+    assert json.loads(start._encoded(words)) == words
 
 
 def test_no_start_pays_for_what_only_type_checkers_need():
     code = f"import sys\nsys.path.append({str(ROOT)!r})\nimport engines.launch\n"
     code += "from engines.lockdown import canary, landlock, limits, privileges, seccomp, user, warden\n"
-    code += "print(sorted({'typing', 'json', 're', 'enum', 'signal', 'collections'} & set(sys.modules)))\n"
+    code += "print(sorted({'ctypes', 'typing', 'json', 're', 'enum', 'signal', 'collections'} & set(sys.modules)))\n"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout == "[]\n", done.stderr
