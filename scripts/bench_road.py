@@ -282,6 +282,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "start": bench_start,
     "sandbox-start": containment.bench_sandbox_start,
     "sandbox-echo": containment.bench_sandbox_echo,
+    "sandbox-run": containment.bench_sandbox_run,
     "orphans": lambda: containment.bench_orphans(running),
     "faults": lambda: containment.bench_faults(running),
     "hang": lambda: containment.bench_hang(running),

@@ -133,6 +133,7 @@ async def storm(seed: int, count: int, folder: Path, limits: LimitsTable = LIMIT
     chance = random.Random(seed)
 
     async def script(child: FakeChild) -> None:
+        fakes.children.clear()  # tens of thousands of them would be the test's memory, not the host's
         await greet_and_load(child, slots=RUNS)
         if tally.frames >= count:
             await _behave(child)
@@ -152,7 +153,8 @@ async def storm(seed: int, count: int, folder: Path, limits: LimitsTable = LIMIT
             tally.ends[code] = tally.ends.get(code, 0) + 1
             await trio.sleep(30.0 if code == "quarantined" else 0.01)
 
-    means = fake_means(FakeEngines(script), jitter=chance.random)
+    fakes = FakeEngines(script)
+    means = fake_means(fakes, jitter=chance.random)
     spec = ModelSpec(name="m", engine=EngineSpec(name="fake", module="none", python="none"), model=wire.Model(name="m"))
     async with open_host([spec], limits, folder, means=means) as host:
         async with trio.open_nursery() as nursery:
