@@ -280,7 +280,7 @@ def bench_neighbour(running: Running) -> list[Row]:
     low, high = _quantile(calm, 0.99), _quantile(stormy, 0.99)
     return [
         {
-            "what": "neighbour's no-op chat while another engine is killed and restarted 2 times a second (bar: 0 faults, 1.5)",
+            "what": "neighbour's no-op chat, another engine killed twice a second (bar: 0 faults, p99 1.5 times)",
             "floor": f"undisturbed p50 {statistics.median(calm):.1f} ms, p99 {low:.1f} ms",
             "ours": f"{faults} faults, p50 {statistics.median(stormy):.1f} ms, p99 {high:.1f} ms",
             "ratio": round(high / low, 2),
