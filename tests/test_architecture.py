@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from supervisor.host import lifecycle
+
 ROOT = Path(__file__).parents[1]
 OURS = ("protocol", "engines", "supervisor", "coordinator")
 GPU_LIBRARIES = {"pynvml", "onnxruntime", "ctranslate2", "faster_whisper", "llama_cpp", "xllamacpp", "piper", "torch"}
@@ -121,6 +123,33 @@ def test_intake_is_pure():
         if root_of(name) in banned
     ]
     assert found == []
+
+
+def test_nvml_lives_in_the_telemetry_child_alone():
+    def forbidden(path: Path, name: str) -> bool:
+        return root_of(name) == "pynvml" and not relative(path).startswith("engines/telemetry/")
+
+    for package in OURS:
+        assert offenders(package, forbidden) == []
+    asks = [path for package in OURS for path in sources(package) if '"pynvml"' in path.read_text()]
+    assert {relative(path).rsplit("/", 1)[0] for path in asks} == {"engines/telemetry"}
+
+
+def test_the_control_socket_only_looks_and_passes_on():
+    acts = ("supervisor.host.host", "supervisor.host.lane", "supervisor.host.child", "supervisor.host.instance")
+    banned = (*acts, "supervisor.app", "supervisor.box", "supervisor.pausing", "supervisor.link")
+    found = [
+        f"{relative(path)} imports {name}"
+        for path in sources("supervisor/control")
+        for name, _top in imports(path)
+        if name.startswith(banned)
+    ]
+    assert found == []
+
+
+def test_the_diagram_of_an_instance_is_the_tables_own():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert f"```mermaid\n{lifecycle.diagram().strip()}\n```" in text
 
 
 def test_no_pickle_anywhere():
