@@ -172,7 +172,7 @@ class _Supervisor:
             digests.verify,
             Verdicts(self._state.verdicts),
             lambda spec, proof: self._proved(spec, proof, host, worker),
-            probe=functools.partial(probe_engine, folder=self._state.empty_probes()),
+            probe=functools.partial(probe_engine, folder=self._state.empty_probes(), watch=box.watch),
         )
         means = box.means(digests.verify, prover.again)
         async with (

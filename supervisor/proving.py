@@ -144,7 +144,8 @@ def circumstances_of(engine: EngineSpec) -> str:
     prefix = Path(engine.python).parent.parent
     watched = [Path(engine.python), *sorted(prefix.glob("lib*/python*/site-packages")), ROOT / "engines" / "launch.py"]
     folder = ROOT.joinpath(*engine.module.split(".")[:-1])
-    for code in (folder, ROOT / "engines" / "runtime", ROOT / "engines" / "diffusion", ROOT / "protocol"):
+    shared = (ROOT / "engines" / name for name in ("runtime", "lockdown", "diffusion"))
+    for code in (folder, *shared, ROOT / "protocol"):
         watched += sorted(code.glob("**/*.py")) if code.is_dir() and code != ROOT else []
     for path in watched:
         with contextlib.suppress(OSError):

@@ -20,6 +20,9 @@ if sys.platform != "win32":
 
 # Exit code when the mode is "require" and a layer is not verified; the last line of stderr names it.
 EXIT_NOT_CONFINED = 71
+# An engine that starts or computes on every core must not keep the supervisor, the coordinator and the owner's own
+# programs waiting: 5 is a third of their share when both want the same core, and everything when nobody does.
+NICE = 5
 LAYERS = ("uid", "namespaces", "privileges", "landlock", "seccomp")
 # What "require" requires. The rest (user, ipc, warden) cannot be tried from inside without another namespace; and not
 # the uid, since these together hold a root without capabilities just as well (tests/engines/lockdown/matrix.txt).
@@ -195,6 +198,7 @@ def _limits(spec: dict[str, Any]) -> None:
             ceiling = resource.getrlimit(which)[1]
             wanted = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
             resource.setrlimit(which, (wanted, ceiling))
+        os.nice(NICE)
     try:  # when memory runs out, the engine goes first, never the supervisor
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
