@@ -3,21 +3,39 @@
 A hold has a source that put it there, and only that source takes it away: `resume` lifts the operator's, and what
 is left says why the worker is still paused. Times are seconds of the wall clock, because a hold outlives the
 process and the boot: "until nine in the evening" is meant so.
+
+A hold without a scope is about the whole worker. One with a GPU or a task kind (a cordon) is about work of that kind
+on that GPU alone, and the rest of the worker goes on.
+
+A hold that unloads remembers which models were loaded when it began (`warm`), and they come back when nothing
+unloads any more. So that the order of several holds does not matter, whatever ends while another hold still keeps
+its models away hands its memory on to that one; `to_reload` names those that may come back.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 
 class Source(enum.StrEnum):
-    """Who put a hold there. One hold a source: a new one replaces the old."""
+    """Who put a hold there. One hold a source and scope: a new one replaces the old."""
 
     OPERATOR = "operator"
+    SCHEDULE = "schedule"
+    PRESENCE = "presence"
+    BATTERY = "battery"
+    THERMAL = "thermal"
+    FOREIGN_VRAM = "foreign-vram"
+    APPLICATION = "application"
+    DISK = "disk"
+    NETWORK = "network"
+    ENGINE_FAILURES = "engine-failures"
+    COORDINATOR = "coordinator"
+    UPDATE = "update"
 
 
 class Mode(enum.StrEnum):
@@ -25,6 +43,23 @@ class Mode(enum.StrEnum):
 
     STOP = "stop accepting"
     UNLOAD = "stop accepting and unload"
+    ABORT = "abort and free VRAM now"
+
+
+_PHRASES = {
+    Source.OPERATOR: "held by the operator",
+    Source.SCHEDULE: "held by the schedule",
+    Source.PRESENCE: "held because the machine is in use",
+    Source.BATTERY: "held to spare the battery",
+    Source.THERMAL: "held because a GPU is too hot or short of power",
+    Source.FOREIGN_VRAM: "held because another program uses the GPU",
+    Source.APPLICATION: "held because another program wants the machine",
+    Source.DISK: "held because the disk is nearly full",
+    Source.NETWORK: "held because the network is metered",
+    Source.ENGINE_FAILURES: "held after engines failed in a row",
+    Source.COORDINATOR: "held by the coordinator",
+    Source.UPDATE: "held for an update",
+}
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +68,9 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         reason: a phrase for people; "" when none was given.
         since, until: seconds since the epoch; `until` is None for "until it is lifted".
+        gpu: UUID of the only GPU that is held; "" means every device, the CPU too.
+        kind: the only task kind that is held; "" means every kind.
+        warm: models that were loaded when it began and are to come back after it.
     """
 
     source: Source
@@ -40,6 +78,23 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True):
     since: float
     until: float | None = None
     mode: Mode = Mode.STOP
+    gpu: str = ""
+    kind: str = ""
+    warm: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Source, str, str]:
+        """What makes it one and the same hold."""
+        return self.source, self.gpu, self.kind
+
+    @property
+    def unloads(self) -> bool:
+        """Whether models leave because of it."""
+        return self.mode is not Mode.STOP
+
+    def about(self, kind: str = "", gpu: str = "") -> bool:
+        """Whether it is about work of this kind on this GPU; both empty ask about the worker as a whole."""
+        return self.gpu in ("", gpu) and self.kind in ("", kind)
 
 
 class Holds(msgspec.Struct, frozen=True):
@@ -48,35 +103,99 @@ class Holds(msgspec.Struct, frozen=True):
     items: tuple[Hold, ...] = ()
 
     def put(self, hold: Hold) -> Holds:
-        """With this hold; an earlier one of its source is replaced."""
-        return Holds((*(each for each in self.items if each.source != hold.source), hold))
+        """With this hold; an earlier one of its source and scope is replaced, its warm models are kept."""
+        old = [each for each in self.items if each.key == hold.key]
+        rest = tuple(each for each in self.items if each.key != hold.key)
+        if not hold.unloads:
+            return Holds(_hand_on((*rest, msgspec.structs.replace(hold, warm=())), old))
+        warm = _union((name for each in old for name in each.warm), hold.warm)
+        return Holds((*rest, msgspec.structs.replace(hold, warm=warm)))
 
-    def lift(self, source: Source) -> Holds:
-        """Without the hold of this source."""
-        return Holds(tuple(each for each in self.items if each.source != source))
+    def lift(self, source: Source, *, gpu: str = "", kind: str = "") -> Holds:
+        """Without the hold of this source and scope: `resume` lifts a pause, and leaves cordons alone."""
+        return self._without([each for each in self.items if each.key == (source, gpu, kind)])
 
     def at(self, now: float) -> Holds:
         """Without those that have run out."""
-        return Holds(tuple(each for each in self.items if each.until is None or each.until > now))
+        return self._without([each for each in self.items if each.until is not None and each.until <= now])
+
+    def _without(self, gone: Sequence[Hold]) -> Holds:
+        return Holds(_hand_on([each for each in self.items if each not in gone], gone)) if gone else self
 
     def next_end(self) -> float | None:
         """When the next hold runs out by itself; None when none does."""
         return min((each.until for each in self.items if each.until is not None), default=None)
 
+    def about(self, kind: str = "", gpu: str = "") -> tuple[Hold, ...]:
+        """Those that keep work of this kind from this GPU; without either, those that pause the whole worker."""
+        return tuple(each for each in self.items if each.about(kind, gpu))
+
+    def scoped(self) -> tuple[Hold, ...]:
+        """Cordons: those about one GPU or one task kind."""
+        return tuple(each for each in self.items if each.gpu or each.kind)
+
     @property
     def until(self) -> float | None:
-        """When work may be taken again by itself; None when somebody has to act (or there is no hold)."""
-        ends = [math.inf if each.until is None else each.until for each in self.items]
+        """When the worker may take work again by itself; None when somebody has to act (or nothing pauses it)."""
+        ends = [math.inf if each.until is None else each.until for each in self.about()]
         latest = max(ends, default=math.inf)
         return None if math.isinf(latest) else latest
 
-    def reason(self) -> str:
-        """A phrase for the coordinator: why no work is taken; "" when there is no hold."""
-        return "; ".join(_phrase(each) for each in self.items)
+    def reason(self, kind: str = "", gpu: str = "") -> str:
+        """Why no work of this kind is taken for this GPU, as a phrase; "" when it is.
+
+        Without either: why the whole worker takes none. Cordons do not count then.
+        """
+        return "; ".join(_phrase(each) for each in self.about(kind, gpu))
+
+    def mode(self, kind: str = "", gpu: str = "") -> Mode | None:
+        """How far the strictest of them goes; None when there is none."""
+        modes = {each.mode for each in self.about(kind, gpu)}
+        return next((mode for mode in (Mode.ABORT, Mode.UNLOAD, Mode.STOP) if mode in modes), None)
+
+
+def to_reload(before: Holds, after: Holds) -> tuple[str, ...]:
+    """Models that were warm before the holds that ended, and that no other hold keeps away.
+
+    Args:
+        before, after: the list around one change (`put`, `lift`, `at`).
+    """
+    keys = {each.key for each in after.items if each.unloads}
+    ended = [each for each in before.items if each.unloads and each.key not in keys]
+    rest = [each for each in after.items if each.unloads]
+    back = (name for each in ended if not any(_covers(other, each) for other in rest) for name in each.warm)
+    return _union(back, ())
+
+
+def _hand_on(rest: Sequence[Hold], gone: Sequence[Hold]) -> tuple[Hold, ...]:
+    """What ended gives the models it remembers to every hold that still keeps some of them away."""
+    found = []
+    for hold in rest:
+        names = [name for each in gone if hold.unloads and _overlap(hold, each) for name in each.warm]
+        found.append(msgspec.structs.replace(hold, warm=_union(hold.warm, names)) if names else hold)
+    return tuple(found)
+
+
+def _overlap(one: Hold, other: Hold) -> bool:
+    return all(not (mine and theirs) or mine == theirs for mine, theirs in _scopes(one, other))
+
+
+def _covers(one: Hold, other: Hold) -> bool:
+    """Whether everything that `other` is about, `one` is about too."""
+    return all(mine in ("", theirs) for mine, theirs in _scopes(one, other))
+
+
+def _scopes(one: Hold, other: Hold) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (one.gpu, other.gpu), (one.kind, other.kind)
+
+
+def _union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first, *second)))
 
 
 def _phrase(hold: Hold) -> str:
-    return f"held by the {hold.source}" + (f" ({hold.reason})" if hold.reason else "")
+    parts = [text for text in (hold.kind, f"GPU {hold.gpu}" if hold.gpu else "", hold.reason) if text]
+    return _PHRASES[hold.source] + (f" ({': '.join(parts)})" if parts else "")
 
 
 # ---- on disk
