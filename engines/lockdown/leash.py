@@ -21,12 +21,12 @@ import select
 import sys
 import time
 
-# Only the package `engines` is taken from there, and only from this place in this program.
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.append(_ROOT)
+# The package `engines`, without a search: inside the sandbox the folder that it lies in may be passed through and not
+# listed, when the interpreter is one of the engine's own.
+_ENGINES = type(sys)("engines")
+_ENGINES.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+sys.modules["engines"] = _ENGINES
 from engines.lockdown import family  # noqa: E402
-
-sys.path.remove(_ROOT)
 
 TYPE_CHECKING = False  # what start.py says of `typing`
 if TYPE_CHECKING:

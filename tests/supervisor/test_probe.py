@@ -35,6 +35,13 @@ async def test_a_good_engine_of_another_repository_is_ok(wordy):
     assert probe.hint == ""
 
 
+async def test_our_own_engine_in_an_interpreter_of_its_own_can_start_programs(foreign_python: str):
+    """Its sandbox lets it pass through the folder that our packages lie in, and not list it."""
+    engine = EngineSpec(name="command", module="engines.command.engine", python=foreign_python)
+    probe = await probe_engine("command", engine, "", "cpu", deadline_s=30)
+    assert probe.ok, probe
+
+
 @pytest.mark.parametrize(
     ("wrong", "verdict", "said"),
     [
