@@ -32,6 +32,7 @@ from supervisor.intake.holds import Mode
 from supervisor.machine.gpu_health import GpuHealth, State
 from supervisor.machine.gpu_metrics import gpu_metrics
 from supervisor.machine.gpu_trials import GpuTrials
+from supervisor.machine.readings import GpuReading
 from supervisor.machine.telemetry import GpuWatch, simulated_argv
 from supervisor.pausing import Pausing
 from supervisor.room import VramRoom
@@ -63,6 +64,7 @@ class Box:
         self.watch = GpuWatch(_reader(state), spawn=self.spawn)
         self.health = GpuHealth(trio.current_time, self._health_changed)
         self._trials = GpuTrials(self.health)
+        self.watch.subscribe(self._listed)
         self.watch.subscribe(self.health.note_readings, self.health.note_event)
         margin = int(settings.limits.vram_margin_gb * 2**30)
         self.room = VramRoom(
@@ -72,6 +74,7 @@ class Box:
         self.pausing = Pausing(state.holds)
         self.pausing.on_change = self._hold_changed
         self._host: Host | None = None
+        self._known: tuple[str, ...] = ()  # GPUs as they were last listed: a driver that hangs lists none
 
     async def clear_leftovers(self, control_socket: Path) -> None:
         """End what an earlier life left running, and remove its scratch folders and sockets."""
@@ -100,7 +103,7 @@ class Box:
     async def run(self, host: Host) -> None:
         """All tasks of the machine. Runs until cancelled."""
         self._host = host
-        host.on_unkillable = self._unkillable
+        host.on_unkillable, host.on_late_death = self._unkillable, self._died_late
         self._incidents.on_incident = self._incident
         self._hold_changed()
         async with trio.open_nursery() as nursery:
@@ -154,22 +157,34 @@ class Box:
         ]
 
     def hopeless(self, specs: Iterable[ModelSpec]) -> str:
-        """Why no model can ever run again without a person: "" as long as one may."""
-        stuck = self.health.stuck()
-        if not stuck or not all(spec.model.device != "cpu" and self.barred(spec) for spec in specs):
+        """Why no model can ever run again without a person: "" as long as one may.
+
+        A GPU that is merely suspect, or in quarantine, is tried again and may come back by itself.
+        """
+        stuck = [self._stuck(spec) for spec in specs]
+        if not stuck or not all(stuck):
             return ""
-        pids = ", ".join(str(pid) for pid in sorted(stuck))
+        pids = ", ".join(str(pid) for pid in sorted(frozenset[int]().union(*stuck)))
         return f"No GPU is left: process {pids} cannot be killed and holds it; reset the GPU or reboot."
 
     # ---- GPUs
 
+    def _listed(self, readings: Mapping[str, GpuReading]) -> None:
+        if readings:
+            self._known = tuple(readings)
+
     def _gpus_of(self, spec: ModelSpec, told: Iterable[str]) -> list[str]:
         """UUIDs that a model uses: those told, else the first GPU; none on the CPU."""
-        known = list(self.watch.readings())
+        told = list(told)
         named = [uuid for uuid in told if not uuid.startswith("cuda")]
-        if named or spec.model.device == "cpu" or not known:
+        if named or spec.model.device == "cpu":
             return named
-        return known[:1] if spec.model.device == "cuda" or any(word.startswith("cuda") for word in told) else []
+        on_gpu = spec.model.device == "cuda" or any(word.startswith("cuda") for word in told)
+        return list(self._known[:1]) if on_gpu else []
+
+    def _stuck(self, spec: ModelSpec) -> frozenset[int]:
+        """Processes that hold on to this model's GPUs and cannot be killed."""
+        return frozenset[int]().union(*(self.health.of(uuid).stuck for uuid in self._gpus_of(spec, spec.model.devices)))
 
     def _gpu_share(self, spec: ModelSpec) -> float | None:
         shares = [self.watch.utilisation(uuid) for uuid in self._gpus_of(spec, spec.model.devices)]
@@ -188,10 +203,14 @@ class Box:
         if spec is not None:
             self.health.note_engine(self._gpus_of(spec, spec.model.devices), incident.stderr)
 
-    def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...]) -> None:
-        pid = next((one.pid for one in self._host.snapshot() if one.model == spec.name), 0) if self._host else 0
+    def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...], pid: int) -> None:
         self.health.note_unkillable(self._gpus_of(spec, devices), pid)
-        self.on_change()
+        self._changed()
+
+    def _died_late(self, _spec: ModelSpec, _devices: tuple[str, ...], pid: int) -> None:
+        """Its GPUs are tried at once."""
+        self.health.note_gone([pid])
+        self._changed()
 
     def _health_changed(self, _uuid: str) -> None:
         self._trials.wake()
@@ -201,13 +220,19 @@ class Box:
         except OSError as error:
             log.warning("the quarantine of GPUs could not be kept: %s", error.strerror)
         self.room.look_again()
-        self.on_change()
+        self._changed()
+
+    def _changed(self) -> None:
+        try:
+            self.on_change()
+        except Exception:  # the GPU watch, the trials or a lane would end of it
+            log.exception("a change of the machine could not be passed on")
 
     def _hold_changed(self) -> None:
         holds = self.pausing.holds()
         unload = any(hold.mode is not Mode.STOP for hold in holds.items)
         self.room.free(holds.reason() if unload else "")
-        self.on_change()
+        self._changed()
 
 
 class _Counted(Incidents):

@@ -41,6 +41,7 @@ class Child:
     Attributes:
         exit: how it ended; None while it runs.
         killed_because: the first reason that `kill` was given; "" when it was not killed by us.
+        stuck_pid: the process that could not be killed, which need not be the leader; 0 when there is none.
         gone: set when the process is dead and reaped, even if long after it was abandoned as unkillable.
         on_late_death: called once when an abandoned process has died after all, on the trio thread.
     """
@@ -49,6 +50,7 @@ class Child:
         self.spec = spec
         self.exit: Exit | None = None
         self.killed_because = ""
+        self.stuck_pid = 0
         self.gone = trio.Event()
         self.on_late_death: Callable[[Exit], None] = lambda _how: None
         self._leash = backend.spawn(spec, self._is_over)
@@ -147,7 +149,8 @@ class Child:
             self._leash.kill_members()
             await self._ended_within(UNKILLABLE_AFTER_S)
         if self.exit is None:
-            log.error("%s (pid %d) cannot be killed; its handle is abandoned", self.spec.name, self.pid)
+            self.stuck_pid = self._leash.stuck_pid()
+            log.error("%s (pid %d) cannot be killed; its handle is abandoned", self.spec.name, self.stuck_pid)
             self._finish(Exit())
 
     async def _ended_within(self, patience_s: float) -> None:
@@ -195,7 +198,7 @@ class Child:
         try:
             await self._leash.wait_dead()
             how = self._leash.reap()
-            log.warning("%s (pid %d), abandoned as unkillable, is dead: %s", self.spec.name, self.pid, how.describe())
+            log.warning("%s (pid %d), abandoned as unkillable, is dead at last", self.spec.name, self.stuck_pid)
             self.gone.set()
             self.on_late_death(how)
         except Exception:  # a system task must not raise: it would end the supervisor

@@ -44,6 +44,7 @@ class FakeChild:
         self.exit: Exit | None = None
         self.signals: list[int] = []
         self.killed_because = ""
+        self.stuck_pid = 0
         self.gone = trio.Event()
         self.on_late_death: Callable[[Exit], None] = lambda _how: None
         self.deaf_to_term = False
@@ -158,6 +159,8 @@ class FakeChild:
                 self.signal_group(signal.SIGKILL)
                 with trio.move_on_after(UNKILLABLE_AFTER_S):
                     await self._ended.wait()
+            if self.exit is None:
+                self.stuck_pid = self.pid
             self._finish(Exit())
         return await self.wait()
 

@@ -1,6 +1,7 @@
 """The host: every model's lane, behind one call that runs a job.
 
-Cancelling `Host.run` cancels the run: the engine is asked first, and given up after `cancel_grace_s`.
+Cancelling `Host.run` cancels the run: the caller goes on within `ANSWER_S`; the engine is asked, and given up after
+`cancel_grace_s`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from supervisor.host import removal
 from supervisor.host.ground import Ground
 from supervisor.host.lane import Lane, OnUnkillable
 from supervisor.host.means import REAL_MEANS, Means
+from supervisor.host.patience import GRANT_S
+from supervisor.host.runs import ANSWER_S
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import Failed, InstanceStatus, ModelSpec, OnEvent, RunEnd, RunRequest
 from supervisor.settings import LimitsTable
@@ -29,10 +32,12 @@ _CANCELLED = Fault("cancelled", "The job was cancelled.")
 class Host:
     """Runs jobs on engine instances. Made by `open_host` only.
 
+    What these raise is logged and goes no further.
+
     Attributes:
         on_change: called after every change that `snapshot` would show.
-        on_unkillable: called with a model and its GPUs when a process of it cannot be killed: what else uses them
-            should be withdrawn. The lane itself goes into quarantine.
+        on_unkillable: called with a model, its GPUs and a pid when a process of it cannot be killed: what else uses
+            them should be withdrawn. The lane itself goes into quarantine.
         on_late_death: called with the same when that process is dead after all.
     """
 
@@ -53,7 +58,7 @@ class Host:
         Returns:
             Done or Failed; nothing that an engine does is raised.
 
-        Cancellation: the run is cancelled; at most `cancel_grace_s` later the cancellation goes on.
+        Cancellation: the run is cancelled; at most `ANSWER_S` later the cancellation goes on.
         """
         lane = self._lanes.get(request.model)
         if lane is None:
@@ -81,7 +86,7 @@ class Host:
                 await ticket.ended.wait()
         except trio.Cancelled:
             lane.drop(ticket, _CANCELLED)
-            with trio.CancelScope(shield=True), trio.move_on_after(self._limits.cancel_grace_s + 1):
+            with trio.CancelScope(shield=True), trio.move_on_after(2 * ANSWER_S + GRANT_S):
                 await ticket.ended.wait()
             raise
 
@@ -117,31 +122,30 @@ class Host:
         """State of every model, in the order of the configuration."""
         return [lane.status() for lane in self._lanes.values()]
 
-    async def stop(self, grace_s: float) -> None:
-        """Take no more runs, wait at most `grace_s` for those in flight, then end every instance."""
-        self._stopped = True
-        with trio.move_on_after(grace_s):
-            for ticket in list(self._live):
-                await ticket.ended.wait()
-        self._scope.cancel()
-
     def _changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change()
+        _call(self.on_change)
 
-    def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...]) -> None:
-        if self.on_unkillable is not None:
-            self.on_unkillable(spec, devices)
+    def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...], pid: int) -> None:
+        _call(self.on_unkillable, spec, devices, pid)
 
-    def _died_late(self, spec: ModelSpec, devices: tuple[str, ...]) -> None:
-        if self.on_late_death is not None:
-            self.on_late_death(spec, devices)
+    def _died_late(self, spec: ModelSpec, devices: tuple[str, ...], pid: int) -> None:
+        _call(self.on_late_death, spec, devices, pid)
 
     async def _own(self) -> None:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 for lane in self._lanes.values():
                     nursery.start_soon(lane.run)
+
+
+def _call(whom: Callable[..., None] | None, *what: object) -> None:
+    """Tell somebody. What goes wrong there is theirs: a lane must not end of it, its callers would wait for ever."""
+    if whom is None:
+        return
+    try:
+        whom(*what)
+    except Exception:
+        log.exception("a change of the host could not be passed on")
 
 
 @contextlib.asynccontextmanager

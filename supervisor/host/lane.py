@@ -34,7 +34,8 @@ from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
 
-OnUnkillable = Callable[[ModelSpec, tuple[str, ...]], None]
+# Told the model, the GPUs that the process may hold, and its pid.
+OnUnkillable = Callable[[ModelSpec, tuple[str, ...], int], None]
 
 
 class _Story:
@@ -54,8 +55,7 @@ class Lane:
     Args:
         scratch: the model's own folder, made here: see ground.py.
         on_change: called after every change that `status` would show.
-        on_unkillable, on_late_death: called with the GPUs of a process that could not be killed, and when it died
-            after all.
+        on_unkillable, on_late_death: called when a process could not be killed, and when it died after all.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Lane:
         scratch: Path,
         *,
         on_change: Callable[[], None] = lambda: None,
-        on_unkillable: OnUnkillable = lambda _spec, _devices: None,
-        on_late_death: OnUnkillable = lambda _spec, _devices: None,
+        on_unkillable: OnUnkillable = lambda _spec, _devices, _pid: None,
+        on_late_death: OnUnkillable = lambda _spec, _devices, _pid: None,
         means: Means = REAL_MEANS,
     ) -> None:
         self.spec, self.limits = spec, limits
@@ -343,7 +343,9 @@ class Lane:
     def _unkillable(self, instance: Instance) -> str:
         devices = self._devices(instance)
         where = f" It may still hold {', '.join(devices)}." if devices else ""
-        return f"Process {instance.child.pid} of engine {self.spec.engine.name} hangs and cannot be killed.{where}"
+        return (
+            f"Process {instance.child.stuck_pid} of engine {self.spec.engine.name} hangs and cannot be killed.{where}"
+        )
 
     def _devices(self, instance: Instance) -> tuple[str, ...]:
         """GPUs that an instance may hold."""
@@ -352,10 +354,10 @@ class Lane:
 
     def _abandon(self, instance: Instance) -> None:
         """A process that nobody can kill: its GPUs are not to be used any more, everything else goes on."""
-        devices = self._devices(instance)
-        instance.child.on_late_death = lambda _how: self._on_late_death(self.spec, devices)
+        devices, pid = self._devices(instance), instance.child.stuck_pid
+        instance.child.on_late_death = lambda _how: self._on_late_death(self.spec, devices, pid)
         self._standing.abandon(instance.child)
-        self._on_unkillable(self.spec, devices)
+        self._on_unkillable(self.spec, devices, pid)
 
     async def _sit_out(self, pause_s: float) -> None:
         """Quarantine, until a probe passes."""

@@ -142,7 +142,7 @@ class Standing:
         """Try the model; "" when it passed, else why not."""
         if self._abandoned is not None:
             if not self._abandoned.gone.is_set():
-                return f"Process {self._abandoned.pid} of engine {self._spec.engine.name} still cannot be killed."
+                return f"Process {self._abandoned.stuck_pid} of engine {self._spec.engine.name} still cannot be killed."
             self._abandoned, self._late_death = None, trio.Event()
         limit_s = self._limits.start_s + self._limits.load_s + self._limits.first_output_s
         with trio.move_on_after(limit_s):

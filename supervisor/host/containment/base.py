@@ -118,7 +118,10 @@ class Leash(Protocol):
         """What it complains of."""
 
     async def wait_dead(self) -> None:
-        """Wait until the leader is dead, without reaping it. Cancellation: only the waiting ends."""
+        """Wait until the leader is dead, and with it the family where that was killed, without reaping it.
+
+        Cancellation: only the waiting ends.
+        """
 
     def reap(self) -> Exit:
         """Kill what the dead leader left in its group, reap it, tell how it ended. Only after `wait_dead`."""
@@ -140,6 +143,9 @@ class Leash(Protocol):
 
     def kill_members(self) -> None:
         """Kill the group and every process of the family that is known; for when the container did not do."""
+
+    def stuck_pid(self) -> int:
+        """Who of the family is still there, for people: the process that the others wait for, else the leader."""
 
     def cut_lifeline(self) -> bool:
         """Let the warden end the family; False when there is no lifeline (any more)."""

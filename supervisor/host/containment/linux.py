@@ -32,8 +32,8 @@ class LinuxLeash(PosixLeash):
         super().__init__(spec, is_over)
         self._cgroup = spec.cgroup
 
-    async def wait_dead(self) -> None:
-        """Wait on a pidfd; the zombie stays. Some Pythons are built without pidfd_open (old kernel headers)."""
+    async def leader_dead(self) -> None:
+        """Wait on a pidfd. Some Pythons are built without pidfd_open (old kernel headers)."""
         if not hasattr(os, "pidfd_open"):
             await self._wait_in_thread()
             return
@@ -65,6 +65,10 @@ class LinuxLeash(PosixLeash):
     def members(self) -> dict[int, str]:
         """As /proc shows them."""
         return members(self.pid)
+
+    def is_there(self, pid: int, started: str) -> bool:
+        """As /proc shows it."""
+        return is_there(pid, started)
 
     def signal_exactly(self, pid: int, started: str, number: int) -> bool:
         """By a pidfd."""
@@ -116,6 +120,12 @@ def start_time(pid: int) -> str:
     """In clock ticks since boot: with the pid it names one process for ever; "" when gone."""
     found = procfs.stat(pid)
     return "" if found is None else str(found.started)
+
+
+def is_there(pid: int, started: str) -> bool:
+    """Whether this very process has not ended; a zombie has."""
+    found = procfs.stat(pid)
+    return found is not None and str(found.started) == started and found.state not in "ZXx"
 
 
 def signal_exactly(pid: int, started: str, number: int) -> bool:

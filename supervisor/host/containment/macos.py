@@ -29,8 +29,8 @@ from supervisor.host.containment.posix import PosixLeash  # noqa: E402
 class MacosLeash(PosixLeash):
     """A kqueue event, a group and a lifeline."""
 
-    async def wait_dead(self) -> None:
-        """Wait for NOTE_EXIT; the zombie stays."""
+    async def leader_dead(self) -> None:
+        """Wait for NOTE_EXIT."""
         await wait_exit(self.pid)
 
     def members(self) -> dict[int, str]:
@@ -44,6 +44,14 @@ class MacosLeash(PosixLeash):
             with contextlib.suppress(psutil.Error):
                 found[process.pid] = repr(process.create_time())
         return found
+
+    def is_there(self, pid: int, started: str) -> bool:
+        """As the process table shows it."""
+        try:
+            process = psutil.Process(pid)
+            return repr(process.create_time()) == started and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
 
     def signal_exactly(self, pid: int, started: str, number: int) -> bool:
         """Look, then send: there is no pidfd."""

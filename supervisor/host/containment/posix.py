@@ -15,7 +15,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import trio
+
 from supervisor.host.containment.base import ChildSpec, Exit
+from supervisor.host.share import Share
 
 assert sys.platform != "win32" or not TYPE_CHECKING  # for the type checker: the rest is for the others
 
@@ -23,6 +26,8 @@ from supervisor.host.pipe import PipeReader, PipeWriter  # noqa: E402
 
 # A family that forks faster than we can look is ended by its group, its warden or its cgroup, not by a list.
 MAX_MEMBERS = 4096
+# Between looks at who is left of a killed family: most are gone with their warden.
+FIRST_LOOK_S, LONGEST_LOOK_S = 0.002, 0.5
 
 
 class PosixLeash:
@@ -42,7 +47,23 @@ class PosixLeash:
         self.stderr = PipeReader(_detach(process.stderr), is_over)
 
     async def wait_dead(self) -> None:
-        """Wait until the process is a zombie, without reaping it: each system has its own way."""
+        """Wait for the leader, and for everybody of a family that was killed.
+
+        A warden dies when it is told to, even while its engine hangs in the kernel and still holds a GPU.
+        """
+        await self.leader_dead()
+        left, pause_s, share = dict(self._known), FIRST_LOOK_S, Share()
+        while left:
+            for pid, started in list(left.items()):
+                if not self.is_there(pid, started):
+                    del left[pid]
+                await share.give_way()
+            if left:
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_LOOK_S)
+
+    async def leader_dead(self) -> None:
+        """Wait until the leader is a zombie, without reaping it: each system has its own way."""
         raise NotImplementedError
 
     def reap(self) -> Exit:
@@ -91,6 +112,11 @@ class PosixLeash:
         for pid, started in self._known.items():
             self.signal_exactly(pid, started, signal.SIGKILL)
 
+    def stuck_pid(self) -> int:
+        """The lowest in the family of those that are left: what stands above it only waits for it."""
+        left = [pid for pid, started in self._known.items() if self.is_there(pid, started)]
+        return left[-1] if left else self.pid
+
     def _note_members(self) -> dict[int, str]:
         """Returns those that are new."""
         if self._process.returncode is not None or len(self._known) >= MAX_MEMBERS:
@@ -101,6 +127,10 @@ class PosixLeash:
 
     def members(self) -> dict[int, str]:
         """The leader's descendants that can be seen now, each with its start; not the leader itself."""
+        raise NotImplementedError
+
+    def is_there(self, pid: int, started: str) -> bool:
+        """Whether this very process has not ended; a zombie has."""
         raise NotImplementedError
 
     def signal_exactly(self, pid: int, started: str, number: int) -> bool:

@@ -257,6 +257,10 @@ class WindowsLeash:
         self.kill_family()
         self.signal(_SIGKILL)
 
+    def stuck_pid(self) -> int:
+        """The leader."""
+        return self.pid
+
     def cut_lifeline(self) -> bool:
         """Close the job: Windows ends all in it."""
         return self._job.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 from pathlib import Path
@@ -430,32 +429,3 @@ async def test_preload_loads_without_a_run(tmp_path, autojump_clock):
         host.preload("m")
         await trio.sleep(1)
         assert host.snapshot()[0].state == "ready"
-
-
-async def test_stop_waits_for_runs_then_ends_everything(tmp_path, autojump_clock):
-    async def script(child: FakeChild) -> None:
-        await greet_and_load(child)
-        async for message in child.inbox:
-            if isinstance(message, wire.Run):
-                child.send(wire.Started(run=message.run))
-                await trio.sleep(5)
-                child.send(wire.Result(run=message.run, body=message.params))
-            elif isinstance(message, wire.Shutdown):
-                return
-
-    fakes, opened = open_fakes(script, tmp_path)
-    ends: list[object] = []
-    async with opened as host, trio.open_nursery() as nursery:
-
-        async def run() -> None:
-            ends.append(await host.run(ask(label="j"), Story()))
-
-        nursery.start_soon(run)
-        await trio.sleep(1)
-        await host.stop(30)
-        refused = await host.run(ask(), Story())
-        assert isinstance(refused, Failed)
-        assert refused.fault.code == "worker_stopping"
-    assert isinstance(ends[0], Done)
-    with contextlib.suppress(IndexError):
-        assert fakes.children[0].exit is not None

@@ -562,8 +562,8 @@ async def test_a_process_that_cannot_be_killed_costs_its_lane_and_nobody_else(tm
     models = [msgspec.structs.replace(spec(), model=model), spec("other")]
     async with yard(script, tmp_path, models=models) as it:
         fakes = it.fakes
-        it.host.on_unkillable = lambda which, devices: told.append(("stuck", which.name, devices))
-        it.host.on_late_death = lambda which, devices: told.append(("dead", which.name, devices))
+        it.host.on_unkillable = lambda which, devices, _pid: told.append(("stuck", which.name, devices))
+        it.host.on_late_death = lambda which, devices, _pid: told.append(("dead", which.name, devices))
         await it.begin("silent")
         await trio.sleep(23)
         assert it.fault_of("silent").code == "engine_hung"  # nobody waits for the escalation
@@ -628,3 +628,17 @@ async def test_a_run_is_not_blamed_for_the_time_that_we_stood_still(tmp_path, mo
         mock_clock.autojump_threshold = 0
         await trio.sleep(5)
         assert isinstance(it.ends["1"], Done)
+
+
+async def test_trouble_in_a_callback_costs_no_lane(tmp_path, autojump_clock, caplog):
+    def trouble() -> None:
+        raise RuntimeError("trouble")
+
+    async with yard(worker, tmp_path) as it:
+        it.host.on_change = trouble
+        assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
+        await it.begin("boom")
+        await trio.sleep(1)
+        assert it.fault_of("boom").code == "engine_crashed"
+        assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
+    assert "trouble" in caplog.text

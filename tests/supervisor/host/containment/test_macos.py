@@ -82,7 +82,7 @@ async def test_cancellation_takes_the_question_back_even_when_the_answer_came_in
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wait for the end is borrowed from Linux")
 async def test_the_leash_ends_a_family_by_the_process_table(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(macos.MacosLeash, "wait_dead", LinuxLeash.wait_dead)
+    monkeypatch.setattr(macos.MacosLeash, "leader_dead", LinuxLeash.leader_dead)
     code = (
         "import os, signal\nsignal.signal(15, signal.SIG_IGN)\n"
         "if os.fork() == 0: os.setsid()\nos.write(1, b'%d\\n' % os.getpid())\nsignal.pause()"
