@@ -202,6 +202,10 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
         ),
         worker=msgspec.structs.replace(settings.worker, state_dir=absolute(settings.worker.state_dir)),
         control=msgspec.structs.replace(settings.control, socket=absolute(settings.control.socket)),
+        log=msgspec.structs.replace(
+            settings.log, **{name: absolute(getattr(settings.log, name)) for name in ("file", "sentry_dsn_file")}
+        ),
+        otel=msgspec.structs.replace(settings.otel, headers_file=absolute(settings.otel.headers_file)),
         engines={name: table if table is BAD else engine(table) for name, table in settings.engines.items()},
         models=[table if table is BAD else model(table) for table in settings.models],
     )

@@ -1,4 +1,4 @@
-"""The supervisor's log: stderr, as text for people or as JSON lines for programs.
+"""The supervisor's log: stderr, as text for people or as JSON lines for programs; a file; a ring for readers.
 
 Under systemd the journal adds the time and reads the severity from a `<3>` prefix, so the text form leaves the
 time out there and writes the prefix instead.
@@ -6,22 +6,27 @@ time out there and writes the prefix instead.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO
 
 import msgspec
 
+from supervisor.observe.funnel import Funnel, Sink, extras
+from supervisor.observe.levels import Levels
+from supervisor.observe.logfile import LogFile
+from supervisor.observe.ring import Ring
+from supervisor.observe.sentry import start_sentry
 from supervisor.settings import LogTable
 
+log = logging.getLogger(__name__)
+
 _SEVERITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-# Attributes of every LogRecord; what a caller adds with `extra=` is what remains.
-_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
-# Libraries that tell of every request at INFO; theirs is our DEBUG.
-_CHATTY = ("httpx", "httpcore", "trio-websocket")
 
 
 class TextFormatter(logging.Formatter):
@@ -34,10 +39,10 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback follows on lines of its own."""
         words = [record.levelname.lower(), _short(record.name) + ":", record.getMessage()]
-        words += [f"{key}={value}" for key, value in _extras(record).items()]
+        words += [f"{key}={value}" for key, value in extras(record).items()]
         line = " ".join(words)
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+        if trace := _trace(self, record):
+            line += "\n" + trace
         if not self._journal:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
             return f"{stamp}.{int(record.msecs):03d} {line}"
@@ -57,32 +62,127 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        fields |= _extras(record)
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
+        fields |= extras(record)
+        if trace := _trace(self, record):
+            fields["traceback"] = trace
         return msgspec.json.encode(fields, enc_hook=str).decode()
 
 
-def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """The traceback; the funnel has made it text already."""
+    if record.exc_text:
+        return record.exc_text
+    return formatter.formatException(record.exc_info) if record.exc_info and record.exc_info[0] else ""
 
 
 def _short(name: str) -> str:
     return name.removeprefix("supervisor.")
 
 
-def set_up(table: LogTable, stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
-    """Send all logging to `stream` (stderr), in the form that `[log]` asks for; replaces an earlier set-up."""
-    target = sys.stderr if stream is None else stream
+class Log:
+    """The log that is set up.
+
+    Attributes:
+        ring: the latest lines, for readers.
+        levels: the level in force.
+        funnel: what every line goes through.
+        file: None when `[log]` names none.
+    """
+
+    def __init__(self, table: LogTable, stream: logging.StreamHandler[TextIO]) -> None:
+        self.ring = Ring()
+        self.levels = Levels(table.level)
+        self.file = LogFile(Path(table.file), int(table.max_mb * 2**20), table.keep) if table.file else None
+        sinks: list[Sink] = [_Stream(stream), _Ring(self.ring)]
+        if self.file is not None:
+            sinks.append(_File(self.file))
+        self._sentry = start_sentry(Path(table.sentry_dsn_file)) if table.sentry_dsn_file else None
+        if self._sentry is not None:
+            sinks.append(self._sentry)
+        self.funnel = Funnel(self.levels, sinks)
+
+    def dropped(self) -> Mapping[str, int]:
+        """Sink -> lines that it did not get."""
+        lost = {"repeats": self.funnel.repeated, "sinks": self.funnel.failed}
+        return lost if self.file is None else {**lost, "file": self.file.dropped}
+
+    def close(self) -> None:
+        """Say and write what is left; bounded by `logfile.CLOSE_S` and `sentry.CLOSE_S`."""
+        self.funnel.flush()
+        if self.file is not None:
+            self.file.close()
+        if self._sentry is not None:
+            self._sentry.close()
+
+
+class _Stream:
+    def __init__(self, stream: logging.StreamHandler[TextIO]) -> None:
+        self._stream = stream
+
+    def take(self, record: logging.LogRecord) -> None:
+        self._stream.handle(record)
+
+
+class _Ring:
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def take(self, record: logging.LogRecord) -> None:
+        self._ring.add(record, extras(record))
+
+
+class _File:
+    def __init__(self, file: LogFile) -> None:
+        self._file, self._form = file, JsonFormatter()
+
+    def take(self, record: logging.LogRecord) -> None:
+        self._file.put(self._form.format(record))
+
+
+_log: Log | None = None
+
+
+def set_up(table: LogTable, stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> Log:
+    """Send all logging to `stream` (stderr) in the form that `[log]` asks for, to its file, and to readers.
+
+    Replaces an earlier set-up, and closes it.
+
+    Raises:
+        ConfigError: Sentry is asked for and cannot be had.
+    """
+    global _log
     formatter: logging.Formatter = JsonFormatter()
     if table.format == "text":
         formatter = TextFormatter(journal="JOURNAL_STREAM" in environ and stream is None)
-    sink = logging.StreamHandler(target)
+    sink = logging.StreamHandler(sys.stderr if stream is None else stream)
     sink.setFormatter(formatter)
+    made = Log(table, sink)
+    if _log is None:
+        atexit.register(close)
+    else:
+        _log.close()
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
-    root.addHandler(sink)
-    root.setLevel(table.level.upper())
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.DEBUG if table.level == "debug" else logging.WARNING)
+    root.addHandler(made.funnel)
+    _log = made
+    return made
+
+
+def close() -> None:
+    """Write what is left of the log; for the end of the process."""
+    if _log is not None:
+        _log.close()
+
+
+def set_level(level: str, for_s: float | None = None) -> None:
+    """Change the level of the running process, for good or for so many seconds.
+
+    Raises:
+        ValueError: there is no such level, or `for_s` is not above 0.
+        RuntimeError: no log is set up.
+    """
+    if _log is None:
+        raise RuntimeError("there is no log yet whose level could be changed")
+    _log.levels.set(level, for_s)
+    log.info("log level %s%s", level, f" for {for_s:g} s" if for_s is not None else "")

@@ -194,10 +194,35 @@ class ControlTable(Table, frozen=True):
 
 
 class LogTable(Table, frozen=True):
-    """Log of the supervisor on stderr."""
+    """Log of the supervisor: on stderr always, in a file and at Sentry when they are named.
+
+    Attributes:
+        level: the least that is logged.
+        format: of the lines on stderr.
+        file: JSON lines go there as well; "" means no file.
+        max_mb: size in MiB at which the file becomes FILE.1.
+        keep: how many older files are kept.
+        sentry_dsn_file: file that holds the DSN of a Sentry project; "" sends nothing.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+    file: str = ""
+    max_mb: Annotated[float, Meta(gt=0, le=1e6)] = 20.0
+    keep: Annotated[int, Meta(ge=0, le=1000)] = 5
+    sentry_dsn_file: str = ""
+
+
+class OtelTable(Table, frozen=True):
+    """Traces of jobs for OpenTelemetry.
+
+    Attributes:
+        endpoint: base URL of an OTLP/HTTP receiver, http://127.0.0.1:4318 for example; "" sends nothing.
+        headers_file: file with one `name: value` a line, sent along (a token of the receiver); "" means none.
+    """
+
+    endpoint: Annotated[str, Meta(pattern="^(https?://.+)?$")] = ""
+    headers_file: str = ""
 
 
 class Settings(Table, frozen=True):
@@ -211,3 +236,4 @@ class Settings(Table, frozen=True):
     limits: LimitsTable = LimitsTable()
     control: ControlTable = ControlTable()
     log: LogTable = LogTable()
+    otel: OtelTable = OtelTable()
