@@ -225,6 +225,164 @@ class OtelTable(Table, frozen=True):
     headers_file: str = ""
 
 
+_HoldMode = Literal["off", "stop", "unload", "abort"]
+_Moment = Annotated[float, Meta(ge=0, le=86_400)]  # s
+_Percent = Annotated[float, Meta(ge=0, le=100)]
+# Days are optional: "22:00-07:00", "mon-fri 08:00-18:00". What is no day or time is found by machine/schedule.py.
+_QuietHours = Annotated[str, Meta(pattern="^([a-z,-]+ )?[0-9]{2}:[0-9]{2}-[0-9]{2}:[0-9]{2}$")]
+
+
+class ScheduleTable(Table, frozen=True):
+    """No work in quiet hours: `[holds.schedule]`.
+
+    Attributes:
+        quiet: "22:00-07:00", with days before it when they matter: "mon-fri 08:00-18:00". The day is the one on
+            which the hours begin. Equal ends mean a whole day.
+        time_zone: "Europe/Zurich"; "" means the machine's own.
+        mode: "stop" takes no more jobs; "unload" also ends idle models; "abort" ends running jobs, too, and frees
+            the GPU at once; "off" never holds. The same words serve all tables of `[holds]`.
+    """
+
+    quiet: list[_QuietHours] = []
+    time_zone: str = ""
+    mode: _HoldMode = "stop"
+
+
+class PresenceTable(Table, frozen=True):
+    """No work while somebody uses this machine: `[holds.presence]`.
+
+    Attributes:
+        idle_s: without input for this long, the machine is free.
+        enter_s: input or a film has to be seen for this long before work stops.
+        when_unknown: "work" or "hold", when nothing can be told about input.
+    """
+
+    mode: _HoldMode = "off"
+    idle_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    enter_s: _Moment = 2.0
+    when_unknown: Literal["work", "hold"] = "work"
+
+
+class BatteryTable(Table, frozen=True):
+    """No work on battery: `[holds.battery]`.
+
+    Attributes:
+        below_percent: on battery, work stops at this charge or less; 100: always.
+        above_percent: plugged in again, work goes on from this charge.
+        enter_s, leave_s: for this long it has to be so.
+    """
+
+    mode: _HoldMode = "stop"
+    below_percent: _Percent = 100.0
+    above_percent: _Percent = 20.0
+    enter_s: _Moment = 5.0
+    leave_s: _Moment = 30.0
+
+
+class ThermalTable(Table, frozen=True):
+    """No work on a GPU that its driver slows down for heat or for want of power: `[holds.thermal]`.
+
+    A power cap that the GPU meets under full load is no reason: that is what a cap is for.
+
+    Attributes:
+        celsius: from this temperature on, too; 0: only by the driver's word.
+        cooler_by: degrees below `celsius` at which work goes on.
+        enter_s, leave_s: for this long it has to be so.
+    """
+
+    mode: _HoldMode = "stop"
+    celsius: Annotated[float, Meta(ge=0, le=150)] = 0.0
+    cooler_by: Annotated[float, Meta(ge=0, le=100)] = 10.0
+    enter_s: _Moment = 20.0
+    leave_s: _Moment = 60.0
+
+
+class ForeignVramTable(Table, frozen=True):
+    """No work on a GPU that another program uses: `[holds.foreign_vram]`. Our own engines never count.
+
+    Attributes:
+        enter_gb, leave_gb: work stops when others hold this many GiB, and goes on when they hold at most that many.
+        busy: work stops, too, when others keep the GPU busy for this share of the time, 0 to 1; 0: never.
+        enter_s, leave_s: for this long it has to be so.
+    """
+
+    mode: _HoldMode = "off"
+    enter_gb: Annotated[float, Meta(gt=0, le=1e6)] = 3.0
+    leave_gb: _Gigabytes = 2.0
+    busy: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    enter_s: _Moment = 5.0
+    leave_s: _Moment = 20.0
+
+
+class ApplicationsTable(Table, frozen=True):
+    """No work while one of these programs runs: `[holds.applications]`.
+
+    Attributes:
+        names: of processes, as a task list shows them; "*" stands for anything; capitals do not matter.
+        leave_s: work goes on this long after the last of them ended.
+    """
+
+    mode: _HoldMode = "unload"
+    names: list[Annotated[str, Meta(min_length=1, max_length=200)]] = []
+    leave_s: _Moment = 10.0
+
+
+class DiskTable(Table, frozen=True):
+    """No work when the disk of the state folder is nearly full: `[holds.disk]`.
+
+    Attributes:
+        floor_gb: work stops below this many free GiB.
+        enough_gb: work goes on from this many.
+        enter_s, leave_s: for this long it has to be so.
+    """
+
+    mode: _HoldMode = "stop"
+    floor_gb: _Gigabytes = 0.5
+    enough_gb: _Gigabytes = 1.0
+    enter_s: _Moment = 5.0
+    leave_s: _Moment = 30.0
+
+
+class NetworkTable(Table, frozen=True):
+    """No work while the network is metered: `[holds.network]`.
+
+    Attributes:
+        guesses: count what the system only guesses, too.
+    """
+
+    mode: _HoldMode = "off"
+    guesses: bool = True
+    enter_s: _Moment = 10.0
+    leave_s: _Moment = 30.0
+
+
+class EngineFailuresTable(Table, frozen=True):
+    """No work after engines ended badly again and again: `[holds.engine_failures]`.
+
+    Attributes:
+        after: bad ends in a row, over all models; one job that is done clears the record.
+        pause_s: then work goes on; the next bad end holds it again, for twice as long, at most a day.
+    """
+
+    mode: _HoldMode = "stop"
+    after: Annotated[int, Meta(ge=2, le=1000)] = 10
+    pause_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+
+
+class HoldsTable(Table, frozen=True):
+    """When the worker steps aside by itself: `[holds]`. The operator's own pause is not configured."""
+
+    schedule: ScheduleTable = ScheduleTable()
+    presence: PresenceTable = PresenceTable()
+    battery: BatteryTable = BatteryTable()
+    thermal: ThermalTable = ThermalTable()
+    foreign_vram: ForeignVramTable = ForeignVramTable()
+    applications: ApplicationsTable = ApplicationsTable()
+    disk: DiskTable = DiskTable()
+    network: NetworkTable = NetworkTable()
+    engine_failures: EngineFailuresTable = EngineFailuresTable()
+
+
 class Settings(Table, frozen=True):
     """The whole of worker.toml."""
 
@@ -235,5 +393,6 @@ class Settings(Table, frozen=True):
     models: list[ModelTable] = []
     limits: LimitsTable = LimitsTable()
     control: ControlTable = ControlTable()
+    holds: HoldsTable = HoldsTable()
     log: LogTable = LogTable()
     otel: OtelTable = OtelTable()
