@@ -84,17 +84,21 @@ class PipeWriter:
         prepare(fd)
         self._fd = fd
         self._lock = trio.StrictFIFOLock()
+        self._cut = False  # a frame was begun and is not finished
 
     async def write(self, *buffers: bytes | memoryview) -> None:
         """Write all buffers.
 
         Raises:
             BrokenPipeError: nobody reads any more.
-            trio.ClosedResourceError: closed on our side.
+            trio.ClosedResourceError: closed on our side, or a frame before it was cut short.
 
-        Cancellation: may leave a frame half written; the caller must then give the child up.
+        Cancellation: a frame that was begun stays half written. Nothing follows it, because it would be read as the
+        rest of that frame: the child may finish what it has, and has to be given up.
         """
         async with self._lock:
+            if self._cut:
+                raise trio.ClosedResourceError("the frame before this one was cut short")
             left = [memoryview(part).cast("B") for part in buffers if len(part)]
             while left:
                 if self._fd < 0:
@@ -105,6 +109,7 @@ class PipeWriter:
                     await trio.lowlevel.wait_writable(self._fd)
                 else:
                     left = _rest(left, written)
+                    self._cut = bool(left)
 
     def close(self) -> None:
         """Close the descriptor; the child reads the end of its input."""

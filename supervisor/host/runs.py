@@ -129,7 +129,7 @@ class Runs:
 
                 nursery.start_soon(until_left, self._left[run])
                 nursery.start_soon(self._limit, ticket)
-                nursery.start_soon(self._obey_cancel, run, ticket)
+                nursery.start_soon(self._obey_cancel, run, ticket, nursery)
                 await self._engine.tell(_run_message(run, ticket.request))
         finally:
             ticket.fail(Fault("worker_stopping", "The worker stopped before the job was done."))
@@ -157,12 +157,13 @@ class Runs:
         """How long the run may show no progress now."""
         return self._spec.stall_s or (self._limits.stall_s if ticket.produced else self._limits.first_output_s)
 
-    async def _obey_cancel(self, run: int, ticket: Ticket) -> None:
+    async def _obey_cancel(self, run: int, ticket: Ticket, nursery: trio.Nursery) -> None:
+        """See the module's theory. `nursery` holds what goes on as long as the run has its slot."""
         await ticket.cancel_asked.wait()
         asked = trio.current_time()
         due = asked + self._limits.cancel_grace_s
-        with trio.move_on_at(min(due, asked + ANSWER_S)):  # an engine that was stopped does not empty its pipe either
-            await self._engine.tell(wire.Cancel(run=run))
+        # An engine that computes may empty its pipe later, and one that was stopped never.
+        nursery.start_soon(self._engine.tell, wire.Cancel(run=run))
         await patience.sleep_until(min(due, asked + ANSWER_S))
         assert ticket.wanted_end is not None
         self._overdue.add(run)

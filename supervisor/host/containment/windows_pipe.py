@@ -70,23 +70,28 @@ class OverlappedWriter:
             trio.lowlevel.register_with_iocp(handle)
         self._kernel, self._handle = kernel, handle
         self._lock = trio.StrictFIFOLock()
+        self._cut = False  # a frame was begun and is not finished
 
     async def write(self, *buffers: bytes | memoryview) -> None:
         """Write all buffers.
 
         Raises:
             BrokenPipeError: nobody reads any more.
-            trio.ClosedResourceError: closed on our side.
+            trio.ClosedResourceError: closed on our side, or a frame before it was cut short.
 
-        Cancellation: may leave a frame half written; the caller must then give the child up.
+        Cancellation: as `PipeWriter.write`; how much of a cancelled operation was written cannot be known.
         """
         async with self._lock:
+            if self._cut:
+                raise trio.ClosedResourceError("the frame before this one was cut short")
+            self._cut = True
             for part in gathered(buffers):
                 left = memoryview(part).cast("B")
                 while left:
                     if self._handle < 0:
                         raise trio.ClosedResourceError("the pipe is closed")
                     left = left[await _write_from(self._handle, left[:_WRITE_BYTES]) :]
+            self._cut = False
 
     def close(self) -> None:
         """Close the handle; the child reads the end of its input."""

@@ -28,13 +28,17 @@ class Engine:
         self.told: list[wire.Down] = []
         self.has = 1
         self.deaf = False
+        self._hears = trio.Event()
         self.story: list[str] = []
 
     async def tell(self, message: wire.Down) -> None:
         if self.deaf:
-            await trio.sleep_forever()
+            await self._hears.wait()
         await trio.lowlevel.checkpoint()
         self.told.append(message)
+
+    def hear(self) -> None:
+        self._hears.set()
 
     async def take_stacks(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -192,3 +196,17 @@ async def test_a_cancelled_task_leaves_its_run_with_an_end(autojump_clock):
         nursery.cancel_scope.cancel()
     assert fault_of(run).code == "worker_stopping"
     assert not stage.runs.alone
+
+
+async def test_a_cancel_waits_for_a_pipe_that_is_full_for_a_moment(stage, autojump_clock):
+    run = await stage.begin()
+    stage.engine.deaf = True  # it computes, and reads in a second
+    run.ask_cancel(Fault("cancelled", "Gone."))
+    await trio.sleep(1)
+    assert stage.engine.told[1:] == []
+    stage.engine.hear()
+    await trio.testing.wait_all_tasks_blocked()
+    assert stage.engine.told[1:] == [wire.Cancel(run=1)]
+    stage.runs.take(wire.RunFault(run=1, fault=Fault("cancelled", "As asked.")))
+    await trio.testing.wait_all_tasks_blocked()
+    assert (stage.runs.admitted, stage.runs.stuck) == ([], None)
