@@ -77,9 +77,14 @@ class Box:
         self._known: tuple[str, ...] = ()  # GPUs as they were last listed: a driver that hangs lists none
 
     async def clear_leftovers(self, control_socket: Path) -> None:
-        """End what an earlier life left running, and remove its scratch folders and sockets."""
+        """End what an earlier life left running, and remove its scratch folders and sockets.
+
+        Cancellation: at once; what the thread does not get done is left to the next life.
+        """
         folders = [self._state.instances, self._state.probes]
-        swept = await trio.to_thread.run_sync(lambda: sweep(self._ledger, scratch=folders, sockets=[control_socket]))
+        swept = await trio.to_thread.run_sync(
+            lambda: sweep(self._ledger, scratch=folders, sockets=[control_socket]), abandon_on_cancel=True
+        )
         for found in swept.unkillable:
             log.error("%s (pid %d) of an earlier life cannot be ended; reboot to be rid of it", found.name, found.pid)
 

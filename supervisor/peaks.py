@@ -38,8 +38,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def facts_of(spec: ModelSpec) -> Facts:
-    """Look at the model's files, in a thread: a folder may lie on a slow disk."""
-    return await trio.to_thread.run_sync(read_facts, spec)
+    """Look at the model's files, in a thread: a folder may lie on a slow disk.
+
+    Cancellation: at once; a disk that is gone for good must not hold up the supervisor's end.
+    """
+    return await trio.to_thread.run_sync(read_facts, spec, abandon_on_cancel=True)
 
 
 def read_facts(spec: ModelSpec) -> Facts:

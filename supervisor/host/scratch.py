@@ -120,7 +120,7 @@ def hidden_bytes(folder: Path, pids: Iterable[int]) -> int:
 
 
 class Watch:
-    """Watches a folder's limit. `run` returns when it is passed.
+    """Knows a folder's limit, and whether it was passed when it was last measured.
 
     Args:
         limit_bytes: most that the folder may take.
@@ -132,13 +132,13 @@ class Watch:
         folder: Path,
         limit_bytes: int,
         *,
-        poll_s: float = POLL_S,
         pids: Callable[[], Iterable[int]] = tuple,
     ) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self.usage = Usage(0, 0)
-        self._poll_s = poll_s
         self._pids = pids
+        # A file system that hangs keeps the thread: of those that everybody shares it would have one per measurement.
+        self._one = trio.CapacityLimiter(1)
 
     @property
     def exceeded(self) -> bool:
@@ -154,14 +154,7 @@ class Watch:
 
     async def measure(self) -> Usage:
         """Measure once, in a thread. Cancellation: at once; the thread ends by itself."""
-        self.usage = await trio.to_thread.run_sync(self._measure, abandon_on_cancel=True)
-        return self.usage
-
-    async def run(self) -> Usage:
-        """Measure every `poll_s` until the limit is passed; returns the measurement that did."""
-        while not self.exceeded:
-            await trio.sleep(self._poll_s)
-            await self.measure()
+        self.usage = await trio.to_thread.run_sync(self._measure, abandon_on_cancel=True, limiter=self._one)
         return self.usage
 
     def _measure(self) -> Usage:

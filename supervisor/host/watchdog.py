@@ -222,11 +222,6 @@ class Watchdog:
         self._strike(now)
         return self.diagnosis
 
-    @property
-    def hopeless(self) -> bool:
-        """Whether waiting for the limit is pointless: two strikes of a soft diagnosis, or stuck in the kernel."""
-        return self.strikes >= STRIKES or self.diagnosis is Diagnosis.UNINTERRUPTIBLE
-
     def slept(self, seconds: float) -> None:
         """The machine slept for so long: what was young then is young now. For clocks that count sleep."""
         if self._beat is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 
 import pytest
 import trio
@@ -189,3 +190,14 @@ async def test_an_engines_last_words_make_its_gpu_suspect(box):
     box._incident(Incident(model="m", engine="e", stderr=("CUDA error: uncorrectable ECC error encountered",)))
     assert "ECC" in box.health.usable(TWO)
     assert box.health.usable(ONE) == ""
+
+
+async def test_a_second_signal_does_not_wait_for_the_clearing_up(box, tmp_path, monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr("supervisor.box.sweep", lambda *_a, **_k: done.wait(20))
+    try:
+        with trio.fail_after(10), trio.move_on_after(0.05) as patience:
+            await box.clear_leftovers(tmp_path / "control.sock")
+        assert patience.cancelled_caught
+    finally:
+        done.set()

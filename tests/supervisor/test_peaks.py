@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import msgspec
 import pytest
+import trio
 
 from protocol import engine_wire as wire
 from supervisor import peaks
@@ -100,3 +103,14 @@ def test_another_file_configuration_or_device_is_another_key(tmp_path):
     before = read_facts(known).key
     path.write_bytes(b"xyz")
     assert read_facts(known).key == before
+
+
+async def test_a_disk_that_is_gone_holds_nobody_up(monkeypatch):
+    back = threading.Event()
+    monkeypatch.setattr(peaks, "read_facts", lambda _spec: back.wait(20))
+    try:
+        with trio.fail_after(10), trio.move_on_after(0.05) as patience:
+            await facts_of(spec())
+        assert patience.cancelled_caught
+    finally:
+        back.set()
