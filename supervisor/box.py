@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from supervisor.host.cgroups import Cgroups
 from supervisor.host.child import open_child
 from supervisor.host.family import members
 from supervisor.host.host import Host
-from supervisor.host.incidents import Incident, Incidents
+from supervisor.host.incidents import Incident, Incidents, now_utc
 from supervisor.host.leftovers import Ledger, sweep
 from supervisor.host.means import Means, OpenChild
 from supervisor.host.quarantine import Quarantines
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # For trying things out without a GPU: a script for engines/telemetry/simulated.py.
 SIMULATED = "BULKHEAD_SIMULATED_GPUS"
+# Bad ends that are kept in memory for the status; the reports of more of them lie in the state folder.
+LATEST = 10
 
 
 class Box:
@@ -155,11 +157,8 @@ class Box:
         return self._incidents.counts
 
     def recent_incidents(self, count: int) -> list[IncidentView]:
-        """The newest bad ends."""
-        names = IncidentView.__struct_fields__
-        return [
-            IncidentView(**{name: getattr(found, name) for name in names}) for found in self._incidents.recent(count)
-        ]
+        """The newest bad ends, at most `LATEST`, those of earlier lives included."""
+        return list(self._incidents.latest)[:count]
 
     def hopeless(self, specs: Iterable[ModelSpec]) -> str:
         """Why no model can ever run again without a person: "" as long as one may.
@@ -241,18 +240,31 @@ class Box:
 
 
 class _Counted(Incidents):
-    """Incidents that are counted by model and fault code, too."""
+    """Incidents that are counted by model and fault code, too.
+
+    Attributes:
+        counts: model -> fault code -> how many in this life.
+        latest: the newest first: whoever asks for the status must not wait for a disk.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.counts: dict[str, Counter[str]] = {}
+        self.latest = deque(map(_seen, self.recent(LATEST)), maxlen=LATEST)
         self.on_incident: Callable[[Incident], None] = lambda _incident: None
 
     def keep(self, incident: Incident) -> Path | None:
         """See `Incidents.keep`."""
+        if not incident.time:
+            incident = msgspec.structs.replace(incident, time=now_utc())
+        self.latest.appendleft(_seen(incident))
         self.counts.setdefault(incident.model, Counter())[incident.code or "engine_crashed"] += 1
         self.on_incident(incident)
         return super().keep(incident)
+
+
+def _seen(incident: Incident) -> IncidentView:
+    return IncidentView(**{name: getattr(incident, name) for name in IncidentView.__struct_fields__})
 
 
 def _reader(state: StateFolder) -> tuple[str, ...] | None:

@@ -317,17 +317,23 @@ class Lane:
         if not end.counts:
             self._step(Event.GONE)
             return
+        if story.instance is None and fault.code == "gpu_failed":
+            await self._pause(self.limits.restart.first_pause_s)  # the GPU's fault, not the model's: it is not counted
+            return
         well = story.succeeded or trio.current_time() - story.loaded_at >= self.limits.restart.healthy_s
         following = self._standing.bad_end(fault, well=well, loading=story.fault is not None)
         if following.quarantined:
             await self._sit_out(following.pause_s)
         elif following.pause_s:
-            self._step(Event.PAUSE)
-            await trio.sleep(following.pause_s)
-            self._blocked = None  # the next one who asks may try again
-            self._step(Event.RETRY)
+            await self._pause(following.pause_s)
         else:
             self._step(Event.GONE)
+
+    async def _pause(self, pause_s: float) -> None:
+        self._step(Event.PAUSE)
+        await trio.sleep(pause_s)
+        self._blocked = None  # the next one who asks may try again
+        self._step(Event.RETRY)
 
     def _cause(self, story: _Story) -> Fault:
         """The fault that stands for a bad end; where there was a process, a report of it is kept."""

@@ -145,6 +145,7 @@ class Ledger:
                 file.write(msgspec.json.encode(record))
         except OSError as error:
             log.warning("The start of %s could not be written down: %s.", name, error.strerror)
+            self.ended(path)  # a full disk may have taken the name and not the record
             return None
         return path
 

@@ -100,7 +100,7 @@ class Digests:
             FaultError: `model_corrupt` naming the file and both digests; `load_failed` when a file cannot be read
                 or a digest is given for a role that names no file.
 
-        Cancellation: hashing stops at the next chunk; finished digests are kept.
+        Cancellation: at once; hashing stops at the next chunk, if the disk ever gives it. Finished digests are kept.
         """
         for role in spec.sha256:
             if role not in spec.model.files:
@@ -118,7 +118,9 @@ class Digests:
 
     async def _role(self, spec: ModelSpec, role: str, path: Path) -> str:
         try:
-            found = await trio.to_thread.run_sync(self.digest, path, lambda _bytes: trio.from_thread.check_cancelled())
+            found = await trio.to_thread.run_sync(
+                self.digest, path, lambda _bytes: trio.from_thread.check_cancelled(), abandon_on_cancel=True
+            )
         except OSError as error:
             sentence = f"Model {spec.name!r}: {path} cannot be read: {error.strerror or error}."
             raise refuse("load_failed", sentence, f"files.{role}") from None

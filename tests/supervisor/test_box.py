@@ -168,6 +168,11 @@ async def test_holds_free_the_gpus_and_incidents_are_counted(box, tmp_path, auto
         await trio.testing.wait_all_tasks_blocked()
         assert box.ends() == {"m": {"engine_crashed": 2}}
         assert [one.code for one in box.recent_incidents(5)] == ["engine_crashed"] * 2
+        assert len(box.recent_incidents(1)) == 1
+        assert box.recent_incidents(1)[0].time
+        assert Box(Settings(), box._state).recent_incidents(5) == box.recent_incidents(5)  # the next life knows them
+        shutil.rmtree(box._state.incidents)
+        assert len(box.recent_incidents(5)) == 2  # asked of memory: the disk may hang
         assert box.health.snapshot()[ONE].reason == ""  # a model on the CPU says nothing about a GPU
     box._hold_changed()
     box.pausing.on_change = box._hold_changed

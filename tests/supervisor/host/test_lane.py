@@ -642,3 +642,25 @@ async def test_trouble_in_a_callback_costs_no_lane(tmp_path, autojump_clock, cap
         assert it.fault_of("boom").code == "engine_crashed"
         assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
     assert "trouble" in caplog.text
+
+
+async def test_a_gpu_that_is_out_of_use_puts_no_model_in_quarantine(tmp_path, autojump_clock):
+    broken = True
+
+    class Hall:
+        @contextlib.asynccontextmanager
+        async def place(self, _who: Occupant) -> AsyncIterator[None]:
+            await trio.lowlevel.checkpoint()
+            if broken:
+                raise refuse("gpu_failed", "GPU-1 is quarantined.")
+            yield
+
+    async with yard(worker, tmp_path, room=Hall()) as it:
+        for _ in range(5):
+            assert (await it.fault()).code == "gpu_failed"
+            assert it.status.state == "backoff"
+            assert (await it.fault()).code == "gpu_failed"  # at once, while it pauses
+            await trio.sleep(LIMITS.restart.first_pause_s)
+        assert it.status.state == "cold"
+        broken = False
+        assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
