@@ -129,7 +129,10 @@ class Prover:
             if remembered and self._verdicts.holds(key, circumstances):
                 return ""
             async with self._limiter:
-                probe = await self._probe(engine.name, engine, backend, device, deadline_s=PROBE_DEADLINE_S)
+                try:
+                    probe = await self._probe(engine.name, engine, backend, device, deadline_s=PROBE_DEADLINE_S)
+                except OSError as error:  # no room for its folder, say: that proves nothing
+                    return f"the engine {engine.name} could not be probed: {error}"
             self._verdicts.record(key, circumstances, passed=probe.ok)
         if probe.ok:
             log.info("%s works on %s", engine.name, probe.device_executed or device)

@@ -89,9 +89,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file as a whole; readers see the old or the new one. Mode 0600."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    partial.replace(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        partial.replace(path)
+    except OSError:  # the disk is full: leave it no fuller
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_endpoint(path: Path, url: str, client_key_file: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import sys
 
 import pytest
@@ -110,3 +111,19 @@ def test_circumstances_change_with_the_interpreter_and_its_packages(tmp_path):
     (packages / "new_package").mkdir()
     assert circumstances_of(engine) != before
     assert circumstances_of(spec("a", engine="piper").engine) != before
+
+
+async def test_a_full_disk_is_waited_out(autojump_clock, lab, monkeypatch, caplog):
+    well = lab.probe
+    full = [True, True]
+
+    async def probe(*what: object, **more: object) -> Probe:
+        await trio.lowlevel.checkpoint()
+        if full and full.pop():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return await well(*what, **more)
+
+    monkeypatch.setattr(lab, "probe", probe)
+    await lab.prove(spec("a"))
+    assert [ok for _name, ok, _said in lab.proofs] == [False, False, True]
+    assert "No space left" in caplog.text

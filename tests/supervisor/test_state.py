@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from protocol.ids import is_safe_id
 from supervisor.errors import ExitCode, IdentityHeld, NoPermission, SupervisorError
-from supervisor.state import hold_state, write_endpoint
+from supervisor.state import hold_state, write_atomically, write_endpoint
 
 
 def test_one_process_holds_the_folder_and_says_who(tmp_path):
@@ -92,3 +94,19 @@ def test_a_full_disk_is_told_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.undo()
     with hold_state(tmp_path):
         pass
+
+
+def test_a_disk_that_refuses_keeps_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "holds.json"
+    write_atomically(path, b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError):
+            write_atomically(path, b"x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_bytes() == b"old"
+    assert [found.name for found in tmp_path.iterdir()] == ["holds.json"]
