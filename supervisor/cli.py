@@ -41,15 +41,7 @@ examples:
 exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refused this worker, 70 internal,
 73 another process holds this identity, 77 no permission, 78 bad configuration
 """,
-    "config": f"""\
-{_CONFIG_HELP}
-
-examples:
-  supervisor config check                    all mistakes at once, each with its line
-  supervisor config show --json              what is in force, defaults included
-  supervisor config schema > schema.json     JSON Schema for editors
-  supervisor config path                     which file is read
-""",
+    "config": "",  # its own, in config_commands.py
     "models": """\
 examples:
   supervisor models pull ./chat.gguf
@@ -153,7 +145,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     run = command("run", "serve the configured models until asked to stop")
     run.add_argument("--config", metavar="FILE", help="worker.toml")
     run.set_defaults(command=_run)
-    _add_config(command("config", "check, show or describe the configuration"))
+    config = command("config", "check, show, change or describe the configuration")
     models = command("models", "pull, list and remove models")
     setup = command("setup", "make one environment per engine, for the GPU of this machine")
     selftest = command(
@@ -167,6 +159,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
             control.add_arguments(name, parser_of_verb)
     # Their arguments are theirs to name; importing both for every command would cost each of them.
+    if words[:1] == ["config"]:
+        from supervisor import config_commands
+
+        config_commands.add_arguments(config, _Parser)
     if words[:1] == ["models"]:
         from supervisor import pull
 
@@ -190,22 +186,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    for name, help_, function in (
-        ("check", "find all mistakes", _config_check),
-        ("show", "print what is in force", _config_show),
-        ("schema", "print the JSON Schema", _config_schema),
-        ("path", "print which file is read", _config_path),
-    ):
-        verb = verbs.add_parser(name, help=help_, description=help_[:1].upper() + help_[1:] + ".")
-        if name != "schema":
-            verb.add_argument("--config", metavar="FILE", help="worker.toml")
-        if name in ("check", "show", "path"):
-            verb.add_argument("--json", action="store_true", help="for programs")
-        verb.set_defaults(command=function)
-
-
 def _settings(arguments: argparse.Namespace) -> Settings:
     from supervisor.config import find_config, load
 
@@ -217,61 +197,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from supervisor.app import run
 
     return int(run(settings))
-
-
-def _config_check(arguments: argparse.Namespace) -> int:
-    import msgspec
-
-    from supervisor.config import find_config, load
-
-    path, problems = None, []
-    try:
-        path = find_config(arguments.config)
-        load(path)
-    except ConfigError as error:
-        problems = error.problems
-    if arguments.json:
-        report = {"path": str(path) if path else None, "ok": not problems, "problems": problems}
-        print(msgspec.json.encode(report).decode())
-    elif problems:
-        print(*problems, sep="\n", file=sys.stderr)
-    else:
-        print(f"{path}: no mistakes")
-    return int(ExitCode.BAD_CONFIG if problems else ExitCode.STOPPED)
-
-
-def _config_show(arguments: argparse.Namespace) -> int:
-    import msgspec
-
-    from supervisor.config import masked
-
-    plain = masked(_settings(arguments))
-    if arguments.json:
-        print(msgspec.json.format(msgspec.json.encode(plain)).decode())
-    else:
-        import tomlkit
-
-        print(tomlkit.dumps(plain), end="")
-    return int(ExitCode.STOPPED)
-
-
-def _config_schema(_arguments: argparse.Namespace) -> int:
-    import msgspec
-
-    from supervisor.settings import Settings
-
-    print(msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Settings))).decode())
-    return int(ExitCode.STOPPED)
-
-
-def _config_path(arguments: argparse.Namespace) -> int:
-    import msgspec
-
-    from supervisor.config import find_config
-
-    path = str(find_config(arguments.config).resolve())
-    print(msgspec.json.encode({"path": path}).decode() if arguments.json else path)
-    return int(ExitCode.STOPPED)
 
 
 def _version(_arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """Reading worker.toml: strict, and all errors at once, each with its place.
 
-Order of strength: defaults < file < environment (`BULKHEAD__SECTION__KEY`, for example
-`BULKHEAD__COORDINATOR__URL`; a list item by its index, `BULKHEAD__MODELS__0__DEVICE`). Relative paths belong to
-the folder of the file, `~` is the home folder. Every error reads
+Order of strength: defaults < file < drop-ins (`conf.d/*.toml` beside it) < environment (`BULKHEAD__SECTION__KEY`, for
+example `BULKHEAD__COORDINATOR__URL`; a list item by its index, `BULKHEAD__MODELS__0__DEVICE`); config_layers.py lays
+them over each other. Relative paths belong to the folder of worker.toml, `~` is the home folder. Every error reads
 
     worker.toml:12: models[0].engine: there is no engine "lmm" (did you mean "llm"?)
 """
@@ -18,8 +18,8 @@ import re
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ from engines.catalog import CATALOG
 from protocol.engine_wire import Model
 from protocol.ids import is_safe_id
 from protocol.work import Kind, is_kind
-from supervisor.config_walk import BAD, EnvText, build, did_you_mean, dotted
+from supervisor.config_layers import ENV_PREFIX as ENV_PREFIX
+from supervisor.config_layers import Layers, Source, read_layers
+from supervisor.config_walk import BAD, build, did_you_mean, dotted
 from supervisor.errors import ConfigError
 from supervisor.host.work import EngineSpec, ModelSpec, Sandbox
-from supervisor.settings import CONFIG_VERSION, CoordinatorTable, EngineTable, LimitsTable, ModelTable, Settings
+from supervisor.secrets import TOKEN, has_secret, judge_file
+from supervisor.settings import CoordinatorTable, EngineTable, LimitsTable, ModelTable, Settings
 from supervisor.toml_lines import Path as KeyPath
-from supervisor.toml_lines import key_lines, line_of
 
-ENV_PREFIX = "BULKHEAD__"
 MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, the closing zero included
 SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml", "/etc/bulkhead/worker.toml")
 # A model named by these engines makes up its answers; the name must say so.
@@ -64,110 +65,48 @@ def find_config(given: str | None, environ: Mapping[str, str] = os.environ) -> P
     raise ConfigError([f"{candidates[0]}: no such file; looked at {', '.join(SEARCH)}; name one with --config"])
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Checked settings, and the sources that they were made of."""
+
+    settings: Settings
+    layers: Layers
+
+
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read, check and complete the settings of `path`; all paths in the result are absolute.
 
     Raises:
         ConfigError: with every problem that was found.
     """
-    try:
-        text = path.read_bytes().decode()
-        raw = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start})"]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([_syntax(path, text, str(error))]) from None
-    return _Reader(path, text, raw, environ).settings()
+    return read(path, environ).settings
 
 
-def _syntax(path: Path, text: str, message: str) -> str:
-    found = re.search(r" \(at line (\d+), column (\d+)\)", message)
-    if found is None:  # tomllib says "(at end of document)"
-        return f"{path}:{len(text.splitlines()) or 1}: {message}"
-    return f"{path}:{found[1]}: column {found[2]}: {message[: found.start()]}"
+def read(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
+    """Like `load`, with the sources of each value.
 
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    layers = read_layers(path, environ)
+    problems = [(Source("env", ""), text) for text in layers.problems]
+    bad: set[KeyPath] = set()
 
-class _Reader:
-    """One reading of one file."""
+    def report(at: KeyPath, sentence: str) -> None:
+        bad.add(at)
+        source = layers.blame(at)
+        problems.append((source, f"{source}: {dotted(at) or '(top)'}: {sentence}"))
 
-    def __init__(self, path: Path, text: str, raw: dict[str, Any], environ: Mapping[str, str]) -> None:
-        self._path = path
-        self._raw = raw
-        self._lines = key_lines(text)
-        self._origin: dict[KeyPath, str] = {}  # path -> environment variable
-        self._problems: list[tuple[int, str]] = []
-        self._bad: set[KeyPath] = set()
-        self._environ = environ
-
-    def settings(self) -> Settings:
-        version = self._raw.get("config_version", CONFIG_VERSION)
-        if type(version) is int and version > CONFIG_VERSION:
-            self.report(
-                ("config_version",),
-                f"{version} is newer than this program knows ({CONFIG_VERSION}); install a newer release",
-            )
-            raise self._error()
-        self._overlay()
-        settings: Settings = build(self._raw, Settings, (), self.report)
-        if settings is not BAD:
-            settings = _absolute(settings, self._path.resolve().parent)
-            for path, sentence in _crosscheck(settings):
-                if not any(bad[: len(path)] == path for bad in self._bad):
-                    self.report(path, sentence)
-        if self._problems:
-            raise self._error()
-        return settings
-
-    def report(self, path: KeyPath, sentence: str) -> None:
-        """Note a problem at `path`."""
-        self._bad.add(path)
-        line = line_of(path, self._lines)
-        for known, variable in self._origin.items():
-            # The value itself, or a parent of it, came from a variable; or only a variable made this parent.
-            if path[: len(known)] == known or (line is None and known[: len(path)] == path):
-                self._problems.append((0, f"{variable}: {dotted(path)}: {sentence}"))
-                return
-        place = f"{self._path}:{line}" if line else str(self._path)
-        self._problems.append((line or 0, f"{place}: {dotted(path) or '(top)'}: {sentence}"))
-
-    def _error(self) -> ConfigError:
-        return ConfigError([text for _, text in sorted(self._problems)])
-
-    def _overlay(self) -> None:
-        """Put the environment's values over the file's."""
-        for variable, text in sorted(self._environ.items()):
-            if not variable.startswith(ENV_PREFIX):
-                continue
-            parts = [part.lower() for part in variable.removeprefix(ENV_PREFIX).split("__")]
-            try:
-                path = _place(self._raw, parts, EnvText(text))
-            except (TypeError, ValueError, IndexError):
-                self._problems.append((0, f"{variable}: there is no place {'.'.join(parts)} in the configuration"))
-            else:
-                self._origin[path] = variable
-
-
-def _place(raw: dict[str, Any], parts: list[str], value: EnvText) -> KeyPath:
-    """Set `value` at `parts` within `raw`. Keys are matched without regard to case."""
-    here: Any = raw
-    path: KeyPath = ()
-    for number, part in enumerate(parts):
-        key: str | int = part
-        if isinstance(here, list):
-            key = int(part)
-            here[key]  # an index that does not exist is an error, not a new item
-        elif isinstance(here, dict):
-            key = next((known for known in here if known.lower() == part), part)
-        else:
-            raise TypeError(part)
-        path = (*path, key)
-        if number == len(parts) - 1:
-            here[key] = value
-        else:
-            here = here.setdefault(key, {}) if isinstance(here, dict) else here[key]
-    return path
+    settings: Settings = build(layers.raw, Settings, (), report)
+    if settings is not BAD:
+        settings = _absolute(settings, path.resolve().parent)
+        for at, sentence in _crosscheck(settings, environ):
+            if not any(known[: len(at)] == at for known in bad):
+                report(at, sentence)
+    if problems:
+        problems.sort(key=lambda problem: (problem[0].rank, problem[0].line, problem[1]))
+        raise ConfigError([text for _, text in problems])
+    return Loaded(settings, layers)
 
 
 # ---- paths ---------------------------------------------------------------------------------------------------
@@ -243,8 +182,8 @@ def control_socket(settings: Settings) -> Path:
 Finding = tuple[KeyPath, str]
 
 
-def _crosscheck(settings: Settings) -> Iterator[Finding]:
-    yield from _check_coordinator(settings.coordinator)
+def _crosscheck(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    yield from _check_coordinator(settings.coordinator, environ)
     if settings.worker.name and not is_safe_id(settings.worker.name):
         yield ("worker", "name"), "has characters other than letters, digits and _ . : - (at most 128, no mark first)"
     for name, table in settings.engines.items():
@@ -261,7 +200,7 @@ def _crosscheck(settings: Settings) -> Iterator[Finding]:
             yield ("models", number, *path), sentence
 
 
-def _check_coordinator(table: CoordinatorTable) -> Iterator[Finding]:
+def _check_coordinator(table: CoordinatorTable, environ: Mapping[str, str]) -> Iterator[Finding]:
     def at(name: str, sentence: str) -> Finding:
         return ("coordinator", name), sentence
 
@@ -273,13 +212,17 @@ def _check_coordinator(table: CoordinatorTable) -> Iterator[Finding]:
     else:
         if not re.match(r"wss?://[^/\s?#]+[^\s?#]*\Z", table.url):
             yield at("url", f'"{table.url}" is neither "embedded" nor the ws:// or wss:// address of a coordinator')
-        elif not table.token_file:
-            yield at("token_file", "is missing: a remote coordinator wants this worker's token")
+        elif not table.token_file and not has_secret(TOKEN, environ):
+            yield at(
+                "token_file",
+                "is missing: a remote coordinator wants this worker's token, from this file, "
+                f"from the systemd credential {TOKEN} or from BULKHEAD_TOKEN",
+            )
     for name in ("tls_cert", "tls_key", "tls_ca"):
         if (path := getattr(table, name)) and not os.path.isfile(path):
             yield at(name, f"there is no file {path}")
-    if table.token_file:
-        yield from (at("token_file", sentence) for sentence in _check_secret(table.token_file))
+    if table.token_file and (sentence := judge_file(Path(table.token_file))):
+        yield at("token_file", sentence)
 
 
 def _check_listen(table: CoordinatorTable) -> Iterator[str]:
@@ -293,18 +236,6 @@ def _check_listen(table: CoordinatorTable) -> Iterator[str]:
                 f"{host} can be reached from other machines, and keys would cross the network in the clear: give "
                 "tls_cert and tls_key, or listen on 127.0.0.1, where a proxy of this machine can add TLS"
             )
-
-
-def _check_secret(path: str) -> Iterator[str]:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        yield f"{path} cannot be read: {error.strerror}"
-        return
-    if mode & 0o077:
-        yield f"{path} can be read by others than its owner; run: chmod 600 {path}"
-    elif not os.access(path, os.R_OK):
-        yield f"{path} cannot be read by this user"
 
 
 def _check_engine(name: str, table: EngineTable) -> Iterator[Finding]:
@@ -419,6 +350,11 @@ def _spec(model: ModelTable, table: EngineTable, limits: LimitsTable) -> ModelSp
     )
 
 
+def is_secret(name: str) -> bool:
+    """Whether a variable of this name looks like one that holds a secret."""
+    return bool(_SECRET.search(name))
+
+
 def masked(settings: Settings) -> dict[str, Any]:
     """The settings as plain values for people, with what looks like a secret blotted out."""
     plain: dict[str, Any] = msgspec.to_builtins(settings)
@@ -427,5 +363,5 @@ def masked(settings: Settings) -> dict[str, Any]:
         for model in plain["models"]
     ]
     for engine in plain["engines"].values():
-        engine["env"] = {name: "****" if _SECRET.search(name) else value for name, value in engine["env"].items()}
+        engine["env"] = {name: "****" if is_secret(name) else value for name, value in engine["env"].items()}
     return plain

@@ -65,7 +65,7 @@ def build(value: Any, type_: Any, path: Path, report: Report) -> Any:
 
 
 def _struct(value: Any, type_: type[msgspec.Struct], path: Path, report: Report) -> Any:
-    value = _opened(value)
+    value = opened(value)
     if not isinstance(value, dict):
         report(path, f"expected a table, got {_named(value)}")
         return BAD
@@ -89,7 +89,7 @@ def _struct(value: Any, type_: type[msgspec.Struct], path: Path, report: Report)
 
 
 def _dict(value: Any, item: Any, path: Path, report: Report) -> Any:
-    value = _opened(value)
+    value = opened(value)
     if not isinstance(value, dict):
         report(path, f"expected a table, got {_named(value)}")
         return BAD
@@ -97,7 +97,7 @@ def _dict(value: Any, item: Any, path: Path, report: Report) -> Any:
 
 
 def _list(value: Any, item: Any, path: Path, report: Report) -> Any:
-    value = _opened(value)
+    value = opened(value)
     if not isinstance(value, list):
         report(path, f"expected a list, got {_named(value)}")
         return BAD
@@ -118,13 +118,13 @@ def _convert(value: Any, type_: Any) -> Any:
     try:
         return msgspec.convert(str(value), type_, strict=False)
     except msgspec.ValidationError:
-        opened = _opened(value)
-        if isinstance(opened, EnvText):
+        spoken = opened(value)
+        if isinstance(spoken, EnvText):
             raise
-        return msgspec.convert(opened, type_)
+        return msgspec.convert(spoken, type_)
 
 
-def _opened(value: Any) -> Any:
+def opened(value: Any) -> Any:
     """What the text of an environment variable says in TOML; anything else as it is."""
     if isinstance(value, EnvText):
         try:

@@ -46,7 +46,13 @@ class CoordinatorTable(Table, frozen=True):
 
 
 class WorkerTable(Table, frozen=True):
-    """Who this worker is. `state_dir` holds everything that outlives a run; "" means the default place."""
+    """Who this worker is.
+
+    Attributes:
+        name: the worker's id at the coordinator; "" makes one up once and keeps it in the state folder.
+        state_dir: the folder for everything that outlives a run; "" means the default place.
+        labels: free words for the coordinator, such as rack = "3".
+    """
 
     name: str = ""
     state_dir: str = ""
@@ -88,6 +94,7 @@ class ModelTable(Table, frozen=True):
         path: the main file or folder (role "model").
         files: further files by role.
         sha256: role -> hex; checked before the load when given.
+        backend: which of the engine's libraries to use; "" lets the engine choose.
         kinds: narrower than what the engine can do; empty means all of its kinds.
         device: "cpu", "cuda" or "auto"; with "cuda" a fall back to the CPU is a failed load.
         gpus: UUIDs of the device set.
@@ -384,7 +391,20 @@ class HoldsTable(Table, frozen=True):
 
 
 class Settings(Table, frozen=True):
-    """The whole of worker.toml."""
+    """The whole of worker.toml.
+
+    Attributes:
+        config_version: of this file's keys; `supervisor config migrate` raises it.
+        coordinator: where jobs come from.
+        worker: who this worker is.
+        engines: the programs that run models, by name.
+        models: what is served.
+        limits: bounds on every wait and on memory.
+        control: the owner's socket.
+        holds: when the worker steps aside by itself.
+        log: what is logged, and where.
+        otel: traces for OpenTelemetry.
+    """
 
     config_version: int = CONFIG_VERSION
     coordinator: CoordinatorTable = CoordinatorTable()

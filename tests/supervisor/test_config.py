@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from supervisor import config
 from supervisor.config import build_models, find_config, load, masked, state_dir
 from supervisor.errors import ConfigError
 from supervisor.settings import Settings
@@ -243,10 +244,15 @@ def test_the_default_state_folder(monkeypatch, environ, expected):
 
 
 def test_search_order(tmp_path, monkeypatch):
+    etc = tmp_path / "etc" / "worker.toml"
+    monkeypatch.setattr(config, "SEARCH", (*config.SEARCH[:-1], str(etc)))  # this box may have its own
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="no such file; looked at"):
         find_config(None, {})
+    etc.parent.mkdir()
+    etc.touch()
+    assert find_config(None, {}) == etc
     home = tmp_path / ".config" / "bulkhead"
     home.mkdir(parents=True)
     (home / "worker.toml").touch()

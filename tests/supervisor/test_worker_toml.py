@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from supervisor.config import load
 from supervisor.errors import ConfigError, NoPermission
-from supervisor.worker_toml import FRESH, WorkerToml
+from supervisor.worker_toml import FRESH, WorkerToml, _locked
 
 PEOPLE = """\
 # my box
@@ -149,3 +151,95 @@ def test_an_unwritable_folder_is_told(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("tempfile.mkstemp", denied)
     with pytest.raises(NoPermission, match="run this as its owner"):
         toml.save()
+
+
+# ---- saving
+
+
+def test_the_last_five_contents_are_kept(file: Path):
+    file.chmod(0o640)
+    contents = [file.read_text()]
+    for number in range(7):
+        toml = WorkerToml(file)
+        toml.put(("limits", "stall_s"), 100 + number)
+        toml.save()
+        contents.append(file.read_text())
+    kept = [file.with_name(f"worker.toml.bak{number}") for number in range(1, 6)]
+    assert [path.read_text() for path in kept] == contents[-2:-7:-1]
+    assert {path.stat().st_mode & 0o777 for path in kept} == {0o640}
+    assert sorted(path.name for path in file.parent.iterdir()) == ["worker.toml", *(path.name for path in kept)]
+
+
+def test_an_edit_that_changes_nothing_writes_nothing(file: Path):
+    inode = file.stat().st_ino
+    toml = WorkerToml(file)
+    toml.put(("log", "level"), "debug")
+    toml.save()
+    assert file.stat().st_ino == inode
+    assert [path.name for path in file.parent.iterdir()] == ["worker.toml"]
+
+
+def test_an_edit_over_somebody_elses_is_refused(file: Path):
+    first, second = WorkerToml(file), WorkerToml(file)
+    first.put(("log", "level"), "info")
+    first.save()
+    second.put(("log", "format"), "json")
+    with pytest.raises(ConfigError, match="was changed by another program meanwhile; nothing was written"):
+        second.save()
+    assert load(file).log.format == "text"
+    first.put(("log", "format"), "json")
+    first.save()
+    assert load(file).log.format == "json"
+
+
+def test_editors_wait_for_each_other(file: Path):
+    with _locked(file.parent):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "supervisor", "config", "set", "log.level", "info", "--config", str(file)]
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(2)
+        assert 'level = "debug"' in file.read_text()
+    assert child.wait(60) == 0
+    assert load(file).log.level == "info"
+
+
+def test_a_link_stays_one(file: Path, tmp_path: Path):
+    link = tmp_path / "etc" / "worker.toml"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    toml = WorkerToml(link)
+    toml.put(("log", "level"), "info")
+    toml.save()
+    assert link.is_symlink()
+    assert load(file).log.level == "info"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root edits other people's files")
+def test_an_edit_by_root_leaves_a_file_its_owners(file: Path):
+    os.chown(file, 12345, 12345)
+    toml = WorkerToml(file)
+    toml.put(("log", "level"), "info")
+    toml.save()
+    for path in (file, file.with_name("worker.toml.bak1")):
+        assert (path.stat().st_uid, path.stat().st_gid) == (12345, 12345)
+
+
+def test_values_at_any_depth(file: Path):
+    toml = WorkerToml(file)
+    toml.put(("limits", "restart", "quarantine_after"), 9)
+    toml.put(("engines", "llm", "options", "n_ctx"), 8192)
+    toml.put(("models", 0, "options", "deep", "list"), [1, 2])
+    toml.save()
+    settings = load(file)
+    assert settings.limits.restart.quarantine_after == 9
+    assert settings.engines["llm"].options == {"n_ctx": 8192}
+    assert settings.models[0].options == {"deep": {"list": [1, 2]}}
+    toml.drop(("models", 0, "options", "deep"))
+    toml.drop(("limits", "restart"))
+    toml.save()
+    assert (load(file).models[0].options, load(file).limits.restart.quarantine_after) == ({}, 5)
+    with pytest.raises(KeyError):
+        toml.drop(("limits", "restart", "quarantine_after"))
+    with pytest.raises(KeyError):
+        toml.drop(("log", "level", "x"))

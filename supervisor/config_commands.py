@@ -1,0 +1,283 @@
+"""`supervisor config …`: check, show, get, set, unset, migrate, schema, path."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from supervisor.config import SEARCH, Loaded, find_config, masked, read
+from supervisor.config_keys import leaves, locate, parse_key, type_at, value_of, written
+from supervisor.config_layers import Source, read_layers
+from supervisor.errors import ConfigError, ExitCode
+from supervisor.toml_lines import Path as KeyPath
+
+EXAMPLES = """\
+Weakest first: defaults, worker.toml, conf.d/*.toml beside it in order of names, the environment
+(BULKHEAD__LIMITS__STALL_S=60 sets [limits] stall_s). The token of a remote coordinator is in none of them: the systemd
+credential coordinator-token comes first, then [coordinator] token_file, then BULKHEAD_TOKEN.
+
+examples:
+  supervisor config check                    all mistakes at once, each with its line
+  supervisor config show --json              what is in force, defaults included
+  supervisor config show --origin            and where each value comes from
+  supervisor config get limits.stall_s
+  supervisor config set limits.stall_s 300   comments stay; the old file is worker.toml.bak1
+  supervisor config set models.chat.device cuda
+  supervisor config unset limits.stall_s     back to the default
+  supervisor config migrate                  what a newer config_version would change; --write changes it
+  supervisor config schema --write           schema beside worker.toml, for editors
+  supervisor config path --json              every file that is read
+"""
+
+SCHEMA_FILE = "worker.schema.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.ArgumentParser]) -> None:
+    """Add the verbs; `parser_class` has the exit code for a wrong command line."""
+    parser.epilog = EXAMPLES
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=parser_class)
+
+    def verb(name: str, help_: str, command: Callable[[argparse.Namespace], int], json: str = "") -> Any:
+        added = verbs.add_parser(name, help=help_, description=help_[:1].upper() + help_[1:] + ".")
+        added.add_argument("--config", metavar="FILE", help="worker.toml")
+        if json:
+            added.add_argument("--json", action="store_true", help=json)
+        added.set_defaults(command=command)
+        return added
+
+    verb("check", "find all mistakes", _check, "for programs")
+    show = verb("show", "print what is in force", _show, "for programs")
+    show.add_argument("--origin", action="store_true", help="where each value comes from: default, file or variable")
+    get = verb("get", "print one value or one table", _get, "as JSON, text in quotes")
+    get.add_argument("key", metavar="KEY", help="like limits.stall_s or models.chat.device")
+    put = verb("set", "change one value in worker.toml", _set)
+    put.add_argument("key", metavar="KEY", help="like limits.stall_s or models.chat.device")
+    put.add_argument("value", metavar="VALUE", help='text, or a TOML value such as 300, true, ["a", "b"]')
+    drop = verb("unset", "take one value out of worker.toml: its default counts again", _unset)
+    drop.add_argument("key", metavar="KEY", help="like limits.stall_s or models.chat.device")
+    migrate = verb("migrate", "show what this release's config_version changes in the files", _migrate)
+    migrate.add_argument("--write", action="store_true", help="change them; the old ones stay as .bak1")
+    schema = verb("schema", "print the JSON Schema", _schema)
+    schema.add_argument(
+        "--write", action="store_true", help=f"write {SCHEMA_FILE} beside worker.toml, and name it there"
+    )
+    verb("path", "print which file is read", _path, "all files, the weakest first")
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _complain(*lines: str) -> None:
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+
+
+def _print_json(value: Any) -> None:
+    _say(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    path, problems, notes = None, [], []
+    try:
+        path = find_config(arguments.config)
+        notes = read(path).layers.notes
+    except ConfigError as error:
+        problems = error.problems
+    if arguments.json:
+        _print_json({"path": str(path) if path else None, "ok": not problems, "problems": problems, "notes": notes})
+    elif problems:
+        _complain(*problems)
+    else:
+        _say(*notes, f"{path}: no mistakes")
+    return int(ExitCode.BAD_CONFIG if problems else ExitCode.STOPPED)
+
+
+# ---- reading
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    loaded = read(find_config(arguments.config))
+    plain = masked(loaded.settings)
+    if arguments.origin:
+        _show_origins(loaded, plain, arguments.json)
+    elif arguments.json:
+        _print_json(plain)
+    else:
+        import tomlkit
+
+        sys.stdout.write(tomlkit.dumps(plain))
+    return int(ExitCode.STOPPED)
+
+
+def origins(loaded: Loaded, plain: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each value with its key and its source: "default", "FILE:LINE" or the name of a variable."""
+    found = []
+    for path, value in leaves(plain):
+        source = loaded.layers.origin(path)
+        row = {
+            "key": written(_named(path, plain)),
+            "value": value,
+            "source": "default" if source is None else source.kind,
+        }
+        if source is not None:
+            row["place"] = str(source)
+        found.append(row)
+    return found
+
+
+def _named(path: KeyPath, plain: dict[str, Any]) -> KeyPath:
+    """The path with a model's name instead of its index."""
+    if len(path) > 1 and path[0] == "models" and isinstance(path[1], int):
+        return ("models", plain["models"][path[1]]["name"], *path[2:])
+    return path
+
+
+def _show_origins(loaded: Loaded, plain: dict[str, Any], json: bool) -> None:
+    rows = origins(loaded, plain)
+    if json:
+        _print_json(rows)
+        return
+    texts = [f"{row['key']} = {_toml(row['value'])}" for row in rows]
+    width = min(max(map(len, texts)), 60)
+    for text, row in zip(texts, rows, strict=True):
+        _say(f"{text:<{width}}  # {row.get('place', 'default')}")
+
+
+def _toml(value: Any) -> str:
+    import tomlkit
+
+    return str(tomlkit.item(value).as_string())
+
+
+def _get(arguments: argparse.Namespace) -> int:
+    value: Any = masked(read(find_config(arguments.config)).settings)
+    path = locate(parse_key(arguments.key), value["models"])
+    type_at(path)
+    for part in path:
+        if isinstance(value, dict) and part not in value:
+            _complain(f"supervisor: {arguments.key} is not set.")
+            return int(ExitCode.FAILED)
+        value = value[int(part) if isinstance(value, list) else part]
+    if arguments.json:
+        _print_json(value)
+    elif isinstance(value, str):
+        _say(value)
+    else:
+        import tomlkit
+
+        _say(tomlkit.dumps(value).rstrip("\n") if isinstance(value, dict) else _toml(value))
+    return int(ExitCode.STOPPED)
+
+
+# ---- editing
+
+
+def _open(arguments: argparse.Namespace) -> Any:
+    from supervisor.worker_toml import WorkerToml
+
+    # A file named by --config may be new; without the option there must be one, as nobody could guess where.
+    path = Path(arguments.config) if arguments.config else find_config(None)
+    return WorkerToml(path, whole=False)
+
+
+def _set(arguments: argparse.Namespace) -> int:
+    toml = _open(arguments)
+    path = _locate_in(toml, arguments.key)
+    value = value_of(path, arguments.value)
+    toml.put(path, value)
+    toml.save()
+    _tell_what_is_stronger(toml.path, path)
+    return int(ExitCode.STOPPED)
+
+
+def _unset(arguments: argparse.Namespace) -> int:
+    toml = _open(arguments)
+    path = _locate_in(toml, arguments.key)
+    type_at(path)
+    try:
+        toml.drop(path)
+    except (KeyError, IndexError, TypeError):
+        _complain(f"supervisor: {arguments.key} is not in {toml.path}.")
+        return int(ExitCode.FAILED)
+    toml.save()
+    _tell_what_is_stronger(toml.path, path)
+    return int(ExitCode.STOPPED)
+
+
+def _locate_in(toml: Any, key: str) -> KeyPath:
+    """Where a key is, or would be, in the file itself: a model of a drop-in is edited there."""
+    parts = parse_key(key)
+    try:
+        return locate(parts, toml.models)
+    except ConfigError:
+        layers = read_layers(toml.path, {})
+        elsewhere = locate(parts, layers.raw.get("models", []))
+    place = layers.origin(elsewhere[:2])
+    raise ConfigError([f"{key}: this model is in {place}, which `config set` does not edit; change it there"])
+
+
+def _tell_what_is_stronger(path: Path, key: KeyPath) -> None:
+    """Say when the change has no effect, since a drop-in or a variable has the last word."""
+    source: Source | None = read(path).layers.origin(key)
+    if source is not None and source.name != str(path):
+        _complain(f"supervisor: {written(key)} is given in {source} too, which is stronger.")
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    from supervisor.config_layers import drop_ins
+    from supervisor.config_migrate import migrate_file
+
+    path = find_config(arguments.config)
+    work = [(file, *migrate_file(file)) for file in (path, *drop_ins(path))]
+    changed = [(file, migrated) for file, migrated, difference in work if difference]
+    for _, _, difference in work:
+        sys.stdout.write(difference)
+    if not changed:
+        _say(f"{path}: nothing to migrate")
+    elif arguments.write:
+        from supervisor.worker_toml import replace_whole
+
+        read(path)  # which migrates in memory: what is written is what was checked
+        for file, migrated in changed:
+            replace_whole(file.resolve(), migrated.before.encode(), migrated.text.encode())
+            _say(f"{file}: rewritten; the old content is in {file.name}.bak1")
+    else:
+        _say("nothing was written; --write does it")
+    return int(ExitCode.STOPPED)
+
+
+# ---- for editors and programs
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from supervisor.config_schema import schema
+
+    if not arguments.write:
+        _print_json(schema())
+        return int(ExitCode.STOPPED)
+    toml = _open(arguments)
+    file = toml.path.with_name(SCHEMA_FILE)
+    toml.put_top_line(f"#:schema ./{SCHEMA_FILE}")
+    toml.save()
+    from supervisor.worker_toml import put_beside
+
+    put_beside(file, msgspec.json.format(msgspec.json.encode(schema())) + b"\n")
+    _say(f"{file}: written; {toml.path.name} names it in its first line")
+    return int(ExitCode.STOPPED)
+
+
+def _path(arguments: argparse.Namespace) -> int:
+    from supervisor.config_layers import drop_ins
+
+    path = find_config(arguments.config)
+    if not arguments.json:
+        _say(str(path.resolve()))
+        return int(ExitCode.STOPPED)
+    files = [str(file.resolve()) for file in (path, *drop_ins(path))]
+    _print_json({"path": str(path.resolve()), "files": files, "searched": list(SEARCH)})
+    return int(ExitCode.STOPPED)
