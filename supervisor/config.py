@@ -42,6 +42,7 @@ MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, the closing zero incl
 SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml", "/etc/bulkhead/worker.toml")
 # A model named by these engines makes up its answers; the name must say so.
 _MADE_UP = "synthetic"
+MASK = "****"  # shown in the place of a secret
 _SECRET = re.compile(r"token|secret|password|passwd|key|credential", re.IGNORECASE)
 _SAFE_NAME = re.compile(r"[^\x00-\x1f\x7f]+\Z")
 
@@ -363,5 +364,5 @@ def masked(settings: Settings) -> dict[str, Any]:
         for model in plain["models"]
     ]
     for engine in plain["engines"].values():
-        engine["env"] = {name: "****" if is_secret(name) else value for name, value in engine["env"].items()}
+        engine["env"] = {name: MASK if is_secret(name) else value for name, value in engine["env"].items()}
     return plain

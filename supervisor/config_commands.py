@@ -12,7 +12,6 @@ import msgspec
 
 from supervisor.config import SEARCH, Loaded, find_config, masked, read
 from supervisor.config_keys import leaves, locate, parse_key, type_at, value_of, written
-from supervisor.config_layers import Source, read_layers
 from supervisor.errors import ConfigError, ExitCode
 from supervisor.toml_lines import Path as KeyPath
 
@@ -177,55 +176,30 @@ def _get(arguments: argparse.Namespace) -> int:
 # ---- editing
 
 
-def _open(arguments: argparse.Namespace) -> Any:
-    from supervisor.worker_toml import WorkerToml
-
-    # A file named by --config may be new; without the option there must be one, as nobody could guess where.
-    path = Path(arguments.config) if arguments.config else find_config(None)
-    return WorkerToml(path, whole=False)
+def _file(arguments: argparse.Namespace) -> Path:
+    """A file named by --config may be new; without the option there must be one, as nobody could guess where."""
+    return Path(arguments.config) if arguments.config else find_config(None)
 
 
 def _set(arguments: argparse.Namespace) -> int:
-    toml = _open(arguments)
-    path = _locate_in(toml, arguments.key)
-    value = value_of(path, arguments.value)
-    toml.put(path, value)
-    toml.save()
-    _tell_what_is_stronger(toml.path, path)
-    return int(ExitCode.STOPPED)
+    return _edit(arguments, arguments.value)
 
 
 def _unset(arguments: argparse.Namespace) -> int:
-    toml = _open(arguments)
-    path = _locate_in(toml, arguments.key)
-    type_at(path)
+    return _edit(arguments, None)
+
+
+def _edit(arguments: argparse.Namespace, value: str | None) -> int:
+    from supervisor.config_edit import NotThere, edit
+
     try:
-        toml.drop(path)
-    except (KeyError, IndexError, TypeError):
-        _complain(f"supervisor: {arguments.key} is not in {toml.path}.")
+        edited = edit(_file(arguments), {arguments.key: value}, convert=value_of)
+    except NotThere as error:
+        _complain(f"supervisor: {error}.")
         return int(ExitCode.FAILED)
-    toml.save()
-    _tell_what_is_stronger(toml.path, path)
+    for key, place in edited.stronger.items():
+        _complain(f"supervisor: {key} is given in {place} too, which is stronger.")
     return int(ExitCode.STOPPED)
-
-
-def _locate_in(toml: Any, key: str) -> KeyPath:
-    """Where a key is, or would be, in the file itself: a model of a drop-in is edited there."""
-    parts = parse_key(key)
-    try:
-        return locate(parts, toml.models)
-    except ConfigError:
-        layers = read_layers(toml.path, {})
-        elsewhere = locate(parts, layers.raw.get("models", []))
-    place = layers.origin(elsewhere[:2])
-    raise ConfigError([f"{key}: this model is in {place}, which `config set` does not edit; change it there"])
-
-
-def _tell_what_is_stronger(path: Path, key: KeyPath) -> None:
-    """Say when the change has no effect, since a drop-in or a variable has the last word."""
-    source: Source | None = read(path).layers.origin(key)
-    if source is not None and source.name != str(path):
-        _complain(f"supervisor: {written(key)} is given in {source} too, which is stronger.")
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
@@ -260,12 +234,12 @@ def _schema(arguments: argparse.Namespace) -> int:
     if not arguments.write:
         _print_json(schema())
         return int(ExitCode.STOPPED)
-    toml = _open(arguments)
+    from supervisor.worker_toml import WorkerToml, put_beside
+
+    toml = WorkerToml(_file(arguments), whole=False)
     file = toml.path.with_name(SCHEMA_FILE)
     toml.put_top_line(f"#:schema ./{SCHEMA_FILE}")
     toml.save()
-    from supervisor.worker_toml import put_beside
-
     put_beside(file, msgspec.json.format(msgspec.json.encode(schema())) + b"\n")
     _say(f"{file}: written; {toml.path.name} names it in its first line")
     return int(ExitCode.STOPPED)

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from supervisor.config import build_models, is_secret
+from supervisor.config import MASK, build_models, is_secret
 from supervisor.config_keys import parse_key, written
 from supervisor.settings import Settings
 
@@ -167,4 +167,4 @@ def _differences(
 def _blotted(value: Any, path: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         return {key: _blotted(inner, (*path, key)) for key, inner in value.items()}
-    return "****" if value is not None and "env" in path[:-1] and is_secret(path[-1]) else value
+    return MASK if value is not None and "env" in path[:-1] and is_secret(path[-1]) else value
