@@ -238,7 +238,7 @@ def decode(data: bytes) -> Message:
         # The body counts its alignment from its own beginning, which is a multiple of eight of the whole.
         body = _Reader(data[start : start + body_bytes], order, 0).values(str(fields.get(_SIGNATURE, "")))
         return Message(data[1], int(fields.get(_REPLY_SERIAL, 0)), str(fields.get(_ERROR_NAME, "")), body)
-    except (struct.error, IndexError, ValueError, TypeError, UnicodeDecodeError) as error:
+    except (struct.error, LookupError, ValueError, TypeError, UnicodeDecodeError) as error:
         raise DbusError(f"the bus sent a message that cannot be read: {error}") from None
 
 

@@ -37,6 +37,10 @@ class NetworkReader(Protocol):
     async def read(self) -> Network | Unknown:
         """The network now. Cancellation: nothing is left behind."""
 
+    def close(self) -> None:
+        """Close what is open; a later `read` opens it again."""
+        return
+
 
 def network_reader(environ: Mapping[str, str] = os.environ) -> NetworkReader:
     """The one for this system."""
@@ -49,7 +53,7 @@ def network_reader(environ: Mapping[str, str] = os.environ) -> NetworkReader:
     return LinuxNetwork(environ.get("DBUS_SYSTEM_BUS_ADDRESS", SYSTEM))
 
 
-class LinuxNetwork:
+class LinuxNetwork(NetworkReader):
     """Asks NetworkManager. `system`: address of the system bus."""
 
     def __init__(self, system: str = SYSTEM) -> None:
@@ -61,10 +65,15 @@ class LinuxNetwork:
             metered = await self._bus.get(_SERVICE, _PATH, _SERVICE, "Metered")
         except DbusError as error:
             return Unknown(str(error))
-        return _METERED.get(metered, Unknown("NetworkManager does not know"))
+        known = _METERED.get(metered) if isinstance(metered, int) else None
+        return known or Unknown("NetworkManager does not know")
+
+    def close(self) -> None:
+        """See `NetworkReader`."""
+        self._bus.close()
 
 
-class SimulatedNetwork:
+class SimulatedNetwork(NetworkReader):
     """The network of `presence.Scene`."""
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +85,7 @@ class SimulatedNetwork:
         return self._simulation.network()
 
 
-class UntoldNetwork:
+class UntoldNetwork(NetworkReader):
     """A system that does not tell."""
 
     async def read(self) -> Network | Unknown:
@@ -93,7 +102,7 @@ _PAID = 0x2 | 0x4 | 0x10000 | 0x40000  # fixed, variable, over the data limit, r
 _COM_EVERYWHERE = 0x17  # CLSCTX_ALL
 
 
-class WindowsNetwork:
+class WindowsNetwork(NetworkReader):
     """Asks INetworkCostManager."""
 
     async def read(self) -> Network | Unknown:

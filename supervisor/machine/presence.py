@@ -57,6 +57,10 @@ class PresenceReader(Protocol):
     async def read(self) -> Presence | Unknown:
         """Presence now. Cancellation: nothing is left behind."""
 
+    def close(self) -> None:
+        """Close what is open; a later `read` opens it again."""
+        return
+
 
 def presence_reader(environ: Mapping[str, str] = os.environ) -> PresenceReader:
     """The one for this system."""
@@ -80,7 +84,7 @@ def session_address(environ: Mapping[str, str]) -> str:
 # ---- Linux
 
 
-class LinuxPresence:
+class LinuxPresence(PresenceReader):
     """Asks logind, and the desktop where there is one.
 
     Args:
@@ -95,6 +99,18 @@ class LinuxPresence:
 
     async def read(self) -> Presence | Unknown:
         """See `PresenceReader`."""
+        try:
+            return await self._read()
+        except (TypeError, ValueError, AttributeError) as error:
+            return Unknown(f"a service on the bus answers in another shape than it should: {error}")
+
+    def close(self) -> None:
+        """See `PresenceReader`."""
+        for bus in (self._system, self._session):
+            if bus is not None:
+                bus.close()
+
+    async def _read(self) -> Presence | Unknown:
         desktop = await self._desktop_idle_s()
         occupied = await self._desktop_occupied()
         try:
@@ -182,7 +198,7 @@ class LinuxPresence:
 # ---- Windows and macOS
 
 
-class Desktop:
+class Desktop(PresenceReader):
     """A system that tells it at once, without waiting. `read_now` may block for a moment: it runs in a thread."""
 
     def __init__(self, read_now: Callable[[], Presence | Unknown]) -> None:
@@ -281,7 +297,7 @@ class Scene(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metered: bool = False
 
 
-class Simulation:
+class Simulation(PresenceReader):
     """Reads the scene from a file, anew each time. A file that is not there or is broken makes all of it unknown."""
 
     def __init__(self, path: Path) -> None:
