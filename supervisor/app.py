@@ -107,7 +107,7 @@ class _Supervisor:
             with self._now:
                 await box.clear_leftovers(config.control_socket(self._settings))
                 async with self._coordinator() as (address, drain_coordinator):
-                    await self._work(box, address, drain_coordinator)
+                    await self._work(box, address, drain_coordinator, nursery)
             nursery.cancel_scope.cancel()
         if self._refused is not None:
             raise self._refused
@@ -166,7 +166,10 @@ class _Supervisor:
 
     # ---- the work
 
-    async def _work(self, box: Box, address: Address, drain_coordinator: Callable[[], Awaitable[None]]) -> None:
+    async def _work(
+        self, box: Box, address: Address, drain_coordinator: Callable[[], Awaitable[None]], around: trio.Nursery
+    ) -> None:
+        """Serve until the drain is over. `around` is for what outlives the engines, whose end may take its time."""
         digests = Digests(self._state.digests)
         prover = Prover(
             digests.verify,
@@ -190,12 +193,12 @@ class _Supervisor:
             nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, address, worker)
             async with open_control(config.control_socket(self._settings), self._surface(box, host, worker, address)):
-                nursery.start_soon(self._liveness(box, host, worker).run)
+                around.start_soon(self._liveness(box, host, worker).run)
                 self._service.ready()
                 await self._drain.wait()
                 self._service.stopping()
                 nursery.start_soon(self._service.keep_extending)
-                if self._refused is None:
+                if not isinstance(self._refused, LinkRefused | IdentityHeld):  # else nobody takes what jobs bring
                     await self._drained(worker, attempts, drain_coordinator)
             host.on_change = None
             box.on_change = lambda: None

@@ -6,8 +6,10 @@ import pytest
 
 from supervisor import app
 from supervisor.config import load
-from supervisor.errors import ConfigError, ExitCode, IdentityHeld, LinkRefused
+from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused
 from supervisor.link.session import SessionEnd, Why
+from supervisor.settings import Settings
+from supervisor.state import hold_state
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,21 @@ def test_an_error_with_an_exit_code_goes_on_to_the_command_line(tmp_path, monkey
     path.write_text('[worker]\nstate_dir = "state"\n')
     with pytest.raises(LinkRefused):
         app.run(load(path, {}))
+
+
+async def test_a_box_without_hope_drains_and_ends_with_the_code_that_is_not_restarted(tmp_path):
+    class Hopeless:
+        def hopeless(self, _specs: object) -> str:
+            return "No GPU is left."
+
+    class Silent:
+        def announce(self) -> None:
+            pass
+
+    with hold_state(tmp_path / "state") as state:
+        supervisor = app._Supervisor(Settings(), state)
+        supervisor._machine_changed(Hopeless(), Silent())
+        supervisor._machine_changed(Hopeless(), Silent())
+        assert supervisor._drain.is_set()
+        assert isinstance(supervisor._refused, GpuUnkillable)
+        assert supervisor._refused.exit_code == ExitCode.GPU_UNKILLABLE
