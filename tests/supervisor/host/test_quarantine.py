@@ -44,7 +44,7 @@ class Probe:
 class Gone:
     """A child that could not be killed."""
 
-    pid = 77
+    stuck_pid = 77
 
     def __init__(self) -> None:
         self.gone = trio.Event()
