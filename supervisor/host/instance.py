@@ -74,6 +74,7 @@ class Instance:
         self._scratch = scratch
         self._cause: tuple[str, str] | None = None  # code and sentence of the fault, when the end is ours
         self._in_flight: tuple[str, ...] = ()  # labels, at the moment it was over
+        self.blames_job = False  # over under a single run, a known suspect: the run's doing, not the model's
         self._session = EngineSession(Role.HOST)
         self._hello = trio.Event()
         self._loaded = trio.Event()
@@ -290,6 +291,7 @@ class Instance:
         if self.over.is_set():
             return
         self._in_flight = tuple(ticket.request.label for ticket in self.runs.admitted)
+        self.blames_job = len(self._in_flight) == 1 and self.runs.admitted[0].request.alone
         self.over.set()
         self.runs.fail_all(self.end_fault(WHILE_RUNNING))
         self.changed()

@@ -298,7 +298,8 @@ class Lane:
         """Judge an instance that ended, and sit out what its end deserves.
 
         A long life, or a job done well, clears the record first: so a bad job costs those behind it no pause, and an
-        engine that dies of everything is paced.
+        engine that dies of everything is paced. A suspect that ends its engine again while it is alone there has
+        proved its own guilt: that end is not the model's.
         """
         end = story.end
         self._last_end = end.phrase()
@@ -314,7 +315,7 @@ class Lane:
         if end.why is Why.UNKILLABLE:
             await self._sit_out(self._standing.barred(fault).pause_s)
             return
-        if not end.counts:
+        if not end.counts or (story.instance is not None and story.instance.blames_job):
             self._step(Event.GONE)
             return
         if story.instance is None and fault.code == "gpu_failed":

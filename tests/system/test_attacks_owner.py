@@ -239,7 +239,6 @@ def test_a_model_that_always_crashes_is_out_of_service_until_it_is_mended_across
     assert "synthetic-broken" not in json.loads((rig.state / "quarantines.json").read_text())
 
 
-@pytest.mark.xfail(strict=True, reason="both tries of one poisoned job count as bad ends of the model")
 def test_two_poisoned_jobs_do_not_take_a_healthy_model_from_everybody_else(rig, rigs):
     """Each is tried twice: four crashes in a row, but of two jobs, and three different ones would be suspicious."""
     client = rig.ready()

@@ -141,6 +141,18 @@ async def yard(script, tmp_path: Path, *, models=None, limits=LIMITS, **more: ob
 # ---- restart and quarantine
 
 
+async def test_what_a_suspect_does_alone_is_its_own_doing_and_not_the_models(tmp_path, autojump_clock):
+    async with yard(crasher, tmp_path) as it:
+        for _ in range(5):
+            assert (await it.fault(alone=True)).detail["alone"] is True
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.status.state == "cold"
+        for _ in range(3):
+            assert (await it.fault()).code == "engine_crashed"
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.status.state == "quarantined"
+
+
 async def test_a_crash_loop_ends_in_quarantine_and_a_probe_brings_it_back(tmp_path, autojump_clock):
     probed: list[float] = []
     good = False
