@@ -3,27 +3,26 @@
 Every number is per device, because a model has to fit one device set and not the sum of all GPUs. Free memory is
 what the driver measures, so other programs' use counts as taken; from it go the promises made to loads that are
 still growing, and the margin. What is missing is found among our own models: those that are leaving already, then
-the fewest idle ones (least recently used first among equals), then those that work. What not even an empty
-GPU has is refused at once. Where nothing can be measured everything fits, and the verdict says that it is not known.
+the idle ones whose end costs least (`intake.eviction`), then those that work. Models of one exclusive group are
+never loaded together. What not even an empty GPU has is refused at once. Where nothing can be measured everything
+fits, and the verdict says that it is not known.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from supervisor.intake.eviction import UNLOAD_S, Tenant, cheapest, harm
+from supervisor.intake.placement import CONTEXT_BYTES
+
 GIB = 2**30
-# CUDA's context and its libraries' workspaces, before the first weight.
-CONTEXT_BYTES = 400 * 2**20
 # Weights are stored a little larger in memory: alignment, dequantised norms, graph buffers.
 FILE_FACTOR = 1.1
 # Keys and values of one token in an 8 B model with grouped queries: 32 layers x 2 x 1024 values x 2 bytes.
 KV_BYTES_PER_TOKEN = 128 * 1024
 DEFAULT_TOKENS = 4096
-# Beyond this many candidates the exact search for the fewest is replaced by a greedy one (2**12 sets are 10 ms).
-EXACT_SEARCH = 12
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -80,6 +79,9 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
         wanted: whether somebody waits for it.
         pinned: never ended for another.
         leaving: told to end; its memory is on its way back.
+        group: exclusive group; "" for none.
+        load_s: how long a load of it took; 0 when never seen.
+        per_s: its demand, in jobs per second (`eviction.Demand`).
     """
 
     name: str
@@ -88,6 +90,9 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
     wanted: bool = False
     pinned: bool = False
     leaving: bool = False
+    group: str = ""
+    load_s: float = 0.0
+    per_s: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -96,11 +101,18 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that wants to load. `devices` is its device set; each of them needs `need`."""
+    """A model that wants to load. `devices` is its device set; each of them needs `need`.
+
+    Attributes:
+        group: exclusive group, of which no other may be loaded; "" for none.
+        load_s: how long its load is going to take; 0 when not known.
+    """
 
     name: str
     devices: tuple[str, ...]
     need: Need
+    group: str = ""
+    load_s: float = 0.0
 
 
 class Fits(msgspec.Struct, frozen=True):
@@ -141,6 +153,9 @@ def judge(wish: Wish, devices: Sequence[Device], residents: Sequence[Resident], 
         residents: all models that hold memory or were promised some, the wish's own excepted.
         margin_bytes: what stays free on each device.
     """
+    others = [resident for resident in residents if resident.name != wish.name]
+    if wish.group and (rivals := [resident for resident in others if resident.group == wish.group]):
+        return _end_rivals(wish, rivals)
     known = {device.uuid: device for device in devices}
     if not wish.devices or wish.need.bytes <= 0:
         return Fits()
@@ -154,7 +169,19 @@ def judge(wish: Wish, devices: Sequence[Device], residents: Sequence[Resident], 
     missing = _missing(own, takes, margin_bytes)
     if not missing:
         return Fits(takes)
-    return _make_room(wish, own, missing, [resident for resident in residents if resident.name != wish.name])
+    return _make_room(wish, own, missing, others)
+
+
+def _end_rivals(wish: Wish, rivals: Sequence[Resident]) -> Evict | Wait:
+    """All others of its exclusive group go first, pinned ones excepted: a pin is the operator's stronger word."""
+    why = f"only one model of the group {wish.group} may be loaded"
+    if pinned := [resident for resident in rivals if resident.pinned]:
+        return Wait(f"waits for {_names(pinned)}: {why}, and a pinned one stays")
+    if working := [resident for resident in rivals if not resident.idle and not resident.leaving]:
+        return Wait(f"waits for {_names(working)}: {why}", _who(working))
+    if idle := [resident for resident in rivals if resident.idle]:
+        return Evict(_who(idle), f"{wish.name} takes its turn: {why}")
+    return Wait(f"waits for {_names(rivals)} to end: {why}", _who(rivals))
 
 
 def _claim(need: Need, device: Device, margin_bytes: int) -> int:
@@ -178,48 +205,37 @@ def _make_room(
     rest = _less(missing, leaving)
     if not rest:
         return Wait(f"waits for {want}: {_names(leaving)} {_is(leaving)} ending", _who(leaving))
-    idle = sorted((r for r in residents if r.idle and _helps(r, rest)), key=lambda r: r.idle_since or 0.0)
-    if chosen := _fewest(idle, rest):
+    idle = sorted((r for r in residents if r.idle), key=lambda r: r.idle_since or 0.0)
+    if chosen := _cheapest(wish, idle, rest):
         return Evict(_who(chosen), f"{wish.name} needs {want}")
-    if all_ours := [r for r in residents if not r.pinned and not r.leaving and _helps(r, rest)]:
-        # Those that cost the least wait go first: the idle ones, then the working ones.
-        all_ours.sort(key=lambda r: (not r.idle, r.idle_since or 0.0))
-        if chosen := _fewest(all_ours, rest):
-            working = [resident for resident in chosen if not resident.idle]
-            return Wait(f"waits for {want}: {_names(working)} {_is(working)} working", _who(chosen))
+    # Those that cost the least wait go first: the idle ones, then the working ones.
+    ours = [resident for resident in residents if not resident.pinned and not resident.leaving]
+    ours.sort(key=lambda r: (not r.idle, r.idle_since or 0.0))
+    if chosen := _cheapest(wish, ours, rest):
+        working = [resident for resident in chosen if not resident.idle]
+        return Wait(f"waits for {want}: {_names(working)} {_is(working)} working", _who(chosen))
     return Wait(f"waits for {want}: {_foreign(own, missing, residents)}")
 
 
-def _fewest(candidates: Sequence[Resident], missing: Mapping[str, int]) -> Sequence[Resident]:
-    """The fewest that give back enough, earlier ones preferred; empty when all together do not."""
-    if _less(missing, candidates):
-        return ()
-    if len(candidates) > EXACT_SEARCH:
-        return _few(candidates, missing)
-    sets: Iterator[Sequence[Resident]] = itertools.chain.from_iterable(
-        itertools.combinations(candidates, size) for size in range(1, len(candidates) + 1)
-    )
-    return next(chosen for chosen in sets if not _less(missing, chosen))
+def _cheapest(wish: Wish, candidates: Sequence[Resident], missing: Mapping[str, int]) -> Sequence[Resident]:
+    """Those whose end costs callers the least, in the given order; empty when all together do not suffice."""
+    tenants = [Tenant(resident.name, resident.holds, price_of(wish, resident)) for resident in candidates]
+    names = {tenant.name for tenant in cheapest(tenants, missing)}
+    return [resident for resident in candidates if resident.name in names]
 
 
-def _few(candidates: Sequence[Resident], missing: Mapping[str, int]) -> Sequence[Resident]:
-    """As many from the front as it takes, then without those that turn out not to be needed."""
-    chosen = list(candidates)
-    for resident in reversed(candidates):
-        without = [other for other in chosen if other is not resident]
-        if not _less(missing, without):
-            chosen = without
-    return chosen
+def price_of(wish: Wish, resident: Resident) -> float:
+    """What ending this one for that one costs callers, in job-seconds; 0 while its load time is not known."""
+    if not resident.load_s:
+        return 0.0
+    swap_s = wish.load_s + resident.load_s + UNLOAD_S
+    return harm(queued=int(resident.wanted), per_s=resident.per_s, swap_s=swap_s)
 
 
 def _less(missing: Mapping[str, int], residents: Sequence[Resident]) -> dict[str, int]:
     """What is still missing when these have gone."""
     rest = {uuid: lack - sum(r.holds.get(uuid, 0) for r in residents) for uuid, lack in missing.items()}
     return {uuid: lack for uuid, lack in rest.items() if lack > 0}
-
-
-def _helps(resident: Resident, missing: Mapping[str, int]) -> bool:
-    return any(resident.holds.get(uuid, 0) > 0 for uuid in missing)
 
 
 # ---- sentences

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from supervisor.intake import residency
+from supervisor.intake import eviction
 from supervisor.intake.residency import (
     CONTEXT_BYTES,
     GIB,
@@ -215,10 +215,57 @@ def test_a_verdict_keeps_its_word(seed):
         assert sum(sizes[name] for name in verdict.who) >= lack
         for left_out in verdict.who:
             assert sum(sizes[name] for name in verdict.who if name != left_out) < lack
-        if len(residents) <= residency.EXACT_SEARCH:
+        if len(residents) <= eviction.EXACT_SEARCH:
             idles = [name for name, resident in by_name.items() if resident.idle]
             smaller = itertools.combinations(idles, len(verdict.who) - 1)
             assert all(sum(sizes[name] for name in names) < lack for names in smaller)
     else:
         assert isinstance(verdict, Wait)
         assert sum(sizes[name] for name, resident in by_name.items() if resident.idle) < lack
+
+
+# ---- cost and groups
+
+
+def test_reload_cost_and_demand_choose_who_is_ended():
+    """The least recently used one is in demand and slow to load: the other goes."""
+    dear = idle("dear", 10, 1, load_s=40.0, per_s=0.2)
+    cheap = idle("cheap", 10, 9, load_s=4.0, per_s=0.01)
+    verdict = decide(wish(10), [gpu(0.5)], [dear, cheap])
+    assert isinstance(verdict, Evict)
+    assert verdict.who == ("cheap",)
+
+
+def test_two_quiet_ones_go_before_one_in_demand():
+    dear = idle("dear", 10, 1, load_s=40.0, per_s=0.2)
+    quiet = [idle(name, 5, 5, load_s=4.0) for name in ("a", "b")]
+    verdict = decide(wish(10), [gpu(0.5)], [dear, *quiet])
+    assert isinstance(verdict, Evict)
+    assert verdict.who == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("rivals", "verdict"),
+    [
+        (
+            [idle("r", 1, 5, group="x")],
+            Evict(("r",), "new takes its turn: only one model of the group x may be loaded"),
+        ),
+        (
+            [Resident(name="r", holds={A: GIB}, wanted=True, group="x")],
+            Wait("waits for r: only one model of the group x may be loaded", ("r",)),
+        ),
+        (
+            [idle("r", 1, 5, group="x", pinned=True)],
+            Wait("waits for r: only one model of the group x may be loaded, and a pinned one stays"),
+        ),
+        (
+            [idle("r", 1, 5, group="x", leaving=True)],
+            Wait("waits for r to end: only one model of the group x may be loaded", ("r",)),
+        ),
+        ([idle("r", 1, 5, group="y")], Fits({A: 5 * GIB})),
+    ],
+)
+def test_only_one_of_an_exclusive_group(rivals, verdict):
+    asked = Wish(name="new", devices=(A,), need=Need(5 * GIB, "learned"), group="x")
+    assert decide(asked, [gpu(20)], rivals) == verdict

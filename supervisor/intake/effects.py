@@ -1,0 +1,187 @@
+"""What the scheduler is told and what it answers: models, devices, events, effects. Data only.
+
+Times are seconds on one clock that never runs backwards (the caller's choice), memory is bytes, devices are named by
+UUID. An instance is numbered by the scheduler when it orders the load, and never twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One accepted attempt that wants to run.
+
+    Attributes:
+        at: when it came.
+        priority: each step counts like `queues.PRIORITY_S` seconds of waiting, so that no priority starves another.
+        vram_bytes: its own estimate of what it needs; 0 says nothing.
+    """
+
+    id: str
+    model: str
+    at: float
+    priority: int = 0
+    vram_bytes: int = 0
+
+
+class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that this box serves.
+
+    Attributes:
+        need_bytes: what a load takes of one device when it lies there whole; 0 for a model outside the GPUs.
+        estimated: `need_bytes` is only an estimate: it may delay a load and never refuses one.
+        slots: runs at once in one instance.
+        copies: most instances of it at once.
+        load_s: how long a load takes; the first guess, replaced by what is seen.
+        pin: never ended for another.
+        group: of one exclusive group only one model is loaded; "" for none.
+        keep_alive_s: an instance without work is ended after this long; 0 keeps it.
+        split: its engine can lie on several devices.
+        devices: UUIDs it may use; empty means any.
+    """
+
+    name: str
+    kind: str = ""
+    need_bytes: int = 0
+    estimated: bool = False
+    slots: int = 1
+    copies: int = 1
+    load_s: float = 10.0
+    pin: bool = False
+    group: str = ""
+    keep_alive_s: float = 0.0
+    split: bool = False
+    devices: tuple[str, ...] = ()
+
+
+class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU. `speed` is relative to the box's slowest."""
+
+    uuid: str
+    total_bytes: int
+    speed: float = 1.0
+
+
+# ---- events
+
+
+class Arrives(msgspec.Struct, frozen=True):
+    """A job."""
+
+    job: Job
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """A job that has not started will not be wanted. One that runs ends with `RunEnds` like any other."""
+
+    job: str
+
+
+class RunEnds(msgspec.Struct, frozen=True):
+    """A run has ended, in whichever way; `took_s` is what it took."""
+
+    instance: int
+    took_s: float = 0.0
+
+
+class LoadEnds(msgspec.Struct, frozen=True):
+    """A load has ended; `problem` is a sentence when it failed, and `Gone` follows when its process has ended."""
+
+    instance: int
+    took_s: float = 0.0
+    problem: str = ""
+
+
+class Gone(msgspec.Struct, frozen=True):
+    """The process of an instance has ended and its memory is back. Comes after the `RunEnds` of all its runs."""
+
+    instance: int
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """What other programs hold of a device, measured; `held` is what our instances were seen to hold there."""
+
+    uuid: str
+    foreign_bytes: int
+    held: Mapping[int, int] = {}
+
+
+class Learned(msgspec.Struct, frozen=True):
+    """What a load of a model really takes of one device. What is loaded keeps its shares."""
+
+    model: str
+    need_bytes: int
+
+
+class HoldPut(msgspec.Struct, frozen=True):
+    """Nothing starts on a device (cordon), or anywhere when `uuid` is "". `unload` also ends what is loaded there."""
+
+    uuid: str
+    reason: str
+    unload: bool = False
+
+
+class HoldLifted(msgspec.Struct, frozen=True):
+    """The hold of this device, or the one of the whole box, is over."""
+
+    uuid: str
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """It is as late as `Scheduler.due()` said."""
+
+
+Event = Arrives | Cancelled | RunEnds | LoadEnds | Gone | Reading | Learned | HoldPut | HoldLifted | Tick
+
+
+# ---- effects
+
+
+class StartRun(msgspec.Struct, frozen=True):
+    """Run this job on this instance."""
+
+    instance: int
+    job: Job
+
+
+class Load(msgspec.Struct, frozen=True):
+    """Start an instance and load the model. `shares` says how much of which device: more than one is a tensor split."""
+
+    instance: int
+    model: str
+    shares: Mapping[str, int]
+
+
+class Evict(msgspec.Struct, frozen=True):
+    """End an instance; it has no run."""
+
+    instance: int
+    reason: str
+
+
+class CancelLoad(msgspec.Struct, frozen=True):
+    """End an instance that is still loading."""
+
+    instance: int
+    reason: str
+
+
+class Waits(msgspec.Struct, frozen=True):
+    """Why a model's jobs wait, told when it changes."""
+
+    model: str
+    reason: str
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """This job is not going to run here. `code` as in `protocol.link_wire.Decline`, or `load_failed`."""
+
+    job: str
+    code: str
+    reason: str
+
+
+Effect = StartRun | Load | Evict | CancelLoad | Waits | Refuse

@@ -1,0 +1,182 @@
+"""The scheduler's books: devices, instances and models, and what each holds. One owner: `scheduler.Scheduler`.
+
+Memory of a device is written down four times: what other programs hold (measured), what our instances were given
+(`ours`), what is reserved for loads whose place is still being cleared (`reserved`), and what of `ours` is on its
+way back (`coming`). All four change by steps, so that nothing is ever summed over models or jobs.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from supervisor.intake.effects import DevicePlan, ModelPlan
+from supervisor.intake.eviction import Demand
+from supervisor.intake.placement import Place
+from supervisor.intake.queues import Waiting
+
+
+class Stage(enum.Enum):
+    """Where an instance is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"  # takes no more runs; ended after the last
+    LEAVING = "leaving"  # told to end
+
+
+class Instance:
+    """One loaded model, or one that is being loaded or ended."""
+
+    __slots__ = ("barred", "id", "idle_since", "model", "ready_at", "runs", "shares", "stage", "why_ends")
+
+    def __init__(self, number: int, model: Model, shares: Place) -> None:
+        self.id, self.model, self.shares = number, model, dict(shares)
+        self.stage = Stage.LOADING
+        self.runs = 0
+        self.ready_at = 0.0
+        self.idle_since = 0.0
+        self.why_ends = ""
+        self.barred = False
+
+    @property
+    def live(self) -> bool:
+        """Whether it serves, or is going to, as far as its own life goes; a hold may bar it from that."""
+        return self.stage is Stage.READY or self.stage is Stage.LOADING
+
+
+class Gpu:
+    """One device."""
+
+    __slots__ = ("coming", "foreign", "held", "instances", "margin", "ours", "plan", "reserved", "unloads")
+
+    def __init__(self, plan: DevicePlan, margin: int) -> None:
+        self.plan, self.margin = plan, margin
+        self.foreign = self.ours = self.coming = self.reserved = 0
+        self.held = ""
+        self.unloads = False
+        self.instances: dict[int, Instance] = {}
+
+    @property
+    def free(self) -> int:
+        """Bytes for a new load now; negative when other programs grew into ours."""
+        return self.plan.total_bytes - self.margin - self.foreign - self.ours - self.reserved
+
+
+class Model:
+    """One model with its queue.
+
+    Attributes:
+        places: where it could lie on an empty box.
+        reach: devices of these places.
+        rooms: device it may use -> what that has for models when empty.
+        target: the place being cleared for it; None when there is none.
+        stuck: when last looked at, ending models of ours could not have helped it.
+    """
+
+    __slots__ = (
+        "demand", "instances", "load_s", "places", "plan", "reach", "rooms", "run_s", "stuck", "target", "waiting",
+        "why",
+    )  # fmt: skip
+
+    def __init__(self, plan: ModelPlan, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
+        self.plan = plan
+        self.move(places, rooms)
+        self.waiting = Waiting()
+        self.instances: dict[int, Instance] = {}
+        self.demand = Demand()
+        self.load_s, self.run_s = plan.load_s, 0.0
+        self.target: Place | None = None
+        self.stuck = False
+        self.why = ""
+
+    def move(self, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
+        """From now on it could lie here; what is loaded stays where it is."""
+        self.places, self.rooms = places, rooms
+        self.reach = frozenset(uuid for place in places for uuid in place)
+
+    @property
+    def live(self) -> int:
+        """Instances that serve or are going to."""
+        count = 0
+        for each in self.instances.values():
+            count += not each.barred and (each.stage is Stage.READY or each.stage is Stage.LOADING)
+        return count
+
+    @property
+    def ready(self) -> int:
+        """Instances that serve."""
+        count = 0
+        for each in self.instances.values():
+            count += each.stage is Stage.READY and not each.barred
+        return count
+
+    @property
+    def loading(self) -> bool:
+        """Whether an instance is on its way."""
+        return any(each.stage is Stage.LOADING and not each.barred for each in self.instances.values())
+
+
+class Fleet:
+    """All of them."""
+
+    def __init__(self, gpus: dict[str, Gpu], models: dict[str, Model]) -> None:
+        self.gpus, self.models = gpus, models
+        self.instances: dict[int, Instance] = {}
+        self.groups: dict[str, list[Model]] = {}
+        self.held = ""
+        for model in models.values():
+            if model.plan.group:
+                self.groups.setdefault(model.plan.group, []).append(model)
+
+    def rivals(self, model: Model) -> list[Instance]:
+        """Instances of the others in its exclusive group."""
+        mates = self.groups.get(model.plan.group, ()) if model.plan.group else ()
+        return [instance for mate in mates if mate is not model for instance in mate.instances.values()]
+
+    # ---- the only places that write memory down
+
+    def add(self, instance: Instance) -> None:
+        """It was ordered to load."""
+        self.instances[instance.id] = instance.model.instances[instance.id] = instance
+        for uuid, share in instance.shares.items():
+            gpu = self.gpus[uuid]
+            gpu.ours += share
+            gpu.instances[instance.id] = instance
+
+    def ends(self, instance: Instance, stage: Stage) -> None:
+        """It drains or leaves: what it holds is coming back."""
+        if instance.live:
+            for uuid, share in instance.shares.items():
+                self.gpus[uuid].coming += share
+        instance.stage = stage
+
+    def stays(self, instance: Instance) -> None:
+        """It drained and need not end after all."""
+        for uuid, share in instance.shares.items():
+            self.gpus[uuid].coming -= share
+        instance.stage = Stage.READY
+
+    def remove(self, instance: Instance) -> None:
+        """It is gone; its memory is back."""
+        del self.instances[instance.id], instance.model.instances[instance.id]
+        for uuid, share in instance.shares.items():
+            gpu = self.gpus[uuid]
+            gpu.ours -= share
+            gpu.coming -= 0 if instance.live else share
+            del gpu.instances[instance.id]
+
+    def holds(self, instance: Instance, uuid: str, count: int) -> None:
+        """It was seen to hold more than it was given."""
+        more = count - instance.shares.get(uuid, 0)
+        if more > 0 and uuid in instance.shares:
+            instance.shares[uuid] = count
+            self.gpus[uuid].ours += more
+            self.gpus[uuid].coming += 0 if instance.live else more
+
+    def reserve(self, model: Model, place: Place | None) -> None:
+        """A place is being cleared for it; None gives the place up, or is before the load takes it."""
+        for uuid, share in (model.target or {}).items():
+            self.gpus[uuid].reserved -= share
+        for uuid, share in (place or {}).items():
+            self.gpus[uuid].reserved += share
+        model.target = place

@@ -1,0 +1,247 @@
+"""The scheduler: events in, effects out. Pure: no clock, no I/O, no dice; the same events give the same effects.
+
+Theory of operation. Every model has a queue of its own, so that a load never blocks other models. A job that finds
+a free slot of a loaded instance starts at once. Otherwise its model wants to load, and is *looked at* (`turns.look`):
+now, or at the time that the last look named, or when memory came free and it is the one that waits longest. A
+look ends in a load, in a *target* (a place that is being cleared: its memory is reserved, those who have to go take
+no more runs and end after their last), or in a sentence that says what it waits for.
+
+Cost. An event touches one queue, one instance and at most `LOOKS` looks; queues and times are heaps. A look reads
+the places of one model and the instances on them, never the queue and never all models.
+
+The caller tells every event once and in order, carries the effects out, and calls `step(Tick(), …)` when `due()`
+has come. What it is told about instances that it does not know (they were gone already) changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from supervisor.intake import effects as fx
+from supervisor.intake.dispatch import Dispatch
+from supervisor.intake.fleet import Fleet, Gpu, Model, Stage
+from supervisor.intake.placement import Place, Space, job_too_large, places
+
+# Looks in one step; what is left is due at once. Bounds the cost of a step.
+LOOKS = 1
+# How much of what was expected of a load's or a run's length is replaced by what was seen last.
+LEARN = 0.2
+
+
+class Scheduler:
+    """See the module.
+
+    Args:
+        margin_bytes: what stays free on every device.
+        threshold_bytes: most that one job may say it needs (`vram_threshold_gb`); 0 sets no limit.
+        most_waiting: jobs that may wait for one model; 0 sets no limit.
+        spread: take the free place with the fewest at work; else the tightest.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[fx.ModelPlan],
+        devices: Iterable[fx.DevicePlan],
+        *,
+        margin_bytes: int = 0,
+        threshold_bytes: int = 0,
+        most_waiting: int = 0,
+        spread: bool = True,
+    ) -> None:
+        gpus = {plan.uuid: Gpu(plan, margin_bytes) for plan in devices}
+        fleet = Fleet(gpus, {plan.name: _model(plan, gpus) for plan in models})
+        self._do = Dispatch(fleet, spread=spread)
+        self._threshold, self._most = threshold_bytes, most_waiting
+        self._steps: dict[type, Callable[[Any], None]] = {
+            fx.Arrives: self._arrives,
+            fx.Cancelled: self._cancelled,
+            fx.RunEnds: self._run_ends,
+            fx.LoadEnds: self._load_ends,
+            fx.Gone: self._gone,
+            fx.Reading: self._reading,
+            fx.Learned: self._learned,
+            fx.HoldPut: self._hold_put,
+            fx.HoldLifted: self._hold_lifted,
+            fx.Tick: lambda _event: None,
+        }
+
+    def step(self, event: fx.Event, now: float) -> list[fx.Effect]:
+        """Take one event in. `now` never goes back. Returns what has to be done, in order."""
+        self._do.now, self._do.out = now, []
+        self._steps[type(event)](event)
+        for _ in range(LOOKS):
+            what = self._do.clock.pop(now)
+            if what is None:
+                break
+            if isinstance(what, Model):
+                self._do.look(what)
+            else:
+                self._do.keep_alive(what)
+        return self._do.out
+
+    def due(self) -> float | None:
+        """When the next `Tick` is wanted; None when only an event can change anything."""
+        return self._do.clock.next()
+
+    def why(self) -> dict[str, str]:
+        """Model -> why its jobs wait, for every model that has some. Reads all models: for people, not for events."""
+        return {name: self._do.why_of(model) for name, model in self._do.fleet.models.items() if model.waiting}
+
+    def queued(self) -> dict[str, int]:
+        """Model -> jobs that wait, where some do. Reads all models."""
+        return {name: len(model.waiting) for name, model in self._do.fleet.models.items() if model.waiting}
+
+    def loaded(self) -> dict[int, tuple[str, str]]:
+        """Instance -> (model, stage)."""
+        return {each.id: (each.model.plan.name, each.stage.value) for each in self._do.fleet.instances.values()}
+
+    def _arrives(self, event: fx.Arrives) -> None:
+        job = event.job
+        model = self._do.fleet.models.get(job.model)
+        if model is None:
+            self._do.refuse(job.id, "unknown_model", f"This worker has no model {job.model!r}.")
+        elif not model.places:
+            self._do.refuse(job.id, "too_large", f"No GPU here could hold the model {job.model!r}.")
+        elif reason := self._too_large(job, model):
+            self._do.refuse(job.id, "too_large", reason)
+        elif self._most and len(model.waiting) >= self._most:
+            self._do.refuse(job.id, "busy", f"{len(model.waiting)} jobs wait for the model {job.model!r} already.")
+        elif job.id in self._do.jobs:
+            self._do.refuse(job.id, "bad_offer", f"The job {job.id!r} waits already.")
+        else:
+            model.demand = model.demand.seen(self._do.now)
+            model.waiting.push(job)
+            self._do.jobs[job.id] = model
+            self._do.serve(model)
+            self._do.want(model)
+
+    def _too_large(self, job: fx.Job, model: Model) -> str:
+        return job_too_large(job.vram_bytes, threshold_bytes=self._threshold, rooms=model.rooms, split=model.plan.split)
+
+    def _cancelled(self, event: fx.Cancelled) -> None:
+        model = self._do.jobs.pop(event.job, None)
+        if model is None:
+            return
+        model.waiting.drop(event.job)
+        if model.waiting:
+            return
+        self._do.give_up(model)
+        for instance in list(model.instances.values()):
+            if instance.stage is Stage.LOADING and not model.plan.pin:
+                self._do.cancel_load(instance, "nobody waits for it any more")
+
+    def _run_ends(self, event: fx.RunEnds) -> None:
+        instance = self._do.fleet.instances.get(event.instance)
+        if instance is None or not instance.runs:
+            return
+        instance.runs -= 1
+        model = instance.model
+        model.run_s = _learn(model.run_s, event.took_s)
+        if instance.stage is Stage.DRAINING and not instance.runs:
+            self._do.evict(instance)
+        elif instance.stage is Stage.READY:
+            self._do.serve(model)
+            if not instance.runs:
+                self._do.idle(instance)
+
+    def _load_ends(self, event: fx.LoadEnds) -> None:
+        instance = self._do.fleet.instances.get(event.instance)
+        if instance is None or instance.stage is not Stage.LOADING:
+            return
+        model = instance.model
+        if event.problem:
+            self._do.fleet.ends(instance, Stage.LEAVING)
+            self._do.fail(model, event.problem)
+            return
+        instance.stage = Stage.READY
+        instance.ready_at = self._do.now
+        model.load_s = _learn(model.load_s, event.took_s)
+        self._do.serve(model)
+        self._do.want(model)
+        if not instance.runs:
+            self._do.idle(instance)
+
+    def _gone(self, event: fx.Gone) -> None:
+        instance = self._do.fleet.instances.get(event.instance)
+        if instance is None:
+            return
+        self._do.fleet.remove(instance)
+        self._do.clock.unset(instance)
+        self._do.want(instance.model)
+        self._do.room()
+
+    def _reading(self, event: fx.Reading) -> None:
+        gpu = self._do.fleet.gpus.get(event.uuid)
+        if gpu is None:
+            return
+        gpu.foreign = event.foreign_bytes
+        for number, count in event.held.items():
+            if number in self._do.fleet.instances:
+                self._do.fleet.holds(self._do.fleet.instances[number], event.uuid, count)
+        self._do.room()
+
+    def _learned(self, event: fx.Learned) -> None:
+        model = self._do.fleet.models.get(event.model)
+        if model is not None:
+            model.plan = msgspec.structs.replace(model.plan, need_bytes=event.need_bytes, estimated=False)
+            model.move(*_places(model.plan, self._do.fleet.gpus))
+
+    def _hold_put(self, event: fx.HoldPut) -> None:
+        for gpu in self._held_by(event.uuid):
+            gpu.held, gpu.unloads = event.reason, event.unload
+        if not event.uuid:
+            self._do.fleet.held = event.reason
+        for instance in list(self._do.fleet.instances.values()):
+            if event.uuid and event.uuid not in instance.shares:
+                continue
+            instance.barred = True
+            if event.unload:
+                self._do.end(instance, event.reason)
+            else:
+                self._do.want(instance.model)
+        for model in list(self._do.targets):
+            if not event.uuid or event.uuid in (model.target or {}):
+                self._do.give_up(model)
+                self._do.want(model)
+
+    def _hold_lifted(self, event: fx.HoldLifted) -> None:
+        """A rare event that may look at all models: any of them may have waited for this."""
+        for gpu in self._held_by(event.uuid):
+            gpu.held, gpu.unloads = "", False
+        if not event.uuid:
+            self._do.fleet.held = ""
+        for instance in self._do.fleet.instances.values():
+            instance.barred = any(self._do.fleet.gpus[uuid].held for uuid in instance.shares)
+        for model in self._do.fleet.models.values():
+            spare = model.live - model.plan.copies
+            for instance in [each for each in model.instances.values() if each.live and not each.runs][: max(0, spare)]:
+                self._do.end(instance, "another copy was loaded while its GPU was held")
+            self._do.serve(model)
+            if self._do.want(model):
+                self._do.clock.set(model, self._do.now)
+
+    def _held_by(self, uuid: str) -> list[Gpu]:
+        return [gpu for each, gpu in self._do.fleet.gpus.items() if uuid in ("", each)]
+
+
+def _model(plan: fx.ModelPlan, gpus: dict[str, Gpu]) -> Model:
+    return Model(plan, *_places(plan, gpus))
+
+
+def _places(plan: fx.ModelPlan, gpus: dict[str, Gpu]) -> tuple[tuple[Place, ...], dict[str, int]]:
+    """Where it could lie on an empty box, and what its devices have for models then."""
+    if plan.need_bytes <= 0:
+        return ({},), {}
+    spaces = [
+        Space(uuid=uuid, room_bytes=gpu.plan.total_bytes - gpu.margin, speed=gpu.plan.speed)
+        for uuid, gpu in gpus.items()
+    ]
+    rooms = {space.uuid: space.room_bytes for space in spaces if not plan.devices or space.uuid in plan.devices}
+    return places(plan.need_bytes, spaces, split=plan.split, allowed=plan.devices, elastic=plan.estimated), rooms
+
+
+def _learn(known: float, seen: float) -> float:
+    return seen if known <= 0 else known + LEARN * (seen - known)
