@@ -1,20 +1,22 @@
-"""`supervisor models pull | list | remove`: models on this machine and their entries in worker.toml.
+"""`supervisor models pull`: a model onto this machine, and its entry into worker.toml.
 
+    supervisor models pull qwen3-4b
     supervisor models pull ./my.gguf
     supervisor models pull https://host/model.gguf --sha256 HEX
     supervisor models pull owner/repo --file Q4_K_M
 
 A pull runs in a child. It collects the files in `MODELS/.pulling-NAME`, where an interrupted pull is resumed by the
-same command, then the folder gets its name by one rename, then worker.toml its entry.
+same command, then the folder gets its manifest and its name (`model_store`), then worker.toml its entry. The other
+commands of `supervisor models` are in `model_commands`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import shutil
+import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,32 +25,31 @@ import msgspec
 import trio
 
 from engines.catalog import CATALOG
-from supervisor.columns import columns
-from supervisor.config import SEARCH, find_config, load, state_dir
-from supervisor.errors import ConfigError, ExitCode, NoPermission, SupervisorError
+from supervisor import model_commands
+from supervisor.errors import ExitCode
 from supervisor.host.child import ChildSpec, open_child
 from supervisor.interrupts import ended
+from supervisor.known_models import Known, known_models
 from supervisor.machine.weights import folder_digest
-from supervisor.model_guess import Guess, shards
-from supervisor.pull_fetch import is_loopback
-from supervisor.pull_progress import ProgressLine, size
+from supervisor.model_guess import Guess
+from supervisor.model_places import config_path, load_engines, models_dir
+from supervisor.model_store import Kept, Manifest, Store
+from supervisor.model_verify import damages
+from supervisor.pull_progress import EventLines, ProgressLine, size
+from supervisor.pull_source import (
+    PullError,
+    default_name,
+    folder_name,
+    plain_source,
+    read_known,
+    read_source,
+    unknown_word,
+)
 from supervisor.pull_wire import Event, Finished, Note, Plan, Progress, PullFailed, Request
-from supervisor.settings import Settings
 from supervisor.worker_toml import WorkerToml
 
-_REPO = re.compile(r"(?:hf:)?(?P<repo>[\w.-]+/[\w.-]+(?:@[\w./-]+?)?)(?::(?P<file>.+))?\Z")
-_HUB_PAGE = re.compile(
-    r"https://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
-    r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?\Z"
-)
-_FILE_ENDINGS = (".gguf", ".onnx", ".bin")
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
-
-
-class PullError(SupervisorError):
-    """The command cannot do what was asked; the text is a sentence with the cure."""
-
-    exit_code = ExitCode.FAILED
+__all__ = ["PullError", "add_arguments", "config_path", "main"]
+_OFFLINE = ("1", "ON", "YES", "TRUE")  # as huggingface-hub reads its variable
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -58,159 +59,207 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands of `supervisor models` to `parser`."""
     commands = parser.add_subparsers(dest="models_command", required=True, metavar="COMMAND")
     pull = commands.add_parser("pull", help="bring a model onto this machine and into worker.toml")
-    pull.add_argument("source", help="a file or folder, an https URL, or a Hugging Face repository: owner/repo[:file]")
+    pull.add_argument(
+        "source",
+        help="a known model (`models search`), a file or folder, an https URL, or a Hugging Face repository:"
+        " owner/repo[@revision][:file]",
+    )
     pull.add_argument("--name", help="public name; default: from the file or repository")
     pull.add_argument("--engine", help="default: what the files say")
     pull.add_argument("--file", default="", help="of a repository: the file, or a part of its name such as Q4_K_M")
     pull.add_argument("--sha256", default="", help="expected digest of the file; required for http")
+    pull.add_argument("--token-file", default="", metavar="FILE", help="holds the server's token; else HF_TOKEN")
+    pull.add_argument("--offline", action="store_true", help="only from what is here; HF_HUB_OFFLINE=1 says the same")
     pull.add_argument("--force", action="store_true", help="replace a model of the same name")
-    listing = commands.add_parser("list", help="show the models of worker.toml")
-    listing.add_argument("--json", action="store_true", help="an array of objects for programs")
-    remove = commands.add_parser("remove", help="take a model out of worker.toml, and its pulled files away")
-    remove.add_argument("name")
-    remove.add_argument("--keep-files", action="store_true", help="only the entry goes")
-    for each in (pull, listing, remove):
-        each.add_argument("--config", help=f"worker.toml; default: the first of {', '.join(SEARCH)}")
-        each.add_argument("--models-dir", help="default: models/ in the state folder")
+    pull.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
+    model_commands.add_arguments(commands)
+    for each in commands.choices.values():
+        model_commands.add_places(each)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run one of the commands; returns the exit code and prints one sentence when it fails."""
-    command = {"pull": _pull, "list": _list, "remove": _remove}[args.models_command]
-    return ended(lambda: command(args), "stopped; run the same command again to go on where it stopped")
-
-
-def config_path(given: str | None) -> Path:
-    """The worker.toml to edit: the given one, else the one `supervisor run` finds, else where it will look."""
-    if given:
-        return Path(given).expanduser()
-    try:
-        return find_config(None)
-    except ConfigError:
-        # A named but missing file is the user's wish; otherwise a place found from every working folder.
-        return Path(os.environ.get("BULKHEAD_CONFIG") or SEARCH[-1]).expanduser()
-
-
-def _models_dir(given: str | None, config: Path) -> Path:
-    if given:
-        return Path(given).expanduser().absolute()
-    settings = load(config) if config.exists() else Settings()
-    return state_dir(settings) / "models"
+    if args.models_command == "pull":
+        return ended(lambda: _pull(args), "stopped; run the same command again to go on where it stopped")
+    return ended(lambda: model_commands.run(args), "stopped")
 
 
 # ---- pull --------------------------------------------------------------------------------------------------
 
 
-def read_source(source: str, file: str, sha256: str) -> Request:
-    """Tell what kind of source a user named; `staging` is still empty.
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command line asks for."""
 
-    Raises:
-        PullError: it is none, or the digest it needs is missing.
-    """
-    if not source:
-        raise PullError("SOURCE: expected a file, a folder, an https URL or a Hugging Face repository.")
-    if sha256 and not _SHA256.match(sha256):
-        raise PullError("--sha256: expected 64 hexadecimal digits.")
-    digest = sha256.lower()
-    path = Path(source).expanduser()
-    if path.exists():
-        return Request(kind="local", source=str(path.absolute()), staging="", sha256=digest)
-    if page := _HUB_PAGE.match(source):
-        repo = page["repo"] + (f"@{page['revision']}" if page["revision"] else "")
-        return Request(kind="hub", source=repo, file=file or page["file"] or "", staging="", sha256=digest)
-    if source.startswith(("https://", "http://")):
-        if source.startswith("http://"):
-            _check_plain(source, digest)
-        return Request(kind="url", source=source, staging="", sha256=digest)
-    repo_ = _REPO.match(source)
-    # `models/my.gguf` that is not there is a misspelt path, not the repository `my.gguf` of the user `models`.
-    looks_like_a_path = source[0] in "./~" or (":" not in source and source.lower().endswith(_FILE_ENDINGS))
-    if repo_ and not looks_like_a_path:
-        return Request(kind="hub", source=repo_["repo"], file=file or repo_["file"] or "", staging="", sha256=digest)
-    raise PullError(
-        f"{source}: no such file or folder, and no https URL or Hugging Face repository (owner/repo) either."
-    )
+    request: Request
+    name: str
+    engine: str
+    known: Known | None
 
 
-def _check_plain(url: str, sha256: str) -> None:
-    host = url.removeprefix("http://").split("/")[0].rpartition("@")[2]
-    bare = host.split("]")[0].lstrip("[") if host.startswith("[") else host.split(":")[0]
-    if not is_loopback(bare):
-        raise PullError(f"{url}: http is not encrypted; use https (http is for this machine's own servers only).")
-    if not sha256:
-        raise PullError(f"{url}: http needs --sha256, since nothing else would notice another file.")
-
-
-def default_name(request: Request) -> str:
-    """A public name from the source: the file's stem, or the repository's name."""
-    if request.kind == "hub" and not request.file:
-        name = request.source.split("@")[0].split("/")[1]
-    elif request.kind == "hub":
-        name = Path(request.file).name if "." in request.file else request.source.split("@")[0].split("/")[1]
+def _read(args: argparse.Namespace, toml: WorkerToml) -> _Asked:
+    """Raises PullError, and ConfigError for a broken catalogue.toml."""
+    known = None
+    source = args.source
+    # A path is stronger than a catalogue, and a catalogue's mistakes are nothing to whoever names something else.
+    if source and "/" not in source and ":" not in source and not Path(source).expanduser().exists():
+        catalogue = known_models(toml.path)
+        known = catalogue.get(source)
+        if known is None:
+            try:
+                request = read_source(source, args.file, args.sha256)
+            except PullError as error:
+                raise PullError(f"{error}{unknown_word(source, catalogue)}") from None
+        else:
+            request = read_known(source, known, args.file, args.sha256)
     else:
-        name = Path(request.source.split("?")[0].rstrip("/")).name
-    name = re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", name)
-    name = re.sub(r"\.(gguf|onnx|bin)$", "", name, flags=re.IGNORECASE)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+        request = read_source(source, args.file, args.sha256)
+    token_file = str(Path(args.token_file).expanduser().absolute()) if args.token_file else ""
+    request = msgspec.structs.replace(request, token_file=token_file)
+    name = args.name or (source if known else default_name(request))
+    return _Asked(request=request, name=name, engine=args.engine or (known.engine if known else ""), known=known)
 
 
 def _pull(args: argparse.Namespace) -> int:
-    request = read_source(args.source, args.file, args.sha256)
-    name = args.name or default_name(request)
-    toml = WorkerToml(config_path(args.config))
-    if args.engine and args.engine not in {**CATALOG, **load_engines(toml)}:
-        raise PullError(f"--engine: there is no engine {args.engine!r}; known are {', '.join(CATALOG)}.")
-    if toml.has_model(name) and not args.force:
-        raise PullError(f"{toml.path} has a model named {name} already; take another --name, or --force to replace it.")
-    models = _models_dir(args.models_dir, toml.path)
-    folder = models / folder_name(name)
-    if folder.exists() and not args.force:
-        raise PullError(f"{folder} exists already; take another --name, or --force to replace it.")
-    request = msgspec.structs.replace(request, staging=str(models / f".pulling-{folder_name(name)}"))
-    _make(models)
-    line = ProgressLine(sys.stderr)
+    line = EventLines(sys.stdout) if args.json else ProgressLine(sys.stderr)
     try:
-        plan, finished = trio.run(run_pull, request, line)
+        return _pull_shown(args, line)
+    except Exception as error:
+        if args.json:
+            line.say(PullFailed(message=str(error)))
+        raise
     finally:
         line.close()
-    chosen = _choose(finished.guess, args.engine, finished.files)
-    _settle(Path(request.staging), folder)
-    toml.put_model(entry(name, chosen, folder, finished.files), comment=f"pulled from {plan.origin}")
-    toml.save()
-    total = sum((folder / file).stat().st_size for file in finished.files)
-    sys.stdout.write(
-        f"{name}: {size(total)} in {folder}, engine {chosen.engine} ({chosen.why}).\n"
-        f"It is in {toml.path}; `supervisor run{_config_option(args.config)}` serves it.\n"
-    )
+
+
+def _pull_shown(args: argparse.Namespace, line: ProgressLine | EventLines) -> int:
+    # With --force a mistake in it may be what this pull mends: an entry whose files are gone.
+    toml = WorkerToml(config_path(args.config), whole=not args.force)
+    asked = _read(args, toml)
+    name, key = asked.name, folder_name(asked.name)
+    if args.engine and args.engine not in {**CATALOG, **load_engines(toml)}:
+        raise PullError(f"--engine: there is no engine {args.engine!r}; known are {', '.join(CATALOG)}.")
+    _check_free(toml, name, args.force)
+    store = Store(models_dir(args.models_dir, toml.path))
+    with store.pulling(key):
+        manifest = None if args.force else _adopted(store, key, asked, line)
+        if manifest is None:
+            if store.folder(key).exists() and not args.force:
+                raise PullError(f"{store.folder(key)} exists already; take another --name, or --force to replace it.")
+            _check_network(asked, args.offline, store)
+            manifest = _bring(store, key, asked, toml.path, line)
+        chosen = _choose(manifest.guess, asked, manifest.digests)
+        folder = store.folder(key)
+        found = entry(name, chosen, folder, manifest.digests)
+        if asked.known is not None and asked.known.options and chosen.engine == asked.known.engine:
+            found["options"] = asked.known.options
+        with store.editing():
+            toml = WorkerToml(toml.path, whole=not args.force)  # hours may have passed: others have edited it
+            _check_free(toml, name, args.force)
+            if store.manifest(key) != manifest or not folder.is_dir():
+                store.settle(key, manifest)
+            toml.put_model(found, comment=f"pulled from {manifest.origin}")
+            toml.save()
+    _tell(args, name, folder, chosen, manifest, toml.path, line)
     return ExitCode.STOPPED
 
 
-def _config_option(given: str | None) -> str:
-    return f" --config {given}" if given else ""
+def _check_free(toml: WorkerToml, name: str, force: bool) -> None:
+    if toml.has_model(name) and not force:
+        raise PullError(f"{toml.path} has a model named {name} already; take another --name, or --force to replace it.")
 
 
-def load_engines(toml: WorkerToml) -> Mapping[str, Any]:
-    """[engines] of worker.toml; empty when the file does not exist yet."""
-    return load(toml.path).engines if toml.path.exists() else {}
+def _adopted(store: Store, key: str, asked: _Asked, line: ProgressLine | EventLines) -> Manifest | None:
+    """What an earlier pull of the same thing brought, if it is whole: its entry in worker.toml is all that is missing.
+
+    Raises:
+        PullError: it is damaged.
+    """
+    manifest = store.manifest(key)
+    request = asked.request
+    if manifest is None or not store.folder(key).is_dir():
+        return None
+    if (manifest.kind, manifest.source, manifest.file) != (request.kind, plain_source(request), request.file):
+        return None
+    if request.sha256 and request.sha256 not in manifest.digests.values():
+        return None
+    when = time.strftime("%Y-%m-%d", time.localtime(manifest.pulled_at))
+    line.say(Note(text=f"{store.folder(key)} has it since {when}; --force fetches it anew"))
+    found = damages(store.folder(key), manifest, line.say)
+    if found:
+        raise PullError(f"{store.folder(key)}: {found[0]}; run the same command with --force to fetch it anew.")
+    return manifest
 
 
-def folder_name(name: str) -> str:
-    """A folder for a public name, which may hold slashes and more. Raises PullError for a name like `..`."""
-    folder = re.sub(r"[^A-Za-z0-9._-]", "--", name)
-    if not folder.strip("."):
-        raise PullError(f"--name: {name!r} cannot name a folder.")
-    return folder
+def _check_network(asked: _Asked, offline: bool, store: Store) -> None:
+    """Raises PullError when the source is elsewhere and the network must not be used."""
+    variable = os.environ.get("HF_HUB_OFFLINE", "").upper() in _OFFLINE
+    if asked.request.kind == "local" or not (offline or variable):
+        return
+    here = ", ".join(store.keys()) or "nothing"
+    said = "--offline" if offline else "HF_HUB_OFFLINE"
+    raise PullError(
+        f"{plain_source(asked.request)} is not here, and {said} forbids the network; {store.models} has: {here}."
+    )
 
 
-def _make(folder: Path) -> None:
+def _bring(store: Store, key: str, asked: _Asked, config: Path, line: ProgressLine | EventLines) -> Manifest:
+    """Run the child, and write down what it brought. Raises PullError, after noting why for a later load."""
+    request = msgspec.structs.replace(asked.request, staging=str(store.staging(key)))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NoPermission(f"{folder} cannot be made: {error.strerror}; name another with --models-dir.") from None
+        plan, finished = trio.run(run_pull, request, line)
+    except PullError as error:
+        store.note_failure(key, str(error))
+        raise
+    staging = store.staging(key)
+    _, _, commit = plan.origin.rpartition("@")
+    return Manifest(
+        name=asked.name,
+        kind=request.kind,
+        source=plain_source(request),
+        file=request.file,
+        origin=plan.origin,
+        revision=commit if request.kind == "hub" else "",
+        pulled_at=time.time(),
+        files={
+            name: Kept(size_bytes=(staging / name).stat().st_size, sha256=digest)
+            for name, digest in finished.files.items()
+        },
+        guess=finished.guess,
+        config=str(config),
+    )
 
 
-def _choose(found: Guess, engine: str | None, files: Mapping[str, str]) -> Guess:
-    """What the user said, else what the files say. Raises PullError when neither is enough."""
+def _tell(
+    args: argparse.Namespace,
+    name: str,
+    folder: Path,
+    chosen: Guess,
+    manifest: Manifest,
+    config: Path,
+    line: ProgressLine | EventLines,
+) -> None:
+    total = sum(kept.size_bytes for kept in manifest.files.values())
+    if isinstance(line, EventLines):
+        line.done(
+            name=name,
+            engine=chosen.engine,
+            folder=str(folder),
+            bytes=total,
+            origin=manifest.origin,
+            files=manifest.digests,
+            config=str(config),
+        )
+        return
+    option = f" --config {shlex.quote(args.config)}" if args.config else ""
+    sys.stdout.write(
+        f"{name}: {size(total)} in {folder}, engine {chosen.engine} ({chosen.why}).\n"
+        f"It is in {config}; `supervisor run{option}` serves it.\n"
+    )
+
+
+def _choose(found: Guess, asked: _Asked, files: Mapping[str, str]) -> Guess:
+    """What the user said, else the catalogue, else the files. Raises PullError when none of them is enough."""
+    engine = asked.engine
     if not found.engine and not engine:
         names = ", ".join(name for name, row in CATALOG.items() if row.needs_model)
         raise PullError(
@@ -222,23 +271,17 @@ def _choose(found: Guess, engine: str | None, files: Mapping[str, str]) -> Guess
     backend = ""
     if engine == "embed":
         backend = "gguf" if found.main.endswith(".gguf") else "onnx"
-    return msgspec.structs.replace(found, engine=engine, backend=backend, why="as you said")
-
-
-def _settle(staging: Path, folder: Path) -> None:
-    """Give the collected files their place; an older model of that name goes only after the new one is whole."""
-    old = folder.with_name(f".replaced-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    said = asked.known is not None and engine == asked.known.engine
+    return msgspec.structs.replace(
+        found, engine=engine, backend=backend, why="as the catalogue says" if said else "as you said"
+    )
 
 
 def entry(name: str, chosen: Guess, folder: Path, digests: Mapping[str, str]) -> dict[str, Any]:
     """The [[models]] entry."""
     found: dict[str, Any] = {"name": name, "engine": chosen.engine}
-    if chosen.backend and chosen.backend != CATALOG[chosen.engine].backends[0]:
+    backends = CATALOG[chosen.engine].backends if chosen.engine in CATALOG else ("",)
+    if chosen.backend and chosen.backend != backends[0]:
         found["backend"] = chosen.backend
     found["path"] = str(folder / chosen.main) if chosen.main else str(folder)
     sha256 = {"model": digests[chosen.main] if chosen.main else folder_digest(digests)}
@@ -248,7 +291,7 @@ def entry(name: str, chosen: Guess, folder: Path, digests: Mapping[str, str]) ->
     return found | {"sha256": sha256}
 
 
-async def run_pull(request: Request, line: ProgressLine) -> tuple[Plan, Finished]:
+async def run_pull(request: Request, line: ProgressLine | EventLines) -> tuple[Plan, Finished]:
     """Run the child to its end.
 
     Raises:
@@ -256,7 +299,8 @@ async def run_pull(request: Request, line: ProgressLine) -> tuple[Plan, Finished
 
     Cancellation: the child is ended; what it fetched stays for the next pull.
     """
-    spec = ChildSpec(name="model pull", argv=(sys.executable, "-I", "-m", "supervisor.pull_child"))
+    argv = (sys.executable, "-I", "-m", "supervisor.pull_child")
+    spec = ChildSpec(name="model pull", argv=argv, lifeline=True)
     plan: Plan | None = None
     last: Event | None = None
     rest = b""
@@ -269,77 +313,11 @@ async def run_pull(request: Request, line: ProgressLine) -> tuple[Plan, Finished
                 last = msgspec.json.decode(text, type=Event)
                 if isinstance(last, Plan):
                     plan = last
-                _show(last, line)
+                if isinstance(last, Plan | Progress | Note):
+                    line.say(last)
         how = await child.wait()
     if isinstance(last, Finished) and plan is not None:
         return plan, last
     if isinstance(last, PullFailed):
         raise PullError(last.message)
     raise PullError(f"The pull {how.describe()}: {' | '.join(child.stderr_tail(3))}; run the same command again.")
-
-
-def _show(event: Event, line: ProgressLine) -> None:
-    match event:
-        case Plan(files=files, total_bytes=total, origin=origin):
-            line.note(f"{origin}: {len(files)} file{'s' if len(files) != 1 else ''}, {size(total)}")
-        case Progress():
-            line.show(event)
-        case Note(text=text):
-            line.note(text)
-
-
-# ---- list, remove ------------------------------------------------------------------------------------------
-
-
-def _list(args: argparse.Namespace) -> int:
-    config = config_path(args.config)
-    models = load(config).models if config.exists() else []
-    rows: list[dict[str, Any]] = [
-        {
-            "name": model.name,
-            "engine": model.engine,
-            "path": model.path,
-            "bytes": _bytes(Path(model.path)) if model.path else 0,
-            "sha256": dict(model.sha256),
-            "device": model.device or "auto",
-        }
-        for model in models
-    ]
-    if args.json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows)).decode() + "\n")
-    elif not rows:
-        sys.stdout.write("No models yet; `supervisor models pull SOURCE` brings one.\n")
-    else:
-        cells = [(str(r["name"]), str(r["engine"]), size(r["bytes"]), str(r["device"]), str(r["path"])) for r in rows]
-        sys.stdout.write(columns(("name", "engine", "size", "device", "path"), cells, right=(2,)) + "\n")
-    return ExitCode.STOPPED
-
-
-def _bytes(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return sum(part.stat().st_size for name in shards(path.name) if (part := path.with_name(name)).is_file())
-
-
-def _remove(args: argparse.Namespace) -> int:
-    toml = WorkerToml(config_path(args.config))
-    try:
-        toml.remove_model(args.name)
-    except KeyError:
-        known = ", ".join(str(model["name"]) for model in toml.models) or "none"
-        raise PullError(f"{toml.path} has no model named {args.name}; it has: {known}.") from None
-    toml.save()
-    folder = _models_dir(args.models_dir, toml.path) / folder_name(args.name)
-    gone = False
-    if not args.keep_files and folder.is_dir() and not _used(folder, toml):
-        shutil.rmtree(folder)
-        gone = True
-    sys.stdout.write(f"{args.name} is out of {toml.path}{f', and {folder} is deleted' if gone else ''}.\n")
-    return ExitCode.STOPPED
-
-
-def _used(folder: Path, toml: WorkerToml) -> bool:
-    """Whether another entry names something in this folder."""
-    inside = str(folder) + os.sep
-    paths = [path for model in toml.models for path in [model.get("path", ""), *model.get("files", {}).values()]]
-    return any((str(path) + os.sep).startswith(inside) for path in paths)

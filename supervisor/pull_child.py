@@ -10,25 +10,31 @@ import fcntl
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from supervisor.errors import ConfigError
 from supervisor.machine.weights import folder_files, hash_file
 from supervisor.model_guess import guess, shards
 from supervisor.pull_fetch import FetchFailed, Remote, client, fetch, need_space
 from supervisor.pull_hub import look_up
 from supervisor.pull_wire import Event, Finished, Note, Plan, Progress, PullFailed, Request
+from supervisor.secrets import secret
 
 REPORT_EVERY_S = 0.1
+ORPHAN_WAIT_S = 10.0  # for the child of a command that was killed: it ends as soon as it notices
 _LOCK = ".lock"
 
 
 def main() -> None:
-    """Entry point: `python -I -m supervisor.pull_child`."""
+    """Entry point: `python -I -m supervisor.pull_child LIFELINE`, a descriptor that ends with the command."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     out = os.dup(1)  # hub libraries print; the lines must stay whole
     os.dup2(2, 1)
 
@@ -47,21 +53,38 @@ def main() -> None:
         sys.exit(1)
 
 
+def _end_with(lifeline: int) -> None:
+    """End this process when the command is gone, be it by kill -9: nobody would take what is fetched."""
+    while os.read(lifeline, 64):
+        pass
+    os._exit(1)
+
+
 def pull(request: Request, say: Callable[[Event], None]) -> Finished:
     """Bring every file into the staging folder. Raises FetchFailed, OSError."""
     staging = Path(request.staging)
     staging.mkdir(parents=True, exist_ok=True)
     with (staging / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FetchFailed("Another pull of this model is running; wait for it, or take another --name.") from None
+        _take(lock)
         if request.kind == "local":
-            digests = _local(Path(request.source), staging, request.sha256, say)
+            digests = _local(request, staging, say)
         else:
             digests = _remote(request, staging, say)
         (staging / _LOCK).unlink()
     return Finished(files=digests, guess=guess(staging, sorted(digests)))
+
+
+def _take(lock: TextIO) -> None:
+    """Lock the staging folder. The command has made sure that no other one is at work: only an orphan can hold it."""
+    until = time.monotonic() + ORPHAN_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise FetchFailed("Another pull of this model is running; wait for it to end.") from None
+            time.sleep(0.05)
 
 
 class _Meter:
@@ -98,15 +121,17 @@ class _Meter:
 
 
 def _remote(request: Request, staging: Path, say: Callable[[Event], None]) -> dict[str, str]:
+    token = _token(request)
     with client() as http:
         if request.kind == "hub":
-            found = look_up(request.source, request.file)
+            found = look_up(request.source, request.file, token)
             files, origin = found.files, f"hf:{found.origin}"
         else:
-            files = {_name_of(request.source): Remote(url=request.source, sha256=request.sha256)}
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            files = {_name_of(request.source): Remote(url=request.source, sha256=request.sha256, headers=headers)}
             parts = urlsplit(request.source)  # secrets in the user part or the query stay out of worker.toml
             origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        files = _with_digest(files, request.sha256)
+        files = _with_digest(files, request.sha256, request.said_by)
         sizes = [remote.size_bytes for remote in files.values()]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         say(Plan(files=tuple(files), total_bytes=total, origin=origin))
@@ -121,14 +146,24 @@ def _remote(request: Request, staging: Path, say: Callable[[Event], None]) -> di
         return digests
 
 
-def _with_digest(files: Mapping[str, Remote], sha256: str) -> dict[str, Remote]:
+def _token(request: Request) -> str:
+    try:
+        return secret("hub-token", request.token_file) if request.token_file else ""
+    except ConfigError as error:
+        raise FetchFailed(f"--token-file: {'; '.join(error.problems).removeprefix('hub-token: ')}.") from None
+
+
+def _with_digest(files: Mapping[str, Remote], sha256: str, said_by: str) -> dict[str, Remote]:
     """Put the digest that the user gave on the main file, the first."""
     if not sha256:
         return dict(files)
     first = next(iter(files))
     known = files[first].sha256
     if known and known != sha256:
-        raise FetchFailed(f"--sha256 says {sha256}, but the hub lists {first} with {known}.")
+        raise FetchFailed(
+            f"{said_by} says {sha256}, but the hub lists {first} with {known}: the file was changed there; name the"
+            " revision that you mean, or correct the digest."
+        )
     return {**files, first: msgspec.structs.replace(files[first], sha256=sha256)}
 
 
@@ -155,8 +190,9 @@ def _drop_others(staging: Path, wanted: Mapping[str, Remote]) -> None:
 # ---- this machine ------------------------------------------------------------------------------------------
 
 
-def _local(source: Path, staging: Path, sha256: str, say: Callable[[Event], None]) -> dict[str, str]:
+def _local(request: Request, staging: Path, say: Callable[[Event], None]) -> dict[str, str]:
     """Link the files where the file system allows it, else copy; the source stays as it is."""
+    source, sha256, said_by = Path(request.source), request.sha256, request.said_by
     files = _local_files(source)
     total = sum(path.stat().st_size for path in files.values())
     say(Plan(files=tuple(files), total_bytes=total, origin=str(source)))
@@ -178,7 +214,7 @@ def _local(source: Path, staging: Path, sha256: str, say: Callable[[Event], None
     first = next(iter(digests))
     if sha256 and digests[first] != sha256:
         shutil.rmtree(staging)
-        raise FetchFailed(f"{source} has the sha256 {digests[first]} where --sha256 says {sha256}.")
+        raise FetchFailed(f"{source} has the sha256 {digests[first]} where {said_by} says {sha256}.")
     return digests
 
 

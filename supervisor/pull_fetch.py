@@ -8,9 +8,11 @@ after the digest was checked.
 
 from __future__ import annotations
 
+import email.utils
 import errno
 import hashlib
 import ipaddress
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,9 +25,16 @@ import msgspec
 ATTEMPTS = 6  # in a row without a new byte
 FIRST_WAIT_S = 0.2  # doubles with each attempt in a row
 LONGEST_WAIT_S = 10.0
+LONGEST_ASKED_S = 120.0  # what a server may ask for with Retry-After; beyond it the user is told instead
 READ_TIMEOUT_S = 30.0
 BLOCK_BYTES = 2**20
 SPARE_BYTES = 64 * 2**20  # stays free on the disk: others live there too
+# A quota, and a limit on the size of files (ulimit -f, FAT32), end a download as a full disk does.
+_NO_ROOM = {
+    errno.ENOSPC: "No space is left",
+    errno.EDQUOT: "The disk quota of this user is used up",
+    errno.EFBIG: "Files of this size are not allowed",
+}
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 OnBytes = Callable[[int], None]  # bytes of this file that are here now
@@ -41,6 +50,7 @@ class _Part(msgspec.Struct, frozen=True):
 
     url: str
     validator: str = ""
+    sha256: str = ""
 
 
 class Remote(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,9 +116,10 @@ def fetch(http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, o
                 " file, or the digest given is not of this one."
             )
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _NO_ROOM:
             raise FetchFailed(
-                f"No space is left in {target.parent}: free some and run the same command again."
+                f"{_NO_ROOM[error.errno]} in {target.parent}: make room (`supervisor models gc` deletes what no model"
+                " names) and run the same command again; what was fetched is kept."
             ) from None
         raise FetchFailed(f"{target} cannot be written: {error.strerror or error}.") from None
     download.finish()
@@ -136,6 +147,7 @@ class _Download:
             before = self._have
             try:
                 self._once()
+                self._check_size()
                 return self._hash.hexdigest()
             except (httpx.TransportError, _TryAgain) as error:
                 failures = 1 if self._have > before else failures + 1
@@ -144,7 +156,12 @@ class _Download:
                         f"{self._host} does not deliver {self._target.name}: {_reason(error)}; run the same command"
                         " again to resume."
                     ) from None
-                wait_s = min(getattr(error, "wait_s", 0.0) or FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S)
+                wait_s = getattr(error, "wait_s", 0.0) or min(FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S)
+                if wait_s > LONGEST_ASKED_S:
+                    raise FetchFailed(
+                        f"{self._host} asks to be left alone for {wait_s:.0f} s ({_reason(error)}); run the same"
+                        " command again then."
+                    ) from None
                 self._on_note(f"{self._target.name}: {_reason(error)}; resuming at {self._have} bytes")
                 time.sleep(wait_s)
 
@@ -155,7 +172,9 @@ class _Download:
         self.resumed = False
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Give the file its name. On the disk first: a name that outlives a power cut must have its content."""
+        with self._part.open("rb") as file:
+            os.fsync(file.fileno())
         self._part.replace(self._target)
         self._about.unlink(missing_ok=True)
 
@@ -170,9 +189,14 @@ class _Download:
             about = msgspec.json.decode(self._about.read_bytes(), type=_Part)
         except (OSError, msgspec.MsgspecError):
             return
-        if about.url != self._remote.url or not (about.validator or self._remote.sha256) or not self._part.exists():
+        # A repository that moved on to another commit has another URL, yet often the same file: its digest tells.
+        same = self._remote.sha256 != "" and about.sha256 == self._remote.sha256
+        if about.url == self._remote.url and (about.validator or self._remote.sha256):
+            self._validator = about.validator
+        elif not same:
             return
-        self._validator = about.validator
+        if not self._part.exists():
+            return
         with self._part.open("rb") as file:
             while data := file.read(BLOCK_BYTES):
                 self._hash.update(data)
@@ -190,11 +214,23 @@ class _Download:
                 self._hash, self._have, self.resumed = hashlib.sha256(), 0, False
             self._validator = _validator(response)
             self._preflight(response)
-            self._about.write_bytes(msgspec.json.encode(_Part(self._remote.url, self._validator)))
+            self._about.write_bytes(msgspec.json.encode(_Part(self._remote.url, self._validator, self._remote.sha256)))
             with self._part.open("r+b" if self._part.exists() else "w+b", buffering=0) as file:
                 file.truncate(self._have)
                 file.seek(self._have)
                 self._receive(response, file)
+
+    def _check_size(self) -> None:
+        """A server that ends its answer in order, with another size than the hub listed, has another file."""
+        expected = self._remote.size_bytes
+        if expected is None or self._have == expected:
+            return
+        have = self._have
+        self.forget()
+        raise FetchFailed(
+            f"{self._target.name} has {have} bytes at {self._host} where {expected} were announced: it is another file"
+            " by now; run the same command again to ask anew."
+        )
 
     def _headers(self) -> dict[str, str]:
         # Without identity a proxy may compress, and then ranges count other bytes.
@@ -230,12 +266,22 @@ class _Download:
     def _receive(self, response: httpx.Response, file: BinaryIO) -> None:
         # No block size here: httpx would hold a block back and lose it when the connection is cut.
         for data in response.iter_raw():
-            file.write(data)
+            _write(file, data)
             self._hash.update(data)
             self._have += len(data)
             self._on_bytes(self._have)
-        if self._remote.size_bytes is not None and self._have < self._remote.size_bytes:
-            raise _TryAgain("the connection ended early")
+            if self._remote.size_bytes is not None and self._have > self._remote.size_bytes:
+                return  # no use in fetching the rest of it; `_check_size` speaks
+        length = response.headers.get("Content-Length")
+        if length is None and self._remote.size_bytes is not None and self._have < self._remote.size_bytes:
+            raise _TryAgain("the connection ended early")  # with a length, the HTTP library has told already
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    """All of it: an unbuffered file may take a part only, the last that fits on a disk for example."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 class _TryAgain(Exception):
@@ -250,7 +296,7 @@ def need_space(folder: Path, missing_bytes: int) -> None:
     if missing_bytes + SPARE_BYTES > free:
         raise FetchFailed(
             f"{folder} has {free / 2**30:.1f} GiB free, and {missing_bytes / 2**30:.1f} GiB are to come: free some"
-            " space, or name another folder with --models-dir."
+            " space (`supervisor models gc` deletes what no model names), or name another folder with --models-dir."
         )
 
 
@@ -278,14 +324,22 @@ def _whole(response: httpx.Response) -> int | None:
 
 
 def _retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks for: a number, or a date (RFC 9110 10.2.3); 0 when it does not ask."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdecimal() else 0.0
+    if text.isdecimal():
+        return float(text)
+    try:
+        until = email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+    return max(0.0, until - time.time())
 
 
 def _meaning(status: int) -> str:
     return {
-        401: "it wants to know who you are; give a token",
-        403: "it does not let you have this file",
+        401: "it wants to know who you are; give a token with --token-file or HF_TOKEN",
+        403: "it does not let you have this file; accept its terms on its page, or give another token with"
+        " --token-file",
         404: "there is no such file; check the address",
         410: "the file is gone",
     }.get(status, "it does not give the file")

@@ -41,11 +41,12 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, Remote]
 
 
-def look_up(source: str, pattern: str) -> Found:
+def look_up(source: str, pattern: str, token: str = "") -> Found:
     """Find the files of `owner/repo[@revision]`.
 
     Args:
         pattern: a file, a glob, or a part of a name that one model file alone has; "" lets the layout decide.
+        token: "" takes HF_TOKEN, HF_TOKEN_PATH or the login of `hf auth login`.
 
     Raises:
         FetchFailed: not there, gated, unreachable, or the choice is not clear.
@@ -55,7 +56,7 @@ def look_up(source: str, pattern: str) -> Found:
     except ImportError:
         raise FetchFailed("huggingface-hub is not installed: `pip install 'bulkhead-worker[hub]'`.") from None
     repo, _, revision = source.partition("@")
-    api = hub.HfApi()
+    api = hub.HfApi(token=token or None)
     _check_endpoint(api.endpoint)
     commit, files = _asked(repo, lambda: _list(api, repo, revision or None))
     chosen = choose(files, pattern, repo)
@@ -106,20 +107,26 @@ def _asked(repo: str, ask: Callable[[], tuple[str, list[HubFile]]]) -> tuple[str
         return ask()
     except errors.GatedRepoError:
         raise FetchFailed(
-            f"{repo} is gated: accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN."
+            f"{repo} is gated: accept its terms on its page, then name your token's file with --token-file, or log in"
+            " with `hf auth login`, or set HF_TOKEN."
         ) from None
     except errors.RevisionNotFoundError:
-        raise FetchFailed(f"{repo} has no such revision.") from None
+        raise FetchFailed(
+            f"{repo} has no such revision: it was deleted or rewritten; name another one, or none for what is current."
+        ) from None
     except errors.RepositoryNotFoundError:
         raise FetchFailed(
-            f"There is no public repository {repo}: check the spelling; for a private one set HF_TOKEN."
+            f"There is no public repository {repo}: check the spelling; for a private one set HF_TOKEN or give"
+            " --token-file."
         ) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        cure = "check HF_TOKEN" if status in (401, 403) else "try again later"
+        cure = "check the token" if status in (401, 403) else "run the same command again later"
         raise FetchFailed(f"The hub answers {status} for {repo}: {cure}.") from None
     except errors.OfflineModeIsEnabled:
         raise FetchFailed("HF_HUB_OFFLINE is set: unset it to pull from a hub.") from None
+    except errors.LocalTokenNotFoundError as error:
+        raise FetchFailed(f"The token cannot be used: {' '.join(str(error).split())}") from None
     except FetchFailed:
         raise
     except (errors.HFValidationError, ValueError) as error:

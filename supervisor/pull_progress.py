@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
-from supervisor.pull_wire import Progress
+import msgspec
+
+from supervisor.pull_wire import Note, Plan, Progress, PullFailed
+
+Shown = Plan | Progress | Note | PullFailed
 
 PLAIN_EVERY_S = 2.0
 _RATE_OVER_S = 5.0  # the speed shown is the mean over this long: steady, and soon true after a stall
@@ -39,6 +43,16 @@ class ProgressLine:
         self._drawn = False
         self._last_s = clock()  # nobody needs a line for what takes less
         self._seen: list[tuple[float, int]] = []
+
+    def say(self, event: Shown) -> None:
+        """Show what a pull tells. How it failed is said elsewhere, when the command ends."""
+        match event:
+            case Plan(files=files, total_bytes=total, origin=origin):
+                self.note(f"{origin}: {len(files)} file{'s' if len(files) != 1 else ''}, {size(total)}")
+            case Progress():
+                self.show(event)
+            case Note(text=text):
+                self.note(text)
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -95,3 +109,25 @@ def _clock_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class EventLines:
+    """For programs: each event as one line of JSON, its kind in `t`; the last is `done` or `failed`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def say(self, event: Shown) -> None:
+        """Write an event as it is on the wire of the pull child."""
+        self._write(msgspec.json.encode(event))
+
+    def done(self, **fields: Any) -> None:
+        """The pull is through."""
+        self._write(msgspec.json.encode({"t": "done", **fields}))
+
+    def close(self) -> None:
+        """Nothing is left to do; the counterpart of `ProgressLine.close`."""
+
+    def _write(self, line: bytes) -> None:
+        self._stream.write(line.decode() + "\n")
+        self._stream.flush()

@@ -19,6 +19,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         file: for a hub: a file name, or a part of one that only one file has.
         staging: folder that collects the files; kept when the pull is interrupted.
         sha256: expected digest of the one file, lower-case hex; "" when none is known.
+        said_by: who says so, for the sentence when it is another one.
+        token_file: holds the token for the server; "" leaves it to HF_TOKEN and the hub's own login. Never the token
+            itself: requests are short-lived, but what is not passed on cannot leak.
     """
 
     kind: SourceKind
@@ -26,6 +29,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     staging: str
     file: str = ""
     sha256: str = ""
+    said_by: str = "--sha256"
+    token_file: str = ""
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="t", kw_only=True):

@@ -27,6 +27,10 @@ class Site:
         redirects: URL path -> where to.
         repos: `owner/repo` -> {file name: content}.
         gated: repositories that want a token.
+        retry_after: sent with the statuses of `status`.
+        listed: file name -> size that the tree tells instead of the true one.
+        commit: what the branch main of every repository points to; no other revision exists.
+        drip: bytes per write, 0 for all at once; between two writes the server rests for some milliseconds.
     """
 
     def __init__(self) -> None:
@@ -39,8 +43,13 @@ class Site:
         self.redirects: dict[str, str] = {}
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
+        self.retry_after = ""
+        self.listed: dict[str, int] = {}
+        self.commit = COMMIT
+        self.drip = 0
         self.hold: threading.Event | None = None
         self.holding = threading.Event()
+        self.never = threading.Event()
         self.url = ""
 
     def ranges_asked(self) -> list[str]:
@@ -79,7 +88,8 @@ class _Answer(BaseHTTPRequestHandler):
             }
         )
         if statuses := site.status.get(path):
-            self._say(statuses.pop(0), b"not now")
+            extra = {"Retry-After": site.retry_after} if site.retry_after else {}
+            self._say(statuses.pop(0), b"not now", **extra)
         elif path in site.redirects:
             self._say(302, b"", Location=site.redirects[path])
         elif path.startswith("/api/models/"):
@@ -100,20 +110,30 @@ class _Answer(BaseHTTPRequestHandler):
             return
         files = self.site.repos[repo]
         if "/revision/" in rest or rest == repo:
-            if "/revision/" in rest and rest.rsplit("/", 1)[1] not in ("main", COMMIT):
+            if "/revision/" in rest and rest.rsplit("/", 1)[1] not in ("main", self.site.commit):
                 self._say(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
                 return
             siblings = [{"rfilename": name} for name in files]
-            self._json({"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+            self._json(
+                {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": self.site.commit,
+                    "private": False,
+                    "tags": [],
+                    "siblings": siblings,
+                }
+            )
         elif "/tree/" in rest:
             self._json([self._entry(name, data) for name, data in files.items()])
         else:
             self._say(404, b"{}")
 
     def _entry(self, name: str, data: bytes) -> dict[str, Any]:
-        found: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+        size = self.site.listed.get(name, len(data))
+        found: dict[str, Any] = {"type": "file", "path": name, "size": size, "oid": "0" * 40}
         if lfs(name):
-            found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 130}
         return found
 
     def _refusal(self, repo: str) -> tuple[int, bytes] | None:
@@ -127,14 +147,17 @@ class _Answer(BaseHTTPRequestHandler):
 
     def _resolve(self, path: str) -> None:
         repo, _, rest = path.lstrip("/").partition("/resolve/")
-        _revision, _, name = rest.partition("/")
+        revision, _, name = rest.partition("/")
         if refusal := self._refusal(repo):
             self._say(*refusal)
+            return
+        if revision not in ("main", self.site.commit):
+            self._say(404, b"", **{"X-Error-Code": "RevisionNotFound"})
             return
         if name not in self.site.repos[repo]:
             self._say(404, b"", **{"X-Error-Code": "EntryNotFound"})
             return
-        self._file(self.site.repos[repo][name], path, **{"X-Repo-Commit": COMMIT})
+        self._file(self.site.repos[repo][name], path, **{"X-Repo-Commit": self.site.commit})
 
     # ---- files
 
@@ -161,6 +184,11 @@ class _Answer(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if cut is None and self.site.drip:
+            for at in range(0, len(body), self.site.drip):
+                self.wfile.write(body[at : at + self.site.drip])
+                self.site.never.wait(0.005)
             return
         if cut is None:
             self.wfile.write(body)

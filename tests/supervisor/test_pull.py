@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -12,72 +11,32 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-from supervisor import pull
-from supervisor.config import build_models, load
+from supervisor.config import load
 from supervisor.errors import ExitCode
-from supervisor.machine.weights import verify
-from supervisor.pull import PullError, default_name, folder_name, read_source
 
 ENGINES = Path(__file__).parents[2] / "engines"
 CHAT = ENGINES / "llm" / "fixture" / "chat-q8_0.gguf"
 WHISPER = ENGINES / "whisper" / "fixture" / "whisper-tiny-test"
 VOICE = ENGINES / "piper" / "fixture" / "tone-text.onnx"
-
-
-class Box:
-    """A home of its own: `run` is `supervisor models …`."""
-
-    def __init__(self, folder: Path, capsys: Any) -> None:
-        self.folder = folder
-        self.toml = folder / "config" / "bulkhead" / "worker.toml"
-        self.models = folder / "state" / "bulkhead" / "models"
-        self._capsys = capsys
-        self.out = self.err = ""
-
-    def run(self, *argv: str) -> int:
-        parser = argparse.ArgumentParser()
-        pull.add_arguments(parser)
-        self._capsys.readouterr()
-        code = pull.main(parser.parse_args([str(word) for word in argv]))
-        self.out, self.err = self._capsys.readouterr()
-        return code
-
-    def entries(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = tomllib.loads(self.toml.read_text())["models"]
-        return found
-
-    def check(self) -> None:
-        """Every model of the file passes the check that the supervisor makes before a load."""
-        for spec in build_models(load(self.toml)):
-            trio.run(verify, spec)
+COMMAND = [sys.executable, "-m", "supervisor", "models"]
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch, capsys) -> Box:
-    home = tmp_path / "home"
-    (home / "work").mkdir(parents=True)
-    monkeypatch.chdir(home / "work")
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
-    for name in ("BULKHEAD_CONFIG", "STATE_DIRECTORY", "HF_TOKEN", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    box = Box(home, capsys)
-    box.toml = home / ".config" / "bulkhead" / "worker.toml"
-    return box
+def box(models_box: Any) -> Any:
+    """`conftest.ModelsBox`."""
+    return models_box
 
 
 # ---- from nothing --------------------------------------------------------------------------------------------
 
 
-def test_a_newcomers_first_command(box: Box):
+def test_a_newcomers_first_command(box: Any):
     shutil.copy(CHAT, box.folder / "work" / "my.gguf")
     assert box.run("pull", "./my.gguf") == 0, box.err
     (entry,) = box.entries()
@@ -90,7 +49,7 @@ def test_a_newcomers_first_command(box: Box):
     assert load(box.toml).coordinator.url == "embedded"
 
 
-def test_a_local_file_costs_no_second_copy_and_stays(box: Box):
+def test_a_local_file_costs_no_second_copy_and_stays(box: Any):
     source = box.folder / "work" / "my.gguf"
     shutil.copy(CHAT, source)
     box.run("pull", str(source))
@@ -99,7 +58,7 @@ def test_a_local_file_costs_no_second_copy_and_stays(box: Box):
     assert source.read_bytes() == CHAT.read_bytes()
 
 
-def test_another_file_system_gets_a_copy(box: Box, monkeypatch, tmp_path: Path):
+def test_another_file_system_gets_a_copy(box: Any, monkeypatch, tmp_path: Path):
     shutil.copy(CHAT, box.folder / "work" / "my.gguf")
     if os.stat("/dev/shm").st_dev == os.stat(box.folder).st_dev:
         pytest.skip("/dev/shm is no other file system here")
@@ -112,7 +71,7 @@ def test_another_file_system_gets_a_copy(box: Box, monkeypatch, tmp_path: Path):
         shutil.rmtree(elsewhere, ignore_errors=True)
 
 
-def test_folders_and_voices(box: Box):
+def test_folders_and_voices(box: Any):
     assert box.run("pull", str(WHISPER)) == 0, box.err
     assert box.run("pull", str(VOICE), "--name", "org/tone") == 0, box.err
     folder, voice = box.entries()
@@ -124,7 +83,7 @@ def test_folders_and_voices(box: Box):
     box.check()
 
 
-def test_a_damaged_file_is_noticed_before_its_load(box: Box):
+def test_a_damaged_file_is_noticed_before_its_load(box: Any):
     shutil.copy(CHAT, "my.gguf")
     box.run("pull", "my.gguf")
     model = box.models / "my" / "my.gguf"
@@ -138,7 +97,7 @@ def test_a_damaged_file_is_noticed_before_its_load(box: Box):
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
-def test_a_second_model_of_the_same_name_wants_force(box: Box):
+def test_a_second_model_of_the_same_name_wants_force(box: Any):
     shutil.copy(CHAT, "my.gguf")
     box.run("pull", "my.gguf")
     assert box.run("pull", "my.gguf") == ExitCode.FAILED
@@ -151,15 +110,15 @@ def test_a_second_model_of_the_same_name_wants_force(box: Box):
     box.check()
 
 
-def test_a_wrong_digest_leaves_nothing(box: Box):
+def test_a_wrong_digest_leaves_nothing(box: Any):
     shutil.copy(CHAT, "my.gguf")
     assert box.run("pull", "my.gguf", "--sha256", "0" * 64) == ExitCode.FAILED
     assert "0" * 64 in box.err
     assert not box.toml.exists()
-    assert list(box.models.iterdir()) == []
+    assert [path.name for path in box.models.iterdir()] == [".store"]
 
 
-def test_files_of_no_known_kind_want_an_engine_and_are_kept(box: Box):
+def test_files_of_no_known_kind_want_an_engine_and_are_kept(box: Any):
     Path("net.onnx").write_bytes(b"onnx")
     assert box.run("pull", "net.onnx") == ExitCode.FAILED
     assert "--engine" in box.err
@@ -180,21 +139,21 @@ def test_files_of_no_known_kind_want_an_engine_and_are_kept(box: Box):
         ([str(CHAT), "--name", ".."], "cannot name a folder"),
     ],
 )
-def test_bad_asks_are_one_sentence(box: Box, argv: list[str], said: str):
+def test_bad_asks_are_one_sentence(box: Any, argv: list[str], said: str):
     assert box.run("pull", *argv) == ExitCode.FAILED
     assert said in box.err
     assert box.err.count("\n") == 1
     assert not box.toml.exists()
 
 
-def test_a_broken_configuration_stops_before_the_download(box: Box):
+def test_a_broken_configuration_stops_before_the_download(box: Any):
     Path("worker.toml").write_text("[[models]]\n")
     assert box.run("pull", str(CHAT)) == ExitCode.BAD_CONFIG
     assert "worker.toml:1" in box.err
     assert not box.models.exists()
 
 
-def test_an_empty_folder_is_told(box: Box):
+def test_an_empty_folder_is_told(box: Any):
     Path("empty").mkdir()
     assert box.run("pull", "empty") == ExitCode.FAILED
     assert "holds no file" in box.err
@@ -203,7 +162,7 @@ def test_an_empty_folder_is_told(box: Box):
 # ---- over HTTP -------------------------------------------------------------------------------------------------
 
 
-def test_a_url_resumed_over_cut_connections(box: Box, site):
+def test_a_url_resumed_over_cut_connections(box: Any, site):
     data = CHAT.read_bytes()
     site.files["/m.gguf"] = data
     site.cut_after["/m.gguf"] = [100_000]
@@ -215,7 +174,7 @@ def test_a_url_resumed_over_cut_connections(box: Box, site):
     box.check()
 
 
-def test_a_hub_repository(box: Box, site, monkeypatch):
+def test_a_hub_repository(box: Any, site, monkeypatch):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     site.repos["owner/Chat-GGUF"] = {"README.md": b"#", "chat-Q8_0.gguf": CHAT.read_bytes()}
@@ -230,7 +189,7 @@ def test_a_hub_repository(box: Box, site, monkeypatch):
     box.check()
 
 
-def test_a_hub_folder_keeps_its_layout(box: Box, site, monkeypatch):
+def test_a_hub_folder_keeps_its_layout(box: Any, site, monkeypatch):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     root = ENGINES / "image" / "fixture" / "tiny-sd-onnx"
@@ -244,7 +203,7 @@ def test_a_hub_folder_keeps_its_layout(box: Box, site, monkeypatch):
     box.check()
 
 
-def test_the_hubs_refusals_reach_the_user(box: Box, site, monkeypatch):
+def test_the_hubs_refusals_reach_the_user(box: Any, site, monkeypatch):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     assert box.run("pull", "owner/none") == ExitCode.FAILED
@@ -255,18 +214,14 @@ def test_the_hubs_refusals_reach_the_user(box: Box, site, monkeypatch):
     assert "accept its terms" in box.err
 
 
-def test_ctrl_c_keeps_what_was_fetched_and_the_same_command_goes_on(box: Box, site, tmp_path: Path):
+def test_ctrl_c_keeps_what_was_fetched_and_the_same_command_goes_on(box: Any, site, tmp_path: Path):
     data = os.urandom(500_000)
     site.files["/m.bin"] = data
     site.cut_after["/m.bin"] = [300_000]
     site.hold = threading.Event()
     digest = hashlib.sha256(data).hexdigest()
-    argv = ["pull", f"{site.url}/m.bin", "--sha256", digest, "--engine", "piper"]
-    program = (
-        "import argparse, sys; from supervisor import pull; p = argparse.ArgumentParser(); pull.add_arguments(p);"
-        "sys.exit(pull.main(p.parse_args()))"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, *argv], stderr=subprocess.PIPE, text=True) as process:
+    argv = ["pull", f"{site.url}/m.bin", "--sha256", digest, "--engine", "piper", "--config", str(box.toml)]
+    with subprocess.Popen([*COMMAND, *argv], stderr=subprocess.PIPE, text=True) as process:
         assert site.holding.wait(30)
         part = box.models / ".pulling-m" / "m.bin.part"
         _until(lambda: part.exists() and part.stat().st_size == 300_000)
@@ -292,7 +247,7 @@ def _until(done: Callable[[], bool]) -> None:
 # ---- list, remove ----------------------------------------------------------------------------------------------
 
 
-def test_listing_and_removing(box: Box):
+def test_listing_and_removing(box: Any):
     assert box.run("list") == 0
     assert "models pull" in box.out
     shutil.copy(CHAT, "my.gguf")
@@ -313,7 +268,7 @@ def test_listing_and_removing(box: Box):
     assert "has no model named my" in box.err
 
 
-def test_removing_never_touches_files_that_were_not_pulled(box: Box):
+def test_removing_never_touches_files_that_were_not_pulled(box: Any):
     own = box.folder / "own.gguf"
     shutil.copy(CHAT, own)
     Path("worker.toml").write_text(f'[[models]]\nname = "own"\nengine = "llm"\npath = "{own}"\n')
@@ -321,7 +276,7 @@ def test_removing_never_touches_files_that_were_not_pulled(box: Box):
     assert own.exists()
 
 
-def test_files_that_another_entry_uses_stay(box: Box):
+def test_files_that_another_entry_uses_stay(box: Any):
     shutil.copy(CHAT, "my.gguf")
     box.run("pull", "my.gguf")
     path = box.entries()[0]["path"]
@@ -329,43 +284,3 @@ def test_files_that_another_entry_uses_stay(box: Box):
         file.write(f'\n[[models]]\nname = "twin"\nengine = "llm"\npath = "{path}"\n')
     assert box.run("remove", "my") == 0
     assert Path(path).exists()
-
-
-# ---- reading the source ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("source", "kind", "what", "file"),
-    [
-        ("owner/repo", "hub", "owner/repo", ""),
-        ("hf:owner/repo:sub/m.gguf", "hub", "owner/repo", "sub/m.gguf"),
-        ("owner/repo@v1.0:Q4_K_M", "hub", "owner/repo@v1.0", "Q4_K_M"),
-        ("https://huggingface.co/owner/repo", "hub", "owner/repo", ""),
-        ("https://huggingface.co/owner/repo/blob/main/a/m.gguf?x=1", "hub", "owner/repo@main", "a/m.gguf"),
-        ("https://huggingface.co/owner/repo/resolve/abc/m.gguf", "hub", "owner/repo@abc", "m.gguf"),
-        ("https://host/m.gguf", "url", "https://host/m.gguf", ""),
-    ],
-)
-def test_sources(box: Box, source: str, kind: str, what: str, file: str):
-    found = read_source(source, "", "")
-    assert (found.kind, found.source, found.file) == (kind, what, file)
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("owner/Repo-GGUF", "Repo-GGUF"),
-        ("owner/repo:a/My Model.Q4_K_M.gguf", "My-Model.Q4_K_M"),
-        ("owner/repo:Q4_K_M", "repo"),
-        ("https://host/x/m-00001-of-00003.gguf?key=1", "m"),
-        ("https://host/", "host"),
-    ],
-)
-def test_names_come_from_the_source(box: Box, source: str, name: str):
-    assert default_name(read_source(source, "", "")) == name
-
-
-def test_names_become_folders():
-    assert folder_name("org/my model") == "org--my--model"
-    with pytest.raises(PullError):
-        folder_name("..")

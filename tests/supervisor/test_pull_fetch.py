@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import datetime
+import email.utils
 import errno
 import hashlib
 import os
+import subprocess
+import threading
 from pathlib import Path
 
 import httpx
@@ -220,3 +224,111 @@ def test_a_disk_that_fills_up_is_told(site, target: Path, monkeypatch):
 )
 def test_loopback(host: str, ours: bool):
     assert is_loopback(host) is ours
+
+
+# ---- what servers get wrong ------------------------------------------------------------------------------------
+
+
+def test_the_wait_that_a_server_asks_for_is_kept(site, target: Path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    site.status[PATH] = [429]
+    site.retry_after = "7"
+    assert get(site, target, notes=[]) == DIGEST
+    assert waits == [7.0]
+
+
+def test_a_wait_may_be_a_date(site, target: Path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    site.status[PATH] = [503]
+    site.retry_after = email.utils.format_datetime(
+        datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=40), usegmt=True
+    )
+    assert get(site, target, notes=[]) == DIGEST
+    assert 20 < waits[0] <= 41
+
+
+def test_a_wait_of_an_hour_is_told_instead(site, target: Path):
+    site.status[PATH] = [429]
+    site.retry_after = "3600"
+    with pytest.raises(FetchFailed, match=r"left alone for 3600 s \(the server answers 429\); run the same command"):
+        get(site, target)
+    assert len(site.asked) == 1
+
+
+@pytest.mark.parametrize("listed", [299_999, 300_001])
+def test_another_size_than_announced_is_another_file(site, target: Path, listed: int):
+    with pytest.raises(FetchFailed, match=rf"has 300000 bytes at 127.0.0.1 where {listed} were announced"):
+        get(site, target, size_bytes=listed)
+    assert os.listdir(target.parent) == []
+
+
+def test_slow_bytes_arrive(site, target: Path):
+    site.drip = 20_000
+    assert get(site, target, sha256=DIGEST) == DIGEST
+
+
+def test_a_server_that_falls_silent_is_asked_again(site, target: Path, monkeypatch):
+    monkeypatch.setattr(pull_fetch, "READ_TIMEOUT_S", 0.2)
+    site.cut_after[PATH] = [100_000]
+    site.hold = threading.Event()
+    notes: list[str] = []
+    assert get(site, target, sha256=DIGEST, notes=notes) == DIGEST
+    assert "ReadTimeout" in notes[0]
+    assert site.ranges_asked() == ["", "bytes=100000-"]
+
+
+def test_the_same_file_at_another_address_is_resumed_by_its_digest(site, target: Path, monkeypatch):
+    """A repository that moved on to another commit has the same file under another URL."""
+    monkeypatch.setattr(pull_fetch, "ATTEMPTS", 1)
+    site.cut_after[PATH] = [120_000]
+    with pytest.raises(FetchFailed):
+        get(site, target, sha256=DIGEST)
+    site.files["/new.gguf"] = BODY
+    with client() as http:
+        remote = Remote(url=f"{site.url}/new.gguf", sha256=DIGEST)
+        assert fetch(http, remote, target, lambda _bytes: None, print) == DIGEST
+    assert site.ranges_asked() == ["", "bytes=120000-"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "No space is left"), (errno.EDQUOT, "quota"), (errno.EFBIG, "size are not allowed")],
+)
+def test_no_room_of_any_kind_is_told(site, target: Path, monkeypatch, number: int, said: str):
+    def full(*_args: object) -> None:
+        raise OSError(number, "as asked")
+
+    monkeypatch.setattr(pull_fetch, "_write", full)
+    with pytest.raises(FetchFailed, match=said):
+        get(site, target)
+
+
+def test_a_full_disk_keeps_what_was_fetched(site, tmp_path: Path):
+    """A real one: a tmpfs of 256 KiB, half of it taken."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        site.files[PATH] = BODY
+        target = disk / "model.gguf"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pull_fetch, "need_space", lambda *_args: None)  # it would refuse before the first byte
+            with pytest.raises(FetchFailed, match="what was fetched is kept"):
+                get(site, target, sha256=DIGEST)
+            part = disk / "model.gguf.part"
+            have = part.stat().st_size
+            assert 200_000 < have < len(BODY)
+            assert part.read_bytes() == BODY[:have]
+            subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+            assert get(site, target, sha256=DIGEST) == DIGEST
+        assert site.ranges_asked() == ["", f"bytes={have}-"]
+        with pytest.raises(FetchFailed, match="GiB free"):
+            need_space(disk, 2**20)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -27,6 +27,7 @@ def test_two_commands_to_a_chat(tmp_path: Path):
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
+        "BULKHEAD_CONFIG": str(tmp_path / "worker.toml"),  # a test machine may have one in /etc
         "BULKHEAD__COORDINATOR__LISTEN": "127.0.0.1:0",  # the default port may be taken on a test machine
     }
     command = [sys.executable, "-m", "supervisor"]
