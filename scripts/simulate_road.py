@@ -107,7 +107,10 @@ def against(ours: Figures, other: Figures) -> str:
     """By how much."""
     busy = (ours.busy - other.busy) * 100
     ratio = other.wait_p99_s / ours.wait_p99_s if ours.wait_p99_s else float("inf")
-    return f"Against {other.policy}: GPUs busy {busy:+.1f} points, wait p99 {ratio:.2f} times shorter."
+    text = f"Against {other.policy}: GPUs busy {busy:+.1f} points, wait p99 {ratio:.2f} times shorter."
+    if other.lasted_s > 1.1 * ours.lasted_s:
+        text += f" {other.policy} cannot keep up with this trace, so its waits only tell how long the trace is."
+    return text
 
 
 if __name__ == "__main__":

@@ -75,14 +75,16 @@ class Look(msgspec.Struct, frozen=True):
 
 def look(model: Model, fleet: Fleet, view: Look) -> Turn:
     """Judge where a model with jobs waiting and no slot for them may load."""
-    if reason := _held(model, fleet):
-        return Later(reason, LATEST_S, stuck=True)
+    gpus = fleet.gpus
+    if fleet.held:
+        return Later(fleet.held, LATEST_S, stuck=True)
+    places, reason = _open(model, gpus)
+    if not places:
+        return Later(reason or "no GPU could hold it", LATEST_S, stuck=True)
     if model.loading:
         return Later("it is loading", LATEST_S)
     if model.ready and (rest := _drain_s(model)) <= model.load_s:
         return Later(f"its slots are busy; another copy would take {model.load_s:.0f} s to load", SOONEST_S + rest / 4)
-    gpus = fleet.gpus
-    places = [place for place in model.places if not _any_held(place, gpus)]
     rivals = fleet.rivals(model)
     if not rivals:
         free = [place for place in places if _fits(place, gpus)]
@@ -99,11 +101,17 @@ def overdue(model: Model, now: float) -> bool:
     return bool(model.waiting) and not model.ready and now - model.waiting.urgency() >= PATIENCE_S
 
 
-def _any_held(place: Place, gpus: dict[str, Gpu]) -> bool:
-    for uuid in place:  # not `any`: these three run for every place of every look
-        if gpus[uuid].held:
-            return True
-    return False
+def _open(model: Model, gpus: dict[str, Gpu]) -> tuple[list[Place], str]:
+    """Its places of which no device is held, and why one of the others is."""
+    places, reason = list[Place](), ""
+    for place in model.places:
+        for uuid in place:  # not `any`: this runs for every place of every look
+            if gpus[uuid].held:
+                reason = reason or gpus[uuid].held
+                break
+        else:
+            places.append(place)
+    return places, reason
 
 
 def _fits(place: Place, gpus: dict[str, Gpu]) -> bool:
@@ -118,20 +126,8 @@ def _lack(place: Place, gpus: dict[str, Gpu]) -> int:
     lack = 0
     for uuid, share in place.items():
         gpu = gpus[uuid]
-        lack += max(0, share - gpu.free - gpu.coming)
+        lack += share - gpu.free - gpu.coming
     return lack
-
-
-def _held(model: Model, fleet: Fleet) -> str:
-    if fleet.held:
-        return fleet.held
-    reason = ""
-    for place in model.places:
-        held = [fleet.gpus[uuid].held for uuid in place if fleet.gpus[uuid].held]
-        if not held:
-            return ""
-        reason = reason or held[0]
-    return reason
 
 
 def _drain_s(model: Model) -> float:
