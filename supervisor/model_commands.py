@@ -298,7 +298,7 @@ def _gc(args: argparse.Namespace) -> int:
     chosen = plan(held, budget)
     after, gone = chosen.after_bytes, []
     for going in chosen.going:
-        if args.dry_run or _delete(store, going.held):
+        if args.dry_run or _delete(store, going.held, config):
             gone.append(going)
         else:
             after += going.frees_bytes
@@ -341,12 +341,15 @@ def _all_named(store: Store, config: Path) -> list[str]:
     return found
 
 
-def _delete(store: Store, held: Held) -> bool:
+def _delete(store: Store, held: Held, config: Path) -> bool:
+    folder = store.folder(held.key)
     try:
         if held.what == "leftover":
             shutil.rmtree(store.models / held.key)
             return True
-        return store.remove(held.key) if held.what == "model" else store.remove_staging(held.key)
+        if held.what == "interrupted":
+            return store.remove_staging(held.key)
+        return store.remove(held.key, lambda: is_named(folder, _all_named(store, config)))
     except OSError as error:
         raise NoPermission(f"{store.models / held.key} cannot be deleted: {error.strerror}.") from None
 

@@ -26,7 +26,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -181,8 +181,12 @@ class Store:
         (self._own / "failures" / key).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    def remove(self, key: str) -> bool:
+    def remove(self, key: str, named: Callable[[], bool] = lambda: False) -> bool:
         """Delete a model that no supervisor has loaded and no pull works on; returns whether it was so.
+
+        Args:
+            named: asked under the locks: whether a worker.toml names the model by now. A pull may have entered it
+                since somebody chose it for deletion; it cannot do so between the answer and the deletion.
 
         Raises:
             OSError: it cannot be moved away.
@@ -193,13 +197,15 @@ class Store:
                 held.enter_context(self.pulling(key))
             except StoreError:
                 return False
-            if not held.enter_context(self._alone(key)):
+            if not held.enter_context(self._alone(key)) or named():
                 return False
             shutil.rmtree(old, ignore_errors=True)
             for folder in (self.folder(key), self.staging(key)):
                 if folder.exists():
                     folder.rename(old)
                     shutil.rmtree(old)
+            with contextlib.suppress(OSError):  # should it come again, it was never loaded
+                os.utime(self._own / "uses" / key, (0, 0))
             for kind in ("manifests", "failures"):
                 (self._own / kind / key).unlink(missing_ok=True)
         return True
@@ -280,8 +286,6 @@ class Store:
             except BlockingIOError:
                 yield False
                 return
-            with contextlib.suppress(OSError):  # what is deleted was never loaded, should it come again
-                os.utime(lock, (0, 0))
             yield True
         finally:
             os.close(lock)

@@ -14,6 +14,7 @@ import pytest
 
 from supervisor.errors import ExitCode
 from supervisor.model_commands import read_size
+from supervisor.model_gc import plan
 from supervisor.model_store import Store, StoreError
 
 CHAT = Path(__file__).parents[2] / "engines" / "llm" / "fixture" / "chat-q8_0.gguf"
@@ -178,6 +179,22 @@ def test_gc_spares_what_another_worker_toml_names(box: Any):
     assert box.run("gc", "--budget", "0") == ExitCode.BAD_CONFIG
     assert "nothing was deleted" in box.err
     assert (box.models / "other").is_dir()
+
+
+def test_gc_spares_what_was_entered_after_it_had_chosen(box: Any, monkeypatch: pytest.MonkeyPatch):
+    """A pull adopts the model between the choice and the deletion."""
+    folder = bring(box, "m", named=False)
+
+    def chosen_then_entered(*args: Any) -> Any:
+        chosen = plan(*args)
+        assert [going.held.key for going in chosen.going] == ["m"]
+        with box.toml.open("a") as file:
+            file.write(f'\n[[models]]\nname = "m"\nengine = "llm"\npath = "{folder}/m.gguf"\n')
+        return chosen
+
+    monkeypatch.setattr("supervisor.model_commands.plan", chosen_then_entered)
+    assert box.run("gc", "--budget", "0") == ExitCode.FAILED
+    box.check()
 
 
 def test_gc_without_a_worker_toml_deletes_nothing(box: Any):

@@ -141,6 +141,18 @@ def test_what_is_loaded_cannot_be_removed_until_its_supervisor_ends(store: Store
     assert store.last_loaded("m") is None, "the next model of this name was never loaded"
 
 
+def test_a_model_that_was_named_meanwhile_is_not_removed(store: Store):
+    pulled(store)
+    lock = store.use("m")
+    assert lock is not None
+    os.close(lock)
+    before = store.last_loaded("m")
+    assert store.remove("m", lambda: True) is False
+    assert store.folder("m").is_dir()
+    assert store.last_loaded("m") == before
+    assert store.remove("m", lambda: False) is True
+
+
 def test_several_supervisors_may_use_one_model(store: Store, holder):
     pulled(store)
     holder("use")

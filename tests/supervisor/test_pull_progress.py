@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 
-from supervisor.pull_progress import ProgressLine, size
-from supervisor.pull_wire import Progress
+from supervisor.pull_progress import EventLines, ProgressLine, size
+from supervisor.pull_wire import Note, Plan, Progress, PullFailed
 
 MIB = 2**20
 
@@ -84,3 +85,25 @@ def test_a_note_takes_a_line_of_its_own():
     line.show(at(1))
     line.note("resuming")
     assert stream.getvalue().endswith("\r\033[Kresuming\n")
+
+
+def test_events_are_shown_to_people():
+    stream = io.StringIO()
+    line = ProgressLine(stream, Clock())
+    line.say(Plan(files=("a", "b"), total_bytes=2048, origin="hf:o/r@c"))
+    line.say(Note(text="resuming"))
+    line.say(PullFailed(message="the command says it when it ends"))
+    assert stream.getvalue() == "hf:o/r@c: 2 files, 2.0 KiB\nresuming\n"
+
+
+def test_events_are_lines_for_programs():
+    stream = io.StringIO()
+    lines = EventLines(stream)
+    lines.say(Plan(files=("a",), total_bytes=None, origin="x"))
+    lines.say(at(5))
+    lines.say(PullFailed(message="no"))
+    lines.done(name="m")
+    lines.close()
+    found = [json.loads(text) for text in stream.getvalue().splitlines()]
+    assert [event["t"] for event in found] == ["plan", "progress", "failed", "done"]
+    assert found[1]["done_bytes"] == 5
