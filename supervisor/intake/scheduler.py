@@ -219,6 +219,8 @@ class Scheduler:
             spare = model.live - model.plan.copies
             for instance in [each for each in model.instances.values() if each.live and not each.runs][: max(0, spare)]:
                 self._do.end(instance, "another copy was loaded while its GPU was held")
+            if model.live >= model.plan.copies:
+                self._do.give_up(model)  # it was to load elsewhere meanwhile
             self._do.serve(model)
             if self._do.want(model):
                 self._do.clock.set(model, self._do.now)

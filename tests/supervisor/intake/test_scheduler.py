@@ -357,6 +357,22 @@ def test_a_cordoned_gpu_sends_its_work_to_another():
     assert len(drive.ready) == 1  # one copy is what it may have
 
 
+def test_a_model_whose_hold_ends_needs_no_other_place():
+    """It was cordoned while it loaded, and a place elsewhere was being cleared for it."""
+    drive = Drive([model("a", 4), model("b", 20)], [gpu("g", 24), gpu("h", 24)])
+    drive.job("a")
+    drive.job("b")
+    [first] = drive.loading[1].shares
+    [other] = drive.loading[2].shares
+    drive.loaded(2, "broken")
+    drive.foreign[other] = GIB
+    drive.tell(fx.Reading(other, GIB))
+    drive.tell(fx.HoldPut(first, "cordoned"))
+    drive.tell(fx.HoldLifted(first))
+    drive.settle()
+    assert sorted(drive.ready) == [1]
+
+
 def test_a_large_model_is_split_when_its_engine_can():
     drive = Drive([model("a", 40, split=True)], [gpu("g", 24), gpu("h", 24)])
     drive.job("a")
