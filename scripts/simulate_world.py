@@ -211,9 +211,9 @@ class World:
         self._step(fx.RunEnds(number, self._work.pop(job.id) / gpu.speed))
 
     def _load_end(self, number: int) -> None:
-        instance = self._instances[number]
-        if instance.ended:
-            return
+        instance = self._instances.get(number)
+        if instance is None or instance.ended:
+            return  # cancelled meanwhile
         instance.ready = True
         self._loads_there(instance, -1)
         self._step(fx.LoadEnds(number, instance.model.load_s))

@@ -78,6 +78,19 @@ def test_a_game_takes_the_gpu_and_gives_it_back(tmp_path: Path):
         assert (figures.done, figures.refused, figures.evictions, figures.loads) == (2, 1, 1, 2)
 
 
+def test_a_load_is_cancelled_by_a_game_and_made_good(tmp_path: Path):
+    lines = [
+        {"t": 0.0, "model": "a", "work_s": 3.0},
+        {"t": 1.0, "gpu": "g", "foreign_gb": 20.0, "hold": "a game"},
+        {"t": 100.0, "gpu": "g", "foreign_gb": 0.0},
+    ]
+    made = trace(tmp_path, lines)
+    for name in simulate_road.POLICIES:
+        figures = World(made, simulate_road.policy(name, made), name).run()
+        assert (figures.done, figures.cancelled_loads, figures.loads) == (1, 1, 2)
+        assert figures.lasted_s == pytest.approx(108.0)
+
+
 class Reckless:
     """Loads the same model again and again."""
 
