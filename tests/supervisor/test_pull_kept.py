@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -360,4 +361,49 @@ def test_a_limit_on_the_size_of_files_is_a_sentence(box: Any, site: Any):
     assert (box.models / ".pulling-chat" / "chat.gguf.part").stat().st_size == 150_000
     assert box.run(*argv) == 0, box.err
     assert site.ranges_asked() == ["", "bytes=150000-"]
+    box.check()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_at_random_moments(box: Any, site: Any, seed: int):
+    """The seed is the parameter. Whatever the moments were, the same command ends with a whole model."""
+    dice = random.Random(seed)
+    site.files["/chat.gguf"] = BYTES
+    site.drip = 4_000  # the download alone takes half a second
+    argv = ["pull", f"{site.url}/chat.gguf", "--sha256", DIGEST]
+    killed = 0
+    for latest_s in (0.2, 0.6, 0.9, 0.9, 0.9, 0.9):
+        with start(*argv, box=box, stdout=subprocess.DEVNULL) as process:
+            try:
+                process.communicate(timeout=dice.uniform(0.05, latest_s))
+                break  # it was through before its moment
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+                process.communicate(timeout=30)
+    if not box.toml.exists():
+        assert box.run(*argv) == 0, box.err
+    assert killed > 0
+    box.check()
+    assert box.run("verify") == 0
+    assert sorted(path.name for path in box.models.iterdir()) == [".store", "chat"]
+
+
+def test_a_repository_that_moved_on_during_an_interruption_is_resumed_by_digest(box: Any, hub: Any):
+    hub.cut_after[f"/owner/chat/resolve/{COMMIT}/chat.gguf"] = [100_000]
+    hub.hold = threading.Event()
+    with start("pull", "owner/chat", box=box) as process:
+        assert hub.holding.wait(30)
+        part = box.models / ".pulling-chat" / "chat.gguf.part"
+        _until(lambda: part.exists() and part.stat().st_size == 100_000)
+        process.kill()
+        process.communicate(timeout=30)
+    hub.hold.set()
+    hub.commit = "fedcba9876543210fedcba9876543210fedcba98"
+    assert box.run("pull", "owner/chat") == 0, box.err
+    asked = [each["range"] for each in hub.asked if "/resolve/" in each["path"]]
+    assert asked == ["", "bytes=100000-"]
+    manifest = Store(box.models).manifest("chat")
+    assert manifest is not None
+    assert manifest.revision == hub.commit
     box.check()
