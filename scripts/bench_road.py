@@ -22,6 +22,7 @@ import httpx
 import psutil
 import trio
 from bench_hostile import bench_hostile
+from bench_schedule import bench_schedule
 
 from supervisor.host.child import ChildSpec, open_child
 
@@ -288,6 +289,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "hang": lambda: containment.bench_hang(running),
     "neighbour": lambda: containment.bench_neighbour(running),
     "hostile": bench_hostile,
+    "schedule": bench_schedule,
 }
 
 

@@ -43,12 +43,19 @@ from supervisor.link.register import Proof
 from supervisor.link.session import Address, SessionEnd, Why, converse
 from supervisor.link.transfer import Transfer
 from supervisor.link.worker import Identity, Worker
+from supervisor.live_settings import appliers
 from supervisor.liveness import Liveness
 from supervisor.machine.weights import Digests
-from supervisor.notices import set_up
+from supervisor.model_uses import ModelUses
+from supervisor.notices import Log, set_up
+from supervisor.observe.jobwatch import Watches
+from supervisor.observe.otlp import open_tracer
+from supervisor.observe.tally import Tally
 from supervisor.orders import Orders
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
+from supervisor.reload import Reloader
+from supervisor.secrets import TOKEN, secret
 from supervisor.service import Service, status_sentence
 from supervisor.settings import CoordinatorTable, LimitsTable, Settings
 from supervisor.state import StateFolder, hold_state, write_endpoint
@@ -60,18 +67,21 @@ log = logging.getLogger(__name__)
 LAST_WORDS_S = 3.0
 
 
-def run(settings: Settings) -> ExitCode:
+def run(settings: Settings, path: Path | None = None) -> ExitCode:
     """Run the supervisor to its end.
+
+    Args:
+        path: of worker.toml, when its changes shall be followed.
 
     Raises:
         SupervisorError: it ends before it could begin, or the coordinator refused it; carries the exit code.
     """
     with hold_state(config.state_dir(settings)) as state:
-        set_up(settings.log)
+        notices = set_up(settings.log)
         state.endpoint.unlink(missing_ok=True)  # one that was killed leaves it behind
         _warn_about_root()
         try:
-            return trio.run(_Supervisor(settings, state).live)
+            return trio.run(_Supervisor(settings, state, notices, path).live)
         except (SupervisorError, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -87,11 +97,22 @@ def run(settings: Settings) -> ExitCode:
 class _Supervisor:
     """One life of the supervisor."""
 
-    def __init__(self, settings: Settings, state: StateFolder) -> None:
+    def __init__(
+        self, settings: Settings, state: StateFolder, notices: Log | None = None, path: Path | None = None
+    ) -> None:
         self._settings = settings
+        self._path = path
         self._state = state
         self._specs = config.build_models(settings)
         self._service = Service()
+        self._tally = Tally(
+            models=[spec.name for spec in self._specs],
+            engines={spec.engine.name for spec in self._specs},
+            places={"state": state.root},
+            log_lines=lambda: notices.funnel.lines if notices else {},
+            log_dropped=lambda: notices.dropped() if notices else {},
+        )
+        self._tracer = open_tracer(settings.otel)
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
@@ -109,6 +130,8 @@ class _Supervisor:
                 async with self._coordinator() as (address, drain_coordinator):
                     await self._work(box, address, drain_coordinator, nursery)
             nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._tracer.close)  # bounded by itself
         if self._refused is not None:
             raise self._refused
         return ExitCode.RESTART if self._restart else ExitCode.STOPPED
@@ -170,20 +193,22 @@ class _Supervisor:
         self, box: Box, address: Address, drain_coordinator: Callable[[], Awaitable[None]], around: trio.Nursery
     ) -> None:
         """Serve until the drain is over. `around` is for what outlives the engines, whose end may take its time."""
-        digests = Digests(self._state.digests)
+        uses = ModelUses(Digests(self._state.digests).verify)
         prover = Prover(
-            digests.verify,
+            uses.verify,
             Verdicts(self._state.verdicts),
             lambda spec, proof: self._proved(spec, proof, host, worker),
             probe=functools.partial(probe_engine, folder=self._state.empty_probes(), watch=box.watch),
         )
-        means = box.means(digests.verify, prover.again)
+        means = box.means(uses.verify, prover.again)
         async with (
+            contextlib.AsyncExitStack() as stack,
             open_host(self._specs, self._limits, self._state.instances, means=means) as host,
             Transfer(address) as transfer,
             trio.open_nursery() as nursery,
         ):
-            attempts = Attempts(host, transfer, host.ground, nursery)
+            stack.callback(uses.close)
+            attempts = Attempts(host, transfer, host.ground, nursery, Watches(self._tally, self._tracer))
             worker = self._worker(box, host, attempts)
             host.on_change = lambda: self._host_changed(box, worker)
             box.on_change = lambda: self._machine_changed(box, worker)
@@ -192,6 +217,8 @@ class _Supervisor:
             nursery.start_soon(transfer.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, address, worker)
+            if self._path is not None:
+                await nursery.start(self._reloader(self._path, worker).run)
             async with open_control(config.control_socket(self._settings), self._surface(box, host, worker, address)):
                 around.start_soon(self._liveness(box, host, worker).run)
                 self._service.ready()
@@ -203,6 +230,19 @@ class _Supervisor:
             host.on_change = None
             box.on_change = lambda: None
             nursery.cancel_scope.cancel()
+
+    def _reloader(self, path: Path, worker: Worker) -> Reloader:
+        def take(settings: Settings) -> None:
+            self._settings = settings
+            worker.announce()
+
+        return Reloader(
+            path,
+            self._settings,
+            appliers(lambda: self._settings, take),
+            on_outcome=lambda outcome: self._tally.reloaded("refused" if outcome.problems else "applied"),
+            on_hangup=lambda: self.ask_drain("the terminal was closed"),
+        )
 
     def _host_changed(self, box: Box, worker: Worker) -> None:
         box.room.look_again()
@@ -236,6 +276,10 @@ class _Supervisor:
             up = worker.connected
             return Link(url=address.url, connected=up, reason="" if up else "the coordinator does not answer")
 
+        def refused() -> dict[str, str]:
+            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred)
+            return {name: f"not served: {state.reason}" for name, state in states.items() if not state.available}
+
         gathering = Gathering(
             Sources(
                 worker=worker.name,
@@ -250,9 +294,12 @@ class _Supervisor:
                 gpu_faults=box.gpu_faults,
                 incidents=box.recent_incidents,
                 ends=box.ends,
+                refused=refused,
             )
         )
-        return Surface(gathering.snapshot, Orders(box.pausing, self.ask_drain), box.gpu_metrics)
+        return Surface(
+            gathering.snapshot, Orders(box.pausing, self.ask_drain), lambda: [*box.gpu_metrics(), *self._tally.lines()]
+        )
 
     def _worker(self, box: Box, host: Host, attempts: Attempts) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
@@ -276,9 +323,12 @@ class _Supervisor:
             models=models,
             on_shutdown=self.ask_drain,
             held=lambda: (box.pausing.reason(), box.pausing.left_s()),
+            tally=self._tally,
         )
 
     def _proved(self, spec: ModelSpec, proof: Proof, host: Host, worker: Worker) -> None:
+        if proof.ok:
+            log.info("%s is served (%s)", spec.name, ", ".join(spec.model.kinds))
         self._proofs[spec.name] = proof
         worker.announce()
         if proof.ok and any(model.preload for model in self._settings.models if model.name == spec.name):
@@ -307,7 +357,7 @@ class _Supervisor:
 
 def _remote(table: CoordinatorTable) -> Address:
     try:
-        token = Path(table.token_file).read_text().strip()
+        token = secret(TOKEN, table.token_file)
         tls = ssl.create_default_context(cafile=table.tls_ca or None) if table.url.startswith("wss:") else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"[coordinator]: the token or the certificates cannot be read: {error}"]) from None

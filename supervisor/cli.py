@@ -9,12 +9,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from supervisor.errors import ConfigError, ExitCode, SupervisorError
-
-if TYPE_CHECKING:
-    from supervisor.settings import Settings
 
 _CONFIG_HELP = """\
 The configuration is worker.toml: --config FILE, else $BULKHEAD_CONFIG, else ./worker.toml, else
@@ -44,6 +41,8 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
     "config": "",  # its own, in config_commands.py
     "models": """\
 examples:
+  supervisor models search chat
+  supervisor models pull qwen3-4b            one that is known; or a file, a URL, owner/repo:file
   supervisor models pull ./chat.gguf
   supervisor models pull https://example.org/voice.onnx --sha256 HEX
   supervisor models list
@@ -105,6 +104,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ExitCode.USAGE, f"{self.prog}: {message}\n")
 
 
+class _Version(argparse.Action):
+    """--version, without reading the version for every other command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_rest: object) -> NoReturn:
+        """Print and leave."""
+        parser.exit(_version(argparse.Namespace()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -131,6 +141,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         epilog=_EXAMPLES[""],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, help="print the version and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
 
     def command(name: str, help_: str) -> argparse.ArgumentParser:
@@ -146,7 +157,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     run.add_argument("--config", metavar="FILE", help="worker.toml")
     run.set_defaults(command=_run)
     config = command("config", "check, show, change or describe the configuration")
-    models = command("models", "pull, list and remove models")
+    models = command("models", "search, pull, list, verify, gc and remove models")
     setup = command("setup", "make one environment per engine, for the GPU of this machine")
     selftest = command(
         "selftest", "let a misbehaving engine do its worst on this box, and see whether it was contained"
@@ -186,17 +197,14 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _run(arguments: argparse.Namespace) -> int:
     from supervisor.config import find_config, load
 
-    return load(find_config(arguments.config))
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
+    path = find_config(arguments.config)
+    settings = load(path)
     from supervisor.app import run
 
-    return int(run(settings))
+    return int(run(settings, path))
 
 
 def _version(_arguments: argparse.Namespace) -> int:

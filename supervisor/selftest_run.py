@@ -85,6 +85,7 @@ class Trial:
 
     async def run(self) -> None:
         """Take the case through; what cannot even be tried is noted in `seen.trouble`."""
+        self._ground.root.parent.mkdir(mode=0o711)  # an engine of root's passes through
         self._ground.make()
         self._switch.write_text("on")
         self._switch.chmod(0o644)

@@ -48,6 +48,7 @@ class Sources(NamedTuple):
         gpu_faults: GPU -> why it is not used.
         incidents: the newest bad ends, at most so many.
         ends: model -> cause -> count.
+        refused: model -> why it is not offered to anybody (its proof failed, its GPU is out of service).
     """
 
     worker: str
@@ -62,6 +63,7 @@ class Sources(NamedTuple):
     gpu_faults: Callable[[], Mapping[str, str]] = dict
     incidents: Callable[[int], Sequence[IncidentView]] = lambda _count: ()
     ends: Callable[[], Mapping[str, Mapping[str, int]]] = dict
+    refused: Callable[[], Mapping[str, str]] = dict
 
 
 class Gathering:
@@ -96,13 +98,14 @@ class Gathering:
 
     def _models(self, instances: Sequence[InstanceStatus]) -> tuple[ModelView, ...]:
         specs = {spec.name: spec for spec in self._sources.specs}
+        refused = self._sources.refused()
         waits, held, ends = self._sources.room.waiting(), self._sources.room.held(), self._sources.ends()
         return tuple(
             ModelView(
                 name=one.model,
                 engine=one.engine,
                 state=one.state,
-                reason=one.reason,
+                reason=one.reason or refused.get(one.model, ""),
                 waits=waits.get(one.model, ""),
                 device=one.device or specs[one.model].model.device,
                 gpus=specs[one.model].model.devices,

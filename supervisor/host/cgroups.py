@@ -16,6 +16,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -114,7 +115,22 @@ class Cgroups:
             base = base.parent  # an earlier start in this unit moved us here
         handed = _hand_down(base)
         found = cls(base, limits="memory" in handed, counts="pids" in handed)
-        return found if found._works() else None
+        if not found._works():
+            return None
+        found.remove_dead()
+        return found
+
+    def remove_dead(self) -> int:
+        """Remove the empty cgroups of supervisors that are gone; how many. They cost memory of the kernel's."""
+        count = 0
+        for path in self.base.glob(f"{_NAME_PREFIX}*"):
+            maker = re.match(rf"{_NAME_PREFIX}(\d+)-", path.name)
+            if maker is None or os.path.exists(f"/proc/{maker[1]}") or _read(path / "cgroup.procs").strip():
+                continue
+            with contextlib.suppress(OSError):
+                _remove_folder(path)
+                count += 1
+        return count
 
     def make(self, name: str, memory_bytes: int = 0, *, processes: int | None = None) -> Cgroup | None:
         """Make a cgroup for an instance; None when the kernel refuses, which is no reason not to start it.

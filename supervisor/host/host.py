@@ -26,6 +26,7 @@ from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
 
+TIDY_S = 10.0  # for removing what engines left, when all have ended; the next life removes the rest
 _CANCELLED = Fault("cancelled", "The job was cancelled.")
 
 
@@ -156,7 +157,7 @@ async def open_host(
     *,
     means: Means = REAL_MEANS,
 ) -> AsyncIterator[Host]:
-    """Own the instances of `models`; leaving the block ends them all and empties `scratch`.
+    """Own the instances of `models`; leaving the block ends them all and removes their folders.
 
     Args:
         scratch: absolute; whatever an earlier life left in it is removed.
@@ -183,3 +184,6 @@ async def open_host(
         finally:
             host._stopped = True
             host._scope.cancel()
+    with trio.CancelScope(shield=True), trio.move_on_after(TIDY_S):
+        for lane in lanes:  # after a clean end the next life has nothing to clear up
+            await means.remove(lane.ground.root)

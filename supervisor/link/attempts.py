@@ -25,6 +25,8 @@ from supervisor.host.ground import Attempt, Ground
 from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
 from supervisor.link.session import Post
 from supervisor.link.transfer import Transfer
+from supervisor.observe.context import about
+from supervisor.observe.jobwatch import Watches
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +48,18 @@ class Attempts:
 
     Args:
         ground: model -> where its engine works; below it each attempt has its folders.
+        watches: for metrics and traces.
     """
 
-    def __init__(self, host: Runs, transfer: Transfer, ground: Callable[[str], Ground], nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        host: Runs,
+        transfer: Transfer,
+        ground: Callable[[str], Ground],
+        nursery: trio.Nursery,
+        watches: Watches | None = None,
+    ) -> None:
+        self._watches = watches or Watches()
         self.ledger = Ledger()
         self._host = host
         self._transfer = transfer
@@ -83,7 +94,10 @@ class Attempts:
         """Claim an offer and start working on it; `accept` goes out first."""
         now = trio.current_time()
         deadline = now + offer.deadline_ms / 1000 if offer.deadline_ms > 0 else None
-        claim = Claim(job, attempt, offer, deadline)
+        watch = self._watches.begin(
+            job=job, attempt=attempt, kind=offer.kind, model=offer.model, traceparent=offer.traceparent
+        )
+        claim = Claim(job, attempt, offer, deadline, watch)
         self.ledger.record(claim)
         self._tell(claim, wire.Accept())
         log.info("taken", extra={"job": job, "attempt": attempt, "model": offer.model, "kind": offer.kind})
@@ -125,6 +139,10 @@ class Attempts:
     # ---- the task of one claim
 
     async def _work(self, claim: Claim) -> None:
+        with about(job=claim.job, attempt=claim.attempt, model=claim.offer.model):
+            await self._work_on(claim)
+
+    async def _work_on(self, claim: Claim) -> None:
         end: wire.Complete | wire.Fail | None = None
         folders: Attempt | None = None
         try:
@@ -143,19 +161,26 @@ class Attempts:
             # could then not even record the failure.
             await _remove(folders)
         if claim.forgotten:
+            claim.watch.end("cancelled")
             return
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         claim.end = end
         outcome = end.fault.code if isinstance(end, wire.Fail) else "done"
-        log.info("ended: %s", outcome, extra={"job": claim.job, "attempt": claim.attempt})
+        if isinstance(end, wire.Complete):
+            claim.watch.end("succeeded", usage=end.usage)
+        else:
+            claim.watch.end("cancelled" if outcome == "cancelled" else "failed", outcome)
+        log.info("ended: %s", outcome)
         self._tell(claim, end)
         if isinstance(end, wire.Complete):
             await _remove(folders)
 
     async def _run(self, claim: Claim, folders: Attempt) -> wire.Complete | wire.Fail:
+        claim.watch.enter("fetch")
         inputs = await self._fetch(claim, folders)
+        claim.watch.enter("queue")
         request = work.RunRequest(
             model=claim.offer.model,
             kind=claim.offer.kind,
@@ -192,8 +217,10 @@ class Attempts:
         match event:
             case work.Started():
                 claim.started = True
+                claim.watch.enter("run")
                 self._tell(claim, wire.Started())
             case work.Chunk(seq=seq, data=data):
+                claim.watch.output()
                 chunk = wire.Chunk(seq=seq, data=msgspec.Raw(data))
                 if not claim.keep(chunk) and claim.stopped is None:
                     mib = MAX_UNACKED_BYTES // 2**20
@@ -201,6 +228,8 @@ class Attempts:
                     self._host.cancel(claim.label)
                 self._tell(claim, chunk)
             case work.Progress():
+                if not claim.started and event.phase != "room":
+                    claim.watch.enter("load")
                 now = trio.current_time()
                 if now - claim.progress_at >= PROGRESS_EVERY_S:
                     claim.progress_at = now
@@ -208,6 +237,7 @@ class Attempts:
                     self._tell(claim, progress)
 
     async def _deliver(self, claim: Claim, done: work.Done, folders: Attempt) -> wire.Complete:
+        claim.watch.enter("upload")
         upload = claim.offer.upload
         for file in done.files:
             if file.name == wire.RESULT_FILE:

@@ -13,6 +13,7 @@ import trio
 
 from protocol.faults import Fault
 from protocol.link_wire import Chunk, Complete, Fail, Held, Offer
+from supervisor.observe.jobwatch import JobWatch, Watches
 
 # Chunks are kept until acknowledged; a reader that is this far behind for one attempt is not coming back.
 MAX_UNACKED_BYTES = 16 * 2**20
@@ -26,15 +27,19 @@ class Claim:
 
     Attributes:
         deadline: trio time after which nobody wants the result; None when the offer set none.
+        watch: told of each phase, for metrics and traces.
         scope: around everything that is done for the attempt.
         at_host: whether `Host.run` has it now, which ends it more gently than the scope.
         stopped: why it was told to stop; None when it was not.
         forgotten: the coordinator refuses its result for good.
     """
 
-    def __init__(self, job: str, attempt: int, offer: Offer, deadline: float | None) -> None:
+    def __init__(
+        self, job: str, attempt: int, offer: Offer, deadline: float | None, watch: JobWatch | None = None
+    ) -> None:
         self.job, self.attempt, self.offer = job, attempt, offer
         self.deadline = deadline
+        self.watch = watch or Watches().begin(job=job, attempt=attempt, kind=offer.kind, model=offer.model)
         self.scope = trio.CancelScope()
         self.at_host = False
         self.stopped: Fault | None = None

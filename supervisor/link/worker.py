@@ -17,6 +17,7 @@ from protocol.revision import LINK_WIRE
 from supervisor.intake.admission import ModelState, Refuse, Situation, admit
 from supervisor.link.attempts import Attempts
 from supervisor.link.session import Post
+from supervisor.observe.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class Worker:
         models: Callable[[], Mapping[str, ModelState]],
         on_shutdown: Callable[[str], None],
         held: Callable[[], tuple[str, float | None]] = lambda: ("", None),
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally or Tally()
         self._identity = identity
         self._attempts = attempts
         self._offered = offered
@@ -117,6 +120,7 @@ class Worker:
     def opened(self, post: Post) -> None:
         """A session is open."""
         self._post = post
+        self._tally.session_opened()
         self._attempts.attach(post)
         self.announce()  # what changed between hello and welcome
         if self._draining:
@@ -142,6 +146,7 @@ class Worker:
 
     def heard(self, body: wire.Body, job: str, attempt: int) -> None:
         """Act on a message."""
+        self._tally.heard()
         match body:
             case wire.Offer():
                 self._judge(job, attempt, body)
@@ -205,6 +210,7 @@ class Worker:
         )
 
     def _decline(self, job: str, attempt: int, verdict: Refuse) -> None:
+        self._tally.declined(verdict.code)
         log.info("declined: %s", verdict.reason, extra={"job": job, "attempt": attempt, "code": verdict.code})
         if self._post is not None:
             body = wire.Decline(code=verdict.code, reason=verdict.reason, retry_after_ms=verdict.retry_after_ms)

@@ -114,6 +114,25 @@ def test_what_is_gone_cannot_join(group: Cgroup):
     assert not group.join(2**22 + 11)
 
 
+def test_empty_cgroups_of_supervisors_that_are_gone_are_removed(real: Cgroups):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, ours = real.make(f"{gone.pid}-m0-1-x"), real.make(f"{os.getpid()}-m0-1-x")
+    other = real.base / "somebody-elses"
+    other.mkdir(exist_ok=True)
+    try:
+        assert dead is not None
+        assert ours is not None
+        assert real.remove_dead() >= 1
+        assert not dead.path.exists()
+        assert ours.path.exists()
+        assert other.exists()
+    finally:
+        other.rmdir()
+        if ours is not None:
+            ours.remove()
+
+
 def test_names_of_two_instances_never_meet(real: Cgroups):
     first, second = real.make("same"), real.make("same")
     assert first is not None

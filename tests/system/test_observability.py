@@ -1,0 +1,100 @@
+"""A real supervisor with a real engine: what its metrics, its log file and its stderr say of two jobs, and what not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+PATIENCE_S = 60.0
+WORDS = "my secret diary says"
+CONFIG = """\
+[coordinator]
+listen = "127.0.0.1:0"
+[worker]
+name = "box"
+state_dir = "state"
+[log]
+level = "debug"
+file = "worker.log"
+[[models]]
+name = "synthetic"
+engine = "synthetic"
+"""
+SAMPLE = re.compile(r'bulkhead_[a-z_]+(\{[a-z_]+="(\\.|[^"\\])*"(,[a-z_]+="(\\.|[^"\\])*")*\})? \S+')
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "worker.toml").write_text(CONFIG)
+    with (tmp_path / "stderr").open("wb") as log:
+        argv = [sys.executable, "-m", "supervisor", "run", "--config", str(tmp_path / "worker.toml")]
+        process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            yield tmp_path
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
+
+
+def scrape(folder: Path) -> list[str]:
+    transport = httpx.HTTPTransport(uds=str(folder / "state" / "control.sock"))
+    with httpx.Client(transport=transport, base_url="http://control", timeout=PATIENCE_S) as client:
+        return client.get("/v1/metrics").raise_for_status().text.splitlines()
+
+
+def client(folder: Path) -> httpx.Client:
+    """Of the coordinator, when it offers the model."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        with contextlib.suppress(OSError, httpx.HTTPError, KeyError):
+            told = json.loads((folder / "state" / "endpoint.json").read_text())
+            key = Path(told["client_key_file"]).read_text().strip()
+            made = httpx.Client(base_url=told["url"], headers={"authorization": f"Bearer {key}"}, timeout=PATIENCE_S)
+            if made.get("/v1/models").json()["data"]:
+                return made
+            made.close()
+        assert time.monotonic() < until, (folder / "stderr").read_text()
+        time.sleep(0.02)
+
+
+def test_two_jobs_are_counted_and_logged_without_their_words(folder: Path) -> None:
+    with contextlib.closing(client(folder)) as http:
+        body = {"model": "synthetic", "messages": [{"role": "user", "content": WORDS}]}
+        assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == WORDS
+        assert WORDS.split()[-1] in http.post("/v1/chat/completions", json={**body, "stream": True}).text
+        key = http.headers["authorization"].removeprefix("Bearer ")
+    lines = scrape(folder)
+    assert [line for line in lines if not line.startswith("#") and not SAMPLE.fullmatch(line)] == []
+    declared = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(declared) == len(set(declared)), "a family is declared twice"
+    assert 'bulkhead_jobs_total{kind="llm",model="synthetic",outcome="succeeded"} 2' in lines
+    for phase in ("accept", "fetch", "queue", "run", "upload"):
+        assert f'bulkhead_job_duration_seconds_count{{kind="llm",phase="{phase}"}} 2' in lines
+    assert 'bulkhead_time_to_first_token_seconds_count{kind="llm",model="synthetic"} 1' in lines, "one was streamed"
+    assert "bulkhead_up 1" in lines
+    for name in ("tokens_total", "disk_free_bytes", "rss_bytes", "heartbeat_age_seconds", "log_lines_total"):
+        assert any(line.startswith(f"bulkhead_{name}") for line in lines), name
+
+    until = time.monotonic() + PATIENCE_S
+    while (text := (folder / "worker.log").read_text()).count('"ended: done"') < 2:
+        assert time.monotonic() < until, text
+        time.sleep(0.02)
+    ended = [found for line in text.splitlines() if (found := json.loads(line))["message"] == "ended: done"]
+    assert len({found["job"] for found in ended}) == 2
+    assert {(found["attempt"], found["model"]) for found in ended} == {(1, "synthetic")}
+    for told in (text, (folder / "stderr").read_text(), "\n".join(lines)):
+        assert WORDS not in told
+        assert key not in told
