@@ -120,7 +120,8 @@ class _Stream:
         self._stream = stream
 
     def take(self, record: logging.LogRecord) -> None:
-        self._stream.handle(record)
+        if not self._stream.stream.closed:  # what is said at the very end may have nowhere to go
+            self._stream.handle(record)
 
 
 class _Ring:
