@@ -17,7 +17,7 @@ import secrets
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
 import trio
@@ -209,9 +209,14 @@ class _Supervisor:
         ):
             stack.callback(uses.close)
             attempts = Attempts(host, transfer, host.ground, nursery, Watches(self._tally, self._tracer))
+            attempts.on_done = box.watch_holds.note_good
             worker = self._worker(box, host, attempts)
             host.on_change = lambda: self._host_changed(box, worker)
             box.on_change = lambda: self._machine_changed(box, worker)
+            box.pausing.on_warm = lambda models: self._warm(box, host, models)
+            box.on_abort = lambda hold, models: attempts.stop_models(
+                models, Fault("worker_stopping", f"The worker steps aside: {hold.reason or hold.source}.")
+            )
             nursery.start_soon(box.run, host)
             nursery.start_soon(worker.keep_announced)
             nursery.start_soon(transfer.warm_up)
@@ -229,6 +234,8 @@ class _Supervisor:
                     await self._drained(worker, attempts, drain_coordinator)
             host.on_change = None
             box.on_change = lambda: None
+            box.pausing.on_warm = lambda _models: None
+            box.on_abort = lambda _hold, _models: None
             nursery.cancel_scope.cancel()
 
     def _reloader(self, path: Path, worker: Worker) -> Reloader:
@@ -243,6 +250,13 @@ class _Supervisor:
             on_outcome=lambda outcome: self._tally.reloaded("refused" if outcome.problems else "applied"),
             on_hangup=lambda: self.ask_drain("the terminal was closed"),
         )
+
+    def _warm(self, box: Box, host: Host, models: Iterable[str]) -> None:
+        """Load again what a hold has ended."""
+        wanted = set(models)
+        for spec in self._specs:
+            if spec.name in wanted and not box.barred(spec):
+                host.preload(spec.name)
 
     def _host_changed(self, box: Box, worker: Worker) -> None:
         box.room.look_again()

@@ -28,10 +28,11 @@ from supervisor.host.means import Means, OpenChild
 from supervisor.host.quarantine import Quarantines
 from supervisor.host.senses import Senses
 from supervisor.host.work import ModelSpec
-from supervisor.intake.holds import Mode
+from supervisor.intake.holds import Hold, Holds, Mode
 from supervisor.machine.gpu_health import GpuHealth, State
 from supervisor.machine.gpu_metrics import gpu_metrics
 from supervisor.machine.gpu_trials import GpuTrials
+from supervisor.machine.load import Ours
 from supervisor.machine.readings import GpuReading
 from supervisor.machine.telemetry import GpuWatch, simulated_argv
 from supervisor.pausing import Pausing
@@ -39,6 +40,7 @@ from supervisor.room import VramRoom
 from supervisor.settings import Settings
 from supervisor.state import StateFolder, write_atomically
 from supervisor.suspend import SleepWatch
+from supervisor.watch_holds import WatchHolds, system_readers
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,12 @@ class Box:
         self.health.restore(_kept_quarantines(state.gpus))  # tells the room
         self.pausing = Pausing(state.holds)
         self.pausing.on_change = self._hold_changed
+        self.pausing.loaded = self._loaded
+        self.on_abort: Callable[[Hold, tuple[str, ...]], None] = lambda _hold, _models: None
+        self._aborted: set[Hold] = set()
+        self.watch_holds = WatchHolds(
+            settings.holds, self.pausing, system_readers(state.instances.parent), self.watch, self._ours
+        )
         self._host: Host | None = None
         self._known: tuple[str, ...] = ()  # GPUs as they were last listed: a driver that hangs lists none
 
@@ -118,6 +126,7 @@ class Box:
             nursery.start_soon(self._trials.run)
             nursery.start_soon(self.room.keep_learning)
             nursery.start_soon(self.pausing.run)
+            nursery.start_soon(self.watch_holds.run)
             nursery.start_soon(SleepWatch(on_slept=host.slept).run)
 
     # ---- what others ask
@@ -125,9 +134,13 @@ class Box:
     def barred(self, spec: ModelSpec) -> str:
         """Why a model cannot be served on this machine now; "" when it can."""
         for uuid in self._gpus_of(spec, spec.model.devices):
-            if why := self.health.usable(uuid):
+            if why := self.health.usable(uuid) or self._cordoned(uuid):
                 return why
         return ""
+
+    def _cordoned(self, uuid: str) -> str:
+        """Why this GPU alone is held; what holds the whole worker is told in another way."""
+        return Holds(self.pausing.holds().scoped()).reason(gpu=uuid)
 
     def gpus(self) -> tuple[Gpu, ...]:
         """What is announced of the GPUs; free memory is left out, because it never stands still."""
@@ -202,6 +215,7 @@ class Box:
 
     def _incident(self, incident: Incident) -> None:
         """An engine's last words may speak of the GPU; they cost it a trial at most."""
+        self.watch_holds.note_bad(f"{incident.model} {incident.how}")
         occupants = self._host.occupants if self._host else ()
         spec = next((lane.spec for lane in occupants if lane.spec.name == incident.model), None)
         if spec is not None:
@@ -234,9 +248,41 @@ class Box:
 
     def _hold_changed(self) -> None:
         holds = self.pausing.holds()
-        unload = any(hold.mode is not Mode.STOP for hold in holds.items)
-        self.room.free(holds.reason() if unload else "")
+        by_gpu = {
+            hold.gpu: holds.reason(gpu=hold.gpu) for hold in holds.items if hold.gpu and hold.unloads and not hold.kind
+        }
+        self.room.free(holds.reason() if holds.mode() not in (None, Mode.STOP) else "", by_gpu)
         self._changed()
+        aborting = {hold for hold in holds.items if hold.mode is Mode.ABORT}
+        for hold in aborting - self._aborted:
+            self.on_abort(hold, self._loaded(hold.gpu))
+        self._aborted = aborting
+
+    def _on_gpus(self) -> dict[str, tuple[str, ...]]:
+        """Model -> GPUs, of those that are loaded."""
+        if self._host is None:
+            return {}
+        alive = {one.model for one in self._host.snapshot() if one.pid}
+        return {
+            lane.spec.name: tuple(self._gpus_of(lane.spec, lane.spec.model.devices))
+            for lane in self._host.occupants
+            if lane.spec.name in alive
+        }
+
+    def _loaded(self, gpu: str) -> tuple[str, ...]:
+        return tuple(model for model, gpus in self._on_gpus().items() if not gpu or gpu in gpus)
+
+    def _ours(self) -> Ours:
+        seen = self._host.snapshot() if self._host else []
+        held = Counter(self.room.promised())
+        for by_gpu in self.room.held().values():
+            held.update(by_gpu)
+        where = self._on_gpus()
+        return Ours(
+            pids=frozenset({os.getpid(), *(pid for one in seen if one.pid for pid in members(one.pid))}),
+            held=held,
+            works=frozenset(uuid for one in seen if one.running for uuid in where.get(one.model, ())),
+        )
 
 
 class _Counted(Incidents):

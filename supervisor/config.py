@@ -183,6 +183,21 @@ def control_socket(settings: Settings) -> Path:
 Finding = tuple[KeyPath, str]
 
 
+def _check_quiet_hours(settings: Settings) -> Iterator[Finding]:
+    from supervisor.machine import schedule
+
+    table = settings.holds.schedule
+    for number, text in enumerate(table.quiet):
+        try:
+            schedule.parse(text)
+        except ValueError as error:
+            yield ("holds", "schedule", "quiet", number), str(error)
+    try:
+        schedule.zone(table.time_zone)
+    except ValueError as error:
+        yield ("holds", "schedule", "time_zone"), str(error)
+
+
 def _crosscheck(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
     yield from _check_coordinator(settings.coordinator, environ)
     if settings.worker.name and not is_safe_id(settings.worker.name):
@@ -190,6 +205,7 @@ def _crosscheck(settings: Settings, environ: Mapping[str, str]) -> Iterator[Find
     for name, table in settings.engines.items():
         if table is not BAD:
             yield from _check_engine(name, table)
+    yield from _check_quiet_hours(settings)
     seen: dict[str, int] = {}
     for number, model in enumerate(settings.models):
         if model is BAD:

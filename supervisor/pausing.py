@@ -32,12 +32,16 @@ class Pausing:
 
     Attributes:
         on_change: called after every change, on the trio thread; must not block.
+        on_warm: told the models that come back after a hold, after `on_change`; must not block.
+        loaded: names of the models that are loaded now, on one GPU or ("") at all.
     """
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         self._path, self._now = path, now
         self._changed = trio.Event()
         self.on_change: Callable[[], None] = lambda: None
+        self.on_warm: Callable[[tuple[str, ...]], None] = lambda _models: None
+        self.loaded: Callable[[str], tuple[str, ...]] = lambda _gpu: ()
         self._holds = self._read().at(now())
         if text := self._holds.reason():
             log.warning("still paused from an earlier life: %s; `supervisor resume` lifts the operator's hold", text)
@@ -46,27 +50,38 @@ class Pausing:
         """Those in force."""
         return self._holds.at(self._now())
 
-    def reason(self) -> str:
-        """Why no work is taken, as a phrase; "" when it is."""
-        return self.holds().reason()
+    def reason(self, kind: str = "", gpu: str = "") -> str:
+        """Why no work (of this kind, on this GPU) is taken, as a phrase; "" when it is."""
+        return self.holds().reason(kind, gpu)
 
     def left_s(self) -> float | None:
         """How long until work is taken again by itself; None when that is not known, or there is no hold."""
         until = self.holds().until
         return None if until is None else max(0.0, until - self._now())
 
-    def put(self, source: Source, reason: str = "", *, for_s: float | None = None, mode: Mode = Mode.STOP) -> Hold:
-        """Hold from now on; replaces an earlier hold of this source."""
+    def put(
+        self,
+        source: Source,
+        reason: str = "",
+        *,
+        for_s: float | None = None,
+        mode: Mode = Mode.STOP,
+        gpu: str = "",
+        kind: str = "",
+    ) -> Hold:
+        """Hold from now on; replaces an earlier hold of this source and scope."""
         now = self._now()
-        hold = Hold(source=source, reason=reason, since=now, until=None if for_s is None else now + for_s, mode=mode)
+        until = None if for_s is None else now + for_s
+        warm = () if mode is Mode.STOP else self.loaded(gpu)
+        hold = Hold(source=source, reason=reason, since=now, until=until, mode=mode, gpu=gpu, kind=kind, warm=warm)
         self._set(self.holds().put(hold))
-        log.info("paused: %s%s", self.reason(), "" if for_s is None else f", for {for_s:g} s")
+        log.info("paused: %s%s", self.reason(kind, gpu), "" if for_s is None else f", for {for_s:g} s")
         return hold
 
-    def lift(self, source: Source) -> bool:
-        """Lift the hold of this source; False when it had none."""
+    def lift(self, source: Source, *, gpu: str = "", kind: str = "") -> bool:
+        """Lift the hold of this source and scope; False when it had none."""
         before = self.holds()
-        after = before.lift(source)
+        after = before.lift(source, gpu=gpu, kind=kind)
         if after == before:
             return False
         self._set(after)
@@ -86,6 +101,7 @@ class Pausing:
                 self._set(left)
 
     def _set(self, new: Holds) -> None:
+        warm = holds.to_reload(self._holds, new)
         self._holds = new
         try:
             write_atomically(self._path, holds.encode(new))
@@ -93,6 +109,8 @@ class Pausing:
             log.error("the holds cannot be kept, and a restart would forget them: %s", error)
         self._changed.set()
         self.on_change()
+        if warm:
+            self.on_warm(warm)
 
     def _read(self) -> Holds:
         try:

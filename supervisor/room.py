@@ -88,6 +88,7 @@ class VramRoom:
         self._tainted: dict[str, tuple[int, str]] = {}
         self._bell = trio.Event()
         self._freeing = ""
+        self._freeing_gpus: dict[str, str] = {}
 
     # ---- asking
 
@@ -113,9 +114,13 @@ class VramRoom:
         """Model -> device -> GPU memory that it was last seen to hold."""
         return {claim.name: dict(claim.now) for claim in self._inside if claim.now}
 
-    def free(self, reason: str) -> None:
-        """End every model outside the CPU as soon as it is idle, for as long as there is a reason; "" stops that."""
-        self._freeing = reason
+    def free(self, reason: str, gpus: Mapping[str, str] | None = None) -> None:
+        """End every model outside the CPU as soon as it is idle, for as long as there is a reason; "" stops that.
+
+        Args:
+            gpus: GPU -> a reason to end those on it alone.
+        """
+        self._freeing, self._freeing_gpus = reason, dict(gpus or {})
         self.sample()
 
     def vram_bytes(self, model: str) -> int:
@@ -272,9 +277,12 @@ class VramRoom:
 
     def sample(self) -> None:
         """Look at what everybody holds; a model seen idle for the first time is settled, and its peak learned."""
-        if self._freeing:
-            idle = [claim.name for claim in self._inside if claim.who.idle_since is not None and not claim.who.wanted]
-            self._evict(idle, self._freeing)
+        for claim in self._inside:
+            reason = self._freeing or next(
+                (text for uuid in claim.devices if (text := self._freeing_gpus.get(uuid))), ""
+            )
+            if reason and claim.who.idle_since is not None and not claim.who.wanted:
+                self._evict([claim.name], reason)
         if not self._gpus.available:
             return
         for claim in self._inside:

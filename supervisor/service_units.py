@@ -109,6 +109,7 @@ def _service_section(plan: ServicePlan) -> list[str]:
         lines.append(f"ExecStartPre=-+{systemd_words((plan.modprobe, '-u', '-c=0'))}")
     lines += [
         f"ExecStart={systemd_words(plan.argv)}",
+        "ExecReload=/bin/kill -HUP $MAINPID",
         f"TimeoutStartSec={START_S}",
         "# The drain ([limits] drain_s) and every wait after it; a longer drain asks for more by itself.",
         f"TimeoutStopSec={plan.stop_s}",
@@ -154,12 +155,17 @@ def _system_only(plan: ServicePlan) -> list[str]:
         "ProtectSystem=full",
         "# Models may lie in somebody's home; who may read them there is for the file modes to say.",
         "ProtectHome=read-only",
-        "PrivateTmp=yes",
+        *_private_tmp(plan),
         "ProtectKernelModules=yes",
         "RestrictSUIDSGID=yes",
         "RestrictRealtime=yes",
         "LockPersonality=yes",
     ]
+
+
+def _private_tmp(plan: ServicePlan) -> list[str]:
+    """Not where the program itself, or its configuration, lies in a folder for temporary files: it would vanish."""
+    return [] if any(word.startswith(("/tmp/", "/var/tmp/")) for word in plan.argv) else ["PrivateTmp=yes"]
 
 
 def _install_section(plan: ServicePlan) -> list[str]:

@@ -369,9 +369,11 @@ class EngineFailuresTable(Table, frozen=True):
     Attributes:
         after: bad ends in a row, over all models; one job that is done clears the record.
         pause_s: then work goes on; the next bad end holds it again, for twice as long, at most a day.
+
+    Off by default: a model that fails is taken out of service by itself, and need not take the others along.
     """
 
-    mode: _HoldMode = "stop"
+    mode: _HoldMode = "off"
     after: Annotated[int, Meta(ge=2, le=1000)] = 10
     pause_s: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +66,7 @@ class Attempts:
         self._ground = ground
         self._nursery = nursery
         self._post: Post | None = None
+        self.on_done: Callable[[], None] = lambda: None
 
     # ---- sessions
 
@@ -131,8 +132,12 @@ class Attempts:
 
     def stop_all(self, fault: Fault) -> None:
         """End what still runs, with `fault`; each says so as its end."""
+        self.stop_models({claim.offer.model for claim in self.ledger}, fault)
+
+    def stop_models(self, models: Collection[str], fault: Fault) -> None:
+        """The same for what runs on these models."""
         for claim in self.ledger:
-            if claim.end is None:
+            if claim.end is None and claim.offer.model in models:
                 claim.stopped = claim.stopped or fault
                 claim.scope.cancel()
 
@@ -169,6 +174,7 @@ class Attempts:
         claim.end = end
         outcome = end.fault.code if isinstance(end, wire.Fail) else "done"
         if isinstance(end, wire.Complete):
+            self.on_done()
             claim.watch.end("succeeded", usage=end.usage)
         else:
             claim.watch.end("cancelled" if outcome == "cancelled" else "failed", outcome)

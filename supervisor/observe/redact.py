@@ -110,8 +110,17 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], _Replace], ...] = (
         HIDDEN,
     ),
     # Long hex: a digest is still recognised by its first eight characters, a key is of no use with them.
-    (("",), re.compile(r"(?<![0-9A-Za-z])([0-9a-fA-F]{8})[0-9a-fA-F]{24,}(?![0-9A-Za-z])"), r"\1…"),
-    (("",), re.compile(r"[A-Za-z0-9+/_-]{32,}={0,2}"), lambda found: _key_or_not(found[0])),
+    # One of the length of a sha256 in a sentence that speaks of one is no key, and people compare it.
+    (
+        ("",),
+        re.compile(r"(?<![0-9A-Za-z])([0-9a-fA-F]{8})[0-9a-fA-F]{24,}(?![0-9A-Za-z])"),
+        lambda found: found[0] if _digest(found) else f"{found[1]}…",
+    ),
+    (
+        ("",),
+        re.compile(r"[A-Za-z0-9+/_-]{32,}={0,2}"),
+        lambda found: found[0] if _digest(found) else _key_or_not(found[0]),
+    ),
 )
 
 
@@ -151,7 +160,13 @@ def redacted_trace(text: str) -> str:
 # Changes of class (lower, upper, digit) from one character to the next within words, as a share of the length. Of
 # 100,000 random keys 6 have less (measured); "Qwen3-Coder-30B-A3B-Instruct-Q4_K_M" has 0.24.
 RANDOM_SHARE = 0.27
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _UUID = re.compile(r"(?:[A-Za-z0-9_]*[-_])?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+def _digest(found: re.Match[str]) -> bool:
+    """Whether a run has the shape of a sha256, in a text that speaks of one."""
+    return bool(_SHA256.fullmatch(found[0])) and "sha256" in found.string.lower()
 
 
 def _key_or_not(run: str) -> str:

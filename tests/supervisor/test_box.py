@@ -157,7 +157,7 @@ async def test_holds_free_the_gpus_and_incidents_are_counted(box, tmp_path, auto
                 raise Died(signal=11)
 
     freed: list[str] = []
-    box.room.free = freed.append
+    box.room.free = lambda reason, _gpus: freed.append(reason)
     means = fake_means(FakeEngines(script), incidents=box.means(None, None).incidents)
     async with open_host([spec("m", device="cpu")], LimitsTable(), tmp_path / "scratch", means=means) as host:
         box._host = host

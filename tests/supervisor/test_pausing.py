@@ -102,3 +102,27 @@ async def test_a_full_disk_does_not_stop_a_pause(tmp_path, autojump_clock, caplo
     made.put(Source.OPERATOR)
     assert made.reason() == "held by the operator"
     assert "a restart would forget them" in caplog.text
+
+
+async def test_models_come_back_warm_after_the_last_hold(tmp_path, autojump_clock, nursery):
+    made, _ = pausing(tmp_path, Clock())
+    nursery.start_soon(made.run)
+    back: list[tuple[str, ...]] = []
+    made.on_warm = back.append
+    made.loaded = lambda _gpu: ("llama", "whisper")
+    made.put(Source.OPERATOR, for_s=100, mode=Mode.UNLOAD)
+    made.loaded = lambda _gpu: ()
+    made.put(Source.PRESENCE, mode=Mode.UNLOAD)
+    await trio.sleep(200)
+    assert back == []
+    made.lift(Source.PRESENCE)
+    assert back == [("llama", "whisper")]
+
+
+async def test_a_cordon_pauses_one_gpu(tmp_path, autojump_clock):
+    made, _ = pausing(tmp_path, Clock())
+    made.put(Source.OPERATOR, "a new fan", gpu="GPU-1")
+    assert made.reason() == ""
+    assert made.reason(gpu="GPU-1") == "held by the operator (GPU GPU-1: a new fan)"
+    assert not made.lift(Source.OPERATOR)
+    assert made.lift(Source.OPERATOR, gpu="GPU-1")

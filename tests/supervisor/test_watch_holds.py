@@ -355,7 +355,7 @@ async def test_another_configuration_counts_at_once(autojump_clock, make):
 
 
 async def test_engines_that_fail_in_a_row(autojump_clock, make):
-    world = make(HoldsTable(engine_failures=EngineFailuresTable(after=2, pause_s=100)))
+    world = make(HoldsTable(engine_failures=EngineFailuresTable(mode="stop", after=2, pause_s=100)))
     world.watch.note_bad("llama crashed")
     world.watch.note_good()
     world.watch.note_bad("llama crashed")

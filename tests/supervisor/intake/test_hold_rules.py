@@ -247,7 +247,7 @@ def test_while_the_gpus_are_unknown_their_holds_stay_and_one_that_is_gone_is_for
 
 # ---- engine failures
 
-FAILURES = EngineFailuresTable(after=3, pause_s=100)
+FAILURES = EngineFailuresTable(mode="stop", after=3, pause_s=100)
 
 
 def test_bad_ends_in_a_row_ask_for_a_hold_that_doubles():
