@@ -197,7 +197,7 @@ def test_what_people_need_stays(line: str) -> None:
 def test_a_digest_is_still_recognised() -> None:
     assert redacted(f"the digest is {HEX}") == "the digest is 9f86d081…"
     assert redacted(f"it has the sha256 {HEX}") == f"it has the sha256 {HEX}"  # people compare these
-    assert HEX not in redacted(f"the sha256 of key={HEX}")
+    assert HEX not in redacted(f"the sha256 of api_key={HEX}")
 
 
 def test_names_stay_however_long() -> None:
