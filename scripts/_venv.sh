@@ -36,9 +36,9 @@ install() {
     [ -e "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && return 0
     log="$VENV/.bulkhead-install.log"
     {
-        "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 || echo "FAILED"
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 && echo "DONE"  # not said when it was killed
     } | tee "$log" | sed -nE 's/^ +(Downloading|Using cached) ([^ ]+) \(([0-9.]+ MB)\)/  \2 (\3)/p' >&2
-    if tail -n 1 "$log" | grep -q FAILED; then
+    if ! tail -n 1 "$log" | grep -q '^DONE$'; then
         tail -n 20 "$log" >&2
         say "Installing failed; the lines above say why, $log has the rest."
         exit 1
