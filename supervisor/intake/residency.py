@@ -185,8 +185,13 @@ def _end_rivals(wish: Wish, rivals: Sequence[Resident]) -> Evict | Wait:
 
 
 def _claim(need: Need, device: Device, margin_bytes: int) -> int:
-    """An estimate that exceeds the whole GPU claims the whole GPU: engines can keep a part of a model outside."""
-    if need.source == "estimated":
+    """What a load claims of a device.
+
+    An estimate that exceeds the whole GPU claims the whole GPU: engines can keep a part of a model outside. What was
+    once seen on this GPU fits it, though it left less than the margin: it is not refused for ever.
+    """
+    seen = need.source == "learned" and need.bytes <= device.total_bytes
+    if need.source == "estimated" or seen:
         return max(0, min(need.bytes, device.total_bytes - margin_bytes))
     return need.bytes
 

@@ -269,3 +269,9 @@ def test_two_quiet_ones_go_before_one_in_demand():
 def test_only_one_of_an_exclusive_group(rivals, verdict):
     asked = Wish(name="new", devices=(A,), need=Need(5 * GIB, "learned"), group="x")
     assert decide(asked, [gpu(20)], rivals) == verdict
+
+
+def test_what_was_once_loaded_on_a_gpu_is_not_refused_there_for_want_of_a_margin():
+    assert isinstance(decide(wish(23.8), [gpu(24)], [], margin=0.5), Fits)
+    assert isinstance(decide(wish(24.5), [gpu(24)], [], margin=0.5), Never)
+    assert isinstance(decide(wish(23.8, source="operator"), [gpu(24)], [], margin=0.5), Never)
