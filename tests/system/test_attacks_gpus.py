@@ -142,9 +142,9 @@ def test_memory_of_other_programs_counts_as_taken_and_is_named(rig, rigs, gpus):
     client = rig.ready()
     ordered(rig, "pause", "--free-vram")
     rigs.until(lambda: free_gib(rig) == 8, "our own models are gone", 20)
-    ordered(rig, "resume")
     gpus.write(others_gib=6)
     rigs.until(lambda: free_gib(rig) == 2, "somebody took it", 10)
+    ordered(rig, "resume")
     id_ = rigs.submit(client, rigs.job("a b", 2, "synthetic-a"))
     waits = rigs.until(lambda: rig.model("synthetic-a")["waits"], "it waits", 10)
     assert "other programs hold 6.0 GiB" in waits
@@ -165,6 +165,7 @@ def test_a_pause_frees_the_gpu_once_what_runs_is_done_and_resume_brings_it_back(
     assert rig.model("synthetic-a")["state"] == "cold"
     assert "Paused by the operator (a game)" in rig.gpu(GPU)["why"]
     ordered(rig, "resume")
+    rigs.until(lambda: rig.model("synthetic-a")["state"] == "ready", "it is warm again, though nobody has asked", 20)
     assert say(client, rigs, "again", "synthetic-a", max_tokens=1).status_code == 200
 
 
