@@ -201,6 +201,9 @@ class VramRoom:
         wish = residency.Wish(name=claim.name, devices=claim.devices, need=claim.need)
         verdict = residency.judge(wish, gpus, residents, self._margin)
         claim.foreign = False
+        if self._freeing and not claim.who.wanted:
+            claim.foreign = True  # it holds up nobody behind it
+            return f"waits for the end of a hold: {self._freeing}"
         match verdict:
             case Fits():
                 self._admit(claim, verdict)

@@ -445,6 +445,18 @@ async def test_gpu_memory_can_be_freed_for_somebody_else(world, autojump_clock):
     assert c.evicted == []
 
 
+async def test_what_nobody_asks_for_is_not_loaded_while_memory_is_to_stay_free(world, autojump_clock):
+    world.room.free("the operator wants the GPU")
+    preload = FakeLane(world, "preload", 5, told=5)
+    preload.wanted = False
+    world.start(preload)
+    await trio.sleep(30)
+    assert not preload.inside.is_set()
+    assert "the operator wants the GPU" in world.room.waiting()["preload"]
+    world.room.free("")
+    await soon(preload.inside)
+
+
 async def test_memory_can_be_freed_where_no_gpu_is_measured(world, autojump_clock):
     world.gpus.available = False
     a = world.start(FakeLane(world, "a", 5))
