@@ -672,7 +672,7 @@ async def test_a_gpu_that_is_out_of_use_puts_no_model_in_quarantine(tmp_path, au
             assert (await it.fault()).code == "gpu_failed"
             assert it.status.state == "backoff"
             assert (await it.fault()).code == "gpu_failed"  # at once, while it pauses
-            await trio.sleep(LIMITS.restart.first_pause_s)
+            await trio.sleep(LIMITS.restart.first_pause_s + 0.1)
         assert it.status.state == "cold"
         broken = False
         assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
