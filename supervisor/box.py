@@ -107,9 +107,7 @@ class Box:
             room=self.room,
             reprobe=reprobe,
             memory=Quarantines(self._state.quarantines),
-            senses=Senses(
-                vram_bytes=self.room.vram_bytes, gpu_share=self._gpu_share, gpus=lambda spec: self._evidence(spec)
-            ),
+            senses=Senses(vram_bytes=self.room.vram_bytes, gpu_share=self._gpu_share, gpus=self._evidence),
             cgroups=self._cgroups,
             ledger=self._ledger,
             incidents=self._incidents,

@@ -80,8 +80,9 @@ def policy(
     profile = entry.profile if entry is not None and entry.module == engine.module else Profile()
     network = profile.network if asked.network == "none" and profile.network == "unix" else asked.network
     network = network or profile.network
-    execute = [*_LIBRARIES, *_interpreter(engine.python), *asked.execute]
-    read = [*_READABLE, str(root / "engines"), str(root / "protocol"), *_added_paths(engine.python), *asked.read]
+    interpreter, added = _interpreter(engine.python), _added_paths(engine.python)
+    execute = [*_LIBRARIES, *interpreter, *asked.execute]
+    read = [*_READABLE, str(root / "engines"), str(root / "protocol"), *added, *asked.read]
     write = [str(scratch), *asked.write]
     if ground is not None:
         read.append(str(ground.inputs))
@@ -99,7 +100,10 @@ def policy(
     nodes = _gpu_nodes(model.devices if model is not None else ()) if gpu else []
     if gpu and nodes:
         execute += [folder for folder in _WSL_LIBRARIES if _WSL_NODE in nodes]
-    given = {} if user is None else {"user": _as_user(user, engine, scratch, root, model, runs_programs=profile.spawns)}
+    given = {}
+    if user is not None:
+        runs = [engine.python, *interpreter, *added, *asked.execute]
+        given = {"user": _as_user(user, engine, scratch, root, model, runs, runs_programs=profile.spawns)}
     return {
         **given,
         "layers": [layer for layer in LAYERS if layer not in asked.without],
@@ -116,14 +120,20 @@ def policy(
 
 
 def _as_user(
-    user: User, engine: EngineSpec, scratch: Path, root: Path, model: Model | None, *, runs_programs: bool
+    user: User,
+    engine: EngineSpec,
+    scratch: Path,
+    root: Path,
+    model: Model | None,
+    runs: list[str],
+    *,
+    runs_programs: bool,
 ) -> dict[str, Any]:
     """What the engine's user must reach, or the engine stays root: see engines/lockdown/user.py.
 
     Only what the engine cannot do without: of the folders of the system nobody is kept out.
     """
     asked = engine.sandbox
-    runs = [engine.python, *_interpreter(engine.python), *_added_paths(engine.python), *asked.execute]
     reads = [str(root / "engines" / "runtime" / "boot.py"), str(root / "protocol"), *asked.read]
     writes = [str(scratch), *asked.write]
     if model is not None:
@@ -131,7 +141,8 @@ def _as_user(
         reads += [word for word in _words(model.options) if os.path.isabs(word) and os.path.exists(word)]
         if runs_programs:
             argv, cwd = model.options.get("argv"), model.options.get("cwd")
-            runs += [str(argv[0])] if isinstance(argv, list) and argv and os.path.isabs(str(argv[0])) else []
+            if isinstance(argv, list) and argv and os.path.isabs(str(argv[0])):
+                runs = [*runs, str(argv[0])]
             writes += [cwd] if isinstance(cwd, str) and cwd else []
     return {
         "uid": user.uid,
@@ -163,21 +174,43 @@ def _is_shared(folder: Path) -> bool:
     return folder in {Path("/"), Path("/usr"), Path("/usr/local"), Path("/opt"), Path("/tmp"), home, home.parent}
 
 
-def _added_paths(python: str) -> Iterator[str]:
+def _added_paths(python: str) -> list[str]:
     """Folders that .pth files put on the interpreter's path, as editable installs do, and packages that are links."""
-    for prefix in {Path(os.path.abspath(python)).parent.parent, Path(os.path.realpath(python)).parent.parent}:
-        for entry in found_below(prefix, "lib*/python*/site-packages/*"):
-            if os.path.islink(entry):
-                yield os.path.realpath(entry)
-        for file in found_below(prefix, "lib*/python*/site-packages/*.pth"):
-            try:
-                lines = Path(file).read_text(errors="replace").splitlines()
-            except OSError:
-                continue
-            for line in lines:
-                folder = os.path.join(os.path.dirname(file), line.strip())
-                if line.strip() and not line.startswith(("#", "import ", "import\t")) and os.path.isdir(folder):
-                    yield folder
+    prefixes = {Path(os.path.abspath(python)).parent.parent, Path(os.path.realpath(python)).parent.parent}
+    found: list[str] = []
+    for prefix in sorted(prefixes):
+        for folder in found_below(prefix, "lib*/python*/site-packages"):
+            found += _added_by(folder)
+    return found
+
+
+def _added_by(site_packages: str) -> list[str]:
+    """The same for one folder of packages, in one pass: it may hold hundreds."""
+    links, files = [], []
+    try:
+        with os.scandir(site_packages) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    links.append(os.path.realpath(entry.path))
+                if entry.name.endswith(".pth"):
+                    files.append(entry.path)
+    except OSError:
+        return []
+    return sorted(links) + [folder for file in sorted(files) for folder in _put_on_path(file)]
+
+
+def _put_on_path(file: str) -> Iterator[str]:
+    """Folders that a .pth file names."""
+    try:
+        lines = Path(file).read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        folder = os.path.join(os.path.dirname(file), line.strip())
+        if line.strip() and not line.startswith(("#", "import ", "import\t")) and os.path.isdir(folder):
+            yield folder
 
 
 def found_below(folder: Path, pattern: str) -> list[str]:
