@@ -19,6 +19,7 @@ else:
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _STEP_S = 0.0005
 # Processes that ignore SIGKILL for this long are stuck in the kernel; waiting longer helps nobody.
 SWEEP_S = 5.0
@@ -79,6 +80,28 @@ def sweep(patience_s: float = SWEEP_S) -> None:
         except ChildProcessError:
             return
         time.sleep(_STEP_S)
+
+
+def let_go_of_pipes() -> None:
+    """Let go of the engine's pipes: the supervisor must see their end when the engine closes them."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def pass_on(pid: int) -> None:
+    """Signals that are meant for the engine `pid` and reach only us go on to it."""
+
+    def forward(number: int, _frame: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+    for number in PASSED_ON:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
 
 def end_like(status: int) -> NoReturn:

@@ -11,7 +11,7 @@ subreaper: an orphan is handed to launchd. So the warden notes the family at eve
 and ends what it noted; a daemon whose parents lived shorter than the warden's look is missed, and `family` says
 `partial` for engines that may fork at all.
 
-Standard library only, and nothing of ours: inside, only this file is run. It has not run on a Mac yet.
+Standard library only, and inside the sandbox nothing of ours but this file. It has not run on a Mac yet.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _start_inside(
     if lifeline in select.select([arrived] if lifeline is None else [arrived, lifeline], [], [])[0]:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        _end_like(signal.SIGKILL)
+        _kin().end_like(signal.SIGKILL)
     came = os.read(arrived, 1)
     os.close(arrived)
     if came:
@@ -192,10 +192,17 @@ def _fork() -> None:
 # ---- the warden
 
 
+def _kin() -> Any:
+    """What the warden shares with Linux's. It is outside the sandbox: inside, there is this file alone."""
+    from engines.lockdown import family
+
+    return family
+
+
 def guard(pid: int, lifeline: int | None) -> NoReturn:
     """Hold the leash of the engine `pid`; ends as the engine does, or by SIGKILL when the lifeline closed."""
-    _quiet()
-    _pass_on(pid)
+    _kin().let_go_of_pipes()
+    _kin().pass_on(pid)
     # getattr: the type checker looks at this file on Linux, too.
     kevent, queue = getattr(select, "kevent"), getattr(select, "kqueue")()  # noqa: B009
     family: dict[int, str] = {}
@@ -211,7 +218,7 @@ def guard(pid: int, lifeline: int | None) -> NoReturn:
                 os.kill(pid, signal.SIGSTOP)
                 note(pid, family)
                 sweep(pid, family)
-                _end_like(signal.SIGKILL)
+                _kin().end_like(signal.SIGKILL)
             note(pid, family)
             if event.fflags & _NOTE_EXIT:
                 _end_with(pid, family)
@@ -220,7 +227,8 @@ def guard(pid: int, lifeline: int | None) -> NoReturn:
 def _end_with(pid: int, family: dict[int, str]) -> NoReturn:
     _, status = os.waitpid(pid, 0)
     sweep(None, family)
-    _end_like(status)
+    _kin().end_like(status)
+    raise AssertionError  # it does not come back
 
 
 def note(pid: int, family: dict[int, str]) -> bool:
@@ -279,36 +287,6 @@ def started(pid: int) -> str:
 
 def _libproc() -> Any:
     return ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-
-
-def _quiet() -> None:
-    """Let go of the engine's pipes: the supervisor must see their end when the engine closes them."""
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-
-
-def _pass_on(pid: int) -> None:
-    def pass_on(number: int, _frame: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-
-
-def _end_like(status: int) -> NoReturn:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        time.sleep(1.0)
-    os._exit(os.WEXITSTATUS(status))
 
 
 if __name__ == "__main__":

@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 else:
     import _signal as signal
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-
 
 def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdicts: dict[str, str]) -> list[str]:
     """Fork the engine-to-be below a warden; returns in the engine-to-be only: folders that are its private ones."""
     network = policy.get("network", "none")
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_BLOCK, family.PASSED_ON)
     family.adopt_orphans()
     told, tell = os.pipe()
     if "namespaces" in layers:
@@ -73,9 +71,9 @@ def fork(lifeline: int | None, layers: set[str], policy: dict[str, Any], verdict
     if os.getppid() != keeper and not apart:
         os._exit(0)
     os.close(tell)
-    for number in _PASSED_ON:  # SIGUSR2 would kill, see launch.py
+    for number in family.PASSED_ON:  # SIGUSR2 would kill, see launch.py
         signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR2 else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, family.PASSED_ON)
     verdicts["warden"] = "claimed"
     return private
 
@@ -91,33 +89,13 @@ def _alone(tell: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _quiet() -> None:
-    """Let go of the engine's pipes: the supervisor must see their end when the engine closes them."""
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-
-
-def _pass_on(pid: int) -> None:
-    def pass_on(number: int, _frame: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-
-
 # ---- the first process of the pid namespace
 
 
 def _be_first(engine: int, tell: int) -> NoReturn:
     """Reap everything; when the engine has ended, tell how and end: the kernel kills the rest of the namespace."""
-    _quiet()
-    _pass_on(engine)
+    family.let_go_of_pipes()
+    family.pass_on(engine)
     while True:
         pid, status = os.wait()
         if pid == engine:
@@ -131,13 +109,13 @@ def _be_first(engine: int, tell: int) -> NoReturn:
 def _be_guard(engine: int, tell: int) -> NoReturn:
     """Reap everything; when the engine has ended or the warden is gone, kill what is left, tell, and end."""
     os.setsid()
-    _quiet()
+    family.let_go_of_pipes()
     woken, wake = os.pipe()
     for fd in (woken, wake):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup descriptor tells
-    _pass_on(engine)
+    family.pass_on(engine)
     poll = select.poll()
     poll.register(woken, select.POLLIN)
     poll.register(tell, 0)
@@ -161,8 +139,8 @@ def _be_guard(engine: int, tell: int) -> NoReturn:
 
 
 def _hold(pid: int, lifeline: int | None, told: int) -> NoReturn:
-    _quiet()
-    _pass_on(pid)
+    family.let_go_of_pipes()
+    family.pass_on(pid)
     ended = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
