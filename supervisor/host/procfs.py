@@ -64,11 +64,16 @@ def stat(pid: int, thread: int | None = None) -> Stat | None:
 
 
 def threads(pid: int) -> list[int]:
-    """Its threads, the first one first."""
+    """Its threads, the first one first.
+
+    The first has the process's own number. The numbers say nothing of the order otherwise:
+    they wrap around (`kernel.pid_max`), and a thread may have a lower one than its process.
+    """
     try:
-        return sorted(int(name) for name in os.listdir(f"{ROOT}/{pid}/task"))
+        numbers = [int(name) for name in os.listdir(f"{ROOT}/{pid}/task")]
     except OSError:
         return []
+    return sorted(numbers, key=lambda number: (number != pid, number))
 
 
 def wchan(pid: int, thread: int | None = None) -> str:

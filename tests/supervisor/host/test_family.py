@@ -164,3 +164,12 @@ def test_what_procfs_says_of_ourselves():
     own = procfs.own_number(os.getpid())
     assert own is not None
     assert own > 0
+
+
+def test_the_first_thread_is_the_process_itself_even_when_numbers_have_wrapped_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for thread in (21603, 327, 40000):
+        (tmp_path / "21603" / "task" / str(thread)).mkdir(parents=True)
+    monkeypatch.setattr(procfs, "ROOT", str(tmp_path))
+    assert procfs.threads(21603) == [21603, 327, 40000]
