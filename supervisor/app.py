@@ -28,9 +28,9 @@ from supervisor import config
 from supervisor.box import Box
 from supervisor.control.gather import Gathering, Sources
 from supervisor.control.knock import knock
-from supervisor.control.routes import Surface
 from supervisor.control.server import open_control
 from supervisor.control.snapshot import Link
+from supervisor.control.surface import Surface
 from supervisor.embedded import Ready, open_embedded
 from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused, SupervisorError
 from supervisor.host.host import Host, open_host

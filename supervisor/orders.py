@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Orders:
-    """Implements `supervisor.control.routes.Requests`.
+    """Implements `supervisor.control.surface.Requests`.
 
     Args:
         drain: begins the drain of the supervisor, with its reason, and whether it shall be started again.

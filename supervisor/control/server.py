@@ -2,11 +2,7 @@
 
 Theory of operation. Three walls, each enough by itself: the socket has mode 0600, the kernel tells who has connected
 (a request of another user is refused whatever the mode became), and a request that carries Origin or Referer is
-refused, because no browser has any business here. Beyond them every client is hostile by accident at most, and still
-bounded: one request a connection, of a bounded size, within `PATIENCE_S`, at most `MOST` at once. A client that fails
-any of it loses its own connection and nothing else.
-
-One handler answers at a time, without waiting for anything: the snapshot is memory that is there already.
+refused, because no browser has any business here. What comes through them is read and answered by conversation.py.
 """
 
 from __future__ import annotations
@@ -22,24 +18,20 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import h11
 import trio
 
-from supervisor.control.routes import API, Refused, Request, Response, Surface, answer, error
+from supervisor.control.conversation import Conversations
+from supervisor.control.exchange import Refused, Request, Response, error
+from supervisor.control.routes import answer
+from supervisor.control.surface import Surface
 from supervisor.errors import IdentityHeld, NoPermission
-from supervisor.version import version
 
 log = logging.getLogger(__name__)
 
 # sockaddr_un holds 108 bytes (104 on macOS), the closing zero included.
 MAX_PATH_BYTES = 103 if sys.platform == "darwin" else 107
-MOST = 32  # connections at once
-PATIENCE_S = 5.0  # for a whole request, and for the client to take the answer
-HEARD_S = 0.2  # for one who is refused to get its request off its chest: else it sees a broken pipe, not the reason
-MAX_HEAD_BYTES = 16 * 1024
-MAX_BODY_BYTES = 64 * 1024
 _BACKLOG = 64
-_FORBIDDEN = (b"origin", b"referer")
+_FORBIDDEN = ("origin", "referer")
 
 
 @contextlib.asynccontextmanager
@@ -54,7 +46,7 @@ async def open_control(path: Path, surface: Surface) -> AsyncIterator[None]:
     made = path.lstat().st_ino  # noqa: ASYNC240 - a socket that was bound a moment ago
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_Server(surface).serve, trio.SocketListener(listener))
+            nursery.start_soon(owners(surface).serve, [trio.SocketListener(listener)])
             yield
             nursery.cancel_scope.cancel()
     finally:
@@ -141,126 +133,27 @@ def peer_uid(peer: trio.socket.SocketType) -> int | None:
         return None
 
 
-# ---- the server
+# ---- who may speak
 
 
-class _Server:
-    """Answers requests.
+def owners(
+    surface: Surface, uid_of: Callable[[trio.socket.SocketType], int | None] = peer_uid
+) -> Conversations[trio.SocketStream]:
+    """Conversations with the owner and with root, and nobody else.
 
     Args:
         uid_of: who a peer is; replaced by tests.
     """
 
-    def __init__(self, surface: Surface, uid_of: Callable[[trio.socket.SocketType], int | None] = peer_uid) -> None:
-        self._surface = surface
-        self._uid_of = uid_of
-        self._open = 0
-
-    async def serve(self, listener: trio.SocketListener) -> None:
-        """Accept until cancelled. A process without descriptors left pauses instead of ending."""
-        await trio.serve_listeners(self._connected, [listener])
-
-    async def _connected(self, stream: trio.SocketStream) -> None:
-        """One connection; whatever happens on it stays there."""
-        self._open += 1
-        try:
-            with trio.move_on_after(2 * PATIENCE_S):
-                await self._converse(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.LocalProtocolError):
-            pass  # it has left
-        except Exception:
-            log.exception("a request on the control socket failed")
-        finally:
-            self._open -= 1
-            with trio.CancelScope() as now:
-                now.cancel()  # close at once: nobody is waited for
-                await stream.aclose()
-
-    async def _converse(self, stream: trio.SocketStream) -> None:
-        wire = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        response = self._stranger(stream)
-        if response is not None:
-            with trio.move_on_after(HEARD_S):
-                await stream.receive_some(MAX_HEAD_BYTES)
-        else:
-            response = error(408, f"The request did not come within {PATIENCE_S:g} s.")
-            with trio.move_on_after(PATIENCE_S):
-                response = await self._one(stream, wire)
-        if response is not None:
-            await _send(stream, wire, response)
-
-    def _stranger(self, stream: trio.SocketStream) -> Response | None:
-        """A refusal for who has no business here, or comes when too many are here."""
-        uid = self._uid_of(stream.socket)
+    def stranger(stream: trio.SocketStream) -> Response | None:
+        uid = uid_of(stream.socket)
         if uid is None or uid not in (os.geteuid(), 0):
             log.warning("the control socket refused uid %s", uid)
             return error(403, "This socket is for the owner of the supervisor and for root.")
-        if self._open > MOST:
-            return error(503, f"{MOST} connections are open already.")
         return None
 
-    async def _one(self, stream: trio.SocketStream, wire: h11.Connection) -> Response | None:
-        """Read one request and answer it; None when the client left without one."""
-        try:
-            request = await _read(stream, wire)
-        except Refused as refusal:
-            return error(refusal.status, str(refusal))
-        except h11.RemoteProtocolError as problem:
-            return error(problem.error_status_hint, f"This is no HTTP request: {problem}.")
-        if request is None:
-            return None
-        try:
-            return answer(request, self._surface)
-        except Exception:
-            log.exception("%s %s failed", request.method, request.target)
-            return error(500, "A mistake of ours; the supervisor's log has it.")
+    def check(request: Request) -> None:
+        if present := [name for name in _FORBIDDEN if name in request.headers]:
+            raise Refused(403, f"A request with {' and '.join(present)} comes from a browser, and none may speak here.")
 
-
-async def _read(stream: trio.SocketStream, wire: h11.Connection) -> Request | None:
-    head: h11.Request | None = None
-    body = bytearray()
-    while True:
-        event = wire.next_event()
-        if event is h11.NEED_DATA:
-            wire.receive_data(await stream.receive_some(16 * 1024))
-        elif isinstance(event, h11.Request):
-            head = event
-            _check(head)
-        elif isinstance(event, h11.Data):
-            body += event.data
-            if len(body) > MAX_BODY_BYTES:
-                raise Refused(413, f"The body exceeds {MAX_BODY_BYTES} bytes.")
-        elif isinstance(event, h11.EndOfMessage) and head is not None:
-            kind = dict(head.headers).get(b"content-type", b"").partition(b";")[0].strip().lower()
-            return Request(head.method.decode(), head.target.decode(), bytes(body), kind.decode("latin-1"))
-        else:
-            return None  # it closed the connection
-
-
-def _check(head: h11.Request) -> None:
-    names = {name for name, _value in head.headers}
-    if present := [name.decode() for name in _FORBIDDEN if name in names]:
-        raise Refused(403, f"A request with {' and '.join(present)} comes from a browser, and none may speak here.")
-
-
-async def _send(stream: trio.SocketStream, wire: h11.Connection, response: Response) -> None:
-    """Send the answer; a client that does not take it is dropped after `PATIENCE_S`."""
-    headers = [
-        ("content-type", response.kind),
-        ("content-length", str(len(response.body))),
-        ("cache-control", "no-store"),
-        ("x-content-type-options", "nosniff"),
-        ("x-bulkhead-version", version()),
-        ("x-bulkhead-api", str(API)),
-        ("connection", "close"),
-    ]
-    with trio.move_on_after(PATIENCE_S):
-        if wire.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            data = wire.send(h11.Response(status_code=response.status, headers=headers)) or b""
-            data += wire.send(h11.Data(data=response.body)) or b""
-            data += wire.send(h11.EndOfMessage()) or b""
-        else:  # the request was no HTTP, and h11 has given this connection up
-            head = [f"HTTP/1.1 {response.status} Refused", *(f"{name}: {value}" for name, value in headers)]
-            data = "\r\n".join([*head, "", ""]).encode() + response.body
-        await stream.send_all(data)
-        await stream.send_eof()
+    return Conversations(lambda request: answer(request, surface), stranger=stranger, check=check)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.control.routes import Surface
 from supervisor.control.server import open_control
 from supervisor.control.snapshot import Snapshot
+from supervisor.control.surface import Surface
 from supervisor.control.why import explained
 
 

@@ -16,9 +16,9 @@ import trio
 from protocol import engine_wire as wire
 from supervisor.cli import main
 from supervisor.control.gather import Gathering, Sources
-from supervisor.control.routes import Surface
 from supervisor.control.server import open_control
 from supervisor.control.snapshot import Link
+from supervisor.control.surface import Surface
 from supervisor.host.host import Host, open_host
 from supervisor.host.means import Means
 from supervisor.host.work import Done, EngineSpec, ModelSpec, RunRequest

@@ -6,18 +6,19 @@ import json
 
 import pytest
 
-from supervisor.control.routes import ROUTES, Request, answer
+from supervisor.control.exchange import Request
+from supervisor.control.routes import ROUTES, answer
 
 
-def ask(box, method: str, target: str, body: object = None, kind: str = "application/json"):
+async def ask(box, method: str, target: str, body: object = None, kind: str = "application/json"):
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    response = answer(Request(method, target, data, kind if data else ""), box.surface)
+    response = await answer(Request(method, target, data, kind if data else ""), box.surface)
     return response.status, response
 
 
 @pytest.mark.parametrize("target", [path for path, methods in ROUTES.items() if "GET" in methods])
 async def test_every_question_has_an_answer(box, target):
-    status, response = ask(box, "GET", target + "?anything=1")
+    status, response = await ask(box, "GET", target + "?anything=1")
     assert status == 200
     if target == "/v1/metrics":
         assert response.kind.startswith("text/plain; version=0.0.4")
@@ -41,13 +42,13 @@ async def test_every_question_has_an_answer(box, target):
     ],
 )
 async def test_an_order_is_passed_on_once(box, target, body, asked):
-    assert ask(box, "POST", target, body)[0] == 200
+    assert (await ask(box, "POST", target, body))[0] == 200
     assert box.acts.asked == [asked]
 
 
 async def test_resume_says_whether_there_was_something_to_lift(box):
-    assert json.loads(ask(box, "POST", "/v1/resume")[1].body)["lifted"] is True
-    assert json.loads(ask(box, "POST", "/v1/resume")[1].body)["lifted"] is False
+    assert json.loads((await ask(box, "POST", "/v1/resume"))[1].body)["lifted"] is True
+    assert json.loads((await ask(box, "POST", "/v1/resume"))[1].body)["lifted"] is False
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ async def test_resume_says_whether_there_was_something_to_lift(box):
     ],
 )
 async def test_a_wrong_body_is_named_and_nothing_happens(box, target, body, word):
-    status, response = ask(box, "POST", target, body)
+    status, response = await ask(box, "POST", target, body)
     assert status == 400
     assert word in json.loads(response.body)["error"]["message"]
     assert box.acts.asked == []

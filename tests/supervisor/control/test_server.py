@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from supervisor.control import server
-from supervisor.control.server import MAX_BODY_BYTES, MOST, make_listener, open_control
+from supervisor.control import conversation, server
+from supervisor.control.conversation import MAX_BODY_BYTES, MOST
+from supervisor.control.server import make_listener, open_control
 from supervisor.errors import IdentityHeld, NoPermission
 
 NOBODY = 65534
@@ -27,7 +28,7 @@ GET = b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n"
 @pytest.fixture
 def short(monkeypatch):
     """Little patience with slow clients."""
-    monkeypatch.setattr(server, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(conversation, "PATIENCE_S", 0.3)
 
 
 async def connect(path: Path) -> trio.SocketStream:
@@ -195,7 +196,7 @@ async def test_one_who_takes_no_answer_is_dropped(box, short):
         status, _headers, _body = await talk(path, GET)
         assert status == 200
         with trio.fail_after(5):
-            await trio.sleep(2 * server.PATIENCE_S + 0.2)
+            await trio.sleep(2 * conversation.PATIENCE_S + 0.2)
             got = await everything(stream)
         assert 0 < len(got) < 2_000_000
         await stream.aclose()
@@ -265,10 +266,10 @@ async def test_another_user_is_kept_out_by_the_mode_and_by_the_kernels_word(tmp_
 
 
 async def test_who_cannot_be_told_is_refused(box):
-    strict = server._Server(box.surface, uid_of=lambda _peer: None)
+    strict = server.owners(box.surface, uid_of=lambda _peer: None)
     path = box.path.with_name("second.sock")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(strict.serve, trio.SocketListener(make_listener(path)))
+        nursery.start_soon(strict.serve, [trio.SocketListener(make_listener(path))])
         assert (await talk(path, GET))[0] == 403
         nursery.cancel_scope.cancel()
 
