@@ -38,10 +38,11 @@ from supervisor.host.work import ModelSpec
 from supervisor.intake.admission import ModelState
 from supervisor.link import register
 from supervisor.link.attempts import Attempts
+from supervisor.link.dialects import DIALECTS
+from supervisor.link.dialects.base import Home, Spoken
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.register import Proof
-from supervisor.link.session import Address, SessionEnd, Why, converse
-from supervisor.link.transfer import Transfer
+from supervisor.link.session import Address, SessionEnd, Why
 from supervisor.link.worker import Identity, Worker
 from supervisor.live_settings import appliers
 from supervisor.liveness import Liveness
@@ -204,11 +205,11 @@ class _Supervisor:
         async with (
             contextlib.AsyncExitStack() as stack,
             open_host(self._specs, self._limits, self._state.instances, means=means) as host,
-            Transfer(address) as transfer,
+            self._spoken(address) as spoken,
             trio.open_nursery() as nursery,
         ):
             stack.callback(uses.close)
-            attempts = Attempts(host, transfer, host.ground, nursery, Watches(self._tally, self._tracer))
+            attempts = Attempts(host, spoken.delivery, host.ground, nursery, Watches(self._tally, self._tracer))
             attempts.on_done = box.watch_holds.note_good
             worker = self._worker(box, host, attempts)
             host.on_change = lambda: self._host_changed(box, worker)
@@ -219,9 +220,9 @@ class _Supervisor:
             )
             nursery.start_soon(box.run, host)
             nursery.start_soon(worker.keep_announced)
-            nursery.start_soon(transfer.warm_up)
+            nursery.start_soon(spoken.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
-            nursery.start_soon(self._link, address, worker)
+            nursery.start_soon(self._link, spoken, worker)
             if self._path is not None:
                 await nursery.start(self._reloader(self._path, worker).run)
             async with open_control(config.control_socket(self._settings), self._surface(box, host, worker, address)):
@@ -237,6 +238,12 @@ class _Supervisor:
             box.pausing.on_warm = lambda _models: None
             box.on_abort = lambda _hold, _models: None
             nursery.cancel_scope.cancel()
+
+    def _spoken(self, address: Address) -> contextlib.AbstractAsyncContextManager[Spoken]:
+        table = self._settings.coordinator
+        name = self._state.worker_id(self._settings.worker.name)
+        folder = self._state.root / table.dialect
+        return DIALECTS[table.dialect].open(Home(table=table, address=address, folder=folder, name=name))
 
     def _reloader(self, path: Path, worker: Worker) -> Reloader:
         def take(settings: Settings) -> None:
@@ -348,8 +355,8 @@ class _Supervisor:
         if proof.ok and any(model.preload for model in self._settings.models if model.name == spec.name):
             host.preload(spec.name)
 
-    async def _link(self, address: Address, worker: Worker) -> None:
-        end = await keep_link(lambda: converse(address, worker), Backoff())
+    async def _link(self, spoken: Spoken, worker: Worker) -> None:
+        end = await keep_link(lambda: spoken.converse(worker), Backoff())
         self._refused = _refusal(end)
         self.ask_drain(end.sentence)
 
@@ -371,7 +378,7 @@ class _Supervisor:
 
 def _remote(table: CoordinatorTable) -> Address:
     try:
-        token = secret(TOKEN, table.token_file)
+        token = secret(TOKEN, table.token_file) if DIALECTS[table.dialect].features.token else ""
         tls = ssl.create_default_context(cafile=table.tls_ca or None) if table.url.startswith("wss:") else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"[coordinator]: the token or the certificates cannot be read: {error}"]) from None

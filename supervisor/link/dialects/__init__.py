@@ -1,0 +1,8 @@
+"""The ways in which coordinators speak, by the name that `coordinator.dialect` gives them."""
+
+from __future__ import annotations
+
+from supervisor.link.dialects.base import Dialect
+from supervisor.link.dialects.native import NATIVE
+
+DIALECTS: dict[str, Dialect] = {"native": NATIVE}
