@@ -53,6 +53,7 @@ APPLY: Mapping[str, Apply] = {
     "holds": Apply.LIVE,
     "log": Apply.LIVE,
     "log.sentry_dsn_file": Apply.RESTART,  # the SDKs are set up once a process
+    "page": Apply.RESTART,
     "otel": Apply.RESTART,
 }
 

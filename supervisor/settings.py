@@ -200,6 +200,18 @@ class ControlTable(Table, frozen=True):
     socket: str = ""
 
 
+class PageTable(Table, frozen=True):
+    """The page in a browser on this machine: `supervisor ui` opens it. Nobody else gets in, and nobody from outside.
+
+    Attributes:
+        enabled: serve it, on 127.0.0.1 and [::1] alone.
+        port: 0 takes a free one.
+    """
+
+    enabled: bool = False
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 0
+
+
 class LogTable(Table, frozen=True):
     """Log of the supervisor: on stderr always, in a file and at Sentry when they are named.
 
@@ -403,6 +415,7 @@ class Settings(Table, frozen=True):
         models: what is served.
         limits: bounds on every wait and on memory.
         control: the owner's socket.
+        page: the same for a browser.
         holds: when the worker steps aside by itself.
         log: what is logged, and where.
         otel: traces for OpenTelemetry.
@@ -415,6 +428,7 @@ class Settings(Table, frozen=True):
     models: list[ModelTable] = []
     limits: LimitsTable = LimitsTable()
     control: ControlTable = ControlTable()
+    page: PageTable = PageTable()
     holds: HoldsTable = HoldsTable()
     log: LogTable = LogTable()
     otel: OtelTable = OtelTable()

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from urllib.parse import unquote
 
 from supervisor.control.exchange import Answer, Handler, Refused, Request, error
+from supervisor.control.login import LOGIN
 from supervisor.control.routes_act import ACT
 from supervisor.control.routes_look import LOOK
 from supervisor.control.surface import Surface
@@ -61,5 +62,5 @@ def _merged(*tables: Mapping[str, Mapping[str, Handler]]) -> dict[str, dict[str,
     return merged
 
 
-ROUTES = _merged(LOOK, ACT)
+ROUTES = _merged(LOOK, ACT, LOGIN)
 _PATTERNS = [(_pattern(path), methods) for path, methods in ROUTES.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
+from supervisor.control.login import Logins
 from supervisor.control.snapshot import Snapshot
 
 
@@ -28,8 +29,10 @@ class Surface(NamedTuple):
         snapshot: everything at this moment, explained.
         requests: who acts.
         more_metrics: lines of further families (the GPUs').
+        logins: who may use the page.
     """
 
     snapshot: Callable[[], Snapshot]
     requests: Requests
     more_metrics: Callable[[], Iterable[str]] = tuple
+    logins: Logins | None = None
