@@ -275,6 +275,13 @@ ALERT_RULES = (
         "The disk of {{ $labels.place }} on {{ $labels.instance }} has less than a tenth left.",
     ),
     Alert(
+        "BulkheadModelSlow",
+        f"{PREFIX}model_pace_ratio < 0.25 or {PREFIX}model_spilled_bytes > 0",
+        "10m",
+        "warning",
+        "{{ $labels.model }} on {{ $labels.instance }} runs far below its usual speed, or lies partly in RAM.",
+    ),
+    Alert(
         "BulkheadCoordinatorLost",
         f"{PREFIX}coordinator_connected == 0",
         "5m",

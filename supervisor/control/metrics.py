@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from protocol.revision import LINK_WIRE
 from supervisor.control.snapshot import ModelView, Snapshot
 
 PREFIX = "bulkhead_"
@@ -23,12 +24,16 @@ def metrics(snapshot: Snapshot, more: Iterable[str] = ()) -> str:
 def _families(snapshot: Snapshot) -> Iterable[tuple[str, str, str, Sequence[Sample]]]:
     one: Mapping[str, str] = {}
     yield "up", "gauge", "Whether the supervisor answers.", [(one, 1)]
-    yield "info", "gauge", "Which supervisor this is.", [({"version": snapshot.version, "worker": snapshot.worker}, 1)]
+    which = {"version": snapshot.version, "worker": snapshot.worker, "protocol": str(LINK_WIRE.high)}
+    yield "info", "gauge", "Which supervisor this is.", [(which, 1)]
     yield "uptime_seconds", "gauge", "Since it was started.", [(one, snapshot.uptime_s)]
     yield "state", "gauge", "State of the worker.", [({"state": s}, s == snapshot.state) for s in STATES]
-    yield "hold", "gauge", "Reasons for not taking work.", [({"source": h.source}, 1) for h in snapshot.holds]
+    # Its key: a source may hold two GPUs, and a scrape with a series twice is refused as a whole.
+    holds = [({"source": str(hold.source), "gpu": hold.gpu, "kind": hold.kind}, 1) for hold in snapshot.holds]
+    yield "hold", "gauge", "Reasons for not taking work.", holds
     yield "coordinator_connected", "gauge", "Whether there is a session.", [(one, snapshot.link.connected)]
     yield "jobs_inflight", "gauge", "Attempts that this worker holds.", [(one, snapshot.jobs)]
+    yield "queue_depth", "gauge", "Runs that wait for an engine.", [(one, sum(m.queued for m in snapshot.models))]
     yield from _of_models(snapshot.models)
 
 

@@ -19,13 +19,14 @@ import trio
 
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
-from protocol.faults import Fault, FaultError, refuse
+from protocol.faults import Fault, FaultError, Owner, refuse
 from supervisor.host import work
 from supervisor.host.ground import Attempt, Ground
+from supervisor.link.dialects.base import Delivery
 from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
 from supervisor.link.session import Post
-from supervisor.link.transfer import Transfer
 from supervisor.observe.context import about
+from supervisor.observe.instancewatch import span
 from supervisor.observe.jobwatch import Watches
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Attempts:
     def __init__(
         self,
         host: Runs,
-        transfer: Transfer,
+        delivery: Delivery,
         ground: Callable[[str], Ground],
         nursery: trio.Nursery,
         watches: Watches | None = None,
@@ -62,7 +63,7 @@ class Attempts:
         self._watches = watches or Watches()
         self.ledger = Ledger()
         self._host = host
-        self._transfer = transfer
+        self._delivery = delivery
         self._ground = ground
         self._nursery = nursery
         self._post: Post | None = None
@@ -101,7 +102,7 @@ class Attempts:
         claim = Claim(job, attempt, offer, deadline, watch)
         self.ledger.record(claim)
         self._tell(claim, wire.Accept())
-        log.info("taken", extra={"job": job, "attempt": attempt, "model": offer.model, "kind": offer.kind})
+        log.debug("taken", extra={"job": job, "attempt": attempt, "model": offer.model, "kind": offer.kind})
         self._nursery.start_soon(self._work, claim)
 
     def cancel(self, job: str, attempt: int, reason: str) -> None:
@@ -172,13 +173,12 @@ class Attempts:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         claim.end = end
-        outcome = end.fault.code if isinstance(end, wire.Fail) else "done"
+        _log_end(claim, end)
         if isinstance(end, wire.Complete):
             self.on_done()
             claim.watch.end("succeeded", usage=end.usage)
         else:
-            claim.watch.end("cancelled" if outcome == "cancelled" else "failed", outcome)
-        log.info("ended: %s", outcome)
+            claim.watch.end("cancelled" if end.fault.code == "cancelled" else "failed", end.fault.code)
         self._tell(claim, end)
         if isinstance(end, wire.Complete):
             await _remove(folders)
@@ -213,7 +213,8 @@ class Attempts:
 
     async def _fetch(self, claim: Claim, folders: Attempt) -> Mapping[str, Path]:
         for file in claim.offer.inputs:
-            await self._transfer.fetch(file, functools.partial(folders.create_input, file.name))
+            target = functools.partial(folders.create_input, file.name)
+            await self._delivery.fetch(file, target, claim.watch.fetched)
         return {file.name: folders.inputs / file.name for file in claim.offer.inputs}
 
     def _event(self, claim: Claim, event: work.RunEvent) -> None:
@@ -249,14 +250,29 @@ class Attempts:
             if file.name == wire.RESULT_FILE:
                 raise refuse("engine_protocol", f"The engine named an output {wire.RESULT_FILE!r}, which is ours.")
             source = functools.partial(folders.open_output, file)
-            await self._transfer.upload(upload, file, source, claim.deadline)
+            await self._delivery.upload(upload, file, source, claim.deadline, claim.watch.delivered)
         result = msgspec.Raw(done.body)
         if len(done.body) > wire.INLINE_BYTES:
             digest = hashlib.sha256(done.body).hexdigest()
             file = OutputFile(wire.RESULT_FILE, "application/msgpack", len(done.body), digest)
-            await self._transfer.upload(upload, file, done.body, claim.deadline)
+            await self._delivery.upload(upload, file, done.body, claim.deadline, claim.watch.delivered)
             result = wire.NO_RESULT
         return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
+
+
+def _log_end(claim: Claim, end: wire.Complete | wire.Fail) -> None:
+    """The one line of a job. Of a fault only its code is told: its sentence may quote what the caller wrote."""
+    kind, took = claim.offer.kind, span(claim.watch.seconds)
+    if isinstance(end, wire.Complete):
+        log.info("%s job done in %s", kind, took)
+        return
+    fault = end.fault
+    if fault.code == "cancelled":
+        log.info("%s job cancelled after %s", kind, took)
+        return
+    ours = fault.owner is not Owner.CALLER and fault.code != "worker_stopping"
+    level = logging.WARNING if ours else logging.INFO
+    log.log(level, "%s job failed after %s: %s, the %s's fault", kind, took, fault.code, fault.owner)
 
 
 async def _remove(folders: Attempt | None) -> None:

@@ -34,6 +34,12 @@ IDLE_S = 30.0  # without a byte, in either direction
 
 _Value = TypeVar("_Value")
 Output = Callable[[], int] | bytes
+# Told of bytes as they move, those of tries that failed too: a link is paid for by what went over it.
+Moved = Callable[[int], None]
+
+
+def _nobody(_count: int) -> None:
+    """Counts nothing."""
 
 
 class _Transient(Exception):
@@ -95,11 +101,12 @@ class Transfer:
 
     # ---- in
 
-    async def fetch(self, file: FileRef, target: Callable[[], int]) -> None:
+    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = _nobody) -> None:
         """Write an input file.
 
         Args:
             target: opens it anew for every try, empty; returns the descriptor. May raise OSError.
+            moved: told of the bytes that came, piece by piece.
 
         Raises:
             FaultError: input_unavailable, worker_disk_full.
@@ -108,7 +115,7 @@ class Transfer:
         """
 
         async def once() -> None:
-            await self._fetch_once(file, target)
+            await self._fetch_once(file, target, moved)
 
         try:
             await self._with_retries(once, self._fetch_patience_s)
@@ -116,7 +123,7 @@ class Transfer:
             sentence = f"The input {file.name!r} cannot be fetched: {error}."
             raise refuse("input_unavailable", sentence, file.name) from None
 
-    async def _fetch_once(self, file: FileRef, target: Callable[[], int]) -> None:
+    async def _fetch_once(self, file: FileRef, target: Callable[[], int], moved: Moved) -> None:
         client = await self._http()
         url, headers = self._target(file.url)
         digest, size = hashlib.sha256(), 0
@@ -129,6 +136,7 @@ class Transfer:
                 with trio.CancelScope() as enough:
                     async for piece in response.aiter_bytes(PIECE_BYTES):
                         size += len(piece)
+                        moved(len(piece))
                         digest.update(piece)
                         trouble = trouble or await _written(out, piece)
                         if trouble or size > file.size:
@@ -143,12 +151,15 @@ class Transfer:
 
     # ---- out
 
-    async def upload(self, template: str, file: OutputFile, source: Output, until: float | None = None) -> None:
+    async def upload(
+        self, template: str, file: OutputFile, source: Output, until: float | None = None, moved: Moved = _nobody
+    ) -> None:
         """PUT an output to `template` with its name filled in.
 
         Args:
             source: opens the file anew for every try and returns the descriptor, or the content itself.
             until: trio time after which nobody wants it; None leaves the usual patience.
+            moved: told of the bytes that went out.
 
         Raises:
             FaultError: upload_failed; engine_protocol when the file is not what the engine said.
@@ -157,7 +168,7 @@ class Transfer:
             raise refuse("upload_failed", "The offer names no place for output files.")
 
         async def once() -> None:
-            await self._upload_once(template, file, source)
+            await self._upload_once(template, file, source, moved)
 
         patience_s = self._upload_patience_s
         if until is not None:
@@ -168,7 +179,7 @@ class Transfer:
             sentence = f"The output {file.name!r} cannot be delivered: {error}."
             raise refuse("upload_failed", sentence, file.name) from None
 
-    async def _upload_once(self, template: str, file: OutputFile, source: Output) -> None:
+    async def _upload_once(self, template: str, file: OutputFile, source: Output, moved: Moved) -> None:
         client = await self._http()
         url, headers = self._target(template.replace("{name}", urllib.parse.quote(file.name, safe="")))
         headers |= {
@@ -178,10 +189,11 @@ class Transfer:
         }
         if isinstance(source, bytes):
             response = await client.put(url, headers=headers, content=source)
+            moved(len(source))
         else:
             fd = source()
             try:
-                response = await client.put(url, headers=headers, content=_Pieces(fd, file))
+                response = await client.put(url, headers=headers, content=_Pieces(fd, file, moved))
             finally:
                 os.close(fd)
         self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
@@ -240,8 +252,8 @@ class _Pieces:
         FaultError: engine_protocol, from the iteration.
     """
 
-    def __init__(self, fd: int, file: OutputFile) -> None:
-        self._fd, self._file = fd, file
+    def __init__(self, fd: int, file: OutputFile, moved: Moved) -> None:
+        self._fd, self._file, self._moved = fd, file, moved
         self._digest = hashlib.sha256()
         self._at = 0
 
@@ -265,4 +277,5 @@ class _Pieces:
                 raise refuse("engine_protocol", f"The output {name!r} grew to {now} bytes while it was read.")
             if self._digest.hexdigest() != self._file.sha256.lower():
                 raise refuse("engine_protocol", f"The sha256 of the output {name!r} is not the one that was told.")
+        self._moved(len(piece))
         return piece

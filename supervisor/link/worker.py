@@ -211,7 +211,7 @@ class Worker:
 
     def _decline(self, job: str, attempt: int, verdict: Refuse) -> None:
         self._tally.declined(verdict.code)
-        log.info("declined: %s", verdict.reason, extra={"job": job, "attempt": attempt, "code": verdict.code})
+        log.debug("declined: %s", verdict.reason, extra={"job": job, "attempt": attempt, "code": verdict.code})
         if self._post is not None:
             body = wire.Decline(code=verdict.code, reason=verdict.reason, retry_after_ms=verdict.retry_after_ms)
             self._post(body, job, attempt)

@@ -9,14 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from supervisor.observe.paces import rate_of
 from supervisor.observe.tally import Tally
 from supervisor.observe.tracing import PHASES, NoTracer, Span, Tracer, attributes_of, parse_traceparent
+
+# Told a model and its work a second, after a run that succeeded and says something about its speed.
+OnRate = Callable[[str, float], None]
+
+
+def _nobody(_model: str, _rate: float) -> None:
+    """Wants no rates."""
 
 
 class JobWatch:
     """Begins in the phase "accept".
 
     Args:
+        on_rate: see `OnRate`.
         clock_ns: since the epoch, in ns; spans need the wall clock.
     """
 
@@ -30,9 +39,10 @@ class JobWatch:
         kind: str,
         model: str,
         traceparent: str = "",
+        on_rate: OnRate = _nobody,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._tally, self._tracer, self._clock_ns = tally, tracer, clock_ns
+        self._tally, self._tracer, self._on_rate, self._clock_ns = tally, tracer, on_rate, clock_ns
         self._job, self._attempt, self._kind, self._model = job, attempt, kind, model
         self._parent = parse_traceparent(traceparent)
         self._began = clock_ns()
@@ -51,6 +61,19 @@ class JobWatch:
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
         if not self._over and self._phases[-1][0] != phase:
             self._phases.append((phase, self._clock_ns()))
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it began."""
+        return _seconds(self._clock_ns() - self._began)
+
+    def fetched(self, count: int) -> None:
+        """So many bytes of its inputs came."""
+        self._tally.transferred("in", count)
+
+    def delivered(self, count: int) -> None:
+        """So many bytes of its outputs went out."""
+        self._tally.transferred("out", count)
 
     def output(self) -> None:
         """A chunk came."""
@@ -75,6 +98,8 @@ class JobWatch:
             failed = why if number == len(ends) else ""
             spans.append(Span(name=phase, start_ns=start, end_ns=max(start, end), failed=failed))
             self._tally.phase(self._kind, phase, _seconds(end - start))
+            if phase == "run" and outcome == "succeeded":
+                self._rated(rate_of(self._kind, used, _seconds(end - start)))
         self._tally.ended(self._kind, self._model, outcome, code)
         if outcome == "succeeded":
             self._tally.used(self._model, used)
@@ -99,17 +124,28 @@ class JobWatch:
         )
         self._tracer.record(self._parent, whole, tuple(spans))
 
+    def _rated(self, rate: float) -> None:
+        if rate:
+            self._on_rate(self._model, rate)
+
 
 class Watches:
     """Makes the watch of each attempt; without arguments nothing leaves, and numbers stay in memory."""
 
-    def __init__(self, tally: Tally | None = None, tracer: Tracer | None = None) -> None:
-        self._tally, self._tracer = tally or Tally(), tracer or NoTracer()
+    def __init__(self, tally: Tally | None = None, tracer: Tracer | None = None, *, on_rate: OnRate = _nobody) -> None:
+        self._tally, self._tracer, self._on_rate = tally or Tally(), tracer or NoTracer(), on_rate
 
     def begin(self, *, job: str, attempt: int, kind: str, model: str, traceparent: str = "") -> JobWatch:
         """An offer was accepted."""
         return JobWatch(
-            self._tally, self._tracer, job=job, attempt=attempt, kind=kind, model=model, traceparent=traceparent
+            self._tally,
+            self._tracer,
+            job=job,
+            attempt=attempt,
+            kind=kind,
+            model=model,
+            traceparent=traceparent,
+            on_rate=self._on_rate,
         )
 
 

@@ -117,6 +117,14 @@ class Tally:
         """An instance had to be ended by SIGTERM, SIGKILL, or could not be ended at all ("unkillable")."""
         self.registry.add("kill_escalations_total", engine=engine, signal=signal)
 
+    def paced(self, model: str, share: float) -> None:
+        """The latest runs of a model went at this share of its usual speed."""
+        self.registry.set("model_pace_ratio", round(share, 4), model=model)
+
+    def spilled(self, model: str, count: int) -> None:
+        """So many bytes of a model lie in RAM and belong on the GPU."""
+        self.registry.set("model_spilled_bytes", count, model=model)
+
     # ---- the rest
 
     def reloaded(self, outcome: str) -> None:

@@ -176,7 +176,7 @@ def test_a_drain_over_the_socket_finishes_what_runs_and_ends_with_nothing_left(r
     assert rig.status()["draining"] == "moving house"
     refused(say(client, rigs, "too late"))
     assert rig.process.wait(rigs.PATIENCE_S) == 0, rig.words()[-2000:]
-    assert rig.words().count("ended: done") == len(ids)
+    assert rig.words().count("llm job done in") == len(ids)
     assert rig.scratch() == []
     assert not rigs.processes_of(rig.folder)
     done = rig.order("status")

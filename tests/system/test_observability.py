@@ -89,12 +89,24 @@ def test_two_jobs_are_counted_and_logged_without_their_words(folder: Path) -> No
         assert any(line.startswith(f"bulkhead_{name}") for line in lines), name
 
     until = time.monotonic() + PATIENCE_S
-    while (text := (folder / "worker.log").read_text()).count('"ended: done"') < 2:
+    while (text := (folder / "worker.log").read_text()).count("llm job done in") < 2:
         assert time.monotonic() < until, text
         time.sleep(0.02)
-    ended = [found for line in text.splitlines() if (found := json.loads(line))["message"] == "ended: done"]
+    told = [json.loads(line) for line in text.splitlines()]
+    ended = [found for found in told if re.fullmatch(r"llm job done in [0-9.]+ s", found["message"])]
     assert len({found["job"] for found in ended}) == 2
     assert {(found["attempt"], found["model"]) for found in ended} == {(1, "synthetic")}
     for told in (text, (folder / "stderr").read_text(), "\n".join(lines)):
         assert WORDS not in told
         assert key not in told
+
+
+def test_files_that_travel_are_counted(folder: Path) -> None:
+    with contextlib.closing(client(folder)) as http:
+        body = {"model": "synthetic", "input": "one two three", "voice": "default", "response_format": "wav"}
+        speech = http.post("/v1/audio/speech", json=body).raise_for_status().content
+        files = {"file": ("a.wav", speech, "audio/wav")}
+        http.post("/v1/audio/transcriptions", data={"model": "synthetic"}, files=files).raise_for_status()
+    lines = scrape(folder)
+    assert f'bulkhead_transfer_bytes_total{{direction="out"}} {len(speech)}' in lines
+    assert f'bulkhead_transfer_bytes_total{{direction="in"}} {len(speech)}' in lines

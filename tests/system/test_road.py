@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ listen = "127.0.0.1:0"
 [worker]
 name = "box"
 state_dir = "state"
+[log]
+level = "debug"
 [limits]
 drain_s = {drain_s}
 [[models]]
@@ -242,7 +245,9 @@ def test_a_job_that_outlasts_the_drain_is_ended_and_told(box: Box):
         assert box.end() == ExitCode.STOPPED, box.words()
         thread.join(PATIENCE_S)
     assert isinstance(answers[0], openai.APIError)
-    assert "ended: worker_stopping" in box.words()
+    assert re.search(
+        r"info link.attempts: llm job failed after \S+ s: worker_stopping, the worker's fault", box.words()
+    )
     assert_gone(family)
 
 

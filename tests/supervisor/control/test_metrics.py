@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from protocol.revision import LINK_WIRE
 from supervisor.control.metrics import metrics
 from supervisor.control.snapshot import Link, ModelView, Snapshot
 from supervisor.intake.holds import Hold, Source
@@ -45,13 +46,14 @@ def test_what_is_told():
     lines = metrics(FULL).splitlines()
     for line in (
         "bulkhead_up 1",
-        'bulkhead_info{version="1.2",worker="a \\"box\\"\\n"} 1',
+        f'bulkhead_info{{version="1.2",worker="a \\"box\\"\\n",protocol="{LINK_WIRE.high}"}} 1',
         "bulkhead_uptime_seconds 1.5",
         'bulkhead_state{state="paused"} 1',
         'bulkhead_state{state="idle"} 0',
-        'bulkhead_hold{source="operator"} 1',
+        'bulkhead_hold{source="operator",gpu="",kind=""} 1',
         "bulkhead_coordinator_connected 1",
         "bulkhead_jobs_inflight 2",
+        "bulkhead_queue_depth 3",
         'bulkhead_engine_up{model="m",engine="llm"} 1',
         'bulkhead_engine_up{model="q",engine="tts"} 0',
         'bulkhead_engine_state{model="m",engine="llm",state="busy"} 1',
@@ -71,3 +73,16 @@ def test_each_family_is_described_once_and_none_without_samples():
     assert len(types) == len(set(types))
     assert "bulkhead_hold" not in types
     assert lines[-1] == "bulkhead_gpu_x 1"
+
+
+def test_no_series_is_there_twice_however_many_holds_a_source_has():
+    holds = (
+        Hold(source=Source.OPERATOR, since=0),
+        Hold(source=Source.OPERATOR, since=0, gpu="GPU-1"),
+        Hold(source=Source.OPERATOR, since=0, gpu="GPU-2"),
+        Hold(source=Source.OPERATOR, since=0, gpu="GPU-2", kind="llm"),
+    )
+    lines = [line for line in metrics(Snapshot(version="1", holds=holds)).splitlines() if not line.startswith("#")]
+    series = [line.rpartition(" ")[0] for line in lines]
+    assert len(series) == len(set(series))
+    assert sum(each.startswith("bulkhead_hold{") for each in series) == 4

@@ -243,3 +243,17 @@ async def test_no_descriptor_is_left_open(transfer, tmp_path, shop):
         with pytest.raises(FaultError):
             await transfer.upload("/{name}", out("y", CONTENT), from_(tmp_path / "y"))
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_bytes_are_counted_as_they_move_those_of_tries_that_failed_too(shop, transfer, tmp_path):
+    came: list[int] = []
+    went: list[int] = []
+    shop.goods["/pre/v1/blobs/a?sig=1"] = CONTENT
+    shop.cut_short = 1
+    await transfer.fetch(ref(CONTENT), into(tmp_path / "audio"), came.append)
+    assert sum(came) == len(CONTENT) + 2**20, "of what was cut short, the whole pieces"
+    shop.moods = [503]
+    (tmp_path / "x").write_bytes(CONTENT)
+    await transfer.upload("/{name}", out("x", CONTENT), from_(tmp_path / "x"), moved=went.append)
+    await transfer.upload("/{name}", out("y", b"xyz"), b"xyz", moved=went.append)
+    assert sum(went) == 2 * len(CONTENT) + 3

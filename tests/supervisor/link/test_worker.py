@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from supervisor.link import ledger as ledger_module
 from supervisor.link.attempts import Attempts
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, converse
-from supervisor.link.transfer import Output
+from supervisor.link.transfer import Moved, Output
 from supervisor.link.worker import Identity, Worker
+from supervisor.observe.jobwatch import Watches
+from supervisor.observe.tally import Tally
 from supervisor.testing import FakeCoordinator, FakeHost, FakePeer, open_coordinator
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -41,13 +45,13 @@ class FakeTransfer:
         self.gate.set()
         self.uploading = trio.Event()
 
-    async def fetch(self, file: wire.FileRef, target: Callable[[], int]) -> None:
+    async def fetch(self, file: wire.FileRef, target: Callable[[], int], moved: Moved) -> None:
         if file.name not in self.goods:
             raise refuse("input_unavailable", "gone")
         with os.fdopen(target(), "wb") as out:
-            out.write(self.goods[file.name])
+            moved(out.write(self.goods[file.name]))
 
-    async def upload(self, template: str, file: OutputFile, source: Output, until: float | None = None) -> None:
+    async def upload(self, template: str, file: OutputFile, source: Output, until: float | None, moved: Moved) -> None:
         self.uploading.set()
         await self.gate.wait()
         if isinstance(source, bytes):
@@ -55,6 +59,7 @@ class FakeTransfer:
         else:
             with os.fdopen(source(), "rb") as content:
                 self.taken[file.name] = content.read()
+        moved(len(self.taken[file.name]))
 
 
 class Rig:
@@ -65,6 +70,7 @@ class Rig:
         self.models = {"chat": ModelState(kinds=("llm", "image"), slots=2), "ears": ModelState(kinds=("audio_stt",))}
         self.offers = (wire.ModelOffer(name="chat", kinds=("llm",), engine="e"),)
         self.shutdown: list[str] = []
+        self.tally = Tally()
         self.removals, self._removals = trio.open_memory_channel[None](1000)
         self.worker: Worker
         self.attempts: Attempts
@@ -106,7 +112,8 @@ async def rig(tmp_path: Path):
     async with open_coordinator() as coordinator, trio.open_nursery() as nursery:
         made = Rig(coordinator, host, tmp_path)
         current[:] = [made]
-        made.attempts = Attempts(host, made.transfer, lambda _model: made.ground, nursery)
+        watches = Watches(made.tally)
+        made.attempts = Attempts(host, made.transfer, lambda _model: made.ground, nursery, watches)
         made.worker = Worker(
             Identity(name="w1", boot="b1"),
             made.attempts,
@@ -167,6 +174,9 @@ async def test_inputs_and_outputs_travel_as_files(tmp_path):
         assert complete.files == (file,)
         assert r.transfer.taken["a.png"] == b"PNG"
         assert msgspec.msgpack.decode(r.transfer.taken[wire.RESULT_FILE])["text"] == "x" * 70_000
+        size = 3 + len(r.transfer.taken[wire.RESULT_FILE])
+        assert {'bulkhead_transfer_bytes_total{direction="in"} 4'} <= {*r.tally.lines()}
+        assert {f'bulkhead_transfer_bytes_total{{direction="out"}} {size}'} <= {*r.tally.lines()}
 
 
 @pytest.mark.parametrize(
@@ -411,3 +421,30 @@ async def test_stopping_tells_each_attempt_why(tmp_path):
         r.attempts.stop_all(Fault("worker_stopping", "The worker stopped."))
         assert (await peer.expect(wire.Fail)).fault.code == "worker_stopping"
         assert run.cancelled
+
+
+@pytest.mark.parametrize(
+    ("code", "level", "words"),
+    [
+        ("", logging.INFO, "llm job done in T s"),
+        ("cancelled", logging.INFO, "llm job cancelled after T s"),
+        ("invalid_parameter", logging.INFO, "llm job failed after T s: invalid_parameter, the caller's fault"),
+        ("engine_crashed", logging.WARNING, "llm job failed after T s: engine_crashed, the engine's fault"),
+        ("worker_disk_full", logging.WARNING, "llm job failed after T s: worker_disk_full, the worker's fault"),
+        ("worker_stopping", logging.INFO, "llm job failed after T s: worker_stopping, the worker's fault"),
+    ],
+)
+async def test_a_job_is_one_line_that_says_who_is_at_fault_and_quotes_nobody(tmp_path, caplog, code, level, words):
+    caplog.set_level(logging.INFO, "supervisor")
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        run = await r.offered(peer)
+        if code:
+            run.fail(code, "my secret diary says")
+            await peer.expect(wire.Fail)
+        else:
+            run.done({})
+            await peer.expect(wire.Complete)
+        lines = [record for record in caplog.records if record.name == "supervisor.link.attempts"]
+        assert [(line.levelno, re.sub(r"[0-9.]+(?= s)", "T", line.getMessage())) for line in lines] == [(level, words)]
+        assert "diary" not in caplog.text

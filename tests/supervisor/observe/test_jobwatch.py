@@ -114,3 +114,24 @@ def test_watches_share_one_tally() -> None:
     for n in range(3):
         watches.begin(job=f"j{n}", attempt=1, kind="llm", model="m").end("succeeded")
     assert 'bulkhead_jobs_total{kind="llm",model="m",outcome="succeeded"} 3' in tally.lines()
+
+
+def test_bytes_and_the_rate_of_a_run_are_passed_on() -> None:
+    rates: list[tuple[str, float]] = []
+    clock, tally = Clock(), Tally()
+    for outcome in ("succeeded", "failed"):
+        watch = JobWatch(
+            tally, Recorded(), job="j", attempt=1, kind="llm", model="m",
+            on_rate=lambda model, rate: rates.append((model, rate)), clock_ns=clock,
+        )  # fmt: skip
+        watch.fetched(3)
+        watch.delivered(4)
+        for phase in ("load", "run", "upload"):
+            clock.now += 2 * S
+            watch.enter(phase)
+        assert watch.seconds == 6
+        clock.now += 100 * S
+        watch.end(outcome, "" if outcome == "succeeded" else "engine_hung", {"completion_tokens": 100})
+    assert rates == [("m", 50.0)], "neither load nor upload count, nor does what failed"
+    assert 'bulkhead_transfer_bytes_total{direction="in"} 6' in tally.lines()
+    assert 'bulkhead_transfer_bytes_total{direction="out"} 8' in tally.lines()

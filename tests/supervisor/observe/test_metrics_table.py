@@ -14,8 +14,8 @@ NAMES = """
 audio_seconds_total characters_total config_reloads_total cpu_seconds_total declines_total disk_free_bytes
 disk_size_bytes documents_total engine_load_seconds frames_total heartbeat_age_seconds images_total
 job_duration_seconds job_faults_total jobs_total kill_escalations_total log_dropped_total log_lines_total
-model_cache_bytes reconnects_total rss_bytes start_time_seconds time_per_output_token_seconds
-time_to_first_token_seconds tokens_total transfer_bytes_total
+model_cache_bytes model_pace_ratio model_spilled_bytes reconnects_total rss_bytes start_time_seconds
+time_per_output_token_seconds time_to_first_token_seconds tokens_total transfer_bytes_total
 """.split()
 
 SNAPSHOT = Snapshot(

@@ -38,6 +38,8 @@ def everything(tmp_path: Path, clock: Clock) -> Tally:
     tally.used("m", dict.fromkeys(USAGE_KEYS, 2))
     tally.loaded("e", 3)
     tally.escalated("e", "SIGKILL")
+    tally.paced("m", 0.2)
+    tally.spilled("m", 3)
     tally.reloaded("applied")
     return tally
 
