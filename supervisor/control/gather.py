@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -13,13 +14,15 @@ from supervisor.control.snapshot import GpuView, IncidentView, Link, ModelView, 
 from supervisor.control.why import explained
 from supervisor.host.family import members
 from supervisor.host.work import InstanceStatus, ModelSpec
-from supervisor.intake.holds import Holds
+from supervisor.intake.holds import Coming, Holds, Sight
 from supervisor.machine.readings import GpuReading
 from supervisor.room import VramRoom
 from supervisor.version import version
 
 # Incidents that `status` shows.
 RECENT = 5
+# How an instance ended for a hold: the end stays true when the hold is over, the hold does not.
+_FOR_A_HOLD = re.compile(r" \((held .*)\)")
 
 
 class Watch(Protocol):
@@ -45,6 +48,9 @@ class Sources(NamedTuple):
         link: the session with the coordinator.
         jobs: attempts that have not ended.
         draining: reason of the drain, or "".
+        drain_until: seconds since the epoch at which the drain ends what still runs; None when there is no such time.
+        sights: what the rules of holds see now.
+        coming: holds that are known to begin.
         gpu_faults: GPU -> why it is not used.
         incidents: the newest bad ends, at most so many.
         ends: model -> cause -> count.
@@ -60,6 +66,9 @@ class Sources(NamedTuple):
     link: Callable[[], Link] = Link
     jobs: Callable[[], int] = int
     draining: Callable[[], str] = str
+    drain_until: Callable[[], float | None] = lambda: None
+    sights: Callable[[], Sequence[Sight]] = tuple
+    coming: Callable[[], Sequence[Coming]] = tuple
     gpu_faults: Callable[[], Mapping[str, str]] = dict
     incidents: Callable[[int], Sequence[IncidentView]] = lambda _count: ()
     ends: Callable[[], Mapping[str, Mapping[str, int]]] = dict
@@ -78,6 +87,7 @@ class Gathering:
         sources = self._sources
         sources.room.sample()
         instances = list(sources.instances())
+        holds = sources.holds()
         return explained(
             Snapshot(
                 version=version(),
@@ -86,17 +96,20 @@ class Gathering:
                 now=time.time(),
                 uptime_s=trio.current_time() - self._began,
                 draining=sources.draining(),
+                drain_until=sources.drain_until(),
                 link=sources.link(),
                 jobs=sources.jobs(),
-                holds=sources.holds().items,
-                models=self._models(instances),
+                holds=holds.items,
+                sights=tuple(sources.sights()),
+                coming=tuple(sources.coming()),
+                models=self._models(instances, holds),
                 gpus=self._gpus(instances),
                 gpu_reason=sources.watch.reason,
                 incidents=tuple(sources.incidents(RECENT)),
             )
         )
 
-    def _models(self, instances: Sequence[InstanceStatus]) -> tuple[ModelView, ...]:
+    def _models(self, instances: Sequence[InstanceStatus], holds: Holds) -> tuple[ModelView, ...]:
         specs = {spec.name: spec for spec in self._sources.specs}
         refused = self._sources.refused()
         waits, held, ends = self._sources.room.waiting(), self._sources.room.held(), self._sources.ends()
@@ -105,7 +118,10 @@ class Gathering:
                 name=one.model,
                 engine=one.engine,
                 state=one.state,
-                reason=one.reason or refused.get(one.model, ""),
+                kinds=specs[one.model].model.kinds,
+                held_kinds=holds.kinds_held(specs[one.model].model.kinds, specs[one.model].model.devices),
+                reason=_reason(one, holds) or refused.get(one.model, ""),
+                unserved=refused.get(one.model, "").removeprefix("not served: "),
                 waits=waits.get(one.model, ""),
                 device=one.device or specs[one.model].model.device,
                 gpus=specs[one.model].model.devices,
@@ -119,7 +135,7 @@ class Gathering:
                 held=held.get(one.model, {}),
                 idle_s=one.idle_s,
                 sandbox=one.sandbox,
-                last_end=one.last_end,
+                last_end=_of_now(one.last_end, holds),
                 ends=ends.get(one.model, {}),
             )
             for one in instances
@@ -149,3 +165,19 @@ class Gathering:
             )
             views.append(view)
         return tuple(views)
+
+
+def _reason(one: InstanceStatus, holds: Holds) -> str:
+    """Why it does not serve. A model that is merely not loaded waits for nothing, and owes nobody a reason."""
+    past = one.state == "cold" and not one.blocked
+    if past and (one.reason.startswith("waits ") or one.last_end.startswith("ended to make room")):
+        return ""
+    return _of_now(one.reason, holds)
+
+
+def _of_now(text: str, holds: Holds) -> str:
+    """A sentence without the hold that it speaks of, when that is over."""
+    found = _FOR_A_HOLD.search(text)
+    if found is None or any(each.phrase in found[1] for each in holds.items):
+        return text
+    return text[: found.start()] + text[found.end() :]

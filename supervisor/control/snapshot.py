@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from supervisor.intake.holds import Hold
+from supervisor.intake.holds import Coming, Hold, Sight
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +21,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """One model; fields as in `supervisor.host.work.InstanceStatus`.
 
     Attributes:
+        kinds: task kinds that it serves; `held_kinds` says why some of them are not taken now (cordons).
+        reason: why it does not serve, or what ended it last; "" when there is nothing to say.
+        unserved: why it is not offered to anybody; "" when it is.
         waits: why it is not loaded yet although it is wanted; "" when it does not wait for room.
         gpus: UUIDs of its device set; empty means the first GPU, or none when `device` is "cpu".
         held: GPU -> bytes that it was last seen to hold.
@@ -30,7 +33,10 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     engine: str
     state: str
+    kinds: tuple[str, ...] = ()
+    held_kinds: Mapping[str, str] = {}
     reason: str = ""
+    unserved: str = ""
     waits: str = ""
     device: str = ""
     gpus: tuple[str, ...] = ()
@@ -91,8 +97,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: starting, idle, busy, draining, paused, offline.
-        why: why it is not working, in one sentence; "" when it is.
+        why: why it is not working, or will take no more jobs, in few sentences; "" when it works and goes on.
+        drain_until: seconds since the epoch at which the drain ends what still runs; None when it has no end.
         now: seconds since the epoch, so that a reader can tell how old this is.
+        sights: what each rule of holds sees now; those that cannot see are marked as unknown.
+        coming: holds that are known to begin ("quiet hours"), the next one first.
         gpu_reason: why nothing is known of GPUs; "" when something is.
     """
 
@@ -104,9 +113,12 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     state: str = "starting"
     why: str = ""
     draining: str = ""
+    drain_until: float | None = None
     link: Link = Link()
     jobs: int = 0
     holds: tuple[Hold, ...] = ()
+    sights: tuple[Sight, ...] = ()
+    coming: tuple[Coming, ...] = ()
     models: tuple[ModelView, ...] = ()
     gpus: tuple[GpuView, ...] = ()
     gpu_reason: str = ""

@@ -26,6 +26,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
         slots: runs at once.
         taken: attempts of it that this worker holds and that have not ended.
         available: whether it is announced; `reason` says why not.
+        held: kind -> why no jobs of that kind are taken, as a phrase: a cordon.
+        held_ms: kind -> what is left of it; kinds whose end is not known are left out.
     """
 
     kinds: tuple[str, ...]
@@ -33,6 +35,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     taken: int = 0
     available: bool = True
     reason: str = ""
+    held: Mapping[str, str] = {}
+    held_ms: Mapping[str, int] = {}
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +83,10 @@ def admit(offer: Offer, job: str, attempt: int, situation: Situation) -> Verdict
         return Refuse("unknown_model", f"The model {offer.model!r} is not available: {model.reason}")
     if offer.kind not in model.kinds:
         return Refuse("unsupported", f"The model {offer.model!r} does not serve {offer.kind!r}.")
+    if why := model.held.get(offer.kind):
+        # Not "paused": that word keeps every other kind away as well.
+        text = f"The worker takes no {offer.kind} jobs for {offer.model!r}: {why}."
+        return Refuse("busy", text, model.held_ms.get(offer.kind) or PAUSED_RETRY_MS)
     if problem := _bad_content(offer):
         return problem
     if model.taken >= model.slots + QUEUE_AHEAD:

@@ -66,7 +66,7 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True):
     """One reason for not taking work.
 
     Attributes:
-        reason: a phrase for people; "" when none was given.
+        reason: why, for people; "" when none was given.
         since, until: seconds since the epoch; `until` is None for "until it is lifted".
         gpu: UUID of the only GPU that is held; "" means every device, the CPU too.
         kind: the only task kind that is held; "" means every kind.
@@ -95,6 +95,35 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True):
     def about(self, kind: str = "", gpu: str = "") -> bool:
         """Whether it is about work of this kind on this GPU; both empty ask about the worker as a whole."""
         return self.gpu in ("", gpu) and self.kind in ("", kind)
+
+    @property
+    def phrase(self) -> str:
+        """For people; begins with "held"."""
+        parts = [text for text in (self.kind, f"GPU {self.gpu}" if self.gpu else "", self.reason) if text]
+        return _PHRASES[self.source] + (f" ({': '.join(parts)})" if parts else "")
+
+
+class Sight(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rule sees now, whether it holds or not.
+
+    Attributes:
+        gpu: UUID of the GPU that it is about; "" is the whole worker.
+        text: a phrase with its numbers.
+        unknown: it cannot be told; `text` says why.
+    """
+
+    source: Source
+    gpu: str = ""
+    text: str
+    unknown: bool = False
+
+
+class Coming(msgspec.Struct, frozen=True, kw_only=True):
+    """A hold that is known to begin: at `at`, in seconds since the epoch. `text` is a phrase."""
+
+    source: Source
+    text: str
+    at: float
 
 
 class Holds(msgspec.Struct, frozen=True):
@@ -130,6 +159,26 @@ class Holds(msgspec.Struct, frozen=True):
         """Those that keep work of this kind from this GPU; without either, those that pause the whole worker."""
         return tuple(each for each in self.items if each.about(kind, gpu))
 
+    def cordons(self, kind: str, gpus: Iterable[str] = ()) -> tuple[Hold, ...]:
+        """Those that keep this task kind in particular from a model on these GPUs; every one of them has to be free."""
+        where = ("", *gpus)
+        return tuple(each for each in self.items if each.kind == kind and each.gpu in where)
+
+    def kinds_held(self, kinds: Iterable[str], gpus: Iterable[str] = ()) -> dict[str, str]:
+        """Kind -> why a model on these GPUs takes no jobs of it, as a phrase; kinds that are not held are left out."""
+        found = {kind: "; ".join(each.phrase for each in self.cordons(kind, tuple(gpus))) for kind in kinds}
+        return {kind: why for kind, why in found.items() if why}
+
+    def forget(self, models: Iterable[str]) -> Holds:
+        """Without these models among those that come back: somebody unloaded them for good meanwhile."""
+        gone = frozenset(models)
+        return Holds(
+            tuple(
+                msgspec.structs.replace(each, warm=tuple(name for name in each.warm if name not in gone))
+                for each in self.items
+            )
+        )
+
     def scoped(self) -> tuple[Hold, ...]:
         """Cordons: those about one GPU or one task kind."""
         return tuple(each for each in self.items if each.gpu or each.kind)
@@ -137,21 +186,25 @@ class Holds(msgspec.Struct, frozen=True):
     @property
     def until(self) -> float | None:
         """When the worker may take work again by itself; None when somebody has to act (or nothing pauses it)."""
-        ends = [math.inf if each.until is None else each.until for each in self.about()]
-        latest = max(ends, default=math.inf)
-        return None if math.isinf(latest) else latest
+        return last_end(self.about())
 
     def reason(self, kind: str = "", gpu: str = "") -> str:
         """Why no work of this kind is taken for this GPU, as a phrase; "" when it is.
 
         Without either: why the whole worker takes none. Cordons do not count then.
         """
-        return "; ".join(_phrase(each) for each in self.about(kind, gpu))
+        return "; ".join(each.phrase for each in self.about(kind, gpu))
 
     def mode(self, kind: str = "", gpu: str = "") -> Mode | None:
         """How far the strictest of them goes; None when there is none."""
         modes = {each.mode for each in self.about(kind, gpu)}
         return next((mode for mode in (Mode.ABORT, Mode.UNLOAD, Mode.STOP) if mode in modes), None)
+
+
+def last_end(items: Iterable[Hold]) -> float | None:
+    """When the last of these runs out; None when one never does, or there is none."""
+    latest = max((math.inf if each.until is None else each.until for each in items), default=math.inf)
+    return None if math.isinf(latest) else latest
 
 
 def to_reload(before: Holds, after: Holds) -> tuple[str, ...]:
@@ -191,11 +244,6 @@ def _scopes(one: Hold, other: Hold) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def _union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*first, *second)))
-
-
-def _phrase(hold: Hold) -> str:
-    parts = [text for text in (hold.kind, f"GPU {hold.gpu}" if hold.gpu else "", hold.reason) if text]
-    return _PHRASES[hold.source] + (f" ({': '.join(parts)})" if parts else "")
 
 
 # ---- on disk

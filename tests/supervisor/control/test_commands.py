@@ -63,7 +63,8 @@ async def test_status_as_a_page(box, config, capsys):
     assert await run("status", "--config", config) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == "box of ws://c: paused."
+    until = "until `supervisor resume`"
+    assert lines[0] == f"box of ws://c: paused. Paused by the operator (a game) {until}. 1 job is still running."
     assert lines[1] == "supervisor 1.2, pid 7, up 1h 06m, 1 jobs"
     heads = [line.split()[0] for line in lines if line.split()[:1] in (["HOLD"], ["MODEL"], ["GPU"], ["LAST"])]
     assert heads == ["HOLD", "MODEL", "GPU", "LAST"]

@@ -10,7 +10,7 @@ from protocol import engine_wire as wire
 from supervisor.control.gather import Gathering, Sources
 from supervisor.control.snapshot import IncidentView, Link
 from supervisor.host.work import EngineSpec, InstanceStatus, ModelSpec
-from supervisor.intake.holds import Hold, Holds, Source
+from supervisor.intake.holds import Coming, Hold, Holds, Sight, Source
 from supervisor.machine.readings import GpuProcess, GpuReading, foreign_bytes
 from supervisor.room import VramRoom
 
@@ -108,6 +108,69 @@ async def test_everything_comes_together(tmp_path, autojump_clock):
     assert (gpu.ours_bytes, gpu.foreign_bytes, gpu.free_bytes) == (5 * GIB, 3 * GIB, 16 * GIB)
     assert gpu.why == seen.why
     assert len(seen.incidents) == 5
+
+
+def shown(tmp_path, instance: InstanceStatus, *holds: Hold, **more: object):
+    """One model on a box without news, as the owner is shown it."""
+    model = wire.Model(name="chat", device="cuda", kinds=("llm", "video"), devices=("GPU-1",))
+    watch = Watch()
+    sources = Sources(
+        worker="box",
+        specs=[ModelSpec(name="chat", engine=ENGINE, model=model)],
+        instances=lambda: [instance],
+        holds=lambda: Holds(holds),
+        room=VramRoom(watch, 0, tmp_path / "vram.json"),
+        watch=watch,
+        link=lambda: Link(url="ws://c", connected=True),
+        **more,
+    )
+    return Gathering(sources).snapshot()
+
+
+EVICTED = InstanceStatus(
+    model="chat",
+    engine="llm",
+    state="cold",
+    reason="It was ended to make room (held by the operator (a game)).",
+    last_end="ended to make room (held by the operator (a game))",
+)
+
+
+async def test_a_hold_that_is_over_is_not_told_any_more(tmp_path):
+    game = Hold(source=Source.OPERATOR, since=1.0, reason="a game")
+    (during,) = shown(tmp_path, EVICTED, game).models
+    assert during.last_end == EVICTED.last_end
+    (after,) = shown(tmp_path, EVICTED).models
+    assert (after.reason, after.last_end) == ("", "ended to make room")
+
+
+async def test_a_model_that_nobody_waits_for_any_more_does_not_wait(tmp_path):
+    gave_up = InstanceStatus(model="chat", engine="llm", state="cold", reason="waits for 3.1 GiB on GPU-1")
+    (model,) = shown(tmp_path, gave_up).models
+    assert model.reason == ""
+    failed = InstanceStatus(model="chat", engine="llm", state="cold", blocked=True, reason="waits for no one")
+    (model,) = shown(tmp_path, failed).models
+    assert model.reason == "waits for no one"
+
+
+async def test_what_is_cordoned_and_what_is_not_served_is_told(tmp_path):
+    ready = InstanceStatus(model="chat", engine="llm", state="ready")
+    no_video = Hold(source=Source.OPERATOR, since=1.0, kind="video", gpu="GPU-1")
+    seen = shown(tmp_path, ready, no_video, refused=lambda: {"chat": "not served: it is still being checked"})
+    (model,) = seen.models
+    assert model.kinds == ("llm", "video")
+    assert model.held_kinds == {"video": "held by the operator (video: GPU GPU-1)"}
+    assert model.unserved == "it is still being checked"
+    assert seen.state == "idle"
+    assert seen.why == "There are no jobs. chat is not served: it is still being checked."
+
+
+async def test_what_the_rules_see_and_what_is_coming_is_shown(tmp_path):
+    ready = InstanceStatus(model="chat", engine="llm", state="ready")
+    blind = Sight(source=Source.PRESENCE, text="there is no bus", unknown=True)
+    night = Coming(source=Source.SCHEDULE, text="quiet hours 22:00-07:00", at=9.0)
+    seen = shown(tmp_path, ready, sights=lambda: [blind], coming=lambda: [night], drain_until=lambda: 7.0)
+    assert (seen.sights, seen.coming, seen.drain_until) == ((blind,), (night,), 7.0)
 
 
 async def test_a_drain_is_told_as_such(tmp_path, autojump_clock):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from supervisor.control.snapshot import GpuView, Link, ModelView, Snapshot
 from supervisor.control.why import explained, state_of
-from supervisor.intake.holds import Hold, Source
+from supervisor.intake.holds import Hold, Holds, Mode, Source
 
 GPU = GpuView(uuid="GPU-1")
 SECOND = GpuView(uuid="GPU-2")
@@ -39,7 +42,7 @@ def hold(**more: object) -> tuple[Hold, ...]:
         (
             seen(model(running=1), holds=hold(until=UNTIL, reason="a game")),
             "paused",
-            "",
+            "Paused by the operator (a game) until 2026-11-21 21:30. 1 job is still running.",
             "",
         ),
         (
@@ -97,6 +100,94 @@ def hold(**more: object) -> tuple[Hold, ...]:
             "m waits for 3.1 GiB on GPU-1: x is working.",
         ),
         (seen(model(state="loading", queued=1)), "idle", "m is loading.", "m is loading."),
+        (
+            seen(model(state="cold", queued=1)),
+            "idle",
+            "m is about to be loaded.",
+            "m is about to be loaded.",
+        ),
+        (
+            seen(model(state="ready", queued=1)),
+            "idle",
+            "m is about to take the next job.",
+            "m is about to take the next job.",
+        ),
+        (
+            seen(model("a"), model("b", "stopping", queued=2)),
+            "idle",
+            "b is ending, and is then loaded again for the jobs that wait.",
+            "b is ending, and is then loaded again for the jobs that wait.",
+        ),
+        (
+            seen(model("a", queued=1), model("b", "cold", queued=1, waits="waits for its turn behind a")),
+            "idle",
+            "b waits for its turn behind a.",
+            "b waits for its turn behind a.",
+        ),
+        (  # what was taken before the pause is done all the same
+            seen(model(state="loading", queued=1), holds=hold()),
+            "paused",
+            "Paused by the operator until `supervisor resume`. m is loading.",
+            "Paused by the operator until `supervisor resume`. m is loading.",
+        ),
+        (
+            seen(model(), jobs=1),
+            "idle",
+            "1 job fetches its inputs or hands over its results.",
+            "1 job fetches its inputs or hands over its results.",
+        ),
+        (
+            seen(model(state="cold", unserved="it is still being checked")),
+            "idle",
+            "There are no jobs. m is not served: it is still being checked.",
+            "There are no jobs. m is not served: it is still being checked.",
+        ),
+        (  # nothing that the operator could do ends it, and the sentence does not say so
+            seen(model(), holds=(Hold(source=Source.DISK, since=0, reason="0.1 GiB free, held until 1 GiB"),)),
+            "paused",
+            "Paused because the disk is nearly full (0.1 GiB free, held until 1 GiB).",
+            "Paused because the disk is nearly full (0.1 GiB free, held until 1 GiB).",
+        ),
+        (
+            seen(model(), holds=(Hold(source=Source.COORDINATOR, since=0, reason="upgrade"),)),
+            "paused",
+            "Paused by the coordinator (upgrade) until the coordinator resumes it.",
+            "Paused by the coordinator (upgrade) until the coordinator resumes it.",
+        ),
+        (
+            seen(model(), holds=(*hold(), Hold(source=Source.BATTERY, since=0, reason="on battery at 9 %"))),
+            "paused",
+            "Paused by the operator until `supervisor resume` and to spare the battery (on battery at 9 %).",
+            "Paused by the operator until `supervisor resume` and to spare the battery (on battery at 9 %).",
+        ),
+        (  # a cordon pauses its GPU and not the worker
+            seen(model(), holds=hold(gpu="GPU-1", reason="a new fan")),
+            "idle",
+            "There are no jobs.",
+            "Paused by the operator (GPU GPU-1: a new fan) until the cordon is lifted.",
+        ),
+        (seen(model(), holds=hold(gpu="GPU-9")), "idle", "There are no jobs.", "There are no jobs."),
+        (
+            seen(
+                model(kinds=("video",), held_kinds={"video": "held by the operator (video)"}),
+                holds=hold(kind="video"),
+            ),
+            "idle",
+            "There are no jobs. No video jobs are taken: held by the operator (video).",
+            "There are no jobs. No video jobs are taken: held by the operator (video).",
+        ),
+        (
+            seen(model(running=1), model("n", running=1), draining="moving house", drain_until=UNTIL),
+            "draining",
+            "The worker is draining: moving house. 2 jobs are still running, and ended at 21:30:00 at the latest.",
+            "",
+        ),
+        (
+            seen(model(running=1), holds=hold(mode=Mode.ABORT)),
+            "paused",
+            "Paused by the operator until `supervisor resume`. 1 job is still running, and is being ended.",
+            "",
+        ),
         (seen(model(device="cpu", running=1)), "busy", "", "No model is configured for it."),
         (seen(model(device="cpu")), "idle", "There are no jobs.", "No model is configured for it."),
         (seen(model(gpus=("GPU-2",), running=1)), "busy", "", "No model is configured for it."),
@@ -126,3 +217,98 @@ def test_a_model_without_a_device_set_is_on_the_first_gpu():
 
 def test_a_worker_that_finishes_its_jobs_is_busy_only_without_a_hold():
     assert state_of(Snapshot(version="1", models=(model(running=1),), link=OFF)) == "busy"
+
+
+# ---- any situation
+
+STATES = ("cold", "starting", "loading", "ready", "busy", "draining", "stopping", "backoff", "quarantined")
+UUIDS = ("GPU-1", "GPU-2")
+KINDS = ("llm", "video")
+
+models = st.builds(
+    ModelView,
+    name=st.sampled_from(["m-a", "m-b", "m-c"]),
+    engine=st.just("e"),
+    state=st.sampled_from(STATES),
+    kinds=st.just(KINDS),
+    reason=st.sampled_from(["", "It crashed."]),
+    unserved=st.sampled_from(["", "it is still being checked"]),
+    waits=st.sampled_from(["", "waits for 3.1 GiB on GPU-1: other programs hold 6.0 GiB"]),
+    device=st.sampled_from(["", "cpu", "cuda"]),
+    gpus=st.sampled_from([(), ("GPU-1",), ("GPU-2",), UUIDS]),
+    running=st.integers(0, 2),
+    queued=st.integers(0, 2),
+    held=st.sampled_from([{}, {"GPU-1": 5}]),
+)
+held = st.builds(
+    Hold,
+    source=st.sampled_from(list(Source)),
+    reason=st.sampled_from(["", "a game"]),
+    since=st.just(0.0),
+    until=st.sampled_from([None, UNTIL]),
+    mode=st.sampled_from(list(Mode)),
+    gpu=st.sampled_from(["", *UUIDS]),
+    kind=st.sampled_from(["", *KINDS]),
+)
+
+
+@st.composite
+def situations(draw):
+    """A snapshot as gather.py makes it: `held_kinds` follows from the holds."""
+    holds = Holds()
+    for each in draw(st.lists(held, max_size=4)):
+        holds = holds.put(each)
+    served = [
+        msgspec.structs.replace(each, held_kinds=holds.kinds_held(each.kinds, each.gpus))
+        for each in draw(st.lists(models, max_size=3, unique_by=lambda each: each.name))
+    ]
+    return Snapshot(
+        version="1",
+        models=tuple(served),
+        gpus=tuple(GpuView(uuid=uuid, fault=draw(st.sampled_from(["", "Xid 79."]))) for uuid in UUIDS),
+        holds=holds.items,
+        draining=draw(st.sampled_from(["", "SIGTERM was received"])),
+        drain_until=draw(st.sampled_from([None, UNTIL])),
+        link=draw(st.sampled_from([ON, OFF, Link()])),
+        jobs=sum(each.running + each.queued for each in served) + draw(st.integers(0, 1)),
+    )
+
+
+@given(situations())
+def test_why_is_never_empty_and_never_says_what_is_not_so(given_):
+    found = explained(given_)
+    running = any(each.running for each in found.models)
+    queued = any(each.queued for each in found.models)
+    pauses = Holds(found.holds).about()
+    sentences = [found.why, *(gpu.why for gpu in found.gpus)]
+    assert found.why or running
+    for gpu in found.gpus:
+        mine = [each for each in found.models if gpu.uuid in each.gpus or each.held.get(gpu.uuid)]
+        if not any(each.running for each in found.models):
+            assert gpu.why, gpu.uuid
+        if gpu.fault and not any(each.running for each in mine):
+            assert gpu.why in ("", gpu.fault)  # "": of a model without a device set
+        if any(each.queued for each in mine) and not gpu.fault:
+            assert "no jobs" not in gpu.why
+    if queued:
+        assert "no jobs." not in found.why
+    for each in sentences:
+        assert each == each.strip()
+        assert "  " not in each
+        assert ".." not in each
+        assert not each or each.endswith(".")
+        if not found.draining:
+            assert "draining:" not in each
+        if found.draining:
+            assert "Paused" not in each  # a drain ends it all; lifting a hold would change nothing
+        if "resume`" in each:  # only what it would lift
+            assert any(h.source is Source.OPERATOR and h.until is None and not h.gpu and not h.kind for h in pauses)
+        if "is not connected" in each:
+            assert not found.link.connected
+        for source in set(Source) - {h.source for h in found.holds}:
+            # nothing of a hold that is not there
+            assert Hold(source=source, since=0).phrase.removeprefix("held ") not in each
+    if found.draining or pauses:
+        assert found.why.startswith(("The worker is draining", "Paused"))
+    for pause in pauses:
+        assert found.draining or pause.phrase.removeprefix("held ") in found.why

@@ -76,3 +76,16 @@ def test_draining_and_paused_come_before_everything_else():
     refused = verdict(offer(model="gone"), paused="for lunch", paused_ms=1234)
     assert (refused.code, refused.retry_after_ms) == ("paused", 1234)
     assert verdict(offer(), paused="for lunch").retry_after_ms > 0
+
+
+def test_a_cordoned_kind_is_refused_and_the_others_are_not():
+    held = {"rerank": "held by the operator (rerank: a bad release)"}
+    models = {"chat": ModelState(kinds=("llm", "rerank"), held=held, held_ms={"rerank": 1234})}
+    assert verdict(offer(), models=models) == Take()
+    refused = verdict(offer("rerank"), models=models)
+    assert (refused.code, refused.retry_after_ms) == ("busy", 1234)
+    assert refused.reason == (
+        "The worker takes no rerank jobs for 'chat': held by the operator (rerank: a bad release)."
+    )
+    for_good = {"chat": ModelState(kinds=("rerank",), held=held)}
+    assert verdict(offer("rerank"), models=for_good).retry_after_ms > 0

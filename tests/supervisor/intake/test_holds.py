@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from supervisor.intake.holds import Hold, Holds, Mode, Source, decode, encode, to_reload
+from supervisor.intake.holds import Hold, Holds, Mode, Source, decode, encode, last_end, to_reload
 
 PAUSE = Hold(source=Source.OPERATOR, reason="a game", since=100.0, until=200.0)
 FOR_EVER = Hold(source=Source.OPERATOR, since=150.0, mode=Mode.UNLOAD)
@@ -194,3 +194,26 @@ def test_a_hold_of_one_gpu_remembers_what_the_whole_worker_had():
     one = both.lift(Source.OPERATOR)
     assert to_reload(both, one) == ("a", "b")
     assert to_reload(one, one.lift(Source.FOREIGN_VRAM, gpu="GPU-1")) == ("a", "b")
+
+
+# ---- task kinds
+
+
+def test_a_kind_is_held_for_the_models_that_it_is_about():
+    holds = Holds().put(NO_VIDEO).put(CORDON).put(VIDEO_ON_1)
+    assert holds.kinds_held(["llm", "video"], ["GPU-2"]) == {"video": "held by the operator (video)"}
+    both = "held by the operator (video); held by the operator (video: GPU GPU-1)"
+    assert holds.kinds_held(["llm", "video"], ["GPU-1", "GPU-2"]) == {"video": both}
+    assert Holds().put(VIDEO_ON_1).kinds_held(["video"]) == {}
+    assert Holds().put(FOR_EVER).kinds_held(["video"]) == {}  # that is the whole worker's
+
+
+def test_what_was_unloaded_for_good_does_not_come_back():
+    before = Holds().put(unload(Source.OPERATOR, "a", "b")).forget(["a"])
+    assert to_reload(before, before.lift(Source.OPERATOR)) == ("b",)
+
+
+def test_the_last_end_of_several():
+    assert last_end([PAUSE, CORDON]) is None
+    assert last_end([PAUSE, unload(Source.PRESENCE, until=300.0)]) == 300.0
+    assert last_end([]) is None
