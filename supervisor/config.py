@@ -28,9 +28,9 @@ import msgspec
 from engines.catalog import CATALOG
 from protocol.engine_wire import Model
 from protocol.ids import is_safe_id
-from protocol.work import Kind, is_kind
 from supervisor.config_layers import ENV_PREFIX as ENV_PREFIX
 from supervisor.config_layers import Layers, Source, read_layers
+from supervisor.config_models import Finding, check_engine_options, check_models, warn_models
 from supervisor.config_walk import BAD, build, did_you_mean, dotted
 from supervisor.errors import ConfigError
 from supervisor.host.work import EngineSpec, ModelSpec, Sandbox
@@ -40,11 +40,8 @@ from supervisor.toml_lines import Path as KeyPath
 
 MAX_SOCKET_PATH_BYTES = 100  # 104 on macOS, 108 on Linux, the closing zero included
 SEARCH = ("$BULKHEAD_CONFIG", "./worker.toml", "~/.config/bulkhead/worker.toml", "/etc/bulkhead/worker.toml")
-# A model named by these engines makes up its answers; the name must say so.
-_MADE_UP = "synthetic"
 MASK = "****"  # shown in the place of a secret
 _SECRET = re.compile(r"token|secret|password|passwd|key|credential", re.IGNORECASE)
-_SAFE_NAME = re.compile(r"[^\x00-\x1f\x7f]+\Z")
 
 
 def find_config(given: str | None, environ: Mapping[str, str] = os.environ) -> Path:
@@ -68,10 +65,20 @@ def find_config(given: str | None, environ: Mapping[str, str] = os.environ) -> P
 
 @dataclass(frozen=True)
 class Loaded:
-    """Checked settings, and the sources that they were made of."""
+    """Checked settings, and the sources that they were made of.
+
+    Attributes:
+        warnings: sentences, each with its place, about what keeps single models from being served.
+    """
 
     settings: Settings
     layers: Layers
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What works and should be mended all the same, warnings included."""
+        return (*self.layers.notes, *self.warnings)
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -93,10 +100,13 @@ def read(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
     problems = [(Source("env", ""), text) for text in layers.problems]
     bad: set[KeyPath] = set()
 
+    def placed(at: KeyPath, sentence: str) -> tuple[Source, str]:
+        source = layers.blame(at)
+        return source, f"{source}: {dotted(at) or '(top)'}: {sentence}"
+
     def report(at: KeyPath, sentence: str) -> None:
         bad.add(at)
-        source = layers.blame(at)
-        problems.append((source, f"{source}: {dotted(at) or '(top)'}: {sentence}"))
+        problems.append(placed(at, sentence))
 
     settings: Settings = build(layers.raw, Settings, (), report)
     if settings is not BAD:
@@ -105,9 +115,13 @@ def read(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
             if not any(known[: len(at)] == at for known in bad):
                 report(at, sentence)
     if problems:
-        problems.sort(key=lambda problem: (problem[0].rank, problem[0].line, problem[1]))
-        raise ConfigError([text for _, text in problems])
-    return Loaded(settings, layers)
+        raise ConfigError(_sorted(problems))
+    return Loaded(settings, layers, tuple(_sorted([placed(*found) for found in warn_models(settings.models)])))
+
+
+def _sorted(placed: list[tuple[Source, str]]) -> list[str]:
+    """Sentences in the order of their places."""
+    return [text for _, text in sorted(placed, key=lambda one: (one[0].rank, one[0].line, one[1]))]
 
 
 # ---- paths ---------------------------------------------------------------------------------------------------
@@ -180,8 +194,6 @@ def control_socket(settings: Settings) -> Path:
 
 # ---- checks over several fields --------------------------------------------------------------------------------
 
-Finding = tuple[KeyPath, str]
-
 
 def _check_quiet_hours(settings: Settings) -> Iterator[Finding]:
     from supervisor.machine import schedule
@@ -206,15 +218,7 @@ def _crosscheck(settings: Settings, environ: Mapping[str, str]) -> Iterator[Find
         if table is not BAD:
             yield from _check_engine(name, table)
     yield from _check_quiet_hours(settings)
-    seen: dict[str, int] = {}
-    for number, model in enumerate(settings.models):
-        if model is BAD:
-            continue
-        if model.name in seen:
-            yield ("models", number, "name"), f'models[{seen[model.name]}] is named "{model.name}" already'
-        seen.setdefault(model.name, number)
-        for path, sentence in _check_model(model, settings.engines):
-            yield ("models", number, *path), sentence
+    yield from check_models(settings.models, settings.engines)
 
 
 def _check_coordinator(table: CoordinatorTable, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -266,55 +270,8 @@ def _check_engine(name: str, table: EngineTable) -> Iterator[Finding]:
         yield (*at, "python"), f"there is no program {table.python}"
     if table.device not in ("", "cpu", "cuda", "auto"):
         yield (*at, "device"), f'"{table.device}" is not one of cpu, cuda, auto'
-
-
-def _check_model(model: ModelTable, engines: Mapping[str, EngineTable]) -> Iterator[Finding]:
-    entry = CATALOG.get(model.engine)
-    table = engines.get(model.engine)
-    if not _SAFE_NAME.match(model.name):
-        yield ("name",), "holds a control character"
-    if entry is None and table is None:
-        yield ("engine",), f'there is no engine "{model.engine}"{did_you_mean(model.engine, {*CATALOG, *engines})}'
-        return
-    external = entry is None or (table is not None and table is not BAD and bool(table.module))
-    if not external:
-        assert entry is not None
-        if model.backend and model.backend not in entry.backends:
-            known = [name for name in entry.backends if name]
-            hint = did_you_mean(model.backend, known) if known else "; leave it out"
-            yield ("backend",), f'engine "{model.engine}" has no backend "{model.backend}"{hint}'
-        if entry.needs_model and not model.path and not model.files:
-            yield ("path",), f'is missing: engine "{model.engine}" needs the file or folder of a model'
-        if model.engine == _MADE_UP and not model.name.startswith(_MADE_UP):
-            yield ("name",), f'a model of the engine "{_MADE_UP}" must be named {_MADE_UP}…: its answers are made up'
-    yield from _check_kinds(model, entry.kinds if entry is not None and not external else None)
-    yield from _check_files(model)
-
-
-def _check_kinds(model: ModelTable, known: tuple[str, ...] | None) -> Iterator[Finding]:
-    if known is None and not model.kinds:
-        yield ("kinds",), f'is missing: engine "{model.engine}" is not in the catalogue, so name its task kinds'
-    for number, kind in enumerate(model.kinds):
-        if kind is BAD:
-            continue
-        if known is not None and kind not in known:
-            hint = did_you_mean(kind, known)
-            yield ("kinds", number), f'engine "{model.engine}" does not serve "{kind}"{hint}'
-        elif known is None and not is_kind(kind):
-            yield ("kinds", number), f'there is no task kind "{kind}"{did_you_mean(kind, [str(k) for k in Kind])}'
-
-
-def _check_files(model: ModelTable) -> Iterator[Finding]:
-    if model.path and "model" in model.files:
-        yield ("files", "model"), "the role model is given by `path` already"
-    named = {("path",): model.path} | {("files", role): path for role, path in model.files.items()}
-    for path, text in named.items():
-        if isinstance(text, str) and text and not os.path.exists(text):
-            yield path, f"there is no file or folder {text}"
-    roles = set(model.files) | ({"model"} if model.path else set())
-    for role in model.sha256:
-        if role not in roles:
-            yield ("sha256", role), f'no file has the role "{role}"{did_you_mean(role, roles)}'
+    for path, sentence in check_engine_options(name, table):
+        yield (*at, *path), sentence
 
 
 # ---- what the host needs -----------------------------------------------------------------------------------------

@@ -33,6 +33,57 @@ examples:
   supervisor config path --json              every file that is read
 """
 
+_EXAMPLES_OF = {
+    "check": """\
+Exit code 0: no mistakes; 78: mistakes, or warnings with --strict.
+
+examples:
+  supervisor config check
+  supervisor config check --config /etc/bulkhead/worker.toml --json
+  supervisor config check --strict       a model whose file is missing is a mistake, too
+""",
+    "show": """\
+examples:
+  supervisor config show                 as TOML, defaults included
+  supervisor config show --origin        each value with its file and line, or its variable
+  supervisor config show --origin --json
+""",
+    "get": """\
+examples:
+  supervisor config get limits.stall_s
+  supervisor config get models.chat --json
+  supervisor config get 'models."llama-3.1".device'
+""",
+    "set": """\
+A running supervisor takes up what it can within two seconds; what needs a restart is said.
+
+examples:
+  supervisor config set limits.stall_s 300
+  supervisor config set models.chat.device cuda
+  supervisor config set holds.applications.names '["steam", "blender*"]'
+""",
+    "unset": """\
+examples:
+  supervisor config unset limits.stall_s
+  supervisor config unset models.chat    the whole [[models]] entry
+""",
+    "migrate": """\
+examples:
+  supervisor config migrate              show the difference, write nothing
+  supervisor config migrate --write      the old files stay as .bak1
+""",
+    "schema": """\
+examples:
+  supervisor config schema > worker.schema.json
+  supervisor config schema --write       beside worker.toml, which names it in its first line
+""",
+    "path": """\
+examples:
+  supervisor config path
+  supervisor config path --json          drop-ins, and where it was looked for
+""",
+}
+
 SCHEMA_FILE = "worker.schema.json"
 
 
@@ -42,14 +93,23 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.A
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=parser_class)
 
     def verb(name: str, help_: str, command: Callable[[argparse.Namespace], int], json: str = "") -> Any:
-        added = verbs.add_parser(name, help=help_, description=help_[:1].upper() + help_[1:] + ".")
+        added = verbs.add_parser(
+            name,
+            help=help_,
+            description=help_[:1].upper() + help_[1:] + ".",
+            epilog=_EXAMPLES_OF[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         added.add_argument("--config", metavar="FILE", help="worker.toml")
         if json:
             added.add_argument("--json", action="store_true", help=json)
         added.set_defaults(command=command)
         return added
 
-    verb("check", "find all mistakes", _check, "for programs")
+    check = verb("check", "find all mistakes", _check, "for programs")
+    check.add_argument(
+        "--strict", action="store_true", help="warnings are mistakes, too: a model's file that is missing"
+    )
     show = verb("show", "print what is in force", _show, "for programs")
     show.add_argument("--origin", action="store_true", help="where each value comes from: default, file or variable")
     get = verb("get", "print one value or one table", _get, "as JSON, text in quotes")
@@ -81,19 +141,23 @@ def _print_json(value: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    path, problems, notes = None, [], []
+    path, loaded, problems = None, None, []
     try:
         path = find_config(arguments.config)
-        notes = read(path).layers.notes
+        loaded = read(path)
     except ConfigError as error:
         problems = error.problems
+    notes, warnings = (loaded.layers.notes, loaded.warnings) if loaded is not None else ([], ())
+    bad = bool(problems) or (arguments.strict and bool(warnings))
     if arguments.json:
-        _print_json({"path": str(path) if path else None, "ok": not problems, "problems": problems, "notes": notes})
-    elif problems:
-        _complain(*problems)
+        found = {"path": str(path) if path else None, "ok": not bad, "problems": problems, "warnings": warnings}
+        _print_json({**found, "notes": notes})
     else:
-        _say(*notes, f"{path}: no mistakes")
-    return int(ExitCode.BAD_CONFIG if problems else ExitCode.STOPPED)
+        _complain(*problems, *(f"warning: {warning}" for warning in warnings))
+        if not bad:
+            count = f", {len(warnings)} warning{'s' if len(warnings) > 1 else ''}" if warnings else ""
+            _say(*notes, f"{path}: no mistakes{count}")
+    return int(ExitCode.BAD_CONFIG if bad else ExitCode.STOPPED)
 
 
 # ---- reading

@@ -6,6 +6,7 @@ struct types itself and lets msgspec judge only the leaves.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import tomllib
@@ -59,7 +60,8 @@ def build(value: Any, type_: Any, path: Path, report: Report) -> Any:
     if isinstance(plain, type) and issubclass(plain, msgspec.Struct):
         return _struct(value, plain, path, report)
     if origin is dict:
-        return _dict(value, typing.get_args(plain)[1], path, report)
+        name, item = typing.get_args(plain)
+        return _dict(value, name, item, path, report)
     if origin is list:
         return _list(value, typing.get_args(plain)[0], path, report)
     return _leaf(value, type_, path, report)
@@ -95,11 +97,14 @@ def _fields(type_: type[msgspec.Struct]) -> tuple[dict[str, msgspec.structs.Fiel
     return fields, typing.get_type_hints(type_, include_extras=True)
 
 
-def _dict(value: Any, item: Any, path: Path, report: Report) -> Any:
+def _dict(value: Any, name: Any, item: Any, path: Path, report: Report) -> Any:
     value = opened(value)
     if not isinstance(value, dict):
         report(path, f"expected a table, got {_named(value)}")
         return BAD
+    if typing.get_origin(name) is typing.Literal:
+        for key in value.keys() - set(typing.get_args(name)):
+            report((*path, key), f"unknown key{did_you_mean(key, typing.get_args(name))}")
     return {key: build(inner, item, (*path, key), report) for key, inner in value.items()}
 
 
@@ -122,6 +127,9 @@ def _leaf(value: Any, type_: Any, path: Path, report: Report) -> Any:
 def _convert(value: Any, type_: Any) -> Any:
     if not isinstance(value, EnvText):
         return msgspec.convert(value, type_)
+    if type_ is Any:
+        spoken = opened(value)
+        return str(spoken) if isinstance(spoken, EnvText) else spoken
     try:
         return msgspec.convert(str(value), type_, strict=False)
     except msgspec.ValidationError:
@@ -150,7 +158,20 @@ def _sentence(text: str, value: Any, type_: Any) -> str:
         hint = f' (did you mean "{near[0]}"?)' if near else ""
         return f'"{value}" is not one of {", ".join(choices)}{hint}'
     text = text.split(" - at `$")[0].replace("`", "")
-    return text[:1].lower() + text[1:]
+    return text[:1].lower() + text[1:] + _cure(value, type_)
+
+
+def _cure(value: Any, type_: Any) -> str:
+    """What to write instead, where that is plain."""
+    if isinstance(value, str) and not isinstance(value, EnvText):
+        with contextlib.suppress(msgspec.ValidationError):
+            msgspec.convert(value, type_, strict=False)
+            return f"; write {value} without quotes"
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(msgspec.ValidationError):
+            msgspec.convert(str(value), type_)
+            return f'; write "{value}" in quotes'
+    return ""
 
 
 def _named(value: Any) -> str:

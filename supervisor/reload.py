@@ -160,7 +160,7 @@ class Reloader:
                 self._owe(part)
             else:
                 applied += part
-        return Outcome(reason, tuple(problems), tuple(applied), self.restart, tuple(loaded.layers.notes))
+        return Outcome(reason, tuple(problems), tuple(applied), self.restart, loaded.notes)
 
     def _shares(self, changes: Sequence[Change]) -> list[tuple[Applier | None, list[Change]]]:
         """Which applier gets what; None for what needs a restart."""

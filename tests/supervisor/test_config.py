@@ -63,7 +63,7 @@ device = "gpu"
     assert problems(tmp_path, text) == [
         'worker.toml:2: coordinator.ulr: unknown key (did you mean "url"?)',
         'worker.toml:3: coordinator.listen: "8080" is not HOST:PORT with a port from 0 to 65535',
-        "worker.toml:6: worker.labels.rack: expected str, got int",
+        'worker.toml:6: worker.labels.rack: expected str, got int; write "3" in quotes',
         'worker.toml:10: models[0].engine: there is no engine "lmm" (did you mean "llm"?)',
         'worker.toml:15: models[1].kinds[1]: engine "synthetic" does not serve "imgae" (did you mean "image"?)',
         "worker.toml:16: models[1].preload: expected bool, got str",
@@ -97,8 +97,7 @@ device = "gpu"
         ('[engines.llm]\npython = "no/python"', "engines.llm.python: there is no program"),
         ('[engines.mine]\nmodule = "a-b"', '"a-b" is not the name of a Python module'),
         ('[[models]]\nname = "a"\nengine = "llm"', "models[0].path: is missing"),
-        ('[[models]]\nname = "a"\nengine = "llm"\npath = "gone.gguf"', "there is no file or folder"),
-        ('[[models]]\nname = "a\\u0001"\nengine = "command"', "holds a control character"),
+        ('[[models]]\nname = "a\\u0001"\nengine = "whisper"\npath = "."', "holds a control character"),
         ('[[models]]\nname = "a"\nengine = "synthetic"', "must be named synthetic"),
         (
             '[[models]]\nname = "a"\nengine = "llm"\nbackend = "xllamacp"\npath = "."',
@@ -115,7 +114,7 @@ device = "gpu"
             "the role model is given by `path` already",
         ),
         (
-            '[[models]]\nname = "a"\nengine = "command"\n[[models]]\nname = "a"\nengine = "command"',
+            '[[models]]\nname = "a"\nengine = "server"\n[[models]]\nname = "a"\nengine = "server"',
             'worker.toml:5: models[1].name: models[0] is named "a" already',
         ),
         (
@@ -136,7 +135,7 @@ def test_each_mistake_has_its_sentence(tmp_path, text, sentence):
 
 def test_a_bad_field_is_not_reported_a_second_time_by_the_cross_check(tmp_path):
     assert problems(tmp_path, "[coordinator]\nlisten = 5") == [
-        "worker.toml:2: coordinator.listen: expected str, got int"
+        'worker.toml:2: coordinator.listen: expected str, got int; write "5" in quotes'
     ]
 
 
@@ -273,9 +272,9 @@ def test_models_take_the_defaults_of_their_engine(tmp_path):
     settings = load(
         write(
             tmp_path,
-            '[engines.llm]\ndevice = "cuda"\noptions = { n_ctx = 4096, seed = 1 }\nenv = { A = "b" }\n'
+            '[engines.llm]\ndevice = "cuda"\noptions = { n_ctx = 4096, threads = 1 }\nenv = { A = "b" }\n'
             '[engines.mine]\nmodule = "mine.engine"\n'
-            '[[models]]\nname = "a"\nengine = "llm"\npath = "m"\noptions = { seed = 2 }\n'
+            '[[models]]\nname = "a"\nengine = "llm"\npath = "m"\noptions = { threads = 2 }\n'
             f'sha256 = {{ model = "{"AB" * 32}" }}\n'
             '[[models]]\nname = "b"\nengine = "llm"\npath = "m"\ndevice = "cpu"\ngpus = ["GPU-1"]\n'
             '[[models]]\nname = "c"\nengine = "mine"\nkinds = ["x-fold"]\n',
@@ -288,7 +287,7 @@ def test_models_take_the_defaults_of_their_engine(tmp_path):
     assert first.engine.env == {"A": "b"}
     assert first.model.device == "cuda"
     assert first.model.kinds == ("llm",)
-    assert first.model.options == {"n_ctx": 4096, "seed": 2}
+    assert first.model.options == {"n_ctx": 4096, "threads": 2}
     assert first.model.files == {"model": str(tmp_path / "m")}
     assert first.sha256 == {"model": "ab" * 32}
     assert second.model.device == "cpu"

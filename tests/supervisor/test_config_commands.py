@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from supervisor.cli import main
+from supervisor.cli import _parser, main
 from supervisor.config import load
 from supervisor.errors import ExitCode
 
@@ -216,3 +218,38 @@ def test_help_has_examples(capsys):
         main(["config", "--help"])
     assert ended.value.code == 0
     assert "supervisor config set limits.stall_s 300" in capsys.readouterr().out
+
+
+# ---- check and help
+
+
+GONE = '[[models]]\nname = "gone"\nengine = "llm"\npath = "gone.gguf"\n'
+
+
+def test_a_missing_model_file_is_a_warning_and_with_strict_a_mistake(box):
+    box.path.write_text(TEXT + GONE)
+    assert box.run("check") == 0
+    assert box.out == f"{box.path}: no mistakes, 1 warning\n"
+    assert box.err.startswith(f"warning: {box.path}:14: models[1].path: there is no file or folder")
+    found = box.json("check")
+    assert (found["ok"], found["problems"], len(found["warnings"])) == (True, [], 1)
+    assert box.run("check", "--strict") == ExitCode.BAD_CONFIG
+    assert (box.out, "warning: " in box.err) == ("", True)
+    assert box.run("check", "--strict", "--json") == ExitCode.BAD_CONFIG
+    assert json.loads(box.out)["ok"] is False
+    box.path.write_text(TEXT)
+    assert (box.run("check", "--strict"), box.out) == (0, f"{box.path}: no mistakes\n")
+
+
+@pytest.mark.parametrize("verb", ["", "check", "show", "get", "set", "unset", "migrate", "schema", "path"])
+def test_every_help_has_examples_and_says_file(verb, capsys):
+    with pytest.raises(SystemExit):
+        main(["config", *([verb] if verb else []), "--help"])
+    text = capsys.readouterr().out
+    assert f"\nexamples:\n  supervisor config {verb}".rstrip() in text
+    if verb:
+        assert "--config FILE" in text
+    for line in re.findall(r"^  (supervisor config .*)$", text, re.MULTILINE):
+        words = shlex.split(line.split("   ")[0].split(" > ")[0])
+        _parser(words[1:]).parse_args(words[1:])  # an example is one that the command line takes
+        assert len(line) <= 110

@@ -80,7 +80,7 @@ def test_values_take_the_type_of_their_setting(key, text, value):
         ("limits", "1", "limits: is a table; set its keys one by one"),
         ("models", "[]", "models: is a table; set its keys one by one"),
         ("worker.name.x", "1", "worker.name.x: worker.name has no keys of its own"),
-        ("models.0.kinds", '["llm", 3]', "models[0].kinds[1]: expected str, got int"),
+        ("models.0.kinds", '["llm", 3]', 'models[0].kinds[1]: expected str, got int; write "3" in quotes'),
     ],
 )
 def test_values_that_do_not_fit(key, text, sentence):

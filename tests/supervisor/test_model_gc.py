@@ -151,7 +151,7 @@ def test_a_model_is_named_by_options_and_grants_too(tmp_path: Path):
     folder.mkdir(parents=True)
     toml = tmp_path / "worker.toml"
     toml.write_text(
-        f'[engines.llm]\noptions = {{ deep = {{ adapters = ["{folder}/x.gguf"] }} }}\n'
+        f'[engines.odd]\nmodule = "odd.engine"\noptions = {{ deep = {{ adapters = ["{folder}/x.gguf"] }} }}\n'
         f'[[models]]\nname = "s"\nengine = "server"\n'
         f'options = {{ argv = ["serve", "--lora={folder}/y.gguf"] }}\n'
     )

@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def entry(name: str = "synthetic-two") -> dict[str, object]:
-    return {"name": name, "engine": "synthetic", "options": {"a": 1}}
+    return {"name": name, "engine": "synthetic", "options": {"slots": 1}}
 
 
 def test_a_new_file_begins_with_defaults_and_is_valid(tmp_path: Path):
@@ -229,16 +229,18 @@ def test_values_at_any_depth(file: Path):
     toml = WorkerToml(file)
     toml.put(("limits", "restart", "quarantine_after"), 9)
     toml.put(("engines", "llm", "options", "n_ctx"), 8192)
-    toml.put(("models", 0, "options", "deep", "list"), [1, 2])
+    toml.put_model({"name": "deep", "engine": "command"})
+    toml.put(("models", 1, "options", "argv"), ["x"])
+    toml.put(("models", 1, "options", "args", "n"), "[0-9]+")
     toml.save()
     settings = load(file)
     assert settings.limits.restart.quarantine_after == 9
     assert settings.engines["llm"].options == {"n_ctx": 8192}
-    assert settings.models[0].options == {"deep": {"list": [1, 2]}}
-    toml.drop(("models", 0, "options", "deep"))
+    assert settings.models[1].options == {"argv": ["x"], "args": {"n": "[0-9]+"}}
+    toml.drop(("models", 1, "options", "args"))
     toml.drop(("limits", "restart"))
     toml.save()
-    assert (load(file).models[0].options, load(file).limits.restart.quarantine_after) == ({}, 5)
+    assert (load(file).models[1].options, load(file).limits.restart.quarantine_after) == ({"argv": ["x"]}, 5)
     with pytest.raises(KeyError):
         toml.drop(("limits", "restart", "quarantine_after"))
     with pytest.raises(KeyError):
