@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import pytest
 import trio
 
 from supervisor.intake.holds import Mode, Source
-from supervisor.pausing import Pausing
+from supervisor.pausing import SET_BACK_S, Pausing, always_on
 
 START = 1_000_000.0
 
@@ -25,7 +26,7 @@ class Clock:
 
 def pausing(tmp_path: Path, clock: Clock) -> tuple[Pausing, list[str]]:
     told: list[str] = []
-    made = Pausing(tmp_path / "holds.json", now=clock)
+    made = Pausing(tmp_path / "holds.json", now=clock, length=trio.current_time)
     made.on_change = lambda: told.append(made.reason())
     return made, told
 
@@ -95,6 +96,14 @@ async def test_a_broken_file_is_said_and_not_fatal(tmp_path, autojump_clock, cap
         made, _ = pausing(tmp_path, Clock())
     assert made.reason() == ""
     assert "cannot be read" in caplog.text
+    made.put(Source.OPERATOR)
+    (sight,) = made.sights()
+    assert sight.unknown
+    assert "lost" in sight.text
+    assert (tmp_path / "holds.json.unreadable").read_bytes() == b"{nonsense"
+    again, _ = pausing(tmp_path, Clock())
+    assert again.reason() == "held by the operator"
+    assert again.sights() == ()
 
 
 async def test_a_full_disk_does_not_stop_a_pause(tmp_path, autojump_clock, caplog):
@@ -102,6 +111,10 @@ async def test_a_full_disk_does_not_stop_a_pause(tmp_path, autojump_clock, caplo
     made.put(Source.OPERATOR)
     assert made.reason() == "held by the operator"
     assert "a restart would forget them" in caplog.text
+    assert "a restart would forget them" in made.sights()[0].text
+    (tmp_path / "no such folder").mkdir()
+    made.put(Source.OPERATOR)
+    assert made.sights() == ()
 
 
 async def test_models_come_back_warm_after_the_last_hold(tmp_path, autojump_clock, nursery):
@@ -126,3 +139,157 @@ async def test_a_cordon_pauses_one_gpu(tmp_path, autojump_clock):
     assert made.reason(gpu="GPU-1") == "held by the operator (GPU GPU-1: a new fan)"
     assert not made.lift(Source.OPERATOR)
     assert made.lift(Source.OPERATOR, gpu="GPU-1")
+
+
+# ---- the clock
+
+
+async def test_a_clock_that_is_set_back_makes_no_pause_longer(tmp_path, autojump_clock, nursery):
+    clock = Clock()
+    made, told = pausing(tmp_path, clock)
+    nursery.start_soon(made.run)
+    made.put(Source.OPERATOR, for_s=7200)
+    await trio.sleep(3600)
+    clock.ahead -= 86_400
+    assert made.left_s() == pytest.approx(3600)  # at once, for whoever asks
+    await trio.sleep(3590)
+    assert made.reason()
+    await trio.sleep(11)
+    assert told[-1] == ""
+
+
+async def test_corrections_of_the_clock_move_no_end(tmp_path, autojump_clock, nursery):
+    clock = Clock()
+    made, _ = pausing(tmp_path, clock)
+    nursery.start_soon(made.run)
+    hold = made.put(Source.OPERATOR, for_s=7200)
+    for _ in range(10):
+        await trio.sleep(60)
+        clock.ahead -= SET_BACK_S / 20
+    assert made.holds().items == (hold,)
+
+
+async def test_a_clock_set_back_while_the_supervisor_was_down(tmp_path, autojump_clock):
+    clock = Clock()
+    made, _ = pausing(tmp_path, clock)
+    made.put(Source.OPERATOR, for_s=7200)
+    clock.ahead -= 365 * 86_400
+    again, _ = pausing(tmp_path, clock)
+    assert again.left_s() == pytest.approx(7200)
+    await trio.sleep(7201)
+    assert again.reason() == ""
+
+
+async def test_the_machine_sleeps_through_the_end_of_a_pause(tmp_path, autojump_clock, nursery):
+    """The clock of tasks stands still meanwhile; the wall's goes on, and so does the one that is never set."""
+    clock, asleep = Clock(), [0.0]
+    made = Pausing(tmp_path / "holds.json", now=clock, length=lambda: trio.current_time() + asleep[0])
+    back: list[tuple[str, ...]] = []
+    made.on_warm = back.append
+    made.loaded = lambda _gpu: ("llama",)
+    nursery.start_soon(made.run)
+    made.put(Source.OPERATOR, for_s=7200, mode=Mode.UNLOAD)
+    await trio.sleep(10)
+    clock.ahead += 28_800
+    asleep[0] += 28_800
+    assert made.reason() == ""
+    assert back == []
+    await trio.sleep(6)
+    assert back == [("llama",)]
+
+
+def test_this_system_has_a_clock_that_is_never_set():
+    read = always_on()
+    assert 0 <= read() <= read()
+
+
+# ---- an earlier life
+
+
+async def test_models_come_back_warm_when_the_pause_ran_out_while_nobody_looked(tmp_path, autojump_clock, nursery):
+    clock = Clock()
+    made, _ = pausing(tmp_path, clock)
+    made.loaded = lambda _gpu: ("llama",)
+    made.put(Source.OPERATOR, for_s=100, mode=Mode.UNLOAD)
+    clock.ahead += 1000
+    for expected in ([("llama",)], []):  # once, not at every start from then on
+        again, _ = pausing(tmp_path, clock)
+        back: list[tuple[str, ...]] = []
+        again.on_warm = back.append
+        async with trio.open_nursery() as inner:
+            inner.start_soon(again.run)
+            await trio.sleep(1)
+            inner.cancel_scope.cancel()
+        assert back == expected
+
+
+async def test_models_come_back_warm_when_the_pause_is_lifted_in_a_later_life(tmp_path, autojump_clock):
+    clock = Clock()
+    made, _ = pausing(tmp_path, clock)
+    made.loaded = lambda _gpu: ("llama",)
+    made.put(Source.OPERATOR, mode=Mode.UNLOAD)
+    again, _ = pausing(tmp_path, clock)
+    back: list[tuple[str, ...]] = []
+    again.on_warm = back.append
+    assert again.lift(Source.OPERATOR)
+    assert back == [("llama",)]
+
+
+@pytest.mark.parametrize("source", [Source.COORDINATOR, Source.UPDATE])
+async def test_what_is_of_one_life_is_not_taken_over(tmp_path, autojump_clock, source):
+    clock = Clock()
+    made, _ = pausing(tmp_path, clock)
+    made.put(source, "a release")
+    made.put(Source.OPERATOR)
+    assert made.reason().startswith("held ")
+    again, _ = pausing(tmp_path, clock)
+    assert [hold.source for hold in again.holds().items] == [Source.OPERATOR]
+
+
+# ---- what comes back
+
+
+async def test_what_the_operator_unloaded_meanwhile_stays_away(tmp_path, autojump_clock):
+    made, _ = pausing(tmp_path, Clock())
+    back: list[tuple[str, ...]] = []
+    made.on_warm = back.append
+    made.loaded = lambda _gpu: ("llama", "whisper")
+    made.put(Source.PRESENCE, mode=Mode.UNLOAD)
+    made.forget_warm(["llama"])
+    assert pausing(tmp_path, Clock())[0].holds().items[0].warm == ("whisper",)
+    made.lift(Source.PRESENCE)
+    assert back == [("whisper",)]
+
+
+async def test_a_pause_that_unloads_nothing_brings_nothing_back(tmp_path, autojump_clock):
+    made, _ = pausing(tmp_path, Clock())
+    made.on_warm = lambda models: pytest.fail(f"{models} were never away")
+    made.loaded = lambda _gpu: ("llama",)
+    made.put(Source.OPERATOR)
+    assert made.lift(Source.OPERATOR)
+
+
+# ---- task kinds
+
+
+async def test_a_kind_is_held_for_a_while(tmp_path, autojump_clock, nursery):
+    made, told = pausing(tmp_path, Clock())
+    nursery.start_soon(made.run)
+    made.put(Source.OPERATOR, "a bad release", kind="video", for_s=100)
+    made.put(Source.OPERATOR, kind="image", gpu="GPU-1")
+    assert made.reason() == ""
+    assert made.reason(kind="video") == "held by the operator (video: a bad release)"
+    assert made.kinds_held(["llm", "video", "image"]) == {
+        "video": ("held by the operator (video: a bad release)", 100.0)
+    }
+    assert made.kinds_held(["image"], ["GPU-1"]) == {"image": ("held by the operator (image: GPU GPU-1)", None)}
+    await trio.sleep(101)
+    assert made.kinds_held(["video"]) == {}
+    assert len(told) == 3
+
+
+async def test_a_kind_alone_cannot_be_unloaded(tmp_path, autojump_clock):
+    made, _ = pausing(tmp_path, Clock())
+    with pytest.raises(ValueError, match="can only stop accepting"):
+        made.put(Source.OPERATOR, kind="video", mode=Mode.UNLOAD)
+    assert made.holds().items == ()
