@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -34,15 +34,26 @@ WORDS = frozenset(
         "text",
         "system",
         "argv",
+        "args",
+        "arguments",
+        "answer",
+        "completion",
+        "generated_text",
+        "input_value",
+        "instructions",
+        "suffix",
+        "tools",
+        "transcript",
         "documents",
         "query",
         "body",
     }
 )
 _SECRET_NAME = re.compile(
-    r"(?i)(^|[_-])(token|secret|password|passwd|authorization|cookie|dsn|credentials?|signature|sig|api[_-]?key"
-    r"|apikey|client[_-]?key|private[_-]?key|access[_-]?key)s?$"
+    r"(?i)(^|[_-])(token|secret|password|passwd|passphrase|pwd|authorization|cookie|dsn|credentials?|signature|sig"
+    r"|api[_-]?key|client[_-]?key|private[_-]?key|access[_-]?key|sessionid)s?$"
 )
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # Fields that name something; long ones look like keys and are none.
 _NAMES = frozenset({"job", "attempt", "model", "engine", "kind", "gpu", "trace", "session"})
 MAX_DEPTH = 6
@@ -50,9 +61,19 @@ MAX_DEPTH = 6
 _QUOTED = r"""(?:"(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?)"""
 _WORD_NAMES = "|".join(sorted(WORDS, key=len, reverse=True))
 _Replace = str | Callable[[re.Match[str]], str]
+_OUR_KEY_CHARS = 43  # token_urlsafe(32)
+
+
+def _our_key(found: re.Match[str]) -> str:
+    """Hide one of our keys, and what a line break has cut off it."""
+    begun, gap, rest = found[2], found[3] or "", found[4] or ""
+    whole = len(begun) + len(rest) == _OUR_KEY_CHARS
+    return f"{found[1]}{HIDDEN}{gap}{HIDDEN if rest and whole else rest}"
+
 
 # (what must occur in the lower-case text for the pattern to be worth a try, pattern, replacement)
-_PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], _Replace], ...] = (
+_Pattern = tuple[tuple[str, ...], re.Pattern[str], _Replace]
+_PATTERNS: tuple[_Pattern, ...] = (
     # What callers wrote, as JSON or as a repr shows it: "prompt": "…", prompt='…', 'messages': [ … to the end.
     # `\\?` because JSON inside JSON has its quotes escaped.
     (
@@ -62,53 +83,100 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], _Replace], ...] = (
     ),
     (
         ("prompt", "messages"),
-        re.compile(r"(?i)\b((?:negative_)?prompts?|messages)=(?!\[hidden\])[^\n]*"),
-        rf"\1={HIDDEN}",
+        re.compile(r"(?i)\b((?:negative_)?prompts?|messages)(\s*[:=]\s*)(?!\[hidden\])[^\n]+"),
+        rf"\1\2{HIDDEN}",
     ),
+    (("prompt",), re.compile(r"""(?i)\b(prompt\b[^\n"'=:]{0,24} )(?:"[^"\n]*"|'[^'\n]*')"""), rf"\1{HIDDEN}"),
     # Headers, in every way that Python and HTTP write them.
     (
         ("authorization", "x-a", "cookie"),
         re.compile(
-            r"""(?i)\b((?:proxy-)?authorization|x-api-key|x-auth-token|set-cookie|cookie)(b?["']?\s*[:=,]\s*b?["']?)"""
-            r"""[^\r\n"']+"""
+            r"""(?i)\b((?:proxy-)?authorization|x-api-key|x-auth-token|set-cookie|cookie)(["']?\s*[:=,]\s*(?:b(?=["']))?["']?)"""
+            r"""(?:(?:bearer|basic|token)\s+)?[^\r\n"']+"""
         ),
         rf"\1\2{HIDDEN}",
     ),
     (("bearer",), re.compile(r"(?i)\b(bearer)\s+[A-Za-z0-9._~+/=-]+"), rf"\1 {HIDDEN}"),
     (("basic",), re.compile(r"\b([Bb]asic)\s+(?=[A-Za-z]*[A-Z0-9=+/])[A-Za-z0-9+/]{6,}={0,2}"), rf"\1 {HIDDEN}"),
     # URLs: user and password, and every parameter that grants something.
-    (("@",), re.compile(r"(?i)(?<![a-z0-9])([a-z][a-z0-9+.-]{0,20}://)[^\s/@\"'<>]+@"), rf"\1{HIDDEN}@"),
+    (("@",), re.compile(r"(?i)(?<![a-z0-9])([a-z][a-z0-9+.-]{0,20}://)[^\s/\"'<>]+@"), rf"\1{HIDDEN}@"),
+    # A password with a slash in it: what follows the name and its colon is no port.
+    (
+        ("://",),
+        re.compile(
+            r"(?i)(?<![a-z0-9])([a-z][a-z0-9+.-]{0,20}://)[^\s/@:\"'<>]+:(?!\d{1,5}(?:[/?#]|$))[^\s@\"'<>]{1,200}@"
+        ),
+        rf"\1{HIDDEN}@",
+    ),
+    (("@",), re.compile(r"(?<![\w/.+-])([\w.+-]{1,64}:)[^\s:@/\"'<>]{1,200}(?=@[A-Za-z0-9])"), rf"\1{HIDDEN}"),
     (
         ("=",),
         re.compile(
-            r"(?i)([?&;](?:[a-z0-9_-]*(?:sig|signature|token|secret|password|credential|apikey|api[_-]key|hmac|key))=)"
-            r"[^&\s\"'<>]+"
+            r"(?i)([?&;](?:[a-z0-9_-]*(?:sig|signature|token|secret|password|passwd|pass|pwd|pw|auth"
+            r"|credential|apikey|api[_-]key|hmac|key))=)[^&\s\"'<>]+"
         ),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        ("%3d",),
+        re.compile(r"(?i)((?:sig|signature|token|secret|password|credential|key)%3d)[^&%\s\"'<>]+"),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        ("hooks.slack.com",),
+        re.compile(r"(?i)(hooks\.slack\.com/(?:services|workflows)/)[A-Za-z0-9/_-]+"),
         rf"\1{HIDDEN}",
     ),
     # password=…, "token": "…"
     (
-        ("token", "secret", "passw", "key", "dsn"),
+        ("token", "secret", "pass", "pwd", "key", "dsn", "sessionid"),
         re.compile(
-            r"""(?i)((?:token|secret|password|passwd|api[_-]?key|client[_-]?key|private[_-]?key"""
+            r"""(?i)((?:token|secret|password|passwd|passphrase|pwd|sessionid|api[_-]?key|client[_-]?key|private[_-]?key"""
             rf"""|access[_-]?key|\bdsn))(\\?["']?\s*[:=]\s*)(?!\[hidden\])(?:b?\\?{_QUOTED}|[^\s,;)}}\]]+)"""
         ),
         rf"\1\2{HIDDEN}",
     ),
+    # --token …, ['--api-key', '…']; the token 'hunter2'
+    (
+        ("--",),
+        re.compile(
+            r"""(?i)(--(?:[a-z0-9-]{1,40}-)?(?:token|secret|password|passphrase|api-?key|key)["']?,?[ =]+["']?)"""
+            r"""(?!\[hidden\])[^\s"',\])-][^\s"',\])]*"""
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        ("token", "secret", "pass", "key"),
+        re.compile(
+            r"""(?i)\b((?:token|secret|password|passphrase|api key)(?: (?:is|was|of))? )"""
+            r"""(?:"[^"\n]*"|'[^'\n]*'|(?=[^\s"']*\d)(?=[^\s"']*[A-Za-z])[^\s"',;]{8,})"""
+        ),
+        rf"\1{HIDDEN}",
+    ),
     # Keys by their own look.
-    (("bh",), re.compile(r"\b(bh[cwa]_)[A-Za-z0-9_-]{4,}"), rf"\1{HIDDEN}"),
+    (
+        ("bh",),
+        re.compile(r"\b(bh[cwa]_)([A-Za-z0-9_-]{4,})(?:([ \t]*\r?\n[ \t]*)([A-Za-z0-9_-]{1,42})(?![A-Za-z0-9_-]))?"),
+        _our_key,
+    ),
     (("sk-",), re.compile(r"\b(sk-)[A-Za-z0-9_-]{6,}"), rf"\1{HIDDEN}"),
     (
-        ("hf_", "gh", "glpat-", "xox", "akia"),
-        re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{8,}"),
+        ("hf_", "gh", "glpat-", "xox", "xapp-", "akia", "asia", "npm_", "pypi-", "k_live_", "k_test_"),
+        re.compile(
+            r"\b((?i:hf)_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|xapp-|A[KS]IA|npm_|pypi-|[rs]k_(?:live|test)_)"
+            r"[A-Za-z0-9_-]{8,}"
+        ),
         rf"\1{HIDDEN}",
     ),
     (("eyj",), re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), HIDDEN),
     (
         ("-----begin",),
-        re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S),
+        re.compile(
+            r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)", re.S
+        ),
         HIDDEN,
     ),
+    # The last two go by length and randomness; what is a name by its field is spared them.
     # Long hex: a digest is still recognised by its first eight characters, a key is of no use with them.
     # One of the length of a sha256 in a sentence that speaks of one is no key, and people compare it.
     (
@@ -126,8 +194,12 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str], _Replace], ...] = (
 
 def redacted(text: str) -> str:
     """The text without what looks like a secret or like a caller's words."""
+    return _redacted(text, _PATTERNS)
+
+
+def _redacted(text: str, patterns: Sequence[_Pattern]) -> str:
     lowered = text.lower()
-    for needles, pattern, replacement in _PATTERNS:
+    for needles, pattern, replacement in patterns:
         if any(needle in lowered for needle in needles):
             text = pattern.sub(replacement, text)
     return text
@@ -188,10 +260,11 @@ def safe(value: Any, name: str = "", depth: int = 0) -> Any:
         return value
     if name.lower() in WORDS:
         return _measured(value)
-    if name and _SECRET_NAME.search(name):
+    if name and _names_secret(name):
         return HIDDEN
     if isinstance(value, str):
-        return value if name in _NAMES and len(value) <= 200 and " " not in value else redacted(value)
+        named = name in _NAMES and len(value) <= 200 and " " not in value
+        return _redacted(value, _PATTERNS[:-2]) if named else redacted(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return f"[{len(value)} bytes]"
     if depth >= MAX_DEPTH:
@@ -199,12 +272,32 @@ def safe(value: Any, name: str = "", depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return {redacted(str(key)): safe(each, str(key), depth + 1) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [safe(each, "", depth + 1) for each in value]
+        return _safe_items(list(value), depth)
     if isinstance(value, msgspec.Struct):
         return {key: safe(getattr(value, key), key, depth + 1) for key in value.__struct_fields__}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: safe(getattr(value, each.name), each.name, depth + 1) for each in dataclasses.fields(value)}
     return redacted(str(value))
+
+
+def _names_secret(name: str) -> bool:
+    return bool(_SECRET_NAME.search(_HUMP.sub("_", name)))
+
+
+def _safe_items(items: list[Any], depth: int) -> list[Any]:
+    """Items one by one; what follows the name of a secret (a header as a pair, an option of a command) is one."""
+    if items and all(isinstance(each, str) for each in items):
+        items = list(redacted("\n".join(items)).split("\n"))  # lines of one text: a key may go over several
+    return [
+        HIDDEN if number and _is_name(items[number - 1]) else safe(each, "", depth + 1)
+        for number, each in enumerate(items)
+    ]
+
+
+def _is_name(item: Any) -> bool:
+    """Whether an item is no value but says what follows it."""
+    text = item.decode("ascii", "replace") if isinstance(item, bytes) else item
+    return isinstance(text, str) and len(text) <= 64 and _names_secret(text)
 
 
 def _measured(value: Any) -> str:
@@ -257,7 +350,10 @@ def _message(record: logging.LogRecord) -> str:
 def _arguments(args: Any) -> Any:
     if isinstance(args, Mapping):
         return {key: _argument(value, str(key)) for key, value in args.items()}
-    return tuple(_argument(each) for each in args)
+    return tuple(
+        HIDDEN if number and isinstance(each, str) and _is_name(args[number - 1]) else _argument(each)
+        for number, each in enumerate(args)
+    )
 
 
 def _argument(value: Any, name: str = "") -> Any:

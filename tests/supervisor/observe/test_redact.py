@@ -57,6 +57,30 @@ def shown(message: str, *args: object, trace: Exception | None = None, **extra: 
         f"the bare key {KEY}",
         f"path /a/{KEY}/b",
         f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiI{KEY[:8]}.{KEY}",
+        f"connect to user:{KEY[:10]}@db.host:5432",
+        f"https://user:pa/{KEY[:10]}@host/x",
+        f"https://user:p@{KEY[:10]}@host/x",
+        f"HTTPS_PROXY=http://u:{KEY[:10]}@proxy:3128",
+        f"https://h/?pw={KEY[:10]}&a=b",
+        f"next=%2Fx%3Ftoken%3D{KEY[:10]}",
+        f"Authorization: Bearer\n {KEY}",
+        f"authorization:   bearer   {KEY[:10]}",
+        f"ASIA{KEY[:16]}",
+        f"HF_{KEY[:20]}",
+        f"npm_{KEY[:20]}",
+        f"pypi-{KEY[:20]}",
+        f"rk_live_{KEY[:16]}",
+        f"xapp-{KEY[:16]}",
+        f"https://hooks.slack.com/services/T00/B00/{KEY[:24]}",
+        f"passphrase={KEY[:10]}",
+        f"pwd: {KEY[:10]}",
+        f"with password '{KEY[:10]}'",
+        f"the token {KEY[:10]} was refused",
+        f"the password is {KEY[:10]}",
+        f"--token {KEY[:10]}",
+        f"['--coordinator-api-key', '{KEY[:10]}']",
+        f"bhw_{KEY[:20]}\n    {KEY[20:]}",
+        f"-----BEGIN PGP PRIVATE KEY BLOCK-----\n{KEY}\n-----END PGP PRIVATE KEY BLOCK-----",
         f"-----BEGIN RSA PRIVATE KEY-----\n{KEY}\n{KEY}\n-----END RSA PRIVATE KEY-----",
     ],
 )
@@ -70,7 +94,7 @@ def test_secrets_do_not_pass_in_any_way_of_logging(line: str) -> None:
         shown("x", a={"b": [line]}),
         shown("x", trace=ValueError(line)),
     ):
-        for secret in (KEY, KEY[:20], KEY[:12], HEX, HEX[:16]):
+        for secret in (KEY, KEY[:20], KEY[:12], KEY[20:], HEX, HEX[:16]):
             assert secret not in text, text
         assert KEY[:8] not in text, text
 
@@ -100,6 +124,14 @@ def test_random_keys_of_every_make_do_not_pass(seed: int) -> None:
         f"params=LlmParams(x='{WORDS}')",
         f"params=b'{WORDS}'",
         f"Request(params={{'a': '{WORDS}'}})",
+        f"Prompt: {WORDS}",
+        f"the prompt was '{WORDS}'",
+        f"id 0 | prompt = {WORDS}",
+        f"[type=string_type, input_value='{WORDS}', input_type=str]",
+        f'{{"completion": "{WORDS}"}}',
+        f'{{"arguments": "{{\\"q\\": \\"{WORDS}\\"}}"}}',
+        f'{{"args": {{"who": "{WORDS}"}}}}',
+        f"transcript='{WORDS}'",
     ],
 )
 def test_callers_words_do_not_pass_as_text(line: str) -> None:
@@ -141,6 +173,42 @@ def test_names_of_secrets_hide_their_values_whatever_they_look_like() -> None:
         assert safe("short", name) == HIDDEN
         assert "short" not in shown("x", **{name: "short"})
         assert "short" not in shown("%s", {name: "short"})
+
+
+def test_a_secret_is_known_by_the_name_before_it() -> None:
+    for name in ("accessToken", "apiKey", "x-api-key", "passphrase", "HF_TOKEN", "clientKeys"):
+        assert "short" not in shown("x", **{name: "short"})
+        assert "short" not in shown("x", headers=[(name, "short")])
+        assert "short" not in shown("x", headers=[(name.encode(), b"short")])
+        assert "short" not in shown("x", command=["run", f"--{name}", "short"])
+        assert "short" not in shown("%s: %s", name, "short")
+        assert "short" not in shown("%s", ["a", name, "short"])
+    assert safe(["job", "short", 3]) == ["job", "short", 3]
+
+
+def test_secrets_and_words_over_several_items_do_not_pass() -> None:
+    """The tail of an engine's stderr is a list of lines."""
+    tail = ["-----BEGIN PRIVATE KEY-----", KEY[:12], KEY[12:24], "-----END PRIVATE KEY-----", "the end"]
+    told = safe({"stderr_tail": tail})["stderr_tail"]
+    assert told[-1] == "the end"
+    assert not any(KEY[:12] in line or KEY[12:24] in line for line in told)
+    assert WORDS not in shown("x", stderr=["prompt:", WORDS])
+    assert KEY[20:] not in shown("x", lines=[f"bhw_{KEY[:20]}", KEY[20:]])
+
+
+def test_a_key_in_the_place_of_a_name_does_not_pass() -> None:
+    for name in ("job", "model", "engine"):
+        assert KEY not in shown("x", **{name: f"bhw_{KEY}"})
+        assert KEY[:20] not in shown("x", **{name: f"hf_{KEY[:20]}"})
+
+
+def test_notes_and_groups_of_exceptions_are_redacted() -> None:
+    inner = ValueError(f"token={KEY[:8]}")
+    inner.add_note(f"tried with password '{KEY[8:18]}'")
+    text = shown("failed", trace=ExceptionGroup("several", [RuntimeError(f"https://u:{KEY[18:30]}@h"), inner]))
+    assert "2 sub-exceptions" in text
+    for part in (KEY[:8], KEY[8:18], KEY[18:30]):
+        assert part not in text
 
 
 def test_a_traceback_is_redacted_with_its_source_lines_and_causes() -> None:
@@ -188,6 +256,16 @@ def test_callers_words_over_many_lines_of_an_exception_do_not_pass() -> None:
         "Basic checks passed",
         "model Qwen3-Coder-30B-A3B-Instruct-Q4_K_M.gguf is loaded",
         "unavailable(EPERM) landlock verified seccomp",
+        "llm job failed after 1.2 s: engine_crashed, the engine's fault",
+        "chat loaded on cuda:0 in 3.2 s, 4.1 GiB",
+        "the token_file token.txt is missing; the token is not valid",
+        "prompt eval time = 12.5 ms / 128 tokens",
+        "the prompt's length is 5, the context's is 4096",
+        "https://huggingface.co/org/model-7b/resolve/main/a.gguf",
+        "https://host:8080/path/@scope/name",
+        "give it with --token-file /etc/bulkhead/token",
+        "bhw_ is how our tokens begin\nTraceback",
+        "12:30:45 user@host logged in",
     ],
 )
 def test_what_people_need_stays(line: str) -> None:
@@ -231,6 +309,19 @@ def test_it_is_fast_enough_on_long_hostile_lines() -> None:
         "A1b" * 7000,
         "://" * 7000,
         "-----BEGIN PRIVATE KEY-----" * 800,
+        "-" * 20_000,
+        "--a-" * 5000,
+        "--token " * 2500,
+        "a:" * 10_000 + "@",
+        "a://b:c/" * 2500,
+        "http://a:" + "b" * 20_000,
+        "password is " * 1700,
+        "the token " + "a" * 20_000,
+        "prompt " * 2900,
+        "prompt:" * 2900,
+        "authorization: bearer " * 900,
+        "bhw_aaaa\n" * 2200,
+        "token%3d" * 2500,
     ):
         began = time.process_time()
         redacted(line)
