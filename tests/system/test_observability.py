@@ -34,8 +34,11 @@ SAMPLE = re.compile(r'bulkhead_[a-z_]+(\{[a-z_]+="(\\.|[^"\\])*"(,[a-z_]+="(\\.|
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    (tmp_path / "worker.toml").write_text(CONFIG)
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Of a running supervisor; a parameter is another place for its log file."""
+    place = getattr(request, "param", "worker.log")
+    (tmp_path / "worker.toml").write_text(CONFIG.replace("worker.log", place))
+    (tmp_path / "blocked").write_text("a file where the folder should be")
     with (tmp_path / "stderr").open("wb") as log:
         argv = [sys.executable, "-m", "supervisor", "run", "--config", str(tmp_path / "worker.toml")]
         process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -110,3 +113,28 @@ def test_files_that_travel_are_counted(folder: Path) -> None:
     lines = scrape(folder)
     assert f'bulkhead_transfer_bytes_total{{direction="out"}} {len(speech)}' in lines
     assert f'bulkhead_transfer_bytes_total{{direction="in"}} {len(speech)}' in lines
+
+
+@pytest.mark.parametrize("folder", ["blocked/worker.log"], indirect=True)
+def test_a_log_file_that_cannot_be_written_or_is_taken_away_stops_nobody(folder: Path) -> None:
+    def chat(http: httpx.Client) -> None:
+        body = {"model": "synthetic", "messages": [{"role": "user", "content": WORDS}]}
+        http.post("/v1/chat/completions", json=body).raise_for_status()
+
+    def lines_of_jobs(least: int) -> None:
+        until = time.monotonic() + PATIENCE_S
+        path = folder / "blocked" / "worker.log"
+        while not path.exists() or path.read_text().count("llm job done in") < least:
+            assert time.monotonic() < until, (folder / "stderr").read_text()
+            time.sleep(0.02)
+
+    with contextlib.closing(client(folder)) as http:
+        chat(http)
+        chat(http)
+        assert (folder / "stderr").read_text().count("cannot be written") == 1
+        (folder / "blocked").unlink()
+        lines_of_jobs(2)  # what waited in memory
+        (folder / "blocked" / "worker.log").unlink()
+        chat(http)
+        lines_of_jobs(1)
+    assert 'bulkhead_log_dropped_total{sink="file"} 0' in scrape(folder)

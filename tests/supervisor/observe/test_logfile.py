@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -233,3 +237,41 @@ def test_newlines_and_broken_text_stay_one_line(opened, tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _hear(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit that only POSIX has")
+def test_a_real_limit_of_the_kernel_is_survived_told_once_and_recovered_from(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE refuses bytes as a full disk does, in the middle of a batch; without luck it would also signal."""
+    program = """
+        import logging, resource, sys, time
+        from pathlib import Path
+        from supervisor.notices import close, set_up
+        from supervisor.observe import logfile
+        from supervisor.settings import LogTable
+        logfile.LogFile.__init__.__kwdefaults__["retry_s"] = 0.01
+        path = Path(sys.argv[1])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        made = set_up(LogTable(file=str(path), max_mb=1, keep=1))
+        log = logging.getLogger("supervisor.x")
+        for number in range(500):
+            log.info("line %d", number)
+        until = time.monotonic() + 20
+        while "cannot be written" not in "".join(e.message for e in made.ring.since(level="warning")):
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.info("line %d", 500)
+        while made.file._lines:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        close()
+        print(made.file.dropped)
+    """
+    path = tmp_path / "w.log"
+    argv = [sys.executable, "-c", textwrap.dedent(program), str(path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0\n"
+    assert done.stderr.count("cannot be written") == 1
+    told = [json.loads(line)["message"] for line in path.read_text().splitlines()]
+    assert [each for each in told if each.startswith("line ")] == [f"line {n}" for n in range(501)], "torn or lost"
