@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import TextIO
 import msgspec
 import trio
 
-from supervisor.columns import columns
+from supervisor.columns import columns, width
 from supervisor.errors import ExitCode
 from supervisor.interrupts import INTERRUPTED
+from supervisor.observe.figures import counted
 from supervisor.selftest_cases import CASES, Case
 from supervisor.selftest_judge import Row
 from supervisor.selftest_run import run_kit
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sandbox", choices=modes, default=modes[0], help="mode (best-effort); off shows what it is for"
     )
     parser.add_argument("--list", action="store_true", help="print what would be tried, and stop")
+    parser.add_argument("--wide", action="store_true", help="one line a case, however wide the terminal is")
     parser.add_argument("--verbose", action="store_true", help="the supervisor's log on stderr")
 
 
@@ -55,8 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     cases = [case for case in CASES if not arguments.case or case.name in arguments.case]
     cases = [case for case in cases if not case.linux or sys.platform.startswith("linux")]
+    wide = None if arguments.wide else terminal_width()
     if arguments.list:
-        sys.stdout.write(columns(("name", "what it does"), [(case.name, case.title) for case in cases]) + "\n")
+        _list(cases, json=arguments.json, wide=wide)
         return int(ExitCode.STOPPED)
     # What the host has to say of a misbehaving engine is expected here.
     logging.getLogger("supervisor").addHandler(logging.StreamHandler() if arguments.verbose else logging.NullHandler())
@@ -68,13 +73,33 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
     else:
-        sys.stdout.write(render(found) + "\n\n" + summary(found, untried, time.monotonic() - began) + "\n")
+        below = filled(summary(found, untried, time.monotonic() - began), wide)
+        sys.stdout.write(render(found, wide) + "\n\n" + below + "\n")
         if new := sorted(_watched() - before):
             sys.stdout.write(f"New meanwhile, by this or by other programs: {', '.join(new)}.\n")
     if stopped:
-        sys.stderr.write(f"stopped; {len(untried)} of {len(cases)} cases were not tried to their end\n")
+        verb = "was" if len(untried) == 1 else "were"
+        sys.stderr.write(f"stopped; {len(untried)} of {counted(len(cases), 'case')} {verb} not tried to the end\n")
         return INTERRUPTED
     return int(ExitCode.STOPPED if not untried and all(row.contained for row in found) else ExitCode.FAILED)
+
+
+def terminal_width() -> int | None:
+    """Cells of a line of stdout; None when it is no terminal, and lines may be as long as they like."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return None
+    return max(40, shutil.get_terminal_size().columns)
+
+
+def _list(cases: Sequence[Case], *, json: bool, wide: int | None) -> None:
+    if json:
+        fields = ("name", "group", "title", "expected")
+        found = [{name: getattr(case, name) for name in fields} for case in cases]
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        return
+    table = columns(("name", "what it does"), [(case.name, case.title) for case in cases])
+    indent = 2 + max(len(case.name) for case in cases)
+    sys.stdout.write(filled(table, wide, indent=indent) + "\n")
 
 
 def _watched() -> set[str]:
@@ -151,8 +176,45 @@ class ProgressLine:
             self._drawn = False
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The table: what was tried, what happened, how long it took, contained or not."""
+def filled(text: str, wide: int | None, *, indent: int = 0) -> str:
+    """Break lines that are too long; what follows a break is indented by so much."""
+    if wide is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        lines += [line] if width(line) <= wide else _wrap(line, wide, "", " " * indent)
+    return "\n".join(lines)
+
+
+def _wrap(text: str, wide: int, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, wide, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def render(rows: Sequence[Row], wide: int | None = None) -> str:
+    """The table: what was tried, what happened, how long it took, contained or not.
+
+    Args:
+        wide: cells of a line. Where the table does not fit, what happened stands below each case.
+    """
+    table = _table(rows)
+    if wide is None or all(width(line) <= wide for line in table.split("\n")):
+        return table
+    heads = ("contained", "answer after", "neighbour")
+    indent = " " * (len(heads[0]) + 2)
+    lines = ["  ".join((*heads, "the engine …"))]
+    for row in rows:
+        cells = (
+            f"{'yes' if row.contained else 'NO':{len(heads[0])}}",
+            f"{f'{row.seconds:.2f} s':>{len(heads[1])}}",
+            f"{f'{row.neighbour_worst_s * 1000:.0f} ms':>{len(heads[2])}}",
+        )
+        first = "  ".join(cells) + "  "
+        lines += _wrap(row.title, wide, first, " " * len(first))
+        lines += _wrap(row.outcome, wide, indent, indent)
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row]) -> str:
     lines = [
         (
             row.title,
@@ -170,11 +232,13 @@ def render(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row], untried: Sequence[Case], seconds: float) -> str:
     """One or two sentences below the table."""
     bad = [row.name for row in rows if not row.contained]
-    text = f"{len(rows) - len(bad)} of {len(rows)} cases were contained, in {seconds:.0f} s."
+    verb = "was" if len(rows) == 1 else "were"
+    text = f"{len(rows) - len(bad)} of {counted(len(rows), 'case')} {verb} contained, in {seconds:.0f} s."
     if bad:
         text += f" Not contained: {', '.join(bad)}; `supervisor selftest --verbose --case {bad[0]}` says more."
     if untried:
-        text += f" {len(untried)} were not tried to the end: the first is {untried[0].name}."
+        first = f"the first is {untried[0].name}" if len(untried) > 1 else untried[0].name
+        text += f" {len(untried)} {'was' if len(untried) == 1 else 'were'} not tried to the end: {first}."
     lacks = sorted({layer for row in rows for layer in row.lacks})
     text += f"\nLayers of the sandbox that were not whole here: {', '.join(lacks)}." if lacks else ""
     return text + "\n“neighbour” is the longest that a healthy engine took to answer meanwhile."

@@ -10,6 +10,7 @@ import msgspec
 from protocol import work
 from protocol.faults import Fault
 from supervisor.host.work import Done, Failed, RunEnd
+from supervisor.observe.figures import counted
 from supervisor.selftest_cases import Case
 
 # A healthy engine beside a misbehaving one answers within milliseconds; longer than this is harm.
@@ -135,9 +136,10 @@ def _wrong(case: Case, seen: Seen) -> list[str]:
     if case.ends and seen.gone_s is None:
         found.append("processes of the engine outlived its end")
     if seen.strays:
-        found.append(f"{seen.strays} processes were left")
+        found.append(f"{counted(seen.strays, 'process', 'processes')} {'was' if seen.strays == 1 else 'were'} left")
     if seen.files:
-        found.append(f"{len(seen.files)} files were left, such as {seen.files[0]}")
+        verb = "was" if len(seen.files) == 1 else "were"
+        found.append(f"{counted(len(seen.files), 'file')} {verb} left, such as {seen.files[0]}")
     if seen.wrong:
         found.append(f"a healthy neighbour was hurt: {seen.wrong[0]}")
     elif not seen.answers:
@@ -231,7 +233,7 @@ def _summary(case: Case, seen: Seen) -> str:
         else:
             parts.append("answered rightly")
     if seen.gone_s is not None:
-        count = f"its {seen.processes} processes gone after {seen.gone_s * 1000:.0f} ms"
+        count = f"its {counted(seen.processes, 'process', 'processes')} gone after {seen.gone_s * 1000:.0f} ms"
         parts.append(count if seen.processes else "no process left")
     if case.recycled:
         parts.append("replaced between two runs")

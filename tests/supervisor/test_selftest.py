@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 
 from supervisor import selftest
@@ -62,7 +63,7 @@ def test_the_table_says_what_was_tried_what_happened_how_long_and_whether_it_was
     head, line, *rest = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "the engine …"
     assert line.split() == "crashes yes 0.01 s 4 ms engine_crashed (killed by SIGSEGV)".split()
-    assert "1 of 1 cases were contained" in "\n".join(rest)
+    assert "1 of 1 case was contained" in "\n".join(rest)
 
 
 def test_one_case_that_was_not_contained_is_exit_code_1_and_named(pretend, capsys):
@@ -76,7 +77,7 @@ def test_one_case_that_was_not_contained_is_exit_code_1_and_named(pretend, capsy
 def test_what_was_not_tried_is_no_success(pretend, capsys):
     pretend(row("segv"))
     assert main(["selftest", "--case", "segv", "--case", "hang"]) == 1
-    assert "1 were not tried to the end: the first is hang." in capsys.readouterr().out
+    assert "1 was not tried to the end: hang." in capsys.readouterr().out
 
 
 def test_a_case_that_nobody_knows_is_a_wrong_command_line(capsys):
@@ -91,6 +92,42 @@ def test_the_list_tries_nothing(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(CASES) + 1
     assert any(line.split()[0] == "fork-bomb" for line in lines)
+
+
+def test_the_list_is_json_where_that_is_asked_for(capsys):
+    assert main(["selftest", "--list", "--json", "--case", "segv", "--case", "hang"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found] == ["segv", "hang"]
+    assert all(set(each) == {"name", "group", "title", "expected"} and all(each.values()) for each in found)
+
+
+def test_everything_fits_into_80_columns_of_a_terminal_and_loses_no_word(pretend, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "refused: " + ", ".join(f"attack-{number} PermissionError" for number in range(20))
+    rows = [row(), msgspec.structs.replace(row("hang"), outcome=long, title="hangs in " + "a very deep " * 9 + "loop")]
+    rows[1] = msgspec.structs.replace(rows[1], contained=False)
+    pretend(*rows)
+    assert main(["selftest", *(word for each in rows for word in ("--case", each.name))]) == 1
+    out = capsys.readouterr().out
+    table = out.split("\n\n")[0].splitlines()
+    assert all(len(line) <= 80 for line in table), table
+    assert table[0].split("  ")[0] == "contained"
+    assert table[1].split() == "yes 0.01 s 4 ms crashes".split()
+    for each in rows:
+        assert " ".join(each.outcome.split()) in " ".join(out.split())
+        assert " ".join(each.title.split()) in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("New meanwhile"))
+    assert main(["selftest", "--list"]) == 0
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+    assert main(["selftest", "--wide", "--case", "segv", "--case", "hang"]) == 1
+    assert len(capsys.readouterr().out.split("\n\n")[0].splitlines()) == 3
+
+
+def test_a_wide_terminal_gets_the_table(pretend, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    pretend(row())
+    assert main(["selftest", "--case", "segv"]) == 0
+    assert capsys.readouterr().out.startswith("the engine …")
 
 
 class _Terminal(io.StringIO):
@@ -126,6 +163,6 @@ def test_ctrl_c_ends_every_child_removes_the_folder_and_prints_what_was_done(tmp
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "raises a Python exception" in out
-    assert "1 of 1 cases were contained" in out
-    assert "stopped; 2 of 3 cases were not tried to their end" in err
+    assert "1 of 1 case was contained" in out
+    assert "stopped; 2 of 3 cases were not tried to the end" in err
     assert [*tmp_path.iterdir()] == []

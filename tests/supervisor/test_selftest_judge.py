@@ -46,7 +46,7 @@ def test_a_contained_crash_says_what_happened():
         ({"recovered_s": None, "recovery": "quarantined: No."}, "the next run did not work (quarantined: No.)"),
         ({"gone_s": None}, "processes of the engine outlived its end"),
         ({"strays": 2}, "2 processes were left"),
-        ({"files": ["m0/i1/x"]}, "1 files were left, such as m0/i1/x"),
+        ({"files": ["m0/i1/x"]}, "1 file was left, such as m0/i1/x"),
         ({"wrong": ["engine_crashed: Oh."]}, "a healthy neighbour was hurt: engine_crashed: Oh."),
         ({"answers": 0}, "a healthy neighbour gave no answer meanwhile"),
         ({"worst_s": 6.0}, "a healthy neighbour had to wait 6.0 s"),

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from supervisor.observe.instancewatch import InstanceWatch, amount, counted, span
+from supervisor.observe.instancewatch import InstanceWatch
 from supervisor.observe.tally import Tally
 
 GIB = 2**30
@@ -42,17 +42,3 @@ def test_what_was_ended_by_force_is_counted_by_the_hardest_that_was_used() -> No
         'bulkhead_kill_escalations_total{engine="llm",signal="SIGTERM"} 1',
         'bulkhead_kill_escalations_total{engine="llm",signal="unkillable"} 1',
     ]
-
-
-def test_numbers_for_people() -> None:
-    assert [span(s) for s in (0.004, 0.24, 1, 3.25, 59.9, 75.4)] == [
-        "0.00 s",
-        "0.24 s",
-        "1.0 s",
-        "3.2 s",
-        "59.9 s",
-        "75 s",
-    ]
-    assert [amount(n) for n in (1, 61 * 2**20, 4 * GIB)] == ["1 MiB", "61 MiB", "4.0 GiB"]
-    assert [counted(n, "job") for n in (0, 1, 2)] == ["0 jobs", "1 job", "2 jobs"]
-    assert [counted(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
