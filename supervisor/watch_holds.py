@@ -7,7 +7,14 @@ a hold, one that is gone lifts it; the sentence of a hold is that of its beginni
 
 Holds of an earlier life are on disk. They are taken over as if they had been put here, and lifted as soon as their
 rule says so (or at once, when it is switched off): a battery that was charged while the supervisor was down needs
-no person to tell.
+no person to tell. `apply` takes another `[holds]` the same way: what its rules no longer want is lifted at once.
+
+Only the worker's own load is never a reason to pause. What is ours on a GPU is left out before a rule sees it, our
+own processes are no applications and no inhibitors, and there is no rule about the load of the processor, the disk
+or the network, which could not be told from our own. Three rules look at states that our work may bring about, and
+mean them all the same, because it is the machine that they spare and not somebody's use of it: a GPU that the
+hardware itself slows down for heat or power (its own clocks and caps under full load do not count), the temperature
+that the owner named, and a disk that is nearly full.
 
 All methods belong to the trio thread.
 """
@@ -25,7 +32,7 @@ import trio
 
 from supervisor.intake import hold_rules
 from supervisor.intake.hold_rules import Failures, Latch, Scope, Wish
-from supervisor.intake.holds import Hold, Holds, Mode, Source
+from supervisor.intake.holds import Coming, Hold, Holds, Mode, Sight, Source
 from supervisor.intake.observed import Disk, Network, Observed, Power, Presence, Quiet, Unknown
 from supervisor.machine import load
 from supervisor.machine.load import Ours
@@ -162,11 +169,19 @@ class WatchHolds:
         found = [(hold.source, hold.gpu) for hold in keeper.holds().items if hold.source in AUTOMATIC]
         self._latches: dict[Scope, Latch] = {scope: Latch(held=True) for scope in found}
         self._schedule: Schedule | Unknown | None = None
+        self._applied = trio.Event()
         self.apply(table)
 
     def apply(self, table: HoldsTable) -> None:
-        """Go on with another `[holds]`; holds whose rule is switched off by it are lifted at the next look."""
+        """Go on with another `[holds]`: its rules are asked at once, with what has been read so far.
+
+        Holds whose rule it no longer has are lifted, those whose mode or end it changes are changed.
+        """
+        if table.applications.names != self._table.applications.names:
+            self._seen.pop("applications", None)  # that was an answer to another question
         self._table = table
+        self._applied.set()  # readers and rules look again
+        self._applied = trio.Event()
         self._schedule = schedule_reader(table.schedule.quiet, table.schedule.time_zone)
         if isinstance(self._schedule, Unknown):
             log.error("[holds.schedule]: %s; there are no quiet hours until it is mended", self._schedule.reason)
@@ -193,6 +208,24 @@ class WatchHolds:
             found[Source.SCHEDULE] = self._schedule.reason
         return found
 
+    def sights(self) -> tuple[Sight, ...]:
+        """`findings` and `unknown` as one list for the owner, what cannot be told first."""
+        unknown = self.unknown()
+        blind = [Sight(source=source, text=text, unknown=True) for source, text in unknown.items()]
+        seen = [
+            Sight(source=source, gpu=gpu, text=text)
+            for (source, gpu), text in self._findings.items()
+            if source not in unknown
+        ]
+        return (*blind, *seen)
+
+    def coming(self) -> tuple[Coming, ...]:
+        """Holds that are known to begin: quiet hours of the coming week."""
+        if self._table.schedule.mode == "off" or not isinstance(self._schedule, Schedule):
+            return ()
+        found = self._schedule.next(self._now())
+        return () if found is None else (Coming(source=Source.SCHEDULE, text=f"quiet hours {found[1]}", at=found[0]),)
+
     # ---- engine failures
 
     def note_good(self) -> None:
@@ -218,7 +251,7 @@ class WatchHolds:
                 nursery.start_soon(self._keep, "applications", APPLICATIONS_S, self._read_applications)
                 while True:
                     self.look()
-                    await trio.sleep(LOOK_S)
+                    await self._rest(LOOK_S)
         finally:
             self._readers.close()
 
@@ -229,7 +262,12 @@ class WatchHolds:
                 self._note(name, await read())
             if patience.cancelled_caught:
                 self._note(name, Unknown(f"no answer within {PATIENCE_S:g} s"))
-            await trio.sleep(interval_s)
+            await self._rest(interval_s)
+
+    async def _rest(self, interval_s: float) -> None:
+        """Until it is time again, or another `[holds]` counts."""
+        with trio.move_on_after(interval_s):
+            await self._applied.wait()
 
     def _note(self, name: str, seen: object) -> None:
         before = self._seen.get(name)
@@ -270,6 +308,10 @@ class WatchHolds:
                 self._keeper.put(wish.source, wish.reason, for_s=for_s, mode=wish.mode, gpu=wish.gpu)
         for source, gpu in there.keys() - wished.keys():
             self._keeper.lift(source, gpu=gpu)
+        if self._table.engine_failures.mode == "off":
+            self._failures = Failures()
+            if any(hold.source is Source.ENGINE_FAILURES for hold in self._keeper.holds().items):
+                self._keeper.lift(Source.ENGINE_FAILURES)
 
     def _is_there(self, wish: Wish, hold: Hold | None) -> bool:
         """Whether a hold is what is wished; its numbers may be those of its beginning."""

@@ -6,6 +6,7 @@ Only the worker's own load is never a reason to pause: everything here leaves ou
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from supervisor.machine.readings import Device, GpuReading, foreign_bytes
 
 # comm of Linux: a name of more bytes is cut off there, and that of a Windows program under Wine stays so.
 _CUT = 15
+# Memory in use that no program is needed for: what the driver keeps for itself and for each context.
+_NOBODY_BYTES = 512 * 2**20
 
 
 class Ours(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +53,22 @@ def _foreign(uuid: str, gpu: GpuReading, ours: Ours) -> Gpu:
     return Gpu(
         uuid=uuid,
         foreign_bytes=held,
-        foreign_busy=None if works else gpu.busy,
+        foreign_busy=0.0 if _alone(gpu, ours, held) else None if works else gpu.busy,
         temperature_c=gpu.temperature_c,
         power_w=gpu.power_w,
         power_limit_w=gpu.power_limit_w,
         slowed=gpu.throttled,
     )
+
+
+def _alone(gpu: GpuReading, ours: Ours, held: int | None) -> bool:
+    """Whether all processes that the driver lists are ours and nothing else holds memory there.
+
+    What keeps it busy is ours then, also when no run goes on: a load, or a trial.
+    """
+    parts: tuple[Device, ...] = (gpu, *gpu.mig)
+    listed = [process.pid for part in parts for process in part.processes]
+    return bool(listed) and ours.pids.issuperset(listed) and held is not None and held < _NOBODY_BYTES
 
 
 def _held_by_others(uuid: str, device: Device, ours: Ours) -> int | None:
@@ -79,16 +92,35 @@ def processes() -> Iterable[tuple[int, str]]:
         yield process.pid, process.info["name"] or ""
 
 
-def running(names: Sequence[str], own: Collection[int], look: Processes = processes) -> tuple[str, ...] | Unknown:
+def descends(pid: int, root: int | None = None) -> bool:
+    """Whether a process is `root` (this process) or one that it started, over any number of generations.
+
+    One that has ended belongs to nobody any more.
+    """
+    root = os.getpid() if root is None else root
+    try:
+        return pid == root or any(parent.pid == root for parent in psutil.Process(pid).parents())
+    except psutil.Error:
+        return False
+
+
+def running(
+    names: Sequence[str],
+    own: Collection[int],
+    look: Processes = processes,
+    ours: Callable[[int], bool] = descends,
+) -> tuple[str, ...] | Unknown:
     """Names of running programs that match; each once, in order.
 
     Args:
         names: patterns with "*" and "?"; capitals and ".exe" do not matter.
         own: pids that do not count.
+        ours: whether a process is one of ours that `own` has not yet, or that runs no model: the coordinator, a
+            download, a probe. It is asked of those that match, which are few.
     """
     patterns = [_plain(name) for name in names]
     try:
-        found = {name for pid, name in look() if pid not in own and _matches(name, patterns)}
+        found = {name for pid, name in look() if pid not in own and _matches(name, patterns) and not ours(pid)}
     except (psutil.Error, OSError) as error:
         return Unknown(str(error))
     return tuple(sorted(found))

@@ -29,6 +29,7 @@ import trio
 
 from supervisor.intake.observed import Network, Power, Presence, Unknown
 from supervisor.machine.dbus import SYSTEM, Bus, DbusError, Method
+from supervisor.machine.load import descends
 
 SIMULATED = "BULKHEAD_SIMULATED_PRESENCE"
 
@@ -156,7 +157,7 @@ class LinuxPresence(PresenceReader):
         return [
             f"{who} keeps the screen on ({why})"
             for what, who, why, mode, _uid, pid in inhibitors
-            if "idle" in what.split(":") and mode == "block" and pid != os.getpid()
+            if "idle" in what.split(":") and mode == "block" and not descends(pid)
         ]
 
     async def _desktop_idle_s(self) -> tuple[float, str] | None:

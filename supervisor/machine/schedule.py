@@ -87,9 +87,7 @@ class Schedule:
 
         Windows that touch or overlap are one: the end is where none goes on.
         """
-        if self._zone is None and hasattr(time, "tzset"):
-            time.tzset()  # the C library looks for a changed /etc/localtime only then
-        spans = sorted(self._around(now))
+        spans = self._spans(now)
         first = next((span for span in spans if span[0] <= now < span[1]), None)
         if first is None:
             return None
@@ -98,6 +96,18 @@ class Schedule:
             if begin <= until < end:
                 until = end
         return Quiet(text=first[2], until=until)
+
+    def next(self, now: float) -> tuple[float, str] | None:
+        """When quiet hours begin next (seconds since the epoch), and which; None during quiet hours, or for a week."""
+        spans = [span for span in self._spans(now) if span[0] < span[1]]
+        if any(begin <= now < end for begin, end, _text in spans):
+            return None
+        return next(((begin, text) for begin, _end, text in spans if begin > now), None)
+
+    def _spans(self, now: float) -> list[tuple[float, float, str]]:
+        if self._zone is None and hasattr(time, "tzset"):
+            time.tzset()  # the C library looks for a changed /etc/localtime only then
+        return sorted(self._around(now))
 
     def _around(self, now: float) -> Iterable[tuple[float, float, str]]:
         """Every window that begins from yesterday on, for a week: (begin, end, text)."""

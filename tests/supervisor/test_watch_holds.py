@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
-from supervisor.intake.holds import Hold, Holds, Mode, Source
+from supervisor.intake.holds import Coming, Hold, Mode, Sight, Source
 from supervisor.intake.observed import Disk, Network, Power, Presence, Unknown
 from supervisor.machine.load import Ours
-from supervisor.machine.readings import GpuProcess, GpuReading
 from supervisor.settings import (
     ApplicationsTable,
     BatteryTable,
@@ -25,117 +22,8 @@ from supervisor.settings import (
     ScheduleTable,
     ThermalTable,
 )
-from supervisor.watch_holds import PATIENCE_S, Readers, WatchHolds, system_readers, threaded
-
-GIB = 2**30
-NOON = 1_795_262_400.0  # 2026-11-21 12:00 UTC, a Saturday
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.ahead = NOON - trio.current_time()
-
-    def __call__(self) -> float:
-        return trio.current_time() + self.ahead
-
-
-class Kept:
-    """A list of holds in memory; `story` is what was put and lifted, and when."""
-
-    def __init__(self, clock: Clock, *items: Hold) -> None:
-        self._clock, self._holds, self._start = clock, Holds(items), trio.current_time()
-        self.story: list[tuple[float, str, Source]] = []
-        self.puts: list[Hold] = []
-
-    def holds(self) -> Holds:
-        return self._holds.at(self._clock())
-
-    def put(
-        self,
-        source: Source,
-        reason: str = "",
-        *,
-        for_s: float | None = None,
-        mode: Mode = Mode.STOP,
-        gpu: str = "",
-    ) -> Hold:
-        now = self._clock()
-        until = None if for_s is None else now + for_s
-        hold = Hold(source=source, reason=reason, since=now, until=until, mode=mode, gpu=gpu)
-        self._holds = self.holds().put(hold)
-        self.puts.append(hold)
-        self._note("put", source)
-        return hold
-
-    def lift(self, source: Source, *, gpu: str = "") -> bool:
-        before = self.holds()
-        self._holds = before.lift(source, gpu=gpu)
-        self._note("lift", source)
-        return self._holds != before
-
-    def _note(self, what: str, source: Source) -> None:
-        self.story.append((round(trio.current_time() - self._start), what, source))
-
-
-class Gpus:
-    def __init__(self) -> None:
-        self.found: dict[str, GpuReading] = {}
-        self.no_gpu = False
-
-    @property
-    def available(self) -> bool:
-        return bool(self.found)
-
-    def readings(self) -> dict[str, GpuReading]:
-        return self.found
-
-    def show(self, used: float, *, ours: float = 0, uuid: str = "GPU-1", **more: Any) -> None:
-        listed = (GpuProcess(pid=7, bytes=int(ours * GIB)),)
-        reading = GpuReading(uuid=uuid, memory_used_bytes=int(used * GIB), processes=listed, **more)
-        self.found = {**self.found, uuid: reading}
-
-
-class World:
-    """What the readers see; the test changes it."""
-
-    def __init__(self, table: HoldsTable, *kept: Hold) -> None:
-        self.presence: Any = Presence()
-        self.power: Any = Power()
-        self.network: Any = Network()
-        self.disk: Any = Disk(folder="/state", free_bytes=100 * GIB)
-        self.applications: Any = ()
-        self.asked: set[str] = set()
-        self.hangs: set[str] = set()
-        self.closed = False
-        self.gpus = Gpus()
-        self.ours = Ours(pids=frozenset({7}))
-        self.clock = Clock()
-        self.keeper = Kept(self.clock, *kept)
-        readers = Readers(
-            presence=self._reader("presence"),
-            power=self._reader("power"),
-            network=self._reader("network"),
-            disk=self._reader("disk"),
-            applications=self._reader("applications"),
-            close=self._close,
-        )
-        self.watch = WatchHolds(table, self.keeper, readers, self.gpus, lambda: self.ours, self.clock)
-
-    def _close(self) -> None:
-        self.closed = True
-
-    def _reader(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def read(*_arguments: object) -> Any:
-            self.asked.add(name)
-            if name in self.hangs:
-                await trio.sleep_forever()
-            await trio.lowlevel.checkpoint()
-            return getattr(self, name)
-
-        return read
-
-    def reason(self, gpu: str = "") -> str:
-        return self.keeper.holds().reason(gpu=gpu)
+from supervisor.watch_holds import PATIENCE_S
+from tests.supervisor.holds_world import GIB, NOON, World
 
 
 @pytest.fixture
@@ -329,16 +217,25 @@ async def test_holds_of_an_earlier_life_are_taken_over(autojump_clock, make):
     ]
     world = make(HoldsTable(), *old)
     await trio.sleep(1.5)
-    # Presence is switched off. The others' rules want to see for themselves first.
+    # Presence and engine failures are switched off. The others' rules want to see for themselves first.
     sources = [hold.source for hold in world.keeper.holds().items]
-    assert sources == [Source.OPERATOR, Source.BATTERY, Source.THERMAL, Source.ENGINE_FAILURES]
+    assert sources == [Source.OPERATOR, Source.BATTERY, Source.THERMAL]
     await trio.sleep(60)
     sources = [hold.source for hold in world.keeper.holds().items]
-    assert sources == [Source.OPERATOR, Source.THERMAL, Source.ENGINE_FAILURES]
+    assert sources == [Source.OPERATOR, Source.THERMAL]
     world.gpus.no_gpu = True
     await trio.sleep(2)
-    assert [hold.source for hold in world.keeper.holds().items] == [Source.OPERATOR, Source.ENGINE_FAILURES]
+    assert [hold.source for hold in world.keeper.holds().items] == [Source.OPERATOR]
     assert world.keeper.puts == []
+
+
+async def test_a_pause_after_failures_of_an_earlier_life_goes_on(autojump_clock, make):
+    old = Hold(source=Source.ENGINE_FAILURES, since=1.0, until=NOON + 100)
+    world = make(HoldsTable(engine_failures=EngineFailuresTable(mode="stop")), old)
+    await trio.sleep(90)
+    assert world.keeper.holds().items == (old,)
+    await trio.sleep(20)
+    assert world.keeper.holds().items == ()
 
 
 async def test_another_configuration_counts_at_once(autojump_clock, make):
@@ -352,6 +249,76 @@ async def test_another_configuration_counts_at_once(autojump_clock, make):
     world.watch.apply(HoldsTable())
     await trio.sleep(2)
     assert world.reason() == ""
+
+
+async def test_another_configuration_waits_for_no_interval(autojump_clock, make):
+    """Both rules and readers: a person who saves the file looks at the status right after it."""
+    world = make(HERE)
+    world.presence = Presence(idle_s=0)
+    await trio.sleep(5.5)
+    world.watch.apply(HoldsTable())
+    await trio.testing.wait_all_tasks_blocked()
+    assert world.reason() == ""
+    world.network = Network(metered=True)
+    world.watch.apply(HoldsTable(network=NetworkTable(mode="stop", enter_s=0)))
+    await trio.testing.wait_all_tasks_blocked()  # the reader has answered
+    await trio.sleep(1.1)
+    assert "metered" in world.reason()
+
+
+async def test_only_what_lost_its_rule_is_lifted(autojump_clock, make):
+    both = HoldsTable(presence=PresenceTable(mode="unload"), network=NetworkTable(mode="stop"))
+    world = make(both, Hold(source=Source.OPERATOR, since=1.0), Hold(source=Source.COORDINATOR, since=1.0))
+    world.presence, world.network = Presence(idle_s=0), Network(metered=True)
+    await trio.sleep(30)
+    assert len(world.keeper.holds().items) == 4
+    world.watch.apply(HoldsTable(network=NetworkTable(mode="stop")))
+    await trio.sleep(2)
+    left = [hold.source for hold in world.keeper.holds().items]
+    assert left == [Source.OPERATOR, Source.COORDINATOR, Source.NETWORK]
+
+
+async def test_other_names_are_another_question(autojump_clock, make):
+    world = make(HoldsTable(applications=ApplicationsTable(names=["blender"], leave_s=0)))
+    world.applications = ("Blender",)
+    await trio.sleep(5)
+    assert world.reason()
+    world.hangs = {"applications"}
+    await trio.sleep(5)
+    world.watch.apply(HoldsTable(applications=ApplicationsTable(names=["doom"], leave_s=0)))
+    await trio.sleep(5)
+    assert world.reason()  # nobody has looked for it yet: whatever was, stays
+    assert world.watch.findings()[Source.APPLICATION, ""] == "programs have not been looked at yet"
+
+
+async def test_failures_that_nobody_minds_any_more(autojump_clock, make):
+    world = make(HoldsTable(engine_failures=EngineFailuresTable(mode="stop", after=2, pause_s=100)))
+    for _ in range(2):
+        world.watch.note_bad("llama crashed")
+    assert world.reason()
+    world.watch.apply(HoldsTable())
+    await trio.sleep(2)
+    assert world.reason() == ""
+
+
+async def test_the_owner_sees_what_the_rules_see(autojump_clock, make):
+    quiet = ScheduleTable(quiet=["12:10-13:00"], time_zone="UTC")
+    world = make(HoldsTable(schedule=quiet, presence=PresenceTable(mode="stop"), battery=BatteryTable(mode="off")))
+    world.presence = Unknown("there is no bus")
+    world.gpus.show(0, temperature_c=44.0)
+    await trio.sleep(10)
+    assert world.watch.sights() == (
+        Sight(source=Source.PRESENCE, text="there is no bus", unknown=True),
+        Sight(source=Source.SCHEDULE, text="no quiet hours now"),
+        Sight(source=Source.DISK, text="100.0 GiB free at /state, held below 0.5 GiB until 1 GiB"),
+        Sight(source=Source.THERMAL, gpu="GPU-1", text="44 °C"),
+    )
+    (night,) = world.watch.coming()
+    assert night == Coming(source=Source.SCHEDULE, text="quiet hours 12:10-13:00", at=NOON + 600)
+    await trio.sleep(600)
+    assert world.watch.coming() == ()  # they are now
+    world.watch.apply(HoldsTable(schedule=ScheduleTable(quiet=["22:00-07:00"], mode="off")))
+    assert world.watch.coming() == ()
 
 
 async def test_engines_that_fail_in_a_row(autojump_clock, make):
@@ -373,59 +340,3 @@ async def test_what_was_opened_is_closed(autojump_clock):
     with trio.move_on_after(5):
         await world.watch.run()
     assert world.closed
-
-
-# ---- the real readers, on the real clock
-
-
-async def test_a_thread_that_is_stuck_is_left_alone():
-    stuck, starts = threading.Event(), []
-
-    def read() -> int:
-        starts.append(1)
-        stuck.wait(30)
-        return 7
-
-    ask = threaded(read)
-    for _ in range(5):
-        with trio.move_on_after(0.02):
-            await ask()
-    assert len(starts) == 1
-    stuck.set()
-    assert await ask() == 7
-
-
-async def test_this_system_answers_every_question(tmp_path):
-    readers = system_readers(tmp_path)
-    try:
-        with trio.fail_after(20):
-            assert isinstance(await readers.presence(), Presence | Unknown)
-            assert isinstance(await readers.power(), Power | Unknown)
-            assert isinstance(await readers.network(), Network | Unknown)
-            assert isinstance(await readers.disk(), Disk)
-            assert await readers.applications(["no such program"], frozenset()) == ()
-    finally:
-        readers.close()
-
-
-async def test_a_simulated_person_is_noticed(tmp_path, monkeypatch):
-    """The whole way but for the GPU: the file of the demonstration, the real readers, the real clock."""
-    scene = tmp_path / "scene.json"
-    scene.write_text('{"idle_s": 1, "fullscreen": "a game fills the screen"}')
-    monkeypatch.setenv("BULKHEAD_SIMULATED_PRESENCE", str(scene))
-    clock = Clock()
-    keeper = Kept(clock)
-    put = trio.Event()
-    keeper._note = lambda what, _source: put.set()  # type: ignore[method-assign]
-    table = HoldsTable(presence=PresenceTable(mode="unload", enter_s=0))
-    watch = WatchHolds(table, keeper, system_readers(tmp_path), Gpus(), Ours, clock)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch.run)
-        with trio.fail_after(20):
-            await put.wait()
-            assert keeper.holds().reason() == "held because the machine is in use (a game fills the screen)"
-            put = trio.Event()
-            scene.write_text('{"idle_s": 900}')
-            await put.wait()
-        assert keeper.holds().reason() == ""
-        nursery.cancel_scope.cancel()

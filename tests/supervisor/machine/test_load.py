@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from supervisor.intake.observed import Disk, Gpu, Unknown
-from supervisor.machine.load import Ours, foreign, free_space, processes, running
+from supervisor.machine.load import Ours, descends, foreign, free_space, processes, running
 from supervisor.machine.readings import GpuProcess, GpuReading, MigDevice
 
 GIB = 2**30
@@ -27,12 +27,16 @@ def reading(used: int | None, *listed: tuple[int, int | None], **more: Any) -> d
     [
         # our own load is none: not the memory, not the time
         (reading(9 * GIB, (7, 8 * GIB), (99, GIB)), Ours(pids=frozenset({7}), works=frozenset({"GPU-1"})), GIB, None),
-        (reading(8 * GIB, (7, 8 * GIB)), Ours(pids=frozenset({7})), 0, 0.9),
+        (reading(8 * GIB, (7, 8 * GIB)), Ours(pids=frozenset({7}), works=frozenset({"GPU-1"})), 0, 0.0),
+        # busy, though no run goes on, and nobody else is there: that is a load of ours
+        (reading(8 * GIB, (7, 8 * GIB)), Ours(pids=frozenset({7})), 0, 0.0),
+        (reading(8 * GIB, (7, 7 * GIB)), Ours(pids=frozenset({7})), GIB, 0.9),  # somebody whom the driver hides
+        (reading(8 * GIB, (7, 8 * GIB), (99, None)), Ours(pids=frozenset({7})), 0, 0.9),
         # a driver that lists nothing (a container, WDDM): what we believe to hold counts
         (reading(9 * GIB), Ours(held={"GPU-1": 8 * GIB}), GIB, 0.9),
         (reading(9 * GIB, (7, None)), Ours(pids=frozenset({7}), held={"GPU-1": 8 * GIB}), GIB, 0.9),
         # while a model loads, its promise is ahead of what is listed
-        (reading(3 * GIB, (7, 2 * GIB)), Ours(pids=frozenset({7}), held={"GPU-1": 8 * GIB}), 0, 0.9),
+        (reading(3 * GIB, (7, 2 * GIB)), Ours(pids=frozenset({7}), held={"GPU-1": 8 * GIB}), 0, 0.0),
         (reading(None), Ours(), None, 0.9),
         # another GPU's work says nothing of this one
         (reading(GIB), Ours(held={"GPU-2": GIB}, works=frozenset({"GPU-2"})), GIB, 0.9),
@@ -77,6 +81,11 @@ def test_free_space(tmp_path):
     assert isinstance(free_space(tmp_path / "none"), Unknown)
 
 
+def nobodys(_pid: int) -> bool:
+    """None of these is ours."""
+    return False
+
+
 LIST = [(1, "systemd"), (2, "Blender"), (3, "EldenRing.exe"), (4, "steam_app_12345"), (5, "python3"), (6, "")]
 
 
@@ -95,13 +104,13 @@ LIST = [(1, "systemd"), (2, "Blender"), (3, "EldenRing.exe"), (4, "steam_app_123
 )
 def test_programs_are_found_by_name(names, own, found):
     listed = [(pid, name) for pid, name in LIST if name]
-    assert running(names, own, lambda: listed) == found
+    assert running(names, own, lambda: listed, nobodys) == found
 
 
 def test_a_name_that_linux_cut_off_is_found():
-    assert running(["Cyberpunk2077.exe"], (), lambda: [(1, "Cyberpunk2077.e")]) == ("Cyberpunk2077.e",)
-    assert running(["SomeVeryLongGame"], (), lambda: [(1, "SomeVeryLongGam")]) == ("SomeVeryLongGam",)
-    assert running(["Cyberpunk2077.exe"], (), lambda: [(1, "Cyberpunk")]) == ()
+    assert running(["Cyberpunk2077.exe"], (), lambda: [(1, "Cyberpunk2077.e")], nobodys) == ("Cyberpunk2077.e",)
+    assert running(["SomeVeryLongGame"], (), lambda: [(1, "SomeVeryLongGam")], nobodys) == ("SomeVeryLongGam",)
+    assert running(["Cyberpunk2077.exe"], (), lambda: [(1, "Cyberpunk")], nobodys) == ()
 
 
 def test_a_system_that_lists_nothing_is_unknown():
@@ -116,8 +125,28 @@ def test_real_processes_have_names_and_ours_can_be_left_out():
     try:
         (name,) = {name for pid, name in processes() if pid == child.pid}
         others = {pid for pid, _ in processes()} - {child.pid}
-        assert running([name], others) == (name,)
-        assert running([name], others | {child.pid}) == ()
+        assert running([name], others, ours=nobodys) == (name,)
+        assert running([name], others | {child.pid}, ours=nobodys) == ()
         assert os.getpid() in others
+        # Whatever we started counts as ours, known or not: a coordinator, a download, an engine named like a game.
+        assert running([name], others) == ()
     finally:
         child.communicate(b"\n")
+
+
+GRANDCHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'])"
+
+
+def test_what_our_children_start_is_ours_too():
+    child = subprocess.Popen([sys.executable, "-c", GRANDCHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        (grandchild,) = psutil.Process(child.pid).children()
+        assert descends(grandchild.pid)
+        assert descends(grandchild.pid, child.pid)
+        assert not descends(child.pid, grandchild.pid)
+        assert not descends(os.getppid())
+    finally:
+        child.communicate(b"\n")
+    assert not descends(child.pid)  # gone

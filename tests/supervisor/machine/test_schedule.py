@@ -62,6 +62,26 @@ def test_quiet_hours(quiet, now, until):
     assert (found and found.until) == (until and at(until))
 
 
+@pytest.mark.parametrize(
+    ("quiet", "now", "begins", "text"),
+    [
+        (NIGHT, "2026-11-21 21:59:59", "2026-11-21 22:00", NIGHT[0]),
+        (NIGHT, "2026-11-21 22:00", None, ""),  # they are now
+        (NIGHT, "2026-11-22 07:00", "2026-11-22 22:00", NIGHT[0]),
+        (WORK, "2026-11-20 19:00", "2026-11-23 08:00", WORK[0]),
+        ([*WORK, "sat 23:00-24:00"], "2026-11-20 19:00", "2026-11-21 23:00", "sat 23:00-24:00"),
+        ([], "2026-11-20 19:00", None, ""),
+        # the night in which the clocks skip it: the one after
+        (["02:15-02:45"], "2026-03-29 00:00", "2026-03-30 02:15", "02:15-02:45"),
+        # the hour that comes twice is one window
+        (["02:15-02:45"], "2026-10-25 00:00", "2026-10-25 02:15", "02:15-02:45"),
+    ],
+)
+def test_what_comes_next(quiet, now, begins, text):
+    found = Schedule(quiet, ZURICH).next(at(now))
+    assert found == (begins and (at(begins), text))
+
+
 def test_the_night_in_which_clocks_go_forward_is_an_hour_shorter():
     schedule = Schedule(NIGHT, ZURICH)
     begin = at("2026-03-28 22:00")
