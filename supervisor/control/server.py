@@ -22,6 +22,7 @@ import trio
 
 from supervisor.control.conversation import Conversations
 from supervisor.control.exchange import Refused, Request, Response, error
+from supervisor.control.peer import PEER, peer_named
 from supervisor.control.routes import answer
 from supervisor.control.surface import Surface
 from supervisor.errors import IdentityHeld, NoPermission
@@ -150,6 +151,7 @@ def owners(
         if uid is None or uid not in (os.geteuid(), 0):
             log.warning("the control socket refused uid %s", uid)
             return error(403, "This socket is for the owner of the supervisor and for root.")
+        PEER.set(peer_named(uid, stream.socket))
         return None
 
     def check(request: Request) -> None:

@@ -16,7 +16,10 @@ async def ask(box, method: str, target: str, body: object = None, kind: str = "a
     return response.status, response
 
 
-@pytest.mark.parametrize("target", [path for path, methods in ROUTES.items() if "GET" in methods])
+@pytest.mark.parametrize(
+    "target",
+    [path for path, methods in ROUTES.items() if "GET" in methods and path != "/v1/diagnostics"],
+)
 async def test_every_question_has_an_answer(box, target):
     status, response = await ask(box, "GET", target + "?anything=1")
     assert status == 200
