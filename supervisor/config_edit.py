@@ -15,7 +15,9 @@ from supervisor.config_keys import is_table, locate, parse_key, type_at, written
 from supervisor.config_layers import read_layers
 from supervisor.errors import ConfigError
 from supervisor.toml_lines import Path as KeyPath
-from supervisor.worker_toml import WorkerToml
+from supervisor.worker_toml import ChangedMeanwhile, WorkerToml
+
+TRIES = 100  # each lost one is somebody else's edit that was made
 
 
 class StaleEdit(ConfigError):
@@ -60,9 +62,36 @@ def edit(
         ConfigError: the result would not be valid, with every problem; the old file stands.
         NoPermission: the file cannot be read or written.
     """
-    toml = WorkerToml(path, whole=False)
-    if if_match and if_match != read_layers(toml.path, {}).etag:
-        raise StaleEdit([f"{path}: was changed since it was shown; look at it again, then repeat the edit"])
+    for _ in range(TRIES):
+        toml = WorkerToml(path, whole=False)
+        if if_match and if_match != read_layers(toml.path, {}).etag:
+            raise StaleEdit([f"{path}: was changed since it was shown; look at it again, then repeat the edit"])
+        try:
+            return _edited(toml, values, convert)
+        except ChangedMeanwhile:
+            continue  # with `if_match` the next look refuses it; without, the edit is made in what stands there now
+    raise ChangedMeanwhile([f"{path}: others write it without a pause; nothing was written, try again"])
+
+
+def etag(path: Path) -> str:
+    """The etag of the configuration at `path`, drop-ins included.
+
+    Raises:
+        ConfigError: the files cannot be read, or are not TOML.
+    """
+    return read_layers(path.resolve(), {}).etag
+
+
+def patch(path: Path, changes: Mapping[str, Any], if_match: str = "") -> str:
+    """`edit` for programs: dotted key -> plain value, None takes it out. Returns the etag afterwards.
+
+    Raises:
+        StaleEdit, NotThere, ConfigError, NoPermission: as `edit`.
+    """
+    return edit(path, changes, if_match=if_match).etag
+
+
+def _edited(toml: WorkerToml, values: Mapping[str, Any], convert: Callable[[KeyPath, Any], Any]) -> Edited:
     paths: dict[str, KeyPath] = {}
     for key, value in values.items():
         at = paths[key] = _locate_in(toml, key)
@@ -70,12 +99,12 @@ def edit(
         if value is None:
             try:
                 toml.drop(at)
-            except (KeyError, IndexError, TypeError):
+            except KeyError:
                 raise NotThere([f"{key} is not in {toml.path}"]) from None
             continue
         if is_table(type_):
             raise ConfigError([f"{key}: is a table; set its keys one by one"])
-        if value == MASK or (isinstance(value, dict) and MASK in value.values()):
+        if _has_mask(value):
             raise ConfigError([f"{key}: {MASK} only stands for a secret that is not shown; give the secret itself"])
         toml.put(at, convert(at, value))
     toml.save()
@@ -86,6 +115,11 @@ def edit(
         if source is not None and source.name != str(toml.path):
             stronger[key] = str(source)
     return Edited(layers.etag, stronger)
+
+
+def _has_mask(value: Any) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return value == MASK or any(_has_mask(one) for one in inner)
 
 
 def _locate_in(toml: WorkerToml, key: str) -> KeyPath:

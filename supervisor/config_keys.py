@@ -51,18 +51,19 @@ def written(parts: Sequence[str | int]) -> str:
     return ".".join(text)
 
 
-def locate(parts: Sequence[str], models: Sequence[Any]) -> KeyPath:
+def locate(parts: Sequence[str], models: Any) -> KeyPath:
     """Put the index in the place of a model's name.
 
     Args:
         parts: from `parse_key`.
-        models: the plain `[[models]]` entries.
+        models: the plain `[[models]]` entries, or whatever the file has in their place.
 
     Raises:
         ConfigError: there is no such model.
     """
     if parts[0] != "models" or len(parts) == 1:
         return tuple(parts)
+    models = models if isinstance(models, list) else []
     names = [str(entry.get("name", "")) if isinstance(entry, dict) else "" for entry in models]
     if parts[1] in names:
         return ("models", names.index(parts[1]), *parts[2:])

@@ -12,6 +12,7 @@ A file of an older `config_version` is read as the migrated text (config_migrate
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 import tomllib
@@ -26,6 +27,8 @@ from supervisor.settings import CONFIG_VERSION
 from supervisor.toml_lines import Path as KeyPath
 from supervisor.toml_lines import key_lines, line_of
 
+# A hundred times the largest that was seen; tomllib takes seconds for each 10 MB.
+MAX_BYTES = 2 * 2**20
 ENV_PREFIX = "BULKHEAD__"
 DROP_INS = "conf.d"
 
@@ -205,11 +208,17 @@ def _read(path: Path, data: bytes, notes: list[str]) -> tuple[str, dict[str, Any
 
 
 def decoded(path: Path, data: bytes) -> str:
-    """The text of a file. Raises ConfigError when it is not UTF-8."""
+    """The text of a file. Raises ConfigError when it is not UTF-8, begins with a mark, or is too long."""
+    if len(data) > MAX_BYTES:
+        raise ConfigError([f"{path}: has {len(data)} bytes, more than {MAX_BYTES}; that is no configuration"])
+    if data.startswith(codecs.BOM_UTF8):
+        raise ConfigError([f"{path}:1: begins with a byte order mark; save it as UTF-8 without one"])
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start})"]) from None
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise ConfigError([f"{path}:{line}: column {column}: is not UTF-8 text; save it as UTF-8"]) from None
 
 
 def parsed(path: Path, text: str) -> dict[str, Any]:

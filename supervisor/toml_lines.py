@@ -9,8 +9,33 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 Path = tuple[str | int, ...]
+
+
+class Statement(NamedTuple):
+    """A header, or a key with its value.
+
+    Attributes:
+        path: what it defines; the item of an array of tables goes by its index.
+        table: path of the header above it; for a header, its own.
+        start, end: offsets of its first line, and behind its last one.
+        header: whether it is one.
+    """
+
+    path: Path
+    table: Path
+    start: int
+    end: int
+    header: bool
+
+
+def statements(text: str) -> list[Statement]:
+    """The statements of `text`, which must be valid TOML, in their order; comments are at their ends or between."""
+    scanner = _Scanner(text)
+    scanner.scan()
+    return scanner.statements
 
 
 def key_lines(text: str) -> dict[Path, int]:
@@ -33,16 +58,23 @@ class _Scanner:
         self._table: Path = ()
         self._lines: dict[Path, int] = {}
         self._counts: dict[Path, int] = {}  # items so far of each array of tables
+        self.statements: list[Statement] = []
 
     def scan(self) -> dict[Path, int]:
         while self._skip_blank():
             line = self._text.count("\n", 0, self._at) + 1
-            if self._text[self._at] == "[":
+            start = self._text.rfind("\n", 0, self._at) + 1
+            header = self._text[self._at] == "["
+            if header:
                 self._header(line)
+                path = self._table
             else:
-                self._lines.setdefault(self._table + self._key("="), line)
+                path = self._table + self._key("=")
+                self._lines.setdefault(path, line)
                 self._at += 1
-                self._value()
+            self._value()  # of a header, the rest of its line
+            end = min(self._at + 1, len(self._text))
+            self.statements.append(Statement(path, self._table, start, end, header))
         return self._lines
 
     def _header(self, line: int) -> None:

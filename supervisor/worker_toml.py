@@ -8,6 +8,7 @@ the folder, and one that read an older content than stands there is refused.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-from tomlkit.exceptions import TOMLKitError
 
+from supervisor import toml_splice
 from supervisor.config import load
-from supervisor.config_layers import parsed
+from supervisor.config_layers import decoded, parsed
 from supervisor.config_walk import dotted
 from supervisor.errors import ConfigError, NoPermission
 from supervisor.settings import CONFIG_VERSION
 from supervisor.toml_lines import Path as KeyPath
+from supervisor.toml_lines import statements
 
 BACKUPS = 5
 
@@ -51,35 +53,31 @@ class WorkerToml:
     """
 
     def __init__(self, path: Path, *, whole: bool = True) -> None:
-        self.path = path.resolve()
         self._before: bytes | None = None
         try:
+            self.path = path.resolve()
             self._before = self.path.read_bytes()
-            text = self._before.decode()
+            self._text = decoded(self.path, self._before)
             if whole:
                 load(self.path)
         except FileNotFoundError:
-            text = FRESH
+            self._text = FRESH
         except PermissionError:
-            raise NoPermission(f"{self.path} cannot be read; run this as its owner.") from None
-        except UnicodeDecodeError:
-            raise ConfigError([f"{self.path}: is not UTF-8 text"]) from None
-        self._plain: dict[str, Any] = parsed(self.path, text)
+            raise NoPermission(f"{path} cannot be read; run this as its owner.") from None
+        except (OSError, RuntimeError) as error:  # a folder; links that lead to themselves
+            raise ConfigError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+        self._plain: dict[str, Any] = parsed(self.path, self._text)
         version = self._plain.get("config_version", CONFIG_VERSION)
         if type(version) is int and version < CONFIG_VERSION:
             raise ConfigError(
                 [f"{self.path}: is of config_version {version}; first run: supervisor config migrate --write"]
             )
-        try:
-            self._doc = tomlkit.parse(text)
-        except TOMLKitError as error:  # pragma: no cover  tomllib has accepted it
-            raise ConfigError([f"{self.path}: cannot be edited: {error}"]) from None
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        """The [[models]] entries as plain values, paths as they are written."""
-        found: list[dict[str, Any]] = self._plain.get("models", [])
-        return found
+        """The [[models]] entries as plain values, paths as they are written; what is no entry is left out."""
+        found = self._plain.get("models", [])
+        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
     def has_model(self, name: str) -> bool:
         """Whether an entry has this name."""
@@ -87,97 +85,98 @@ class WorkerToml:
 
     def put_model(self, entry: Mapping[str, Any], comment: str = "") -> None:
         """Add a [[models]] entry, or replace the one of the same name where it stands."""
-        table = _table(entry, comment)
-        array = self._models()
-        for number, old in enumerate(array):
-            if old.get("name") == entry["name"]:
-                array[number] = table
-                self._plain["models"][number] = _plain(entry)
-                return
-        table.trivia.indent = "\n"  # an empty line before it
-        array.append(table)
-        self._plain.setdefault("models", []).append(_plain(entry))
+        names = [old.get("name") for old in self.models]
+        number = names.index(entry["name"]) if entry["name"] in names else len(names)
+        models = self._plain.setdefault("models", [])
+        if any(one.path == ("models",) and not one.header for one in statements(self._text)):
+            self._put_inline(number, entry)
+        else:
+            array = tomlkit.aot()
+            array.append(_table(entry, comment))
+            document = tomlkit.document()
+            document["models"] = array
+            self._text = toml_splice.put_item(self._text, ("models", number), tomlkit.dumps(document))
+        models[number:] = [_plain(entry), *models[number + 1 :]]
+
+    def _put_inline(self, number: int, entry: Mapping[str, Any]) -> None:
+        """The same for `models = [ … ]`, which cannot be told apart into tables without losing its comments."""
+        (one,) = [one for one in statements(self._text) if one.path == ("models",)]
+        document: Any = tomlkit.parse(self._text[one.start : one.end])
+        array = document["models"]
+        if number < len(array):
+            array[number] = toml_splice.inline(entry)
+        else:
+            array.append(toml_splice.inline(entry))
+        self._text = self._text[: one.start] + tomlkit.dumps(document) + self._text[one.end :]
 
     def remove_model(self, name: str) -> None:
         """Take the entry out. Raises KeyError when there is none."""
-        array = self._models()
-        for number, old in enumerate(array):
+        for number, old in enumerate(self.models):
             if old.get("name") == name:
-                del array[number]
-                del self._plain["models"][number]
-                if not self._plain["models"]:
-                    del self._plain["models"], self._doc["models"]
+                self.drop(("models", number))
                 return
         raise KeyError(name)
 
     def set_engine(self, name: str, values: Mapping[str, Any]) -> None:
         """Set keys of [engines.NAME]; the others stay."""
-        if "engines" not in self._doc:
-            self._doc["engines"] = tomlkit.table(is_super_table=True)
-        engines: Any = self._doc["engines"]
-        if name not in engines:
-            engines[name] = tomlkit.table()
-        plain = self._plain.setdefault("engines", {}).setdefault(name, {})
         for key, value in values.items():
-            engines[name][key] = value
-            plain[key] = value
+            self.put(("engines", name, key), value)
 
     def put(self, path: KeyPath, value: Any) -> None:
-        """Set one value; tables on the way are made. List indexes must exist."""
-        table: Any = self._doc
-        plain: Any = self._plain
-        for part in path[:-1]:
-            if isinstance(part, str) and part not in table:
-                table[part] = tomlkit.table()
-                plain[part] = {}
-            table, plain = table[part], plain[part]
-        table[path[-1]] = value
-        plain[path[-1]] = value
+        """Set one value; tables on the way are made. List indexes must exist.
+
+        Raises:
+            ConfigError: something on the way is no table, or TOML has no such value.
+        """
+        try:
+            self._text = toml_splice.put(self._text, path, value)
+            plain: Any = self._plain
+            for part in path[:-1]:
+                plain = plain.setdefault(part, {}) if isinstance(part, str) else plain[part]
+            plain[path[-1]] = value
+        except ValueError as error:
+            raise ConfigError([f"{dotted(path)}: {error}"]) from None
+        except (TypeError, KeyError, IndexError, AttributeError):
+            raise ConfigError([f"{self.path}: {dotted(path)} has no place there; mend the file by hand"]) from None
 
     def drop(self, path: KeyPath) -> None:
         """Take one value or table out; its default counts from then on. Raises KeyError when it is not there."""
-        if len(path) == 2 and path[0] == "models":
-            self.remove_model(self.models[int(path[1])]["name"])
-            return
-        table: Any = self._doc
-        plain: Any = self._plain
-        for number, part in enumerate(path):
-            inside: Any = plain
-            if not (isinstance(plain, list) or (isinstance(plain, dict) and part in plain)):
-                raise KeyError(dotted(path))
-            if number < len(path) - 1:
-                table, plain = table[part], inside[part]
-        del table[path[-1]], plain[path[-1]]
+        if _at(self._plain, path) is None:
+            raise KeyError(dotted(path))
+        try:
+            self._text = toml_splice.drop(self._text, path)
+        except (TypeError, IndexError):
+            raise KeyError(dotted(path)) from None
+        del _at(self._plain, path[:-1])[path[-1]]
+        self._forget_empty(path[:-1])
+
+    def _forget_empty(self, path: KeyPath) -> None:
+        """A table that only its last key had made is gone with it."""
+        while path:
+            outer, there = _at(self._plain, path[:-1]), _at(parsed(self.path, self._text), path[:-1])
+            if outer[path[-1]] or (isinstance(there, dict) and path[-1] in there):
+                return
+            del outer[path[-1]]
+            path = path[:-1]
 
     def put_top_line(self, line: str) -> None:
         """Make `line` the first one, where it is not in the file yet; a `#:schema` line must stand there."""
-        text = tomlkit.dumps(self._doc)
-        if line not in text.splitlines():
-            self._doc = tomlkit.parse(f"{line}\n{text}")
-
-    def _models(self) -> Any:
-        """The array of tables; `models = []` and an inline array become one."""
-        found = self._doc.get("models")
-        if isinstance(found, tomlkit.items.AoT):
-            return found
-        array = tomlkit.aot()
-        for entry in found.unwrap() if found is not None else []:
-            array.append(_table(entry, ""))
-        if found is not None:
-            del self._doc["models"]
-        self._doc["models"] = array
-        return self._doc["models"]
+        if line not in self._text.splitlines():
+            self._text = f"{line}\n{self._text}"
 
     def text(self) -> str:
-        """The file as it would be written.
+        """The file as it would be written, with the ends of lines that it had.
 
         Raises:
             ConfigError: the edit would change more than was asked (the file's layout is too unusual).
         """
-        text = tomlkit.dumps(self._doc)
+        text = self._text
+        if self._before is not None and b"\r\n" in self._before and b"\n" not in self._before.replace(b"\r\n", b""):
+            text = text.replace("\r\n", "\n").replace("\n", "\r\n")
         try:
             after: Any = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            text.encode()
+        except (tomllib.TOMLDecodeError, UnicodeEncodeError) as error:
             after = error
         if after != self._plain:
             raise ConfigError([f"{self.path}: its layout is too unusual to be edited safely; edit it by hand"])
@@ -187,13 +186,17 @@ class WorkerToml:
         """Replace the file atomically, after the new text was checked like any configuration.
 
         Raises:
-            ConfigError: the result would not be valid, or the file was changed by others since it was read; the old
-                file stands.
+            ChangedMeanwhile: others have written the file since it was read; theirs stands.
+            ConfigError: the result would not be valid; the old file stands.
             NoPermission: the folder cannot be written.
         """
         data = self.text().encode()
         replace_whole(self.path, self._before, data, load)
         self._before = data
+
+
+class ChangedMeanwhile(ConfigError):
+    """Somebody else has written the file since it was read."""
 
 
 def replace_whole(path: Path, before: bytes | None, data: bytes, check: Callable[[Path], object] | None = None) -> None:
@@ -204,7 +207,8 @@ def replace_whole(path: Path, before: bytes | None, data: bytes, check: Callable
         check: called with a file beside `path` that has the new content; a ConfigError of it leaves all as it was.
 
     Raises:
-        ConfigError: the file was changed since it was read, or `check` says so.
+        ChangedMeanwhile: the file was changed since it was read.
+        ConfigError: `check` says so.
         NoPermission: the folder cannot be written.
     """
     try:
@@ -212,11 +216,19 @@ def replace_whole(path: Path, before: bytes | None, data: bytes, check: Callable
         with _locked(path.parent):
             now = path.read_bytes() if path.exists() else None
             if now != before:
-                raise ConfigError([f"{path}: was changed by another program meanwhile; nothing was written, try again"])
+                text = f"{path}: was changed by another program meanwhile; nothing was written, try again"
+                raise ChangedMeanwhile([text])
             if now != data:
                 _replace(path, data, check)
     except OSError as error:
-        raise NoPermission(f"{path} cannot be written: {error.strerror}; run this as its owner.") from None
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> NoPermission:
+    cures = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there; the old content stands")
+    cures[errno.EBUSY] = "it is mounted by itself, so edit it where it comes from"
+    cure = cures.get(error.errno or 0, "run this as its owner")
+    return NoPermission(f"{path} cannot be written: {error.strerror}; {cure}.")
 
 
 def _replace(path: Path, data: bytes, check: Callable[[Path], object] | None) -> None:
@@ -252,7 +264,7 @@ def put_beside(path: Path, data: bytes) -> None:
     try:
         _written(path, f".{path.name}-", data).replace(path)
     except OSError as error:
-        raise NoPermission(f"{path} cannot be written: {error.strerror}; run this as its owner.") from None
+        raise _unwritten(path, error) from None
 
 
 def _written(path: Path, prefix: str, data: bytes) -> Path:
@@ -311,6 +323,16 @@ def _table(entry: Mapping[str, Any], comment: str) -> Any:
     if comment:
         table.comment(" ".join(comment.split()))
     return table
+
+
+def _at(plain: Any, path: KeyPath) -> Any:
+    """What is at a path; None for nothing."""
+    for part in path:
+        try:
+            plain = plain[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return plain
 
 
 def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:
