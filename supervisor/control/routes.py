@@ -2,7 +2,44 @@
 
 Nothing here changes anything: orders go to whoever was handed over as `Requests`, which is what everybody else asks,
 too; and what is shown comes from a snapshot. A route is a path with `{name}` for a part that varies, and a handler
-per method, in routes_look.py or routes_act.py.
+per method, in routes_look.py or routes_act.py. All speak JSON, and refusals are {"error": {"message": …}}.
+
+GET               /v1/health                    is it there, and which API
+GET               /v1/status                    everything at this moment, and why nothing is done
+GET               /v1/events                    ?since=ID: what happens (SSE: status, model, job, jobs, hold, link, gpu,
+                                                incident, config); "hello" without since, "gap" where some are lost
+GET               /v1/jobs                      ?state= &model= &kind= &limit=: open ones, then the latest that ended
+GET               /v1/jobs/{id}                 all attempts of one job
+POST              /v1/jobs/{id}/cancel          reason
+GET               /v1/logs                      ?since=ID &level= &q= &job= &limit=; with &follow=1 as SSE: line,
+                                                "hello" without since, "dropped" where some are lost
+GET, POST         /v1/log-level                 level, for_s
+GET               /v1/models                    as configured, with their state
+POST              /v1/models/{name}/load        before anybody asks for it
+POST              /v1/models/pull               name or source; its progress (SSE)
+POST              /v1/models/remove             name
+GET               /v1/engines                   the instances
+POST              /v1/engines/{model}/restart   reason, now
+POST              /v1/engines/{model}/unload    reason
+GET               /v1/gpus                      memory, load, faults, and why each is idle
+POST              /v1/gpus/{uuid}/cordon        reason, for_s, unload
+POST              /v1/gpus/{uuid}/uncordon
+GET, POST         /v1/holds                     why work is not taken; put one
+DELETE            /v1/holds/{source}            lift one
+POST              /v1/pause                     reason, for_s, free_vram, kind, gpu
+POST              /v1/resume                    kind, gpu
+POST              /v1/drain                     reason, restart
+POST              /v1/shutdown                  reason
+POST              /v1/reload                    read the configuration again
+POST              /v1/register                  another coordinator
+GET, PATCH        /v1/config                    masked, with the place of each value, and its ETag; a patch is
+                                                {dotted key: value or null} and names the ETag in If-Match
+GET               /v1/config/schema             JSON Schema of worker.toml
+GET               /v1/incidents                 the latest bad ends of instances
+GET               /v1/metrics                   for Prometheus
+GET               /v1/diagnostics               a redacted bundle (tar.gz)
+GET               /v1/doctor                    everything that a person would check
+POST              /v1/login-code                for the page
 """
 
 from __future__ import annotations

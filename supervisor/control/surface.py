@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from supervisor.control import asked
+from supervisor.control.events import Events
+from supervisor.control.jobs_seen import JobBook
 from supervisor.control.login import Logins
 from supervisor.control.snapshot import Snapshot
+from supervisor.host.work import ModelSpec
 from supervisor.intake.holds import Hold
+from supervisor.observe.ring import Ring
 
 
 class Requests(Protocol):
@@ -81,6 +85,16 @@ class Requests(Protocol):
         """Cancel a job that runs here; how many attempts of it were asked to end."""
 
 
+class Configuration(Protocol):
+    """The configuration of the running supervisor (`supervisor.config_live.LiveConfig`)."""
+
+    async def shown(self) -> tuple[dict[str, Any], str]:
+        """What there is to see, masked, and its etag; "" when there is none."""
+
+    async def edit(self, changes: Mapping[str, Any], etag: str) -> tuple[dict[str, Any], str]:
+        """Change it, if it is still what `etag` names ("" names any); what came of it, and the new etag."""
+
+
 class Surface(NamedTuple):
     """What the routes work on.
 
@@ -88,6 +102,12 @@ class Surface(NamedTuple):
         snapshot: everything at this moment, explained.
         requests: who acts.
         more_metrics: lines of further families (the GPUs').
+        specs: the models that are served.
+        events: what happened, for those who follow.
+        jobs: attempts that wait, run, and have ended lately.
+        lines: the latest lines of the log.
+        log_level: the level in force.
+        config: worker.toml and what is in force of it.
         logins: who may use the page.
         diagnostics: makes the bundle for whoever helps: a tar.gz, redacted.
         doctor: checks everything that a person would; one plain value for programs.
@@ -96,6 +116,12 @@ class Surface(NamedTuple):
     snapshot: Callable[[], Snapshot]
     requests: Requests
     more_metrics: Callable[[], Iterable[str]] = tuple
+    specs: Callable[[], Sequence[ModelSpec]] = tuple
+    events: Events | None = None
+    jobs: JobBook | None = None
+    lines: Ring | None = None
+    log_level: Callable[[], str] | None = None
+    config: Configuration | None = None
     logins: Logins | None = None
     diagnostics: Callable[[], Awaitable[bytes]] | None = None
     doctor: Callable[[], Awaitable[Mapping[str, Any]]] | None = None
