@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import operator
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 MOST = 8  # at once: each is a process with connections of its own
 KEPT_S = 60.0
-KEPT_NOTES = 50
+KEPT = 200  # events of a pull besides its progress: its plan, and notes on retries
 REMOVE_S = 60.0  # deleting a model's files on a slow disk
 MAX_LINE_BYTES = 2**20
 TERM_GRACE_S = 2.0
@@ -42,52 +43,43 @@ _LAST = ("done", "failed")
 
 
 class _Course:
-    """One pull, as those who follow it see it."""
+    """One pull, as those who follow it see it. Of progress only the latest counts; everything else is kept in order."""
 
     def __init__(self) -> None:
-        self.plan: Mapping[str, Any] | None = None
-        self.progress: Mapping[str, Any] | None = None
-        self.notes: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=KEPT_NOTES)
         self.end: Mapping[str, Any] | None = None
-        self.count = 0  # events so far
+        self._count = 0  # events so far
+        self._kept: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque(maxlen=KEPT)
+        self._progress: tuple[int, Mapping[str, Any]] | None = None
         self._news = trio.Event()
-        self._latest: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque(maxlen=200)
+
+    @property
+    def failed(self) -> bool:
+        return self.end is not None and self.end["t"] == "failed"
 
     def add(self, said: Mapping[str, Any]) -> None:
-        match said["t"]:
-            case "plan":
-                self.plan = said
-            case "progress":
-                self.progress = said
-            case "note":
-                self.notes.append(said)
-            case _:
-                self.end = said
-        self.count += 1
-        self._latest.append((self.count, said))
+        self._count += 1
+        if said["t"] == "progress":
+            self._progress = (self._count, said)
+        elif said["t"] in _LAST:
+            self.end = said
+        else:
+            self._kept.append((self._count, said))
         self._news.set()
         self._news = trio.Event()
 
-    def so_far(self) -> list[Mapping[str, Any]]:
-        """What somebody who comes now has to know, the end left out."""
-        return [one for one in (self.plan, *self.notes, self.progress) if one is not None]
-
     async def follow(self) -> AsyncIterator[Mapping[str, Any] | None]:
-        """See `Pulls.pull`. A reader that is too slow for all progress misses some of it, never the end."""
-        seen = self.count
-        for said in self.so_far():
-            yield said
+        """See `Pulls.pull`."""
+        seen = 0
         while True:
-            end = self.end
-            for number, said in list(self._latest):
-                if number > seen:
-                    seen = number
-                    if said["t"] not in _LAST:
-                        yield said
+            end, count = self.end, self._count
+            latest = (*self._kept, *((self._progress,) if self._progress else ()))
+            for _number, said in sorted((one for one in latest if one[0] > seen), key=operator.itemgetter(0)):
+                yield said
+            seen = count
             if end is not None:
                 yield end
                 return
-            if self.count == seen:
+            if self._count == seen:
                 with trio.move_on_after(KEEP_ALIVE_S) as quiet:
                     await self._news.wait()
                 if quiet.cancelled_caught:
@@ -114,7 +106,7 @@ class Pulls:
             Refused: too many are under way, or another one under this name is.
         """
         course = self._courses.get(order)
-        if course is None:
+        if course is None or course.failed:
             running = [other for other, each in self._courses.items() if each.end is None]
             if other := next((other for other in running if order.name and other.name == order.name), None):
                 raise Refused(409, f"{order.name!r} is being pulled from {_shown(other)} already; wait for its end.")
@@ -131,18 +123,22 @@ class Pulls:
     async def _run(self, order: Pull, course: _Course) -> None:
         try:
             await self._child(order, course)
-        except OSError as error:
-            course.add({"t": "failed", "message": f"The pull cannot be started: {error.strerror or error}."})
+        except (OSError, ValueError) as error:  # ValueError: a word that no process can have
+            course.add({"t": "failed", "message": f"The pull cannot be started: {error}."})
         except Exception:  # the supervisor would end of it
             log.exception("a pull failed")
             course.add({"t": "failed", "message": "A mistake of ours; the supervisor's log has it."})
         finally:
             if course.end is None:
                 course.add({"t": "failed", "message": "The supervisor ends; ask again to go on where it stopped."})
-            if course.end is not None and course.end["t"] == "failed":
-                self._courses.pop(order, None)
+            if course.failed:
+                self._forget(order, course)
         await trio.sleep(KEPT_S)
-        self._courses.pop(order, None)
+        self._forget(order, course)
+
+    def _forget(self, order: Pull, course: _Course) -> None:
+        if self._courses.get(order) is course:  # else it was asked for anew meanwhile
+            del self._courses[order]
 
     async def _child(self, order: Pull, course: _Course) -> None:
         spec = ChildSpec(name="models pull", argv=(*_command("pull", self._config), "--json", *_words(order)))
@@ -171,8 +167,8 @@ class Pulls:
         argv = (*_command("remove", self._config), *words, "--", order.name)
         try:
             said, how, child = await run_child(ChildSpec(name="models remove", argv=argv), deadline_s=REMOVE_S)
-        except OSError as error:
-            raise Refused(500, f"The removal cannot be started: {error.strerror or error}.") from None
+        except (OSError, ValueError) as error:
+            raise Refused(409, f"The removal cannot be started: {error}.") from None
         if how.code == ExitCode.STOPPED:
             return said.decode(errors="replace").strip()
         words_ = " ".join(child.stderr_tail(3)).strip() or how.describe()

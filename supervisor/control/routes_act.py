@@ -132,11 +132,15 @@ def _pull(request: Request, surface: Surface) -> Stream:
 
 
 async def _pieces(events: AsyncIterator[Mapping[str, Any] | None]) -> AsyncIterator[bytes]:
-    async for found in events:
-        if found is None:
-            yield KEEP_ALIVE
-        else:
-            yield event(str(found["t"]), {name: value for name, value in found.items() if name != "t"})
+    try:
+        async for found in events:
+            if found is None:
+                yield KEEP_ALIVE
+            else:
+                yield event(str(found["t"]), {name: value for name, value in found.items() if name != "t"})
+    finally:
+        if (close := getattr(events, "aclose", None)) is not None:
+            await close()  # waits for nothing: who looks on holds nothing
 
 
 async def _remove(request: Request, surface: Surface) -> Response:
