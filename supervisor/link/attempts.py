@@ -26,7 +26,7 @@ from supervisor.link.dialects.base import Delivery
 from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
 from supervisor.link.session import Post
 from supervisor.observe.context import about
-from supervisor.observe.instancewatch import span
+from supervisor.observe.figures import span
 from supervisor.observe.jobwatch import Watches
 
 log = logging.getLogger(__name__)
