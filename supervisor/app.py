@@ -40,6 +40,8 @@ from supervisor.link import register
 from supervisor.link.attempts import Attempts
 from supervisor.link.dialects import DIALECTS
 from supervisor.link.dialects.base import Home, Spoken
+from supervisor.link.keeping import OnDisk
+from supervisor.link.outbox import Outbox
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.register import Proof
 from supervisor.link.session import Address, SessionEnd, Why
@@ -60,6 +62,7 @@ from supervisor.secrets import TOKEN, secret
 from supervisor.service import Service, status_sentence
 from supervisor.settings import CoordinatorTable, LimitsTable, Settings
 from supervisor.state import StateFolder, hold_state, write_endpoint
+from supervisor.store import open_store
 from supervisor.version import version
 
 log = logging.getLogger(__name__)
@@ -204,14 +207,20 @@ class _Supervisor:
         means = box.means(uses.verify, prover.again)
         async with (
             contextlib.AsyncExitStack() as stack,
+            open_store(self._state.records) as store,
             open_host(self._specs, self._limits, self._state.instances, means=means) as host,
             self._spoken(address) as spoken,
             trio.open_nursery() as nursery,
         ):
             stack.callback(uses.close)
-            attempts = Attempts(host, spoken.delivery, host.ground, nursery, Watches(self._tally, self._tracer))
+            keeping = OnDisk(store, Outbox(self._state.outbox, int(self._limits.outbox_gb * 2**30)))
+            watches = Watches(self._tally, self._tracer)
+            attempts = Attempts(host, spoken.delivery, host.ground, nursery, watches, keeping)
+            attempts.restore(await keeping.restore())
+            nursery.start_soon(keeping.run)
             attempts.on_done = box.watch_holds.note_good
-            worker = self._worker(box, host, attempts)
+            worker = self._worker(box, host, attempts, keeping)
+            keeping.on_change = worker.announce
             host.on_change = lambda: self._host_changed(box, worker)
             box.on_change = lambda: self._machine_changed(box, worker)
             box.pausing.on_warm = lambda models: self._warm(box, host, models)
@@ -322,7 +331,7 @@ class _Supervisor:
             gathering.snapshot, Orders(box.pausing, self.ask_drain), lambda: [*box.gpu_metrics(), *self._tally.lines()]
         )
 
-    def _worker(self, box: Box, host: Host, attempts: Attempts) -> Worker:
+    def _worker(self, box: Box, host: Host, attempts: Attempts, keeping: OnDisk) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
             return register.capabilities(
                 register.model_offers(self._specs, self._proofs, host.snapshot(), box.barred),
@@ -343,7 +352,7 @@ class _Supervisor:
             offered=offered,
             models=models,
             on_shutdown=self.ask_drain,
-            held=lambda: (box.pausing.reason(), box.pausing.left_s()),
+            held=lambda: (box.pausing.reason() or keeping.reason(), box.pausing.left_s()),
             tally=self._tally,
         )
 

@@ -172,6 +172,8 @@ class LimitsTable(Table, frozen=True):
         memory_gb: most resident memory of one instance, in GiB; 0 means nine tenths of the box's.
         scratch_gb: most that one model's scratch folders may hold, in GiB.
         vram_margin_gb: GPU memory that is always left free, in GiB.
+        outbox_gb: with so many GiB of results waiting for the coordinator, no more jobs are taken.
+        vram_threshold_gb: most GPU memory that one job may say it needs, in GiB; 0 sets no limit.
     """
 
     drain_s: _Seconds = 60.0
@@ -186,6 +188,8 @@ class LimitsTable(Table, frozen=True):
     memory_gb: _Gigabytes = 0.0
     scratch_gb: Annotated[float, Meta(gt=0, le=1e6)] = 20.0
     vram_margin_gb: _Gigabytes = 0.5
+    outbox_gb: Annotated[float, Meta(gt=0, le=1e6)] = 20.0
+    vram_threshold_gb: _Gigabytes = 0.0
     restart: RestartTable = RestartTable()
     recycle: RecycleTable = RecycleTable()
 

@@ -9,6 +9,8 @@ quarantines.json  models that are out of service, and until when
 gpus.json       GPUs that are out of service, and why
 peaks.json      GPU memory that models were seen to take
 holds.json      why no jobs are taken, and until when
+worker.db       claims and results that the coordinator has not acknowledged
+outbox/         files of these results
 control.sock    the owner's socket
 coordinator/    state of the embedded coordinator
 instances/      where engines work: scratch, inputs and outputs of their jobs
@@ -53,6 +55,8 @@ class StateFolder:
         self.gpus = root / "gpus.json"
         self.peaks = root / "peaks.json"
         self.holds = root / "holds.json"
+        self.records = root / "worker.db"
+        self.outbox = root / "outbox"
 
     def worker_id(self, configured: str) -> str:
         """The configured name, else the one made at the first start."""

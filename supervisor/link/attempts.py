@@ -2,15 +2,16 @@
 
 Theory of operation. Each claim has one task; sessions come and go beside it. What the task has to say is posted
 when there is a session, and stays in the claim in any case, so that a later session can say it again: whether it
-has started, the chunks that are not acknowledged, and the end. A claim leaves the ledger only by `ack`.
+has started, the chunks that are not acknowledged, and the end. A claim leaves the ledger only by `ack`. What must not
+be lost with the process is handed to `Keeping` before anybody is told of it.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,19 +19,23 @@ import msgspec
 import trio
 
 from protocol import link_wire as wire
-from protocol.engine_wire import OutputFile
 from protocol.faults import Fault, FaultError, Owner, refuse
 from supervisor.host import work
 from supervisor.host.ground import Attempt, Ground
 from supervisor.link.dialects.base import Delivery
+from supervisor.link.journal import Kept
+from supervisor.link.keeping import InMemory, Keeping, Parcel
 from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
 from supervisor.link.session import Post
+from supervisor.link.transfer import UPLOAD_PATIENCE_S
 from supervisor.observe.context import about
 from supervisor.observe.figures import span
 from supervisor.observe.jobwatch import Watches
+from supervisor.store import StoreProblem
 
 log = logging.getLogger(__name__)
 
+DECLINED_MS = 5000  # a disk that is full is rarely not full a moment later
 PROGRESS_EVERY_S = 0.25  # progress is for eyes: more often only costs
 
 
@@ -50,6 +55,7 @@ class Attempts:
     Args:
         ground: model -> where its engine works; below it each attempt has its folders.
         watches: for metrics and traces.
+        keeping: where claims and results outlive the process; in memory without it.
     """
 
     def __init__(
@@ -59,8 +65,10 @@ class Attempts:
         ground: Callable[[str], Ground],
         nursery: trio.Nursery,
         watches: Watches | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self._watches = watches or Watches()
+        self._keeping = keeping or InMemory()
         self.ledger = Ledger()
         self._host = host
         self._delivery = delivery
@@ -75,6 +83,8 @@ class Attempts:
         """A session opened: say again what the coordinator may not know."""
         self._post = post
         for claim in self.ledger:
+            if not claim.accepted:
+                continue
             if claim.started:
                 self._tell(claim, wire.Started())
             for chunk in claim.unacked:
@@ -93,17 +103,32 @@ class Attempts:
     # ---- what the coordinator says
 
     def begin(self, job: str, attempt: int, offer: wire.Offer) -> None:
-        """Claim an offer and start working on it; `accept` goes out first."""
+        """Claim an offer: it is written down, accepted, and worked on, in this order."""
         now = trio.current_time()
         deadline = now + offer.deadline_ms / 1000 if offer.deadline_ms > 0 else None
+        claim = self._claim(job, attempt, offer, deadline)
+        self._nursery.start_soon(self._work, claim)
+
+    def _claim(self, job: str, attempt: int, offer: wire.Offer, deadline: float | None = None) -> Claim:
         watch = self._watches.begin(
             job=job, attempt=attempt, kind=offer.kind, model=offer.model, traceparent=offer.traceparent
         )
         claim = Claim(job, attempt, offer, deadline, watch)
         self.ledger.record(claim)
-        self._tell(claim, wire.Accept())
-        log.debug("taken", extra={"job": job, "attempt": attempt, "model": offer.model, "kind": offer.kind})
-        self._nursery.start_soon(self._work, claim)
+        return claim
+
+    def restore(self, found: Iterable[tuple[Kept, Parcel | None]]) -> None:
+        """Take up what an earlier life left, before the first session: results are delivered, the rest has failed."""
+        for kept, parcel in found:
+            claim = self._claim(kept.job, kept.attempt, kept.offer)
+            claim.accepted = claim.started = True
+            claim.streamed = kept.streamed
+            if parcel is not None:
+                claim.kept = True
+                self._nursery.start_soon(self._work, claim, parcel)
+            else:
+                lost = Fault("worker_lost", "The worker ended while it ran the job, and has started again.")
+                claim.end = wire.Fail(fault=kept.fault or lost, streamed=kept.streamed)
 
     def cancel(self, job: str, attempt: int, reason: str) -> None:
         """Ask an attempt to end; it still ends with `complete` or `fail`."""
@@ -130,6 +155,7 @@ class Attempts:
         claim.forgotten = True
         claim.scope.cancel()
         self.ledger.forget(claim)
+        self._nursery.start_soon(self._keeping.forget, job, attempt)
 
     def stop_all(self, fault: Fault) -> None:
         """End what still runs, with `fault`; each says so as its end."""
@@ -144,9 +170,42 @@ class Attempts:
 
     # ---- the task of one claim
 
-    async def _work(self, claim: Claim) -> None:
+    async def _work(self, claim: Claim, parcel: Parcel | None = None) -> None:
         with about(job=claim.job, attempt=claim.attempt, model=claim.offer.model):
-            await self._work_on(claim)
+            if parcel is not None:
+                await self._end(claim, await self._delivered(claim, parcel))
+            elif await self._accepted(claim):
+                await self._work_on(claim)
+
+    async def _accepted(self, claim: Claim) -> bool:
+        """Write the claim down and accept; False when it cannot be taken, or nobody waits for the answer any more."""
+        post = self._post
+        sentence = ""
+        try:
+            await self._keeping.claimed(claim.job, claim.attempt, claim.offer)
+        except StoreProblem as problem:
+            sentence = str(problem)
+        if self._post is post and not sentence:
+            claim.accepted = True
+            self._tell(claim, wire.Accept())
+            about_it = {
+                "job": claim.job,
+                "attempt": claim.attempt,
+                "model": claim.offer.model,
+                "kind": claim.offer.kind,
+            }
+            log.debug("taken", extra=about_it)
+            return True
+        self.ledger.forget(claim)
+        claim.watch.end("cancelled")
+        if sentence:
+            log.warning("declined: %s", sentence)
+            if self._post is post:
+                self._tell(claim, wire.Decline(code="paused", reason=sentence, retry_after_ms=DECLINED_MS))
+        else:
+            # The session in which it was offered is over: the coordinator has taken the offer back.
+            await self._keeping.forget(claim.job, claim.attempt)
+        return False
 
     async def _work_on(self, claim: Claim) -> None:
         end: wire.Complete | wire.Fail | None = None
@@ -166,12 +225,25 @@ class Attempts:
             # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
             # could then not even record the failure.
             await _remove(folders)
+        await self._end(claim, end)
+        if isinstance(end, wire.Complete):
+            await _remove(folders)
+
+    async def _end(self, claim: Claim, end: wire.Complete | wire.Fail | None) -> None:
+        """Say how it ended: None means that it was stopped."""
         if claim.forgotten:
             claim.watch.end("cancelled")
+            await self._keeping.forget(claim.job, claim.attempt)  # what was kept after the acknowledgement
             return
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
+            if claim.kept and fault.code == "worker_stopping":
+                log.info("the result is kept, and is delivered after the next start")
+                self.ledger.forget(claim)
+                return
             end = wire.Fail(fault=fault, streamed=claim.streamed)
+        if isinstance(end, wire.Fail):
+            await self._keeping.failed(claim.job, claim.attempt, end.fault, end.streamed)
         claim.end = end
         _log_end(claim, end)
         if isinstance(end, wire.Complete):
@@ -180,8 +252,6 @@ class Attempts:
         else:
             claim.watch.end("cancelled" if end.fault.code == "cancelled" else "failed", end.fault.code)
         self._tell(claim, end)
-        if isinstance(end, wire.Complete):
-            await _remove(folders)
 
     async def _run(self, claim: Claim, folders: Attempt) -> wire.Complete | wire.Fail:
         claim.watch.enter("fetch")
@@ -244,20 +314,27 @@ class Attempts:
                     self._tell(claim, progress)
 
     async def _deliver(self, claim: Claim, done: work.Done, folders: Attempt) -> wire.Complete:
+        parcel = await self._keeping.done(claim.job, claim.attempt, done, folders)
+        claim.kept = parcel.durable
+        return await self._upload(claim, parcel)
+
+    async def _upload(self, claim: Claim, parcel: Parcel) -> wire.Complete:
         claim.watch.enter("upload")
-        upload = claim.offer.upload
-        for file in done.files:
-            if file.name == wire.RESULT_FILE:
-                raise refuse("engine_protocol", f"The engine named an output {wire.RESULT_FILE!r}, which is ours.")
-            source = functools.partial(folders.open_output, file)
-            await self._delivery.upload(upload, file, source, claim.deadline, claim.watch.delivered)
-        result = msgspec.Raw(done.body)
-        if len(done.body) > wire.INLINE_BYTES:
-            digest = hashlib.sha256(done.body).hexdigest()
-            file = OutputFile(wire.RESULT_FILE, "application/msgpack", len(done.body), digest)
-            await self._delivery.upload(upload, file, done.body, claim.deadline, claim.watch.delivered)
-            result = wire.NO_RESULT
-        return wire.Complete(result=result, files=done.files, usage=dict(done.usage))
+        # What is kept waits for the coordinator as long as it takes; it says itself when nobody wants it any more.
+        until = None if parcel.durable else claim.deadline
+        patience_s = math.inf if parcel.durable else UPLOAD_PATIENCE_S
+        for file, source in parcel.items:
+            await self._delivery.upload(claim.offer.upload, file, source, until, claim.watch.delivered, patience_s)
+        return parcel.complete
+
+    async def _delivered(self, claim: Claim, parcel: Parcel) -> wire.Complete | wire.Fail | None:
+        """Deliver what an earlier life has kept."""
+        try:
+            with claim.scope:
+                return await self._upload(claim, parcel)
+        except FaultError as error:
+            return wire.Fail(fault=error.fault, streamed=claim.streamed)
+        return None
 
 
 def _log_end(claim: Claim, end: wire.Complete | wire.Fail) -> None:

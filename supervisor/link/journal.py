@@ -18,11 +18,13 @@ from protocol.faults import Fault
 from supervisor.store import Connection, Store
 
 _SQL_CLAIM = "INSERT OR REPLACE INTO claims (job, attempt, offer, taken_ms) VALUES (?, ?, ?, ?)"
-_SQL_STREAMED = "UPDATE claims SET streamed = 1 WHERE job = ? AND attempt = ?"
 _SQL_DONE = "UPDATE claims SET done = ?, bytes = ? WHERE job = ? AND attempt = ?"
 _SQL_FAULT = "UPDATE claims SET fault = ?, streamed = ?, done = NULL, bytes = 0 WHERE job = ? AND attempt = ?"
 _SQL_FORGET = "DELETE FROM claims WHERE job = ? AND attempt = ?"
-_SQL_ALL = "SELECT job, attempt, offer, streamed, done, fault, bytes FROM claims ORDER BY taken_ms, job, attempt"
+_SQL_ALL = (
+    "SELECT job, attempt, offer, streamed, done, fault, bytes FROM claims "
+    "WHERE job != '' ORDER BY taken_ms, job, attempt"
+)
 
 _NOTHING = msgspec.Raw(b"\x80")
 
@@ -39,6 +41,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A claim of an earlier life.
 
     Attributes:
+        streamed: pieces of its answer had gone out when it failed.
         result: it was done; its files lie in the outbox.
         fault: it had failed. With neither it was under way when that life ended.
         bytes: what it takes of the outbox.
@@ -68,10 +71,6 @@ class Journal:
         plain = msgspec.structs.replace(offer, params=_NOTHING, inputs=())
         await self._do(_SQL_CLAIM, job, attempt, msgspec.msgpack.encode(plain), self._now_ms())
 
-    async def streamed(self, job: str, attempt: int) -> None:
-        """A piece of its answer is about to go out: no other attempt may start from the beginning."""
-        await self._do(_SQL_STREAMED, job, attempt)
-
     async def done(self, job: str, attempt: int, result: Result, size: int) -> None:
         """It succeeded; its files, `size` bytes, are durable in the outbox."""
         await self._do(_SQL_DONE, msgspec.msgpack.encode(result), size, job, attempt)
@@ -83,6 +82,11 @@ class Journal:
     async def forget(self, job: str, attempt: int) -> None:
         """The coordinator has its end, or wants none."""
         await self._do(_SQL_FORGET, job, attempt)
+
+    async def check(self) -> None:
+        """Whether anything can be written."""
+        await self._do("INSERT INTO claims (job, attempt, offer, taken_ms) VALUES ('', 0, zeroblob(4096), 0)")
+        await self._do(_SQL_FORGET, "", 0)
 
     async def kept(self) -> list[Kept]:
         """Everything that is here, the oldest first. What cannot be read any more is forgotten.

@@ -1,7 +1,6 @@
 """The ledger: every attempt that this worker claimed and that the coordinator has not yet acknowledged.
 
-It is also the outbox: the end of an attempt stays in its claim until the acknowledgement. In memory for now; a
-supervisor that dies takes its claims along, and the coordinator gives those jobs to somebody else.
+The end of an attempt stays in its claim until the acknowledgement. What of it outlives the process is keeping.py's.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ class Claim:
         deadline: trio time after which nobody wants the result; None when the offer set none.
         watch: told of each phase, for metrics and traces.
         scope: around everything that is done for the attempt.
+        accepted: it is written down, and the coordinator was told so; before that, no session but the first knows it.
+        kept: its result is on disk, so that only delivery is left, in this life or the next.
         at_host: whether `Host.run` has it now, which ends it more gently than the scope.
         stopped: why it was told to stop; None when it was not.
         forgotten: the coordinator refuses its result for good.
@@ -41,6 +42,7 @@ class Claim:
         self.deadline = deadline
         self.watch = watch or Watches().begin(job=job, attempt=attempt, kind=offer.kind, model=offer.model)
         self.scope = trio.CancelScope()
+        self.accepted = self.kept = False
         self.at_host = False
         self.stopped: Fault | None = None
         self.forgotten = False
@@ -111,11 +113,14 @@ class Ledger:
 
     def held(self) -> tuple[Held, ...]:
         """What `hello` tells of."""
-        return tuple(Held(job=c.job, attempt=c.attempt, started=c.started) for c in self._claims.values())
+        claims = self._claims.values()
+        return tuple(Held(job=c.job, attempt=c.attempt, started=c.started) for c in claims if c.accepted)
 
     def taken(self, model: str) -> int:
-        """Attempts of a model that have not ended."""
-        return sum(claim.offer.model == model and claim.end is None for claim in self._claims.values())
+        """Attempts of a model that are still to run, or run."""
+        return sum(
+            claim.offer.model == model and claim.end is None and not claim.kept for claim in self._claims.values()
+        )
 
     @property
     def running(self) -> int:

@@ -152,13 +152,20 @@ class Transfer:
     # ---- out
 
     async def upload(
-        self, template: str, file: OutputFile, source: Output, until: float | None = None, moved: Moved = _nobody
+        self,
+        template: str,
+        file: OutputFile,
+        source: Output,
+        until: float | None = None,
+        moved: Moved = _nobody,
+        patience_s: float | None = None,
     ) -> None:
         """PUT an output to `template` with its name filled in.
 
         Args:
             source: opens the file anew for every try and returns the descriptor, or the content itself.
-            until: trio time after which nobody wants it; None leaves the usual patience.
+            until: trio time after which nobody wants it; None sets no such limit.
+            patience_s: for how long to try; None means the usual.
             moved: told of the bytes that went out.
 
         Raises:
@@ -170,7 +177,7 @@ class Transfer:
         async def once() -> None:
             await self._upload_once(template, file, source, moved)
 
-        patience_s = self._upload_patience_s
+        patience_s = self._upload_patience_s if patience_s is None else patience_s
         if until is not None:
             patience_s = max(0.0, min(patience_s, until - trio.current_time()))
         try:

@@ -54,7 +54,13 @@ class Delivery(Protocol):
         """Write an input file."""
 
     async def upload(
-        self, template: str, file: OutputFile, source: Output, until: float | None = None, moved: Moved = ...
+        self,
+        template: str,
+        file: OutputFile,
+        source: Output,
+        until: float | None = None,
+        moved: Moved = ...,
+        patience_s: float | None = None,
     ) -> None:
         """Deliver an output; `template` is `Offer.upload`, which the dialect itself has written."""
 

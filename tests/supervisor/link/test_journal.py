@@ -31,16 +31,16 @@ async def test_a_claim_from_its_offer_to_its_acknowledgement(journal):
     await journal.claimed("a", 1, OFFER)
     await journal.claimed("b", 2, OFFER)
     await journal.claimed("c", 1, OFFER)
-    await journal.streamed("b", 2)
     file = OutputFile("x.png", "image/png", 3, "ab" * 32)
     result = Result(body=b"\x81", files=(file,), usage={"images": 1.0})
     await journal.done("a", 1, result, 3)
     await journal.failed("c", 1, Fault("engine_crashed", "It crashed."), streamed=True)
     a, b, c = await journal.kept()
     assert (a.job, a.attempt, a.result, a.fault, a.bytes, a.streamed) == ("a", 1, result, None, 3, False)
-    assert (b.job, b.attempt, b.result, b.fault, b.streamed) == ("b", 2, None, None, True)
+    assert (b.job, b.attempt, b.result, b.fault, b.streamed) == ("b", 2, None, None, False)
     assert (c.job, c.fault, c.streamed) == ("c", Fault("engine_crashed", "It crashed."), True)
     assert a.offer.upload == "/up/{name}"
+    await journal.check()
     for job, attempt in (("a", 1), ("b", 2), ("c", 1)):
         await journal.forget(job, attempt)
     assert await journal.kept() == []

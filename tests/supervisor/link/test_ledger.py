@@ -43,6 +43,8 @@ def test_what_a_ledger_counts_and_tells():
     second.started = True
     ledger.record(first)
     ledger.record(second)
+    assert ledger.held() == (), "the coordinator has not been told that they are taken"
+    first.accepted = second.accepted = True
     assert ledger.held() == (Held(job="a", attempt=1), Held(job="b", attempt=2, started=True))
     assert (ledger.taken("m"), ledger.taken("n"), ledger.running, len(ledger)) == (1, 1, 2, 2)
     first.end = Fail(fault=Fault("engine_failed", "x"))

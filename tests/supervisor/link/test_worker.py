@@ -24,6 +24,7 @@ from supervisor.intake.admission import ModelState
 from supervisor.link import attempts as attempts_module
 from supervisor.link import ledger as ledger_module
 from supervisor.link.attempts import Attempts
+from supervisor.link.keeping import OnDisk
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, converse
 from supervisor.link.transfer import Moved, Output
@@ -51,7 +52,9 @@ class FakeTransfer:
         with os.fdopen(target(), "wb") as out:
             moved(out.write(self.goods[file.name]))
 
-    async def upload(self, template: str, file: OutputFile, source: Output, until: float | None, moved: Moved) -> None:
+    async def upload(
+        self, template: str, file: OutputFile, source: Output, until: float | None, moved: Moved, patience_s: float
+    ) -> None:
         self.uploading.set()
         await self.gate.wait()
         if isinstance(source, bytes):
@@ -107,13 +110,15 @@ current: list[Rig] = []
 
 
 @contextlib.asynccontextmanager
-async def rig(tmp_path: Path):
+async def rig(tmp_path: Path, keeping: OnDisk | None = None):
     host = FakeHost()
     async with open_coordinator() as coordinator, trio.open_nursery() as nursery:
         made = Rig(coordinator, host, tmp_path)
         current[:] = [made]
         watches = Watches(made.tally)
-        made.attempts = Attempts(host, made.transfer, lambda _model: made.ground, nursery, watches)
+        made.attempts = Attempts(host, made.transfer, lambda _model: made.ground, nursery, watches, keeping)
+        if keeping is not None:
+            made.attempts.restore(await keeping.restore())
         made.worker = Worker(
             Identity(name="w1", boot="b1"),
             made.attempts,
