@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def span(seconds: float) -> str:
-    """A length of time for people: "0.24 s", "3.2 s", "75 s"."""
-    digits = 2 if seconds < 1 else 1 if seconds < 60 else 0
+    """A length of time for people: "0.004 s", "0.24 s", "3.2 s", "75 s"."""
+    digits = 3 if seconds < 0.1 else 2 if seconds < 1 else 1 if seconds < 60 else 0
     return f"{seconds:.{digits}f} s"
 
 

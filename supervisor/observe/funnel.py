@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from supervisor.observe.context import Context
+from supervisor.observe.figures import counted
 from supervisor.observe.levels import Levels
 from supervisor.observe.redact import STANDARD, Redaction
 from supervisor.observe.repeats import Held, Line, Repeats
@@ -95,7 +96,7 @@ class Funnel(logging.Handler):
 
     def _tell_held(self, held: Sequence[Held]) -> None:
         for line, times in held:
-            again = f"said {times} times more: {line.message}"
+            again = f"said {counted(times, 'time')} more: {line.message}"
             record = logging.LogRecord(line.logger, line.level, "", 0, again, None, None)
             vars(record).update(line.about)
             self._pour(record)

@@ -190,4 +190,5 @@ class LogFile:
         self._failing = False
         if self.dropped > self._told:
             lost, self._told = self.dropped - self._told, self.dropped
-            log.warning("[log] file %s: %d lines were lost", self._path, lost)
+            told = "1 line was lost" if lost == 1 else f"{lost} lines were lost"
+            log.warning("[log] file %s: %s", self._path, told)

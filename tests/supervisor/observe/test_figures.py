@@ -6,8 +6,10 @@ GIB = 2**30
 
 
 def test_numbers_for_people() -> None:
-    assert [span(s) for s in (0.004, 0.24, 1, 3.25, 59.9, 75.4)] == [
-        "0.00 s",
+    assert [span(s) for s in (0, 0.004, 0.0996, 0.24, 1, 3.25, 59.9, 75.4)] == [
+        "0.000 s",
+        "0.004 s",
+        "0.100 s",
         "0.24 s",
         "1.0 s",
         "3.2 s",
