@@ -33,7 +33,7 @@ NOT_DRAWN = {
     "bulkhead_start_time_seconds",
     "bulkhead_coordinator_start_time_seconds",
 }
-_OF_ENGINES = ("engine_", "kill_")
+_OF_ENGINES = ("engine_", "kill_", "model_pace_", "model_spilled_")
 _OF_JOBS = (
     "job", "time_", "tokens_", "audio_", "images_", "frames_", "characters_", "documents_", "declines_", "transfer_",
 )  # fmt: skip

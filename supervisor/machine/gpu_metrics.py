@@ -42,6 +42,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("ecc_uncorrected_errors", "gauge", "Uncorrected ECC errors since reset.", lambda gpu: gpu.ecc_uncorrected),
     Metric("ecc_uncorrected_errors_total", "counter", "Such errors in its life.", lambda gpu: gpu.ecc_uncorrected_ever),
     Metric("remapped_rows", "gauge", "Memory rows out of use.", lambda gpu: gpu.remapped_uncorrected),
+    Metric(
+        "remapped_rows_corrected", "gauge", "Such rows, after corrected errors.", lambda gpu: gpu.remapped_corrected
+    ),
     Metric("remap_pending", "gauge", "Whether a reset is due for that.", lambda gpu: gpu.remap_pending),
     Metric("remap_failed", "gauge", "Whether no spare rows are left.", lambda gpu: gpu.remap_failed),
     Metric("retired_pages", "gauge", "Memory pages out of use.", lambda gpu: gpu.retired_pages),
@@ -72,6 +75,12 @@ def gpu_metrics(
         lines += _family(metric.name, metric.kind, metric.help, samples)
     throttled = [(_labels(gpu=uuid, reason=reason), 1) for uuid, gpu in gpus for reason in gpu.throttled]
     lines += _family("throttled", "gauge", "Reasons that slow the GPU down now.", throttled)
+    asked = [
+        (_labels(gpu=uuid, action=gpu.recovery_action), 1)
+        for uuid, gpu in gpus
+        if gpu.recovery_action not in ("", "none")
+    ]
+    lines += _family("recovery_action", "gauge", "What the driver wants done with the GPU.", asked)
     own = set(own_pids)
     held = [
         (

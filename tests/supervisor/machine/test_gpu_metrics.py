@@ -43,6 +43,18 @@ def test_known_values_have_lines_and_unknown_ones_have_none():
     assert "bulkhead_gpu_reading_age_seconds 0.5" in lines
 
 
+def test_what_the_driver_wants_done_is_told_where_it_wants_something():
+    readings = {
+        "GPU-1": GpuReading(uuid="GPU-1", recovery_action="drain-and-reset", remapped_corrected=3),
+        "GPU-2": GpuReading(uuid="GPU-2", recovery_action="none"),
+    }
+    lines = gpu_metrics(readings)
+    assert [line for line in lines if line.startswith("bulkhead_gpu_recovery_action{")] == [
+        'bulkhead_gpu_recovery_action{gpu="GPU-1",action="drain-and-reset"} 1'
+    ]
+    assert 'bulkhead_gpu_remapped_rows_corrected{gpu="GPU-1"} 3' in lines
+
+
 def test_states_and_faults():
     health = {"GPU-1": Health(state=State.QUARANTINED, reason="x")}
     lines = gpu_metrics({}, health=health, faults={("GPU-1", "xid-79"): 2})
