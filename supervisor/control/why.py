@@ -131,8 +131,10 @@ def _about_queued(models: Sequence[ModelView]) -> str:
 
 
 def _rank(model: ModelView) -> int:
-    """The one to tell of first: whoever waits for room, then whoever is on the way."""
-    return 0 if model.waits else 1 if model.state in _LOADING else 2
+    """The one to tell of first: whoever is on the way, then whoever waits, which may be for the first."""
+    if model.waits:
+        return 1
+    return 0 if model.state in _LOADING else 2
 
 
 def _verdict(model: ModelView) -> str:

@@ -124,6 +124,18 @@ def hold(**more: object) -> tuple[Hold, ...]:
             "b waits for its turn behind a.",
             "b waits for its turn behind a.",
         ),
+        (  # what is on the way before what waits for it
+            seen(model("a", "starting", queued=1, waits="waits for 3.2 GiB: b is working"), model("b", "loading")),
+            "idle",
+            "a waits for 3.2 GiB: b is working.",
+            "a waits for 3.2 GiB: b is working.",
+        ),
+        (
+            seen(model("a", "starting", queued=1, waits="waits for 3.2 GiB"), model("b", "loading", queued=1)),
+            "idle",
+            "b is loading.",
+            "b is loading.",
+        ),
         (  # what was taken before the pause is done all the same
             seen(model(state="loading", queued=1), holds=hold()),
             "paused",
