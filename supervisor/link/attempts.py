@@ -31,6 +31,7 @@ from supervisor.link.transfer import UPLOAD_PATIENCE_S
 from supervisor.observe.context import about
 from supervisor.observe.figures import span
 from supervisor.observe.jobwatch import Watches
+from supervisor.observe.redact import safe
 from supervisor.store import StoreProblem
 
 log = logging.getLogger(__name__)
@@ -243,6 +244,7 @@ class Attempts:
                 return
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         if isinstance(end, wire.Fail):
+            end = msgspec.structs.replace(end, fault=_redacted(end.fault))
             await self._keeping.failed(claim.job, claim.attempt, end.fault, end.streamed)
         claim.end = end
         _log_end(claim, end)
@@ -335,6 +337,14 @@ class Attempts:
         except FaultError as error:
             return wire.Fail(fault=error.fault, streamed=claim.streamed)
         return None
+
+
+def _redacted(fault: Fault) -> Fault:
+    """What an engine wrote on stderr may be about others' jobs, and may hold keys: it leaves the box as a log would."""
+    tail = fault.detail.get("stderr_tail")
+    if not isinstance(tail, list | tuple):
+        return fault
+    return msgspec.structs.replace(fault, detail={**fault.detail, "stderr_tail": safe(tail)})
 
 
 def _log_end(claim: Claim, end: wire.Complete | wire.Fail) -> None:

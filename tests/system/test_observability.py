@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from supervisor.observe.metrics_table import BY_NAME
+
 PATIENCE_S = 60.0
 WORDS = "my secret diary says"
 CONFIG = """\
@@ -82,6 +84,8 @@ def test_two_jobs_are_counted_and_logged_without_their_words(folder: Path) -> No
     lines = scrape(folder)
     assert [line for line in lines if not line.startswith("#") and not SAMPLE.fullmatch(line)] == []
     declared = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    ours = {name.removeprefix("bulkhead_") for name in declared if not name.startswith("bulkhead_gpu_")}
+    assert ours <= set(BY_NAME), "not in the table, so on no dashboard"
     assert len(declared) == len(set(declared)), "a family is declared twice"
     assert 'bulkhead_jobs_total{kind="llm",model="synthetic",outcome="succeeded"} 2' in lines
     for phase in ("accept", "fetch", "queue", "run", "upload"):

@@ -201,6 +201,19 @@ async def test_a_fault_is_told_once_and_typed(tmp_path, spoil, code):
         assert (fail.fault.code, fail.streamed) == (code, False)
 
 
+async def test_the_evidence_of_a_fault_leaves_the_box_redacted(tmp_path):
+    tail = ["loading with HF_TOKEN=short", "prompt: my secret diary says", "Segmentation fault"]
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        run = await r.offered(peer)
+        run.end(Failed(fault=Fault("engine_crashed", "It died.", detail={"signal": 11, "stderr_tail": tail})))
+        fault = (await peer.expect(wire.Fail)).fault
+        assert fault.detail["signal"] == 11
+        assert fault.detail["stderr_tail"][-1] == "Segmentation fault"
+        assert "short" not in str(fault)
+        assert "diary" not in str(fault)
+
+
 async def test_a_missing_input_fails_the_attempt_before_any_engine_sees_it(tmp_path):
     async with rig(tmp_path) as r:
         peer = await r.session()
