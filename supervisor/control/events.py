@@ -30,6 +30,7 @@ SIZE = 2000
 REST_S = 0.1
 SHARE = 50.0  # a look may take a fiftieth of the time
 PULSE_S = 1.0  # between two glances at what nobody calls `look` for
+FAREWELL_S = 0.5  # for those who follow to take the last events, at the end of this life
 BATCH = 100  # events in one piece of a stream, which a slow client must take in time
 
 Told = tuple[str, dict[str, Any]]
@@ -84,6 +85,9 @@ class Events:
         self._added = trio.Event()
         self._woken = trio.Event()
         self._before: Snapshot | None = None
+        self._over = False
+        self._readers = 0
+        self._left = trio.Event()
         self.boot = boot
 
     # ---- writing
@@ -108,10 +112,7 @@ class Events:
                 await self._woken.wait()
                 self._woken = trio.Event()
                 began = time.perf_counter()
-                try:
-                    self._compare()
-                except Exception:  # a mistake in what is shown must not end a worker that has jobs
-                    log.exception("what changed could not be told")
+                self._compare()
                 await trio.sleep(max(REST_S, SHARE * (time.perf_counter() - began)))
 
     async def _glance(self) -> None:
@@ -123,10 +124,26 @@ class Events:
                 self.look()
 
     def _compare(self) -> None:
-        before, self._before = self._before, self._snapshot()
-        told = differences(before, self._before) if before is not None else first(self._before)
-        for kind, data in itertools.chain(told, _of_jobs(self._jobs())):
-            self.add(kind, data)
+        try:
+            before, self._before = self._before, self._snapshot()
+            told = differences(before, self._before) if before is not None else first(self._before)
+            for kind, data in itertools.chain(told, _of_jobs(self._jobs())):
+                self.add(kind, data)
+        except Exception:  # a mistake in what is shown must not end a worker that has jobs
+            log.exception("what changed could not be told")
+
+    async def end(self, reason: str) -> None:
+        """Write the last events of this life; returns when those who follow have them, or after `FAREWELL_S`.
+
+        Cancellation: at once; those who have not taken them miss them.
+        """
+        self._compare()
+        self.add("ended", {"reason": reason})
+        self._over = True
+        with trio.move_on_after(FAREWELL_S):
+            while self._readers:
+                self._left = trio.Event()
+                await self._left.wait()
 
     # ---- reading
 
@@ -163,24 +180,31 @@ class Events:
         await trio.lowlevel.checkpoint()
 
     async def stream(self, cursor: Cursor, *, hello: bool = False) -> AsyncIterator[bytes]:
-        """The pieces of an event stream, without end.
+        """The pieces of an event stream, to the end of this life.
 
         Args:
             cursor: where the reader goes on.
             hello: begin with an event that says where that is.
         """
-        if hello:
-            yield numbered("hello", {"boot": self.boot, "oldest": self.oldest}, cursor.after, self.boot)
-        while True:
-            missed, events, cursor = self.take(cursor)
-            parts = [numbered(one.kind, one.body, one.number, self.boot) for one in events]
-            if missed is not None:
-                gap = {"missed": missed.events, "oldest": missed.oldest}
-                parts.insert(0, numbered("gap", gap, missed.oldest - 1, self.boot))
-            if parts:
-                yield b"".join(parts)
-            elif not await or_quiet(self.wait_after(cursor.after)):
-                yield KEEP_ALIVE
+        self._readers += 1
+        try:
+            if hello:
+                yield numbered("hello", {"boot": self.boot, "oldest": self.oldest}, cursor.after, self.boot)
+            while True:
+                missed, events, cursor = self.take(cursor)
+                parts = [numbered(one.kind, one.body, one.number, self.boot) for one in events]
+                if missed is not None:
+                    gap = {"missed": missed.events, "oldest": missed.oldest}
+                    parts.insert(0, numbered("gap", gap, missed.oldest - 1, self.boot))
+                if parts:
+                    yield b"".join(parts)
+                elif self._over:
+                    return
+                elif not await or_quiet(self.wait_after(cursor.after)):
+                    yield KEEP_ALIVE
+        finally:
+            self._readers -= 1
+            self._left.set()
 
 
 # ---- what differs. Pure.

@@ -109,6 +109,7 @@ class JobBook:
         if (found := self._open.get((job, attempt))) is None or found[1].phase == phase:
             return
         found[1].phase = phase
+        found[1].done = found[1].total = None  # what a load has counted says nothing of the run
         if phase == "run" and found[1].started is None:
             found[1].started = self._now()
             self._note((job, attempt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -317,3 +318,36 @@ async def test_all_who_wait_are_woken(nursery):
     events.add("tick", {})
     await trio.testing.wait_all_tasks_blocked()
     assert sorted(done) == [0, 0, 1, 2]
+
+
+async def test_the_end_is_told_to_those_who_follow(shown, autojump_clock, nursery):
+    events = Events(shown.snapshot)
+    got: list[bytes] = []
+
+    async def follow() -> None:
+        async with contextlib.aclosing(events.stream(Cursor(0))) as parts:
+            got.extend([part async for part in parts])
+
+    nursery.start_soon(events.run)
+    nursery.start_soon(follow)
+    await trio.testing.wait_all_tasks_blocked()
+    shown.now = msgspec.structs.replace(EMPTY, draining="moving", state="draining")
+    began = trio.current_time()
+    await events.end("moving")
+    assert trio.current_time() == began  # nobody is waited for who has it
+    await trio.testing.wait_all_tasks_blocked()
+    text = b"".join(got).decode()
+    assert [line for line in text.splitlines() if line.startswith("event: ")][-2:] == ["event: status", "event: ended"]
+    # Who comes after that gets what there is, and its end.
+    assert [part async for part in events.stream(Cursor(events.last))] == []
+
+
+async def test_the_end_waits_only_so_long_for_one_who_does_not_read(shown, autojump_clock):
+    events = Events(shown.snapshot)
+    events.add("tick", {})
+    stream = events.stream(Cursor(0))
+    await anext(stream)
+    began = trio.current_time()
+    await events.end("moving")
+    assert trio.current_time() - began == pytest.approx(module.FAREWELL_S)
+    await stream.aclose()

@@ -22,7 +22,10 @@ def test_the_life_of_an_attempt(book):
     for phase in ("fetch", "queue", "load"):
         book.entered("j", 1, phase)
         assert book.all()[0].state == "waiting"
+    book.progressed("j", 1, 2, 4)
+    assert (book.all()[0].phase, book.all()[0].done) == ("load", 2)
     book.entered("j", 1, "run")
+    assert (book.all()[0].phase, book.all()[0].done) == ("run", None)
     book.entered("j", 1, "run")
     book.progressed("j", 1, 3, 20)
     book.streamed("j", 1)
