@@ -6,9 +6,9 @@ per method, in routes_look.py or routes_act.py. All speak JSON, and refusals are
 
 GET               /v1/health                    is it there, and which API
 GET               /v1/status                    everything at this moment, and why nothing is done
-GET               /v1/events                    ?since=ID: what happens (SSE: started, status, model, job, jobs, hold, link,
-                                                gpu, incident, config, ended; "hello" without since, "gap" where some
-                                                are lost)
+GET               /v1/events                    ?since=ID: what happens, as SSE: started, status, model, job, jobs,
+                                                hold, link, gpu, incident, config, ended; "hello" without since, "gap"
+                                                where some are lost
 GET               /v1/jobs                      ?state= &model= &kind= &limit=: open ones, then the latest that ended
 GET               /v1/jobs/{id}                 all attempts of one job
 POST              /v1/jobs/{id}/cancel          reason
