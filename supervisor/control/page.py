@@ -1,113 +1,147 @@
-"""The page that `supervisor status` prints: holds first, then models, GPUs, and what went wrong lately. Pure."""
+"""What `supervisor status` prints: holds first, then models, GPUs, and what went wrong lately. Pure.
+
+Each part is a page of its own, too: `supervisor holds`, `engines`, `gpus`. Everything takes answers of the control API
+as decoded from JSON, and a supervisor of another version may leave out what it does not know.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from supervisor.columns import columns
+from supervisor.control.commands.layout import (
+    Paper,
+    Row,
+    ago,
+    count,
+    gib,
+    joined,
+    now_of,
+    plain,
+    span,
+    table,
+    until,
+    wrapped,
+)
 
-_GIB = 2**30
 _WIDEST = 160  # of a sentence in a table; `--json` has all of it
+_ID = 12  # characters of a UUID that tell GPUs apart, in any box so far: "GPU-8f6b1c2d"
 
 
-def page(seen: Mapping[str, Any]) -> str:
-    """Lay out a snapshot, as decoded from JSON."""
-    parts = [_head(seen), *_holds(seen), _models(seen), _gpus(seen), *_incidents(seen)]
-    return "\n\n".join(part for part in parts if part)
+def page(seen: Mapping[str, Any], paper: Paper) -> str:
+    """Lay out a snapshot."""
+    now = now_of(seen)
+    parts = [head(seen, paper)]
+    if seen["holds"]:
+        parts.append(holds(seen["holds"], now, paper))
+    parts += ahead(seen, paper)
+    parts.append(models(seen["models"], paper))
+    parts.append(gpus(seen["gpus"], seen["gpu_reason"], paper))
+    if seen["incidents"]:
+        parts.append(incidents(seen["incidents"], paper))
+    return "\n\n".join(parts)
 
 
-def _head(seen: Mapping[str, Any]) -> str:
+def head(seen: Mapping[str, Any], paper: Paper) -> str:
+    """The worker in two lines: what it does and why, then which one it is."""
     link = seen["link"]
     where = f" of {link['url']}" if link["url"] else ""
-    lines = [f"{seen['worker'] or 'worker'}{where}: {seen['state']}. {_sentence(seen['why'])}".rstrip()]
-    lines.append(f"supervisor {seen['version']}, pid {seen['pid']}, up {span(seen['uptime_s'])}, {seen['jobs']} jobs")
-    return "\n".join(lines)
+    text = f"{seen['worker'] or 'worker'}{where}: {seen['state']}. {_sentence(seen['why'])}".rstrip()
+    lines = wrapped(text, paper)
+    lines[0] = lines[0].replace(f": {seen['state']}.", f": {paper.state(seen['state'])}.", 1)
+    facts = [f"supervisor {seen['version']}", f"pid {seen['pid']}", f"up {span(seen['uptime_s'])}"]
+    facts.append(count(seen["jobs"], "job"))
+    if seen.get("drain_until"):
+        facts.append(f"what still runs is ended {until(seen['drain_until'], now_of(seen), '')}")
+    return "\n".join([*lines, *wrapped(joined(facts), paper)])
 
 
-def _holds(seen: Mapping[str, Any]) -> list[str]:
-    if not seen["holds"]:
-        return []
+def holds(items: Sequence[Mapping[str, Any]], now: float, paper: Paper) -> str:
+    """The reasons for not taking work."""
+    if not items:
+        return "Nothing holds this worker."
     rows = [
-        [hold["source"], hold["mode"], _clock(hold["since"]), _until(hold["until"]), _sentence(hold["reason"])]
-        for hold in seen["holds"]
+        Row(
+            [
+                hold["source"],
+                joined([hold.get("kind", ""), gpu_id(hold.get("gpu", ""), paper)]) or "everything",
+                hold["mode"],
+                ago(hold["since"], now),
+                until(hold["until"], now, "resume" if hold["source"] == "operator" else "lifted"),
+            ],
+            _sentence(hold["reason"]),
+        )
+        for hold in items
     ]
-    return [columns(("HOLD", "MODE", "SINCE", "UNTIL", "REASON"), rows)]
+    return table(("HOLD", "OF", "MODE", "SINCE", "UNTIL"), rows, paper, why="REASON")
 
 
-def _until(until: float | None) -> str:
-    return "resume" if until is None else _clock(until)
+def ahead(seen: Mapping[str, Any], paper: Paper) -> list[str]:
+    """What will hold it before long, and which rules cannot see."""
+    coming = [f"Coming {until(one['at'], now_of(seen), '')}: {one['text']}" for one in seen.get("coming", ())]
+    blind = [f"Not known: {one['text']}" for one in seen.get("sights", ()) if one["unknown"]]
+    lines = [line for text in (*coming, *blind) for line in wrapped(f"{_sentence(text)}.", paper)]
+    return ["\n".join(lines)] if lines else []
 
 
-def _models(seen: Mapping[str, Any]) -> str:
-    if not seen["models"]:
+def models(items: Sequence[Mapping[str, Any]], paper: Paper) -> str:
+    """Models and what their engines do."""
+    if not items:
         return "No model is configured."
     rows = []
-    for model in seen["models"]:
-        state = f"{model['state']} {span(model['idle_s'])}" if model["idle_s"] is not None else model["state"]
+    for model in items:
+        idle = model["idle_s"]
+        state = f"{model['state']} {span(idle)}" if idle is not None else model["state"]
         jobs = f"{model['running']}/{model['slots']}" + (f" +{model['queued']}" if model["queued"] else "")
-        why = _sentence(model["waits"] or model["reason"] or model["last_end"])
-        rows.append([model["name"], state, model["device"], jobs, _gib(model["rss_bytes"]), _gib(_vram(model)), why])
-    return columns(("MODEL", "STATE", "DEVICE", "JOBS", "MEMORY", "GPU MEMORY", "WHY"), rows, right=(4, 5))
+        held = "; ".join(f"no {kind}: {why}" for kind, why in model.get("held_kinds", {}).items())
+        why = next(filter(None, (model["waits"], held, model["reason"], model.get("unserved"), model["last_end"])), "")
+        cells = [model["name"], state, model["device"], jobs, gib(model["rss_bytes"]), gib(model["vram_bytes"])]
+        rows.append(Row(cells, _sentence(why)))
+    return table(("MODEL", "STATE", "DEVICE", "JOBS", "MEMORY", "GPU MEMORY"), rows, paper, right=(4, 5), state=1)
 
 
-def _vram(model: Mapping[str, Any]) -> int:
-    return int(model["vram_bytes"])
-
-
-def _gpus(seen: Mapping[str, Any]) -> str:
-    if not seen["gpus"]:
-        return str(seen["gpu_reason"])
+def gpus(items: Sequence[Mapping[str, Any]], reason: str, paper: Paper) -> str:
+    """GPUs and why they are idle; `reason` when nothing is known of any."""
+    if not items:
+        return "\n".join(wrapped(reason or "There is no GPU.", paper))
     rows = []
-    for gpu in seen["gpus"]:
-        busy = "" if gpu["busy"] is None else f"{gpu['busy']:.0%}"
-        sizes = [gpu["free_bytes"], gpu["total_bytes"], gpu["ours_bytes"], gpu["foreign_bytes"]]
-        rows.append([gpu["uuid"], gpu["name"], *map(_gib, sizes), busy, _why(gpu)])
-    head = ("GPU", "NAME", "FREE", "TOTAL", "OURS", "OTHERS", "BUSY", "WHY IDLE")
-    return columns(head, rows, right=(2, 3, 4, 5, 6))
+    for gpu in items:
+        sizes = [gib(gpu[name]) for name in ("free_bytes", "total_bytes", "ours_bytes", "foreign_bytes")]
+        cells = [
+            gpu_id(gpu["uuid"], paper),
+            gpu["name"],
+            *sizes,
+            _share(gpu["busy"]),
+            _unit(gpu["temperature_c"], "°C"),
+        ]
+        why = " ".join(part for part in (gpu["why"], gpu["tainted"]) if part)
+        rows.append(Row(cells, _sentence(why)))
+    titles = ("GPU", "NAME", "FREE", "TOTAL", "OURS", "OTHERS", "BUSY", "TEMP")
+    return table(titles, rows, paper, why="WHY IDLE", right=(2, 3, 4, 5, 6, 7))
 
 
-def _why(gpu: Mapping[str, Any]) -> str:
-    return _sentence(" ".join(part for part in (gpu["why"], gpu["tainted"]) if part))
-
-
-def _incidents(seen: Mapping[str, Any]) -> list[str]:
-    if not seen["incidents"]:
-        return []
+def incidents(items: Sequence[Mapping[str, Any]], paper: Paper) -> str:
+    """The latest bad ends of engines."""
+    if not items:
+        return "No engine has ended badly."
     rows = [
-        [one["time"][:19], one["model"], one["code"], _sentence(one["message"] or one["how"])]
-        for one in seen["incidents"]
+        Row([one["time"][:19], one["model"], one["code"]], _sentence(one["message"] or one["how"])) for one in items
     ]
-    return [columns(("LAST INCIDENTS", "MODEL", "FAULT", "WHAT HAPPENED"), rows)]
+    return table(("LAST INCIDENTS", "MODEL", "FAULT"), rows, paper, why="WHAT HAPPENED")
 
 
-# ---- words
+def gpu_id(uuid: str, paper: Paper) -> str:
+    """A UUID, as much of it as a terminal has room for; every command takes the short form, too."""
+    return uuid if paper.width is None or paper.width >= 160 or len(uuid) <= _ID + 4 else uuid[:_ID]
+
+
+def _share(busy: float | None) -> str:
+    return "" if busy is None else f"{busy:.0%}"
+
+
+def _unit(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.0f}{unit}"
 
 
 def _sentence(text: str) -> str:
-    """Fit for one line of a terminal: engines write what they like, escape sequences too."""
-    plain = "".join(char if char.isprintable() else " " for char in text)
-    return plain if len(plain) <= _WIDEST else f"{plain[: _WIDEST - 1]}…"
-
-
-def span(seconds: float | None) -> str:
-    """A length of time: 12s, 3m 04s, 1h 12m, 2d 03h."""
-    if seconds is None:
-        return ""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
-    return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _gib(count: int | None) -> str:
-    return "?" if count is None else f"{count / _GIB:.1f}G" if count else "-"
+    return plain(text, _WIDEST)

@@ -1,0 +1,47 @@
+"""`supervisor diagnostics`: a file of its own, never over another one."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+
+from supervisor.control.commands import care
+
+
+async def test_a_bundle_with_a_name_of_the_day(box, types, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert await types("diagnostics") == 0
+    (path,) = tmp_path.glob("bulkhead-diagnostics-*.tar.gz")
+    assert re.fullmatch(r"bulkhead-diagnostics-\d{4}-\d\d-\d\dT\d{6}\.tar\.gz", path.name)
+    assert path.read_bytes() == b"a bundle"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.name in capsys.readouterr().out
+
+
+async def test_for_programs(box, types, capsys, tmp_path):
+    assert await types("diagnostics", "-o", str(tmp_path / "b"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "b"), "bytes": 8}
+
+
+async def test_nothing_is_overwritten(box, types, capsys, tmp_path):
+    (tmp_path / "b").write_text("mine")
+    assert await types("diagnostics", "-o", str(tmp_path / "b")) == 1
+    assert "is not overwritten" in capsys.readouterr().err
+    assert (tmp_path / "b").read_text() == "mine"
+
+
+async def test_a_place_that_cannot_be_written(box, types, capsys, tmp_path):
+    assert await types("diagnostics", "-o", str(tmp_path / "none" / "b")) == 77
+    assert "cannot be written" in capsys.readouterr().err
+
+
+async def test_no_half_a_bundle_is_left(box, types, capsys, tmp_path, monkeypatch):
+    def full(_socket, _route, out, **_more):
+        out.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(care, "fetch", full)
+    assert await types("diagnostics", "-o", str(tmp_path / "b")) == 77
+    assert "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
