@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from supervisor.config import SEARCH, Loaded, find_config, masked, read
-from supervisor.config_keys import leaves, locate, parse_key, type_at, value_of, written
+from supervisor.config_keys import locate, parse_key, type_at, value_of
+from supervisor.config_shown import origins
 from supervisor.errors import ConfigError, ExitCode
-from supervisor.toml_lines import Path as KeyPath
 
 EXAMPLES = """\
 Weakest first: defaults, worker.toml, conf.d/*.toml beside it in order of names, the environment
@@ -114,10 +114,11 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.A
     show.add_argument("--origin", action="store_true", help="where each value comes from: default, file or variable")
     get = verb("get", "print one value or one table", _get, "as JSON, text in quotes")
     get.add_argument("key", metavar="KEY", help="like limits.stall_s or models.chat.device")
-    put = verb("set", "change one value in worker.toml", _set)
+    put = verb("set", "change one value in worker.toml", _set, "what it takes until it is in force, and the new etag")
     put.add_argument("key", metavar="KEY", help="like limits.stall_s or models.chat.device")
     put.add_argument("value", metavar="VALUE", help='text, or a TOML value such as 300, true, ["a", "b"]')
-    drop = verb("unset", "take one value out of worker.toml: its default counts again", _unset)
+    unset = "take one value out of worker.toml: its default counts again"
+    drop = verb("unset", unset, _unset, "what it takes until it is in force, and the new etag")
     drop.add_argument("key", metavar="KEY", help="like limits.stall_s or models.chat.device")
     migrate = verb("migrate", "show what this release's config_version changes in the files", _migrate)
     migrate.add_argument("--write", action="store_true", help="change them; the old ones stay as .bak1")
@@ -177,29 +178,6 @@ def _show(arguments: argparse.Namespace) -> int:
     return int(ExitCode.STOPPED)
 
 
-def origins(loaded: Loaded, plain: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each value with its key and its source: "default", "FILE:LINE" or the name of a variable."""
-    found = []
-    for path, value in leaves(plain):
-        source = loaded.layers.origin(path)
-        row = {
-            "key": written(_named(path, plain)),
-            "value": value,
-            "source": "default" if source is None else source.kind,
-        }
-        if source is not None:
-            row["place"] = str(source)
-        found.append(row)
-    return found
-
-
-def _named(path: KeyPath, plain: dict[str, Any]) -> KeyPath:
-    """The path with a model's name instead of its index."""
-    if len(path) > 1 and path[0] == "models" and isinstance(path[1], int):
-        return ("models", plain["models"][path[1]]["name"], *path[2:])
-    return path
-
-
 def _show_origins(loaded: Loaded, plain: dict[str, Any], json: bool) -> None:
     rows = origins(loaded, plain)
     if json:
@@ -255,6 +233,7 @@ def _unset(arguments: argparse.Namespace) -> int:
 
 def _edit(arguments: argparse.Namespace, value: str | None) -> int:
     from supervisor.config_edit import NotThere, edit
+    from supervisor.reload_plan import RESTARTS, Apply, apply_of
 
     try:
         edited = edit(_file(arguments), {arguments.key: value}, convert=value_of)
@@ -263,6 +242,13 @@ def _edit(arguments: argparse.Namespace, value: str | None) -> int:
         return int(ExitCode.FAILED)
     for key, place in edited.stronger.items():
         _complain(f"supervisor: {key} is given in {place} too, which is stronger.")
+    apply = apply_of(arguments.key)
+    if arguments.json:
+        _print_json({"key": arguments.key, "apply": apply, "etag": edited.etag, "stronger": edited.stronger})
+    elif apply is Apply.RESTART:
+        _say(f"{arguments.key}: a supervisor that runs takes it up after: {RESTARTS}")
+    else:
+        _say(f"{arguments.key}: a supervisor that runs takes it up by itself")
     return int(ExitCode.STOPPED)
 
 

@@ -1,23 +1,66 @@
 """Which settings of a running supervisor follow its files, and how each change is put into force.
 
-What has no applier here waits for a restart, and `supervisor config` says so. A key stands here only when its applier
+What has no applier here waits for a restart: the log, the outcome of the reload and `supervisor config set` say so
+(reload_plan.APPLY says it as data, and a test holds both to the same keys). A key stands here only when its applier
 really changes what the supervisor does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
 from supervisor import notices
+from supervisor.config import build_models
+from supervisor.host.work import ModelSpec
 from supervisor.reload import Applier
 from supervisor.reload_plan import Change
-from supervisor.settings import Settings
+from supervisor.settings import HoldsTable, LimitsTable, LogTable, ModelTable, Settings
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# Read wherever they are used, by the supervisor itself.
+OWN_LIMITS = ("drain_s",)
+# Read by the host at each wait. `term_grace_s`, memory and scratch are given to an instance at its start.
+HOST_LIMITS = (
+    "start_s",
+    "load_s",
+    "first_output_s",
+    "stall_s",
+    "cancel_grace_s",
+    "job_s",
+    "keep_alive_s",
+    "restart",
+    "recycle",
+)
+MODEL_KEYS = ("keep_alive_s", "stall_s")
+LOG_KEYS = ("format", "file", "max_mb", "keep")
 
 
-def appliers(read: Callable[[], Settings], write: Callable[[Settings], None]) -> Mapping[str, Applier]:
-    """Key -> applier.
+@dataclass(frozen=True)
+class Parts:
+    """Who goes on with other settings; None: that part of this supervisor cannot, its keys wait for a restart.
+
+    Attributes:
+        host: the host, with limits and with models that differ from its own in `MODEL_KEYS` alone.
+        margin: the room on the GPUs, with the bytes that stay free.
+        holds: whoever watches the machine.
+        log: the log; raises ConfigError when it cannot be had so.
+    """
+
+    host: Callable[[LimitsTable, Sequence[ModelSpec]], None] | None = None
+    margin: Callable[[int], None] | None = None
+    holds: Callable[[HoldsTable], None] | None = None
+    log: Callable[[LogTable], None] | None = None
+
+
+def appliers(
+    read: Callable[[], Settings], write: Callable[[Settings], None], parts: Parts = Parts()
+) -> Mapping[str, Applier]:
+    """Key -> applier; "models.*.stall_s" is that key of any model.
 
     Args:
         read: the settings in force.
@@ -26,13 +69,93 @@ def appliers(read: Callable[[], Settings], write: Callable[[Settings], None]) ->
 
     async def level(new: Settings, _changes: Sequence[Change]) -> None:
         notices.set_level(new.log.level)
-
-    async def drain(new: Settings, _changes: Sequence[Change]) -> None:
-        limits = msgspec.structs.replace(read().limits, drain_s=new.limits.drain_s)
-        write(msgspec.structs.replace(read(), limits=limits))
+        write(msgspec.structs.replace(read(), log=_taken(read().log, new.log, ("level",))))
 
     async def labels(new: Settings, _changes: Sequence[Change]) -> None:
-        worker = msgspec.structs.replace(read().worker, labels=new.worker.labels)
-        write(msgspec.structs.replace(read(), worker=worker))
+        write(msgspec.structs.replace(read(), worker=_taken(read().worker, new.worker, ("labels",))))
 
-    return {"log.level": level, "limits.drain_s": drain, "worker.labels": labels}
+    async def version(new: Settings, _changes: Sequence[Change]) -> None:
+        """It says how the file is written, and nothing about the worker."""
+        write(msgspec.structs.replace(read(), config_version=new.config_version))
+
+    found: dict[str, Applier] = {"log.level": level, "worker.labels": labels, "config_version": version}
+    found |= {f"limits.{name}": _limit(name, read, write, None) for name in OWN_LIMITS}
+    if parts.host is not None:
+        found |= {f"limits.{name}": _limit(name, read, write, parts.host) for name in HOST_LIMITS}
+        found |= {f"models.*.{name}": _model(name, read, write, parts.host) for name in MODEL_KEYS}
+    if parts.margin is not None:
+        found["limits.vram_margin_gb"] = _margin(read, write, parts.margin)
+    if parts.holds is not None:
+        found["holds"] = _holds(read, write, parts.holds)
+    if parts.log is not None:
+        found |= {f"log.{name}": _log(name, read, write, parts.log) for name in LOG_KEYS}
+    return found
+
+
+def _limit(
+    name: str,
+    read: Callable[[], Settings],
+    write: Callable[[Settings], None],
+    tell: Callable[[LimitsTable, Sequence[ModelSpec]], None] | None,
+) -> Applier:
+    async def apply(new: Settings, _changes: Sequence[Change]) -> None:
+        settings = msgspec.structs.replace(read(), limits=_taken(read().limits, new.limits, (name,)))
+        write(settings)
+        if tell is not None:
+            tell(settings.limits, build_models(settings))
+
+    return apply
+
+
+def _model(
+    name: str,
+    read: Callable[[], Settings],
+    write: Callable[[Settings], None],
+    tell: Callable[[LimitsTable, Sequence[ModelSpec]], None],
+) -> Applier:
+    async def apply(new: Settings, changes: Sequence[Change]) -> None:
+        theirs = {model.name: model for model in new.models}
+        changed = {change.path[1] for change in changes}
+
+        def taken(model: ModelTable) -> ModelTable:
+            return _taken(model, theirs[model.name], (name,)) if model.name in changed else model
+
+        settings = msgspec.structs.replace(read(), models=[taken(model) for model in read().models])
+        write(settings)
+        tell(settings.limits, build_models(settings))
+
+    return apply
+
+
+def _margin(read: Callable[[], Settings], write: Callable[[Settings], None], tell: Callable[[int], None]) -> Applier:
+    async def apply(new: Settings, _changes: Sequence[Change]) -> None:
+        write(msgspec.structs.replace(read(), limits=_taken(read().limits, new.limits, ("vram_margin_gb",))))
+        tell(int(new.limits.vram_margin_gb * 2**30))
+
+    return apply
+
+
+def _holds(
+    read: Callable[[], Settings], write: Callable[[Settings], None], tell: Callable[[HoldsTable], None]
+) -> Applier:
+    async def apply(new: Settings, _changes: Sequence[Change]) -> None:
+        tell(new.holds)
+        write(msgspec.structs.replace(read(), holds=new.holds))
+
+    return apply
+
+
+def _log(
+    name: str, read: Callable[[], Settings], write: Callable[[Settings], None], tell: Callable[[LogTable], None]
+) -> Applier:
+    async def apply(new: Settings, _changes: Sequence[Change]) -> None:
+        table = _taken(read().log, new.log, (name,))
+        tell(table)
+        write(msgspec.structs.replace(read(), log=table))
+
+    return apply
+
+
+def _taken(mine: T, theirs: T, names: Sequence[str]) -> T:
+    """Mine, with these fields of theirs."""
+    return msgspec.structs.replace(mine, **{name: getattr(theirs, name) for name in names})

@@ -25,7 +25,7 @@ import trio
 from supervisor.config import Loaded, read
 from supervisor.config_layers import drop_ins
 from supervisor.errors import ConfigError, SupervisorError
-from supervisor.reload_plan import Apply, Change, plan
+from supervisor.reload_plan import RESTARTS, Apply, Change, beginnings, plan
 from supervisor.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ class Reloader:
     Args:
         path: worker.toml.
         settings: what was loaded at the start, and is in force.
-        appliers: key or beginning of keys ("log", "worker.labels", "models") -> who puts its changes into force; the
-            longest beginning that matches is called, once for all its changes, with the new settings.
+        appliers: key or beginning of keys ("log", "worker.labels", "models.*.stall_s") -> who puts its changes into
+            force; the longest beginning that matches is called, once for all its changes, with the new settings.
         environ: as for `config.load`.
         period_s: between two looks at the files.
         on_outcome: told after every reload.
@@ -142,7 +142,7 @@ class Reloader:
             return self._tell(await self._take(loaded, reason))
 
     async def _take(self, loaded: Loaded, reason: str) -> Outcome:
-        changes = plan(self._settings, loaded.settings).changes
+        changes = plan(self._settings, loaded.settings)
         self._settings = loaded.settings
         applied: list[Change] = []
         problems: list[str] = []
@@ -166,8 +166,7 @@ class Reloader:
         """Which applier gets what; None for what needs a restart."""
         shares: dict[str, list[Change]] = {}
         for change in changes:
-            beginnings = (".".join(change.path[:end]) for end in range(len(change.path), 0, -1))
-            found = next((key for key in beginnings if key in self._appliers), "")
+            found = next((key for key in beginnings(change.path) if key in self._appliers), "")
             shares.setdefault("" if change.apply is Apply.RESTART else found, []).append(change)
         return [(self._appliers.get(key) if key else None, part) for key, part in shares.items()]
 
@@ -188,7 +187,7 @@ class Reloader:
             log.info("reload (%s): now in force: %s", outcome.reason, ", ".join(c.key for c in outcome.applied))
         if outcome.restart:
             keys = ", ".join(change.key for change in outcome.restart)
-            log.warning("reload (%s): `supervisor drain --restart` is needed for: %s", outcome.reason, keys)
+            log.warning("reload (%s): `%s` is needed for: %s", outcome.reason, RESTARTS, keys)
         for note in outcome.notes:
             log.warning("%s", note)
         self._outcome = outcome

@@ -1,25 +1,24 @@
 """What a change of the configuration costs in a running supervisor. Pure.
 
-`APPLY` says it as data, for the longest key that matches:
+`APPLY` says it as data, for the longest key that matches; "*" stands for any model.
 
-- live: takes effect at once, nothing is interrupted;
-- engine: the instances that it concerns are replaced, each after its running jobs;
-- reconnect: the session with the coordinator is opened anew; running jobs go on;
+- live: takes effect within two seconds of the file's being saved, nothing is interrupted;
 - restart: only `supervisor drain --restart` brings it into force.
 
-It is what the running program can do at best: whatever nobody takes up there (reload.py) is owed a restart, too.
+Who brings the live ones into force is in live_settings.py, and a test holds both to the same keys. What nobody takes
+up after all (reload.py) is owed a restart, too.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from supervisor.config import MASK, build_models, is_secret
+from supervisor.config import MASK, is_secret
 from supervisor.config_keys import parse_key, written
 from supervisor.settings import Settings
 
@@ -28,34 +27,38 @@ class Apply(enum.StrEnum):
     """What it takes until a changed value is in force."""
 
     LIVE = "live"
-    ENGINE = "engine"
-    RECONNECT = "reconnect"
     RESTART = "restart"
 
 
 APPLY: Mapping[str, Apply] = {
     "config_version": Apply.LIVE,  # it says how the file is written, and nothing about the worker
-    "coordinator": Apply.RESTART,  # the embedded one is a child whose end would end its callers' requests
-    "coordinator.url": Apply.RECONNECT,  # from or to "embedded" it is a restart, see `plan`
-    "coordinator.dialect": Apply.RECONNECT,
-    "coordinator.token_file": Apply.RECONNECT,
-    "coordinator.tls_ca": Apply.RECONNECT,
-    "coordinator.connect_s": Apply.RECONNECT,
+    "coordinator": Apply.RESTART,
     "worker": Apply.RESTART,  # name and folder are the identity of the process
     "worker.labels": Apply.LIVE,
-    "engines": Apply.ENGINE,
-    "models": Apply.ENGINE,
-    "limits": Apply.LIVE,
-    "limits.keep_alive_s": Apply.ENGINE,  # these three are given to an instance at its start
-    "limits.memory_gb": Apply.ENGINE,
-    "limits.scratch_gb": Apply.ENGINE,
+    "engines": Apply.RESTART,
+    "models": Apply.RESTART,
+    "models.*.keep_alive_s": Apply.LIVE,
+    "models.*.stall_s": Apply.LIVE,
+    "limits": Apply.RESTART,  # those not below are given to an instance, or to a part of ours, at its start
+    "limits.drain_s": Apply.LIVE,
+    "limits.start_s": Apply.LIVE,
+    "limits.load_s": Apply.LIVE,
+    "limits.first_output_s": Apply.LIVE,
+    "limits.stall_s": Apply.LIVE,
+    "limits.cancel_grace_s": Apply.LIVE,
+    "limits.job_s": Apply.LIVE,
+    "limits.keep_alive_s": Apply.LIVE,
+    "limits.restart": Apply.LIVE,
+    "limits.recycle": Apply.LIVE,
+    "limits.vram_margin_gb": Apply.LIVE,
     "control": Apply.RESTART,
+    "page": Apply.RESTART,
     "holds": Apply.LIVE,
     "log": Apply.LIVE,
     "log.sentry_dsn_file": Apply.RESTART,  # the SDKs are set up once a process
-    "page": Apply.RESTART,
     "otel": Apply.RESTART,
 }
+RESTARTS = "supervisor drain --restart"
 
 
 @dataclass(frozen=True)
@@ -84,66 +87,27 @@ class Change:
         return {"key": self.key, "old": old, "new": new, "apply": str(self.apply)}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All changes, by what they take.
-
-    Attributes:
-        models: names of models that come, go, or need new instances.
-    """
-
-    live: tuple[Change, ...] = ()
-    engines: tuple[Change, ...] = ()
-    reconnect: tuple[Change, ...] = ()
-    restart: tuple[Change, ...] = ()
-    models: tuple[str, ...] = ()
-
-    @property
-    def changes(self) -> tuple[Change, ...]:
-        """All of them."""
-        return self.live + self.engines + self.reconnect + self.restart
-
-
 def apply_of(key: str) -> Apply:
     """What a change of `key` takes; a key that nobody named takes a restart, which is always right."""
     return _apply_of(parse_key(key.replace("*", "_")))
 
 
 def _apply_of(path: tuple[str, ...]) -> Apply:
+    return next((APPLY[key] for key in beginnings(path) if key in APPLY), Apply.RESTART)
+
+
+def beginnings(path: Sequence[str]) -> Iterator[str]:
+    """The keys that say something about a setting, the longest first; a model's name is "*" in them."""
+    if path[0] == "models" and len(path) > 1:
+        path = ("models", "*", *path[2:])
     for end in range(len(path), 0, -1):
-        found = APPLY.get(".".join(path[:end]))
-        if found is not None:
-            return found
-    return Apply.RESTART
+        yield ".".join(path[:end])
 
 
-def plan(old: Settings, new: Settings) -> Plan:
+def plan(old: Settings, new: Settings) -> tuple[Change, ...]:
     """Compare two checked settings."""
-    found: dict[Apply, list[Change]] = {apply: [] for apply in Apply}
-    for path, before, after in _differences(_plain(old), _plain(new), ()):
-        apply = _apply_of(path)
-        if path == ("coordinator", "url") and "embedded" in (before, after):
-            apply = Apply.RESTART
-        found[apply].append(Change(path, before, after, apply))
-    return Plan(
-        live=tuple(found[Apply.LIVE]),
-        engines=tuple(found[Apply.ENGINE]),
-        reconnect=tuple(found[Apply.RECONNECT]),
-        restart=tuple(found[Apply.RESTART]),
-        models=_touched(old, new),
-    )
-
-
-def _touched(old: Settings, new: Settings) -> tuple[str, ...]:
-    """Models whose specification differs: that is exact where the list of changed keys is not.
-
-    A default of `[limits]` concerns the models that do not set their own value, for example.
-    """
-    before = {spec.name: spec for spec in build_models(old)}
-    after = {spec.name: spec for spec in build_models(new)}
-    scratch = old.limits.scratch_gb != new.limits.scratch_gb
-    names = {**before, **after}
-    return tuple(name for name in names if scratch or before.get(name) != after.get(name))
+    found = _differences(_plain(old), _plain(new), ())
+    return tuple(Change(path, before, after, _apply_of(path)) for path, before, after in found)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

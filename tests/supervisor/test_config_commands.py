@@ -13,6 +13,7 @@ import pytest
 
 from supervisor.cli import _parser, main
 from supervisor.config import load
+from supervisor.config_edit import etag
 from supervisor.errors import ExitCode
 
 TEXT = """\
@@ -61,7 +62,7 @@ def test_origin_of_each_value(box, monkeypatch):
     monkeypatch.setenv("BULKHEAD__LOG__LEVEL", "debug")
     rows = {row["key"]: row for row in box.json("show", "--origin")}
     assert rows["limits.stall_s"] == {
-        "key": "limits.stall_s", "value": 60.0, "source": "file", "place": f"{box.path}:3",
+        "key": "limits.stall_s", "value": 60.0, "source": "file", "place": f"{box.path}:3", "apply": "live",
     }  # fmt: skip
     assert rows["limits.load_s"]["source"] == "default"
     assert (rows["log.level"]["source"], rows["log.level"]["place"]) == ("env", "BULKHEAD__LOG__LEVEL")
@@ -253,3 +254,16 @@ def test_every_help_has_examples_and_says_file(verb, capsys):
         words = shlex.split(line.split("   ")[0].split(" > ")[0])
         _parser(words[1:]).parse_args(words[1:])  # an example is one that the command line takes
         assert len(line) <= 110
+
+
+def test_what_a_change_takes_is_said(box):
+    assert box.run("set", "limits.stall_s", "300") == 0
+    assert box.out == "limits.stall_s: a supervisor that runs takes it up by itself\n"
+    assert box.run("set", "worker.name", "box") == 0
+    assert box.out == "worker.name: a supervisor that runs takes it up after: supervisor drain --restart\n"
+    told = box.json("set", "models.synthetic-a.stall_s", "9")
+    assert (told["apply"], told["stronger"], told["etag"]) == ("live", {}, etag(box.path))
+    assert box.json("unset", "models.synthetic-a.stall_s")["apply"] == "live"
+    assert box.json("set", "models[0].device", "cpu")["apply"] == "restart"
+    rows = {row["key"]: row["apply"] for row in box.json("show", "--origin")}
+    assert (rows["worker.name"], rows["log.level"], rows["models.synthetic-a.stall_s"]) == ("restart", "live", "live")

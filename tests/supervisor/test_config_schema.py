@@ -93,8 +93,9 @@ def test_choices_ranges_defaults_and_costs():
     assert (keep["type"], keep["minimum"]) == ("number", 0)
     assert "llm" in SCHEMA["$defs"]["ModelTable"]["properties"]["engine"]["examples"]
     assert {property_["x-apply"] for _, _, property_ in fields()} == {str(apply) for apply in Apply}
-    assert SCHEMA["$defs"]["CoordinatorTable"]["properties"]["tls_ca"]["x-apply"] == "reconnect"
-    assert SCHEMA["$defs"]["ModelTable"]["properties"]["options"]["x-apply"] == "engine"
+    assert SCHEMA["$defs"]["CoordinatorTable"]["properties"]["tls_ca"]["x-apply"] == "restart"
+    assert SCHEMA["$defs"]["ModelTable"]["properties"]["options"]["x-apply"] == "restart"
+    assert SCHEMA["$defs"]["ModelTable"]["properties"]["stall_s"]["x-apply"] == "live"
 
 
 def test_only_keywords_that_the_validator_of_this_test_knows():
