@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect, Request
@@ -38,6 +39,15 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
         except ClientDisconnect:
             return Response(status_code=400)
 
+    async def received(request: Request) -> Response:
+        try:
+            job, attempt = (request.path_params[part] for part in ("job", "attempt"))
+            blobs.check("PUT", f"{job}/{attempt}/", *_signature(request))
+            count = await blobs.received(job, attempt, request.headers.get("x-content-sha256", ""))
+        except FaultError as error:
+            return fault_response(error.fault)
+        return Response(headers={"upload-offset": str(count), "cache-control": "no-store"})
+
     async def download(request: Request) -> Response:
         try:
             return _download(request, blobs)
@@ -46,6 +56,7 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
 
     return [
         Route(PREFIX + "/{job}/{attempt:int}/{name}", upload, methods=["PUT"]),
+        Route(PREFIX + "/{job}/{attempt:int}/{name}/received", received, methods=["GET"]),
         Route(PREFIX + "/{key:path}", download, methods=["GET"]),
     ]
 
@@ -59,7 +70,8 @@ async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Respon
     if not declared.isdigit() or int(declared) > blobs.max_output_bytes:
         raise refuse("payload_too_large", f"An output has at most {blobs.max_output_bytes} bytes.")
     expected = request.headers.get("x-content-sha256", "")
-    stored = await blobs.put_output(job, attempt, name, request.stream(), expected)
+    at = _offset(request.headers.get("content-range", ""), bool(expected))
+    stored = await blobs.put_output(job, attempt, name, request.stream(), expected, at)
     return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
 
 
@@ -72,6 +84,16 @@ def _download(request: Request, blobs: Blobs) -> Response:
     name = key.rsplit("/", 1)[-1]
     filename = name[65:] if "/" in key else name
     return FileResponse(path, filename=filename, headers=SAFE_HEADERS)
+
+
+def _offset(header: str, described: bool) -> int:
+    """Where the body begins within the file: 0 without a Content-Range."""
+    if not header:
+        return 0
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", header)
+    if found is None or not described or int(found[2]) + 1 != int(found[3]):
+        raise refuse("invalid_request", "A rest of a file comes to its end and with its sha256.", "Content-Range")
+    return int(found[1])
 
 
 def _signature(request: Request) -> tuple[str, str]:

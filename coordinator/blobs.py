@@ -2,11 +2,13 @@
 
     folder/secret                              key of the signatures, mode 0600
     folder/tmp/…                               uploads under way; emptied at the start
+    folder/parts/{job}.{attempt}.{sha256}      what came of an output before the connection broke
     folder/in/{key}                            inputs; key = blob_ and 26 characters
     folder/out/{job}/{attempt}/{sha256}-{name} outputs; their key is the path below out/
 
 An output's name on disk begins with its digest, so what `complete` declares is checked by one stat, and two
-uploads under one name cannot mix. A file appears under its key only when it is whole and on the disk.
+uploads under one name cannot mix. A file appears under its key only when it is whole and on the disk. What came of an
+output whose connection broke is kept under its digest for an hour, so that the worker goes on where it was.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Blobs:
     ) -> None:
         self.max_output_bytes = max_output_bytes
         self._folder, self._now_s = folder, now_s
-        for name in ("in", "out"):
+        self._receiving: dict[str, tuple[anyio.CancelScope, anyio.Event]] = {}  # by name, what is written to now
+        for name in ("in", "out", "parts"):
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(folder / "tmp", ignore_errors=True)
         (folder / "tmp").mkdir(mode=0o700)
@@ -90,16 +93,47 @@ class Blobs:
         return await self._store(data, limit, expected, lambda _sha256: key)
 
     async def put_output(
-        self, job: str, attempt: int, name: str, data: AsyncIterator[bytes], expected: str = ""
+        self, job: str, attempt: int, name: str, data: AsyncIterator[bytes], expected: str = "", at: int = 0
     ) -> StoredBlob:
-        """Store an output of an attempt; faults and cancellation as in `put`, and invalid_request for its name."""
+        """Store an output of an attempt.
+
+        Args:
+            at: how many of its bytes are here already, as `received` told; `data` is the rest.
+
+        Raises:
+            FaultError: as `put`; invalid_request for its name; conflict when other bytes are here than `at` says.
+
+        Cancellation: what came is kept for a later try when `expected` is told.
+        """
         if not is_safe_id(job) or attempt < 1 or not is_safe_name(name):
             raise refuse("invalid_request", "The name of an output has no slash and at most 150 bytes.", "name")
         if await run_sync(_count, self._folder / "out" / job / str(attempt)) > MAX_OUTPUT_FILES:
             raise refuse("payload_too_large", f"An attempt has at most {MAX_OUTPUT_FILES} output files and a result.")
+        part = self._part(job, attempt, expected) if expected else None
         return await self._store(
-            data, self.max_output_bytes, expected, lambda sha256: output_key(job, attempt, name, sha256)
+            data, self.max_output_bytes, expected, lambda sha256: output_key(job, attempt, name, sha256), part, at
         )
+
+    async def received(self, job: str, attempt: int, sha256: str) -> int:
+        """How many bytes of an output with this digest have come, before a connection broke; 0 for none.
+
+        Who asks has lost that connection, whatever we know of it: it is ended, so that its bytes are all there.
+        """
+        part = self._part(job, attempt, sha256)
+        await self._take_over(part.name)
+        return await run_sync(_size, part) or 0
+
+    async def _take_over(self, name: str) -> None:
+        """End whoever still receives this file: the latest connection is the one that lives."""
+        while earlier := self._receiving.get(name):
+            scope, over = earlier
+            scope.cancel()
+            await over.wait()
+
+    def _part(self, job: str, attempt: int, sha256: str) -> Path:
+        if not is_safe_id(job) or attempt < 1 or not _SHA256.match(sha256.lower()):
+            raise refuse("invalid_request", "A digest has 64 hexadecimal digits.", "X-Content-SHA256")
+        return self._folder / "parts" / f"{job}.{attempt}.{sha256.lower()}"
 
     async def find_output(self, job: str, attempt: int, name: str, size: int, sha256: str) -> str | None:
         """The key of an uploaded output, when it has this size and digest."""
@@ -154,12 +188,15 @@ class Blobs:
             self.path(key).unlink(missing_ok=True)
         if is_safe_id(job):
             shutil.rmtree(self._folder / "out" / job, ignore_errors=True)
+            for part in (self._folder / "parts").glob(f"{job}.*"):
+                part.unlink(missing_ok=True)
 
     def sweep(self, input_used: Callable[[str], bool], job_known: Callable[[str], bool]) -> int:
         """Delete files that belong to no job and are older than an hour; return how many. Blocks."""
         before = self._now_s() - ORPHAN_S
         old_inputs = [file for file in (self._folder / "in").iterdir() if _mtime(file) < before]
         orphans = [file for file in old_inputs if not input_used(file.name)]
+        orphans += [part for part in (self._folder / "parts").iterdir() if _mtime(part) < before]
         for file in orphans:
             file.unlink(missing_ok=True)
         jobs = [folder for folder in (self._folder / "out").iterdir() if _mtime(folder) < before]
@@ -208,50 +245,91 @@ class Blobs:
     # ---- inside --------------------------------------------------------------------------------------------
 
     async def _store(
-        self, data: AsyncIterator[bytes], limit: int, expected: str, key_of: Callable[[str], str]
+        self,
+        data: AsyncIterator[bytes],
+        limit: int,
+        expected: str,
+        key_of: Callable[[str], str],
+        part: Path | None = None,
+        at: int = 0,
     ) -> StoredBlob:
-        draft = _Draft(self._folder / "tmp" / secrets.token_hex(16))
+        """Receive a file. `part` is where it may be kept in parts, `at` how much of it is there."""
+        path = part or self._folder / "tmp" / secrets.token_hex(16)
+        await self._take_over(path.name)
+        scope, over = self._receiving[path.name] = (anyio.CancelScope(), anyio.Event())
+        draft = _Draft(path)
         try:
-            await run_sync(draft.open)
-            pending = bytearray()
-            size = 0
-            async for piece in data:
-                size += len(piece)
-                if size > limit:
-                    raise refuse("payload_too_large", f"The file exceeds {limit} bytes.")
-                pending += piece
-                if len(pending) >= WRITE_BYTES:
-                    await run_sync(draft.write, bytes(pending))
-                    pending.clear()
-            await run_sync(draft.write, bytes(pending))
+            if await run_sync(draft.open, at) != at:
+                raise refuse("conflict", "Another number of bytes has come before; ask for it again.")
+            with scope:
+                await _receive(draft, data, limit, at)
+            if scope.cancelled_caught:
+                raise refuse("conflict", "The same file comes on a newer connection.")
             sha256 = draft.digest.hexdigest()
             if expected and not hmac.compare_digest(expected.lower().encode(), sha256.encode()):
+                draft.spoiled = True
                 raise refuse("upload_failed", "The file arrived with another sha256 than announced; send it again.")
             key = key_of(sha256)
             await run_sync(draft.move, self.path(key))
         except OSError as error:
             if error.errno in _FULL:
+                draft.spoiled = True
                 raise refuse("storage_full", "The coordinator's disk is full; try again when there is room.") from None
             raise
         finally:
             with anyio.CancelScope(shield=True):
-                await run_sync(draft.discard)
-        return StoredBlob(key, size, sha256)
+                await run_sync(draft.keep if part is not None and not draft.spoiled else draft.discard)
+            del self._receiving[path.name]
+            over.set()
+        return StoredBlob(key, draft.size, sha256)
+
+
+async def _receive(draft: _Draft, data: AsyncIterator[bytes], limit: int, at: int) -> None:
+    pending = bytearray()
+    size = at
+    try:
+        async for piece in data:
+            size += len(piece)
+            if size > limit:
+                draft.spoiled = True
+                raise refuse("payload_too_large", f"The file exceeds {limit} bytes.")
+            pending += piece
+            if len(pending) >= WRITE_BYTES:
+                await run_sync(draft.write, bytes(pending))
+                pending.clear()
+    finally:
+        if not draft.spoiled:
+            with anyio.CancelScope(shield=True):
+                await run_sync(draft.write, bytes(pending))
 
 
 class _Draft:
-    """A file that is being received; it is gone after `discard` unless it was moved. Everything here blocks."""
+    """A file that is being received. Everything here blocks; at its end comes `move`, then `keep` or `discard`.
+
+    Attributes:
+        spoiled: what is in it is of no use to anybody.
+    """
 
     def __init__(self, path: Path) -> None:
         self.digest = hashlib.sha256()
+        self.size = 0
+        self.spoiled = False
         self._path = path
         self._fd = -1
 
-    def open(self) -> None:
-        self._fd = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    def open(self, at: int) -> int:
+        """Open it, anew or to go on; returns how much is there."""
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | (0 if at else os.O_TRUNC)
+        self._fd = os.open(self._path, flags, 0o600)
+        if at:
+            while piece := os.read(self._fd, WRITE_BYTES):
+                self.digest.update(piece)
+                self.size += len(piece)
+        return self.size
 
     def write(self, data: bytes) -> None:
         self.digest.update(data)
+        self.size += len(data)
         view = memoryview(data)
         while view:
             view = view[os.write(self._fd, view) :]
@@ -266,6 +344,14 @@ class _Draft:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def keep(self) -> None:
+        """Leave what came, if it is worth going on from."""
+        if self.size < WRITE_BYTES:
+            self.discard()
+        elif self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def discard(self) -> None:
         if self._fd >= 0:

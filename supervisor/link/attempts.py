@@ -269,6 +269,8 @@ class Attempts:
             deadline_s=None if claim.deadline is None else max(0.0, claim.deadline - trio.current_time()),
             label=claim.label,
             alone=claim.offer.alone,
+            priority=claim.offer.priority,
+            vram_bytes=int(claim.offer.vram_gb_estimate * 2**30),
         )
         claim.at_host = True
         try:

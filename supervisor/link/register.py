@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -56,14 +56,14 @@ def model_states(
     barred: Barred = anywhere,
 ) -> dict[str, ModelState]:
     """Every configured model as admission sees it; `taken` is the ledger's to fill in."""
-    statuses = {status.model: status for status in snapshot}
+    lanes = _lanes(snapshot)
     states = {}
     for spec in specs:
-        status = statuses.get(spec.name)
-        reason = why_not(proofs.get(spec.name, PENDING), status, barred(spec))
+        copies = lanes.get(spec.name, [])
+        reason = why_not(proofs.get(spec.name, PENDING), _best(copies), barred(spec))
         states[spec.name] = ModelState(
             kinds=spec.model.kinds,
-            slots=status.slots if status else 1,
+            slots=_slots(copies),
             available=not reason,
             reason=reason,
         )
@@ -77,10 +77,11 @@ def model_offers(
     barred: Barred = anywhere,
 ) -> tuple[ModelOffer, ...]:
     """The announcement of every model that works, in the order of the configuration."""
-    statuses = {status.model: status for status in snapshot}
+    lanes = _lanes(snapshot)
     offers = []
     for spec in specs:
-        proof, status = proofs.get(spec.name, PENDING), statuses.get(spec.name)
+        copies = lanes.get(spec.name, [])
+        proof, status = proofs.get(spec.name, PENDING), _best(copies)
         if why_not(proof, status, barred(spec)):
             continue
         offers.append(
@@ -88,7 +89,7 @@ def model_offers(
                 name=spec.name,
                 kinds=spec.model.kinds,
                 engine=spec.engine.name,
-                slots=status.slots if status else 1,
+                slots=_slots(copies),
                 resident=status is not None and status.state in RESIDENT,
                 device=(status.device if status else "") or spec.model.device,
                 revision=proof.revision,
@@ -97,6 +98,25 @@ def model_offers(
             )
         )
     return tuple(offers)
+
+
+def _lanes(snapshot: Iterable[InstanceStatus]) -> dict[str, list[InstanceStatus]]:
+    """Model -> its lanes, one for each copy that it may have."""
+    found: dict[str, list[InstanceStatus]] = {}
+    for status in snapshot:
+        found.setdefault(status.model, []).append(status)
+    return found
+
+
+def _best(copies: Sequence[InstanceStatus]) -> InstanceStatus | None:
+    """The lane that stands best: one that is loaded, else one that can be, else any."""
+    return min(copies, key=lambda each: (each.blocked, each.state not in RESIDENT), default=None)
+
+
+def _slots(copies: Sequence[InstanceStatus]) -> int:
+    """Runs at once of a model, over all copies that can be loaded; what one takes is known of those that were."""
+    most = max((each.slots for each in copies), default=1)
+    return most * max(1, sum(not each.blocked for each in copies))
 
 
 def capabilities(

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import os
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 2**20
 FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
 UPLOAD_PATIENCE_S = 600.0  # a result has cost GPU time: try much longer
+RESUME_BYTES = 2**20  # asking how much has come is worth it from here on
 IDLE_S = 30.0  # without a byte, in either direction
 
 _Value = TypeVar("_Value")
@@ -174,8 +175,13 @@ class Transfer:
         if not template:
             raise refuse("upload_failed", "The offer names no place for output files.")
 
+        tries = 0
+
         async def once() -> None:
-            await self._upload_once(template, file, source, moved)
+            nonlocal tries
+            tries += 1
+            at = await self._received(template, file) if tries > 1 and file.size >= RESUME_BYTES else 0
+            await self._upload_once(template, file, source, moved, at)
 
         patience_s = self._upload_patience_s if patience_s is None else patience_s
         if until is not None:
@@ -186,23 +192,39 @@ class Transfer:
             sentence = f"The output {file.name!r} cannot be delivered: {error}."
             raise refuse("upload_failed", sentence, file.name) from None
 
-    async def _upload_once(self, template: str, file: OutputFile, source: Output, moved: Moved) -> None:
+    async def _received(self, template: str, file: OutputFile) -> int:
+        """How much of an output has come over before a connection broke; 0 when the store cannot tell."""
         client = await self._http()
+        path, mark, query = template.replace("{name}", urllib.parse.quote(file.name, safe="")).partition("?")
+        url, headers = self._target(f"{path}/received{mark}{query}")
+        if not headers:
+            return 0  # a store of somebody else's
+        response = await client.get(url, headers={**headers, "X-Content-SHA256": file.sha256})
+        told = response.headers.get("upload-offset", "") if response.status_code == 200 else ""
+        return int(told) if told.isdecimal() and int(told) < file.size else 0
+
+    async def _upload_once(self, template: str, file: OutputFile, source: Output, moved: Moved, at: int) -> None:
+        client = await self._http()
+        from supervisor.link.pieces import Held, Pieces  # with httpx, which is here now
+
         url, headers = self._target(template.replace("{name}", urllib.parse.quote(file.name, safe="")))
         headers |= {
             "Content-Type": file.mime,
-            "Content-Length": str(file.size),
+            "Content-Length": str(file.size - at),
             "X-Content-SHA256": file.sha256,
         }
-        if isinstance(source, bytes):
-            response = await client.put(url, headers=headers, content=source)
-            moved(len(source))
-        else:
-            fd = source()
-            try:
-                response = await client.put(url, headers=headers, content=_Pieces(fd, file, moved))
-            finally:
+        if at:
+            headers["Content-Range"] = f"bytes {at}-{file.size - 1}/{file.size}"
+        request = client.build_request("PUT", url, headers=headers)
+        fd = -1 if isinstance(source, bytes) else source()
+        request.stream = Held(source, moved, at) if isinstance(source, bytes) else Pieces(fd, file, moved, at)
+        try:
+            response = await client.send(request)
+        finally:
+            if fd >= 0:
                 os.close(fd)
+        if at and response.status_code == 409:
+            raise _Transient("the coordinator has another part of it")  # asked for anew, and sent from there
         self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
 
     # ---- both
@@ -245,44 +267,3 @@ async def _written(out: Any, piece: bytes) -> OSError | None:
         except OSError as error:
             return error
     return None
-
-
-class _Pieces:
-    """The content of an open file of an engine, read in threads and believed only when it is what the engine said.
-
-    The engine may still write to it: what is sent is what is hashed, and the last piece is held back until the hash
-    is right, so that no coordinator ever holds a whole file that is another one.
-
-    A class, because an abandoned generator cannot be closed here.
-
-    Raises:
-        FaultError: engine_protocol, from the iteration.
-    """
-
-    def __init__(self, fd: int, file: OutputFile, moved: Moved) -> None:
-        self._fd, self._file, self._moved = fd, file, moved
-        self._digest = hashlib.sha256()
-        self._at = 0
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        name, size = self._file.name, self._file.size
-        if self._at == size:
-            if size == 0 and self._digest.hexdigest() != self._file.sha256.lower():
-                raise refuse("engine_protocol", f"The sha256 of the output {name!r} is not the one that was told.")
-            raise StopAsyncIteration
-        wanted = min(PIECE_BYTES, size - self._at)
-        piece = await trio.to_thread.run_sync(os.pread, self._fd, wanted, self._at)
-        if not piece:
-            raise refuse("engine_protocol", f"The output {name!r} shrank to {self._at} of {size} bytes.")
-        self._at += len(piece)
-        self._digest.update(piece)
-        if self._at == size:
-            if (now := os.fstat(self._fd).st_size) != size:
-                raise refuse("engine_protocol", f"The output {name!r} grew to {now} bytes while it was read.")
-            if self._digest.hexdigest() != self._file.sha256.lower():
-                raise refuse("engine_protocol", f"The sha256 of the output {name!r} is not the one that was told.")
-        self._moved(len(piece))
-        return piece

@@ -108,3 +108,35 @@ def test_a_deleted_file_is_not_found(client: TestClient, blobs: Blobs) -> None:
     blobs.delete("job_1", [stored.key])
     answer = client.get(blobs.url(stored.key, 60))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_the_rest_of_a_file_is_taken_only_where_it_belongs(client: TestClient, blobs: Blobs, tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"hello world").hexdigest()
+    part = tmp_path / "blobs" / "parts" / f"job_1.1.{digest}"
+    part.write_bytes(b"hello ")
+    headers = {"X-Content-SHA256": digest}
+    path, _, query = template(blobs, "a.txt").partition("?")
+    told = client.get(f"{path}/received?{query}", headers=headers)
+    assert (told.status_code, told.headers["upload-offset"]) == (200, "6")
+    assert client.get(f"{path}/received?{query}", headers={"X-Content-SHA256": "x"}).status_code == 400
+    assert client.get(f"{path}/received?exp=1&sig=2", headers=headers).status_code == 403
+    for wrong, status in (("bytes 5-10/11", 409), ("bytes 6-9/11", 400), ("words", 400)):
+        answer = client.put(f"{path}?{query}", content=b"world", headers={**headers, "Content-Range": wrong})
+        assert answer.status_code == status
+        if not part.exists():  # fewer bytes than a kept part is worth
+            part.write_bytes(b"hello ")
+    answer = client.put(f"{path}?{query}", content=b"world", headers={**headers, "Content-Range": "bytes 6-10/11"})
+    assert (answer.status_code, answer.json()["size"]) == (201, 11)
+    assert client.get(blobs.url(answer.json()["key"], 60)).content == b"hello world"
+    assert list(part.parent.iterdir()) == []
+
+
+def test_parts_go_with_their_job_and_with_time(blobs: Blobs, tmp_path: Path) -> None:
+    parts = tmp_path / "blobs" / "parts"
+    for job in ("job_1", "job_10", "job_2"):
+        (parts / f"{job}.1.{'a' * 64}").write_bytes(b"x")
+    blobs.delete("job_1")
+    assert sorted(part.name[:6] for part in parts.iterdir()) == ["job_10", "job_2."]
+    assert blobs.sweep(lambda _key: True, lambda _job: True) == 0
+    later = Blobs(tmp_path / "blobs", now_s=lambda: 1e12)
+    assert later.sweep(lambda _key: True, lambda _job: True) == 2
