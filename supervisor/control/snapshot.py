@@ -25,7 +25,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
         reason: why it does not serve, or what ended it last; "" when there is nothing to say.
         unserved: why it is not offered to anybody; "" when it is.
         waits: why it is not loaded yet although it is wanted; "" when it does not wait for room.
-        gpus: UUIDs of its device set; empty means the first GPU, or none when `device` is "cpu".
+        gpus: UUIDs of its device set; empty means any GPU, or none when `device` is "cpu".
+        on: UUIDs of the GPUs that its instance was started on; empty when that is not known or there is none.
         held: GPU -> bytes that it was last seen to hold.
         ends: cause -> how often an instance of it ended so.
     """
@@ -40,6 +41,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     waits: str = ""
     device: str = ""
     gpus: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()
     pid: int = 0
     running: int = 0
     queued: int = 0

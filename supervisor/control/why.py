@@ -54,16 +54,18 @@ def why_worker(snapshot: Snapshot) -> str:
     decided = _decided(snapshot, holds)
     if not decided:
         return "" if _works(snapshot.models) else _about_models(snapshot.models, snapshot)
-    return " ".join(part for part in (decided, _left(snapshot, holds), _about_queued(snapshot.models)) if part)
+    # While something runs, what waits for it will be next: no need to say.
+    queued = "" if _works(snapshot.models) else _about_queued(snapshot.models)
+    return " ".join(part for part in (decided, _left(snapshot, holds), queued) if part)
 
 
 def why_gpu(gpu: GpuView, snapshot: Snapshot) -> str:
     """Why this GPU does nothing; "" when a job runs on it."""
-    mine = [model for model in snapshot.models if _on(model, gpu, snapshot)]
-    if _works(mine):
+    if _works([model for model in snapshot.models if _is_on(model, gpu, snapshot)]):
         return ""
     if gpu.fault:
         return gpu.fault
+    mine = [model for model in snapshot.models if _may_use(model, gpu, snapshot)]
     if not mine:
         return "No model is configured for it."
     if decided := _decided(snapshot, Holds(snapshot.holds).about(gpu=gpu.uuid)):
@@ -75,12 +77,17 @@ def _works(models: Sequence[ModelView]) -> bool:
     return any(model.running for model in models)
 
 
-def _on(model: ModelView, gpu: GpuView, snapshot: Snapshot) -> bool:
-    if model.held.get(gpu.uuid):
-        return True
+def _is_on(model: ModelView, gpu: GpuView, snapshot: Snapshot) -> bool:
+    """Whether its instance is there: as far as is known by what it holds, where it was started, what it is told."""
+    if model.held or model.on:
+        return bool(model.held.get(gpu.uuid)) or gpu.uuid in model.on
     if model.gpus:
         return gpu.uuid in model.gpus
     return model.device != "cpu" and gpu.uuid == snapshot.gpus[0].uuid
+
+
+def _may_use(model: ModelView, gpu: GpuView, snapshot: Snapshot) -> bool:
+    return gpu.uuid in model.gpus or _is_on(model, gpu, snapshot) or (not model.gpus and model.device != "cpu")
 
 
 # ---- what somebody decided
@@ -124,8 +131,6 @@ def _at(seconds: float, form: str = "%Y-%m-%d %H:%M") -> str:
 
 def _about_queued(models: Sequence[ModelView]) -> str:
     """What the jobs wait for that are here and do not run; "" when there are none."""
-    if _works(models):
-        return ""  # the next one starts when one of those has ended
     waiting = [model for model in models if model.queued]
     return _verdict(min(waiting, key=_rank)) if waiting else ""
 
@@ -140,7 +145,11 @@ def _rank(model: ModelView) -> int:
 def _verdict(model: ModelView) -> str:
     """What this model's jobs wait for."""
     if model.waits:
-        return f"{model.name} {model.waits.rstrip('.')}."
+        text = model.waits.rstrip(".")
+        return f"{model.name} {text}." if text.startswith("waits") else f"{model.name} waits: {text}."
+    if model.running:
+        count = f"{model.queued} job{'' if model.queued == 1 else 's'}"
+        return f"{model.name} works, and {count} more wait{'s' if model.queued == 1 else ''} for it."
     if model.state in _LOADING:
         return f"{model.name} is {model.state}."
     if model.state in _BROKEN:

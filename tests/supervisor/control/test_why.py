@@ -204,6 +204,12 @@ def hold(**more: object) -> tuple[Hold, ...]:
         (seen(model(device="cpu")), "idle", "There are no jobs.", "No model is configured for it."),
         (seen(model(gpus=("GPU-2",), running=1)), "busy", "", "No model is configured for it."),
         (seen(model(gpus=("GPU-2",), held={"GPU-1": 5}, running=1)), "busy", "", ""),
+        (
+            seen(model(state="starting", queued=1, waits="its files are being looked at")),
+            "idle",
+            "m waits: its files are being looked at.",
+            "m waits: its files are being looked at.",
+        ),
     ],
 )
 def test_one_sentence(snapshot, state, worker, gpu):
@@ -222,9 +228,29 @@ def test_a_gpu_that_is_out_of_use_says_so_first():
     assert explained(broken).gpus[0].why == "Xid 79: it fell off the bus."
 
 
-def test_a_model_without_a_device_set_is_on_the_first_gpu():
-    both = explained(Snapshot(version="1", models=(model(running=1),), gpus=(GPU, SECOND), link=ON))
-    assert [gpu.why for gpu in both.gpus] == ["", "No model is configured for it."]
+@pytest.mark.parametrize(
+    ("models", "first", "second"),
+    [
+        ([model(running=1)], "", "There are no jobs."),  # engines that are told no GPU take the first
+        ([model(running=1, on=("GPU-2",))], "There are no jobs.", ""),
+        ([model(running=1, held={"GPU-2": 5})], "There are no jobs.", ""),
+        ([model(gpus=("GPU-1", "GPU-2"), running=1, on=("GPU-2",))], "There are no jobs.", ""),
+        ([model(gpus=("GPU-1",), running=1)], "", "No model is configured for it."),
+        # work for this GPU waits although it is idle: the other one has the model
+        ([model(running=1, queued=2, on=("GPU-1",))], "", "m works, and 2 jobs more wait for it."),
+        (
+            [model(running=1, queued=1, waits="its only slot is busy", on=("GPU-1",))],
+            "",
+            "m waits: its only slot is busy.",
+        ),
+        # two copies of one model
+        ([model(running=1, on=("GPU-1",)), model(on=("GPU-2",))], "", "There are no jobs."),
+    ],
+)
+def test_each_gpu_has_its_own_reason(models, first, second):
+    both = explained(Snapshot(version="1", models=tuple(models), gpus=(GPU, SECOND), link=ON))
+    assert [gpu.why for gpu in both.gpus] == [first, second]
+    assert both.why == ""
 
 
 def test_a_worker_that_finishes_its_jobs_is_busy_only_without_a_hold():
@@ -251,6 +277,7 @@ models = st.builds(
     running=st.integers(0, 2),
     queued=st.integers(0, 2),
     held=st.sampled_from([{}, {"GPU-1": 5}]),
+    on=st.sampled_from([(), ("GPU-1",), ("GPU-2",)]),
 )
 held = st.builds(
     Hold,
@@ -295,15 +322,15 @@ def test_why_is_never_empty_and_never_says_what_is_not_so(given_):
     sentences = [found.why, *(gpu.why for gpu in found.gpus)]
     assert found.why or running
     for gpu in found.gpus:
-        mine = [each for each in found.models if gpu.uuid in each.gpus or each.held.get(gpu.uuid)]
-        if not any(each.running for each in found.models):
-            assert gpu.why, gpu.uuid
-        if gpu.fault and not any(each.running for each in mine):
-            assert gpu.why in ("", gpu.fault)  # "": of a model without a device set
-        if any(each.queued for each in mine) and not gpu.fault:
-            assert "no jobs" not in gpu.why
+        there = [each for each in found.models if gpu.uuid in (*each.held, *(each.on or each.gpus or UUIDS[:1]))]
+        matching = [each for each in found.models if gpu.uuid in each.gpus or not (each.gpus or each.device == "cpu")]
+        assert gpu.why or any(each.running for each in there), gpu.uuid
+        if gpu.why and gpu.fault:
+            assert gpu.why == gpu.fault
+        elif gpu.why and any(each.queued for each in matching):
+            assert "There are no jobs." not in gpu.why
     if queued:
-        assert "no jobs." not in found.why
+        assert "There are no jobs." not in found.why
     for each in sentences:
         assert each == each.strip()
         assert "  " not in each
