@@ -14,11 +14,13 @@ from typing import Any
 import trio
 
 from supervisor.config import masked, read
-from supervisor.config_commands import origins
-from supervisor.config_edit import Edited, StaleEdit, edit
-from supervisor.config_layers import drop_ins, read_layers
+from supervisor.config_edit import edit
+from supervisor.config_edit import etag as etag_of
+from supervisor.config_layers import drop_ins
+from supervisor.config_shown import origins
 from supervisor.errors import ConfigError
-from supervisor.reload import Outcome, Reloader
+from supervisor.reload import Reloader
+from supervisor.reload_plan import Apply, plan
 
 REASON = "the control API"
 
@@ -45,14 +47,14 @@ class LiveConfig:
         notes: tuple[str, ...] = ()
         etag = ""
         try:
-            etag = read_layers(self._path, {}).etag
+            etag = etag_of(self._path)  # first: if they change meanwhile, an edit of what is shown is refused
             loaded = read(self._path, self._environ)
         except ConfigError as error:
             problems = error.problems
             settings = masked(self._reloader.settings)
             values: list[dict[str, Any]] = []
         else:
-            settings, etag, notes = masked(loaded.settings), loaded.layers.etag, loaded.notes
+            settings, notes = masked(loaded.settings), loaded.notes
             values = origins(loaded, settings)
         told = {
             "path": str(self._path),
@@ -73,7 +75,8 @@ class LiveConfig:
             etag: of what whoever edits has seen; "" edits whatever stands there.
 
         Returns:
-            What came of it, and the new etag.
+            What came of it, and the new etag: `applied` is in force, `restart` waits for one, `problems` says what
+            could not be taken up, `stronger` has the edited keys that a drop-in or a variable overrides.
 
         Raises:
             StaleEdit: the files changed since.
@@ -83,24 +86,16 @@ class LiveConfig:
         Cancellation: not before the file is written; what it says is then taken up by the watch over the files.
         """
         async with self._editing:
-            edited = await trio.to_thread.run_sync(self._edit, changes, etag)
+            before = self._reloader.settings
+            edited = await trio.to_thread.run_sync(lambda: edit(self._path, changes, if_match=etag))
             outcome = await self._reloader.reload(REASON)
-        return _told(edited, outcome), edited.etag
-
-    def _edit(self, changes: Mapping[str, Any], etag: str) -> Edited:
-        try:
-            return edit(self._path, changes, if_match=etag)
-        except StaleEdit:
-            raise
-        except ConfigError:
-            # Another program may have written between two looks of ours; then that is what there is to say.
-            if etag and read_layers(self._path, {}).etag != etag:
-                raise StaleEdit([f"{self._path}: was changed since it was shown; look at it again"]) from None
-            raise
-
-
-def _told(edited: Edited, outcome: Outcome) -> dict[str, Any]:
-    """How an edit went: `applied` is in force, `restart` waits, `stronger` are keys that something overrides."""
-    plain = outcome.plain()
-    del plain["reason"]
-    return {**plain, "stronger": edited.stronger}
+            told = outcome.plain()
+        del told["reason"]
+        if not outcome.problems:
+            # The watch over the files may have been faster than we: what is in force is told, whoever took it up.
+            owed = {change.path for change in self._reloader.restart}
+            differs = plan(before, self._reloader.settings)
+            told["applied"] = [
+                change.shown() for change in differs if change.apply is not Apply.RESTART and change.path not in owed
+            ]
+        return {**told, "stronger": edited.stronger}, edited.etag
