@@ -126,6 +126,8 @@ class LinuxPresence(PresenceReader):
             locked = await self._saver_active()
         if desktop is not None:
             return Presence(idle_s=desktop[0], locked=locked, occupied=tuple(occupied), told_by=desktop[1])
+        if not locked and not occupied and any(_untold(seat) for seat in seats):
+            return Unknown("the desktop of this session tells nobody when input came last")
         idle_s = min((self._idle_s(seat) for seat in seats), default=math.inf)
         return Presence(idle_s=idle_s, locked=locked, occupied=tuple(occupied), told_by="logind")
 
@@ -194,6 +196,12 @@ class LinuxPresence(PresenceReader):
         except DbusError:
             return None
         return answer[0] if answer else None
+
+
+def _untold(session: Mapping[str, Any]) -> bool:
+    """Whether a graphical session has never set its hint: logind then calls it busy for ever. It reads terminals."""
+    graphical = session.get("Type") in ("x11", "wayland", "mir")
+    return graphical and not session.get("IdleHint") and not session.get("IdleSinceHint")
 
 
 # ---- Windows and macOS

@@ -33,6 +33,7 @@ class Kept:
         self._clock, self._holds, self._start = clock, Holds(items), trio.current_time()
         self.story: list[tuple[float, str, Source]] = []
         self.puts: list[Hold] = []
+        self._changed = trio.Event()
 
     def holds(self) -> Holds:
         return self._holds.at(self._clock())
@@ -60,7 +61,15 @@ class Kept:
         self._note("lift", source)
         return self._holds != before
 
+    async def until(self, *sources: Source) -> None:
+        """Wait until there are holds of exactly these. Raises trio.TooSlowError; for tests on the real clock."""
+        with trio.fail_after(30):
+            while {hold.source for hold in self.holds().items} != set(sources):
+                await self._changed.wait()
+
     def _note(self, what: str, source: Source) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
         self.story.append((round(trio.current_time() - self._start), what, source))
 
 

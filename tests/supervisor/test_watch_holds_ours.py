@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +16,7 @@ import trio
 from supervisor.intake.holds import Hold, Source
 from supervisor.intake.observed import Disk, Network, Power, Presence, Unknown
 from supervisor.machine.load import Ours, descends
+from supervisor.machine.telemetry import GpuWatch, simulated_argv
 from supervisor.settings import (
     ApplicationsTable,
     BatteryTable,
@@ -159,19 +163,14 @@ async def test_a_simulated_person_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setenv("BULKHEAD_SIMULATED_PRESENCE", str(scene))
     clock = Clock()
     keeper = Kept(clock)
-    put = trio.Event()
-    keeper._note = lambda what, _source: put.set()  # type: ignore[method-assign]
     table = HoldsTable(presence=PresenceTable(mode="unload", enter_s=0))
     watch = WatchHolds(table, keeper, system_readers(tmp_path), Gpus(), Ours, clock)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
-        with trio.fail_after(20):
-            await put.wait()
-            assert keeper.holds().reason() == "held because the machine is in use (a game fills the screen)"
-            put = trio.Event()
-            scene.write_text('{"idle_s": 900}')
-            await put.wait()
-        assert keeper.holds().reason() == ""
+        await keeper.until(Source.PRESENCE)
+        assert keeper.holds().reason() == "held because the machine is in use (a game fills the screen)"
+        scene.write_text('{"idle_s": 900}')
+        await keeper.until()
         nursery.cancel_scope.cancel()
 
 
@@ -180,8 +179,7 @@ async def test_every_simulated_reason_goes_the_whole_way(tmp_path, monkeypatch):
     scene = tmp_path / "scene.json"
     scene.write_text('{"battery": 40, "metered": true}')
     monkeypatch.setenv("BULKHEAD_SIMULATED_PRESENCE", str(scene))
-    keeper, changed = Kept(Clock()), trio.Event()
-    keeper._note = lambda _what, _source: changed.set()  # type: ignore[method-assign]
+    keeper = Kept(Clock())
     table = HoldsTable(
         battery=BatteryTable(enter_s=0, leave_s=0),
         network=NetworkTable(mode="stop", enter_s=0, leave_s=0),
@@ -189,18 +187,53 @@ async def test_every_simulated_reason_goes_the_whole_way(tmp_path, monkeypatch):
     )
     watch = WatchHolds(table, keeper, system_readers(tmp_path), Gpus(), Ours, keeper._clock)
 
-    async def until(*expected: Source) -> None:
-        nonlocal changed
-        with trio.fail_after(30):
-            while {hold.source for hold in keeper.holds().items} != set(expected):
-                changed = trio.Event()
-                await changed.wait()
-
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
-        await until(Source.BATTERY, Source.NETWORK, Source.DISK)
+        await keeper.until(Source.BATTERY, Source.NETWORK, Source.DISK)
         assert "on battery at 40 %" in keeper.holds().reason()
         scene.write_text('{"metered": false}')
         watch.apply(table)  # ask all readers now: the network is asked every 15 s only
-        await until(Source.DISK)
+        await keeper.until(Source.DISK)
+        nursery.cancel_scope.cancel()
+
+
+def gpu_script(path: Path, **fields: object) -> None:
+    """What the simulated GPU reader says from now on."""
+    gpu = {"uuid": "GPU-sim-0", "memory_total_bytes": 8 * GIB, **fields}
+    partial = path.with_suffix(".new")
+    partial.write_text(json.dumps({"gpus": [gpu]}))
+    partial.replace(path)
+
+
+async def test_a_gpu_goes_the_whole_way(tmp_path):
+    """The reader that ships, as a child; somebody's memory, then heat; our own process on it never counts."""
+    script = tmp_path / "gpus.json"
+    ours, theirs = {"pid": os.getpid(), "bytes": 5 * GIB}, {"pid": 1, "bytes": 3 * GIB}
+    gpu_script(script, processes=[ours], busy=1.0, temperature_c=80.0, clock_reasons=["sw-power-cap"])
+    gpus = GpuWatch(simulated_argv(script, interval_s=0.1))
+    keeper = Kept(Clock())
+    table = HoldsTable(
+        battery=BatteryTable(mode="off"),
+        disk=DiskTable(mode="off"),
+        thermal=ThermalTable(enter_s=0, leave_s=0),
+        foreign_vram=ForeignVramTable(mode="unload", enter_gb=2, leave_gb=1, busy=0.5, enter_s=0, leave_s=0),
+    )
+    mine = Ours(pids=frozenset({os.getpid()}))
+    watch = WatchHolds(table, keeper, system_readers(tmp_path), gpus, lambda: mine, keeper._clock)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gpus.run)
+        assert await gpus.wait_known(30)
+        nursery.start_soon(watch.run)
+        gpu_script(script, processes=[ours, theirs])
+        await keeper.until(Source.FOREIGN_VRAM)
+        assert [kept.source for kept in keeper.puts] == [Source.FOREIGN_VRAM]  # ours alone was no reason
+        assert "others hold 3.0 GiB" in keeper.holds().reason(gpu="GPU-sim-0")
+        gpu_script(script, processes=[ours], temperature_c=97.0, clock_reasons=["hw-thermal-slowdown"])
+        await keeper.until(Source.THERMAL)
+        assert "is slowed down for heat at 97 °C" in keeper.holds().reason(gpu="GPU-sim-0")
+        gpu_script(script, power_w=450.0, power_limit_w=300.0, clock_reasons=["hw-power-brake"])
+        await keeper.until(Source.THERMAL)
+        gpu_script(script)
+        await keeper.until()
         nursery.cancel_scope.cancel()

@@ -30,6 +30,7 @@ def session(idle_since: float | None = None, *, locked: bool = False, **more: st
         "LockedHint": ("b", locked),
         "Class": ("s", more.get("class_", "user")),
         "State": ("s", more.get("state", "active")),
+        "Type": ("s", more.get("type_", "tty")),
         "Seat": ("(so)", ("seat0", "/seat0")),
     }
     return "a{sv}", (values,)
@@ -61,6 +62,19 @@ FILM = ("idle", "mpv", "playing a video", "block", 1000, 4242)
         ({"/s1": session(state="closing")}, [], Presence(idle_s=math.inf, told_by="logind")),
         # one that ended since it was listed
         ({"/gone": Error("no such session"), "/s1": session(NOW - 5)}, [], Presence(idle_s=5, told_by="logind")),
+        # a bare window manager: nobody ever told logind anything, and "busy since 1970" is no person
+        (
+            {"/s1": session(type_="x11")},
+            [],
+            Unknown("the desktop of this session tells nobody when input came last"),
+        ),
+        ({"/s1": session(type_="wayland", locked=True)}, [], Presence(idle_s=0, locked=True, told_by="logind")),
+        (
+            {"/s1": session(type_="x11")},
+            [FILM],
+            Presence(idle_s=0, occupied=("mpv keeps the screen on (playing a video)",), told_by="logind"),
+        ),
+        ({"/s1": session(NOW - 5, type_="x11")}, [], Presence(idle_s=5, told_by="logind")),
         # a clock that was set back
         ({"/s1": session(NOW + 60)}, [], Presence(idle_s=0, told_by="logind")),
         # a film; a delay, another purpose and ourselves are none
