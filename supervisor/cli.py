@@ -130,6 +130,11 @@ def _describe(name: str, parser: argparse.ArgumentParser) -> None:
         from supervisor import service_commands
 
         service_commands.add_arguments(parser)
+    elif name == "ui":
+        from supervisor.control import ui_command
+
+        ui_command.add_arguments(parser)
+        parser.epilog = ui_command.EXAMPLES
     else:
         import importlib
 

@@ -206,7 +206,7 @@ def _fish(verbs: list[Verb]) -> str:
         lines += [f"{at} -F"] if verb.files else []
         for option in verb.options:
             names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
-            takes = (" -r" if option.takes else "") + (" -F" if option.file else "")
+            takes = (" -r -F" if option.file else " -x") if option.takes else ""
             values = f" -a {_quoted(' '.join(option.values))}" if option.values else ""
             lines.append(f"{at} {names}{takes}{values} -d {_quoted(option.help)}")
     return "\n".join(lines) + "\n"

@@ -183,6 +183,7 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
         ),
         _ORDERING,
     ),
+    "ui": Verb("open the page of this worker in a browser", ""),  # its own, in ui_command.py
     "setup": Verb(
         "make one environment per engine, for the GPU of this machine",
         _examples(

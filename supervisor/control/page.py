@@ -93,7 +93,7 @@ def models(items: Sequence[Mapping[str, Any]], paper: Paper) -> str:
         idle = model["idle_s"]
         state = f"{model['state']} {span(idle)}" if idle is not None else model["state"]
         jobs = f"{model['running']}/{model['slots']}" + (f" +{model['queued']}" if model["queued"] else "")
-        held = "; ".join(f"no {kind}: {why}" for kind, why in model.get("held_kinds", {}).items())
+        held = "; ".join(f"no {kind} jobs: {why}" for kind, why in model.get("held_kinds", {}).items())
         why = next(filter(None, (model["waits"], held, model["reason"], model.get("unserved"), model["last_end"])), "")
         cells = [model["name"], state, model["device"], jobs, gib(model["rss_bytes"]), gib(model["vram_bytes"])]
         rows.append(Row(cells, _sentence(why)))

@@ -122,7 +122,7 @@ def table(
         hues = {state: hue_of(line[state])} if state >= 0 else {}
         lines.append(_line([*line, reason] if beside else line, widths, right, paper.paint, hues))
         if reason and not beside:
-            lines += wrapped(reason, paper, indent=_INDENT)
+            lines += [paper.paint(each, "yellow") for each in wrapped(reason, paper, indent=_INDENT)]
     return "\n".join(lines)
 
 

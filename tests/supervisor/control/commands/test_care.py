@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from typing import IO
 
 from supervisor.control.commands import care
 
@@ -37,7 +38,7 @@ async def test_a_place_that_cannot_be_written(box, types, capsys, tmp_path):
 
 
 async def test_no_half_a_bundle_is_left(box, types, capsys, tmp_path, monkeypatch):
-    def full(_socket, _route, out, **_more):
+    def full(_socket: object, _route: str, out: IO[bytes], *, patience_s: float) -> int:
         out.write(b"half")
         raise OSError(28, "No space left on device")
 
