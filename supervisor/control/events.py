@@ -67,6 +67,7 @@ class Events:
         jobs: attempts that changed since it was called last.
         watched: what is shown and changes without a call of `look`; must cost next to nothing.
         now: seconds since the epoch.
+        cost: a clock, in seconds, that tells what a look took.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class Events:
         size: int = SIZE,
         boot: str = BOOT,
         now: Callable[[], float] = time.time,
+        cost: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._snapshot, self._jobs, self._watched, self._now = snapshot, jobs, watched, now
+        self._snapshot, self._jobs, self._watched, self._now, self._cost = snapshot, jobs, watched, now, cost
         self._ring: deque[Event] = deque(maxlen=size)
         self._last = 0
         self._added = trio.Event()
@@ -111,9 +113,9 @@ class Events:
             while True:
                 await self._woken.wait()
                 self._woken = trio.Event()
-                began = time.perf_counter()
+                began = self._cost()
                 self._compare()
-                await trio.sleep(max(REST_S, SHARE * (time.perf_counter() - began)))
+                await trio.sleep(max(REST_S, SHARE * (self._cost() - began)))
 
     async def _glance(self) -> None:
         before = self._watched()

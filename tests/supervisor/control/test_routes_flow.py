@@ -141,13 +141,14 @@ async def test_one_who_reads_in_sips_misses_nothing(flow):
 
 
 async def test_one_who_does_not_read_is_dropped_and_may_come_back(flow, monkeypatch):
-    monkeypatch.setattr(conversation, "PATIENCE_S", 0.2)
-    for _ in range(50):  # more than the buffers of a socket hold
-        flow.events.add("big", {"text": "x" * 100_000})
     seen = [0]
     async with reading(flow.path, "/v1/events?since=0") as reader:
-        with trio.fail_after(30):
-            await flow.events.closed.wait()
+        with monkeypatch.context() as hurry:
+            hurry.setattr(conversation, "PATIENCE_S", 0.2)
+            for _ in range(50):  # more than the buffers of a socket hold
+                flow.events.add("big", {"text": "x" * 100_000})
+            with trio.fail_after(30):
+                await flow.events.closed.wait()
         with contextlib.suppress(EOFError, h11.RemoteProtocolError, trio.BrokenResourceError):
             while (one := await reader.next()).number < 50:
                 seen.append(one.number)
