@@ -221,7 +221,7 @@ class _Supervisor:
             attempts.on_done = box.watch_holds.note_good
             worker = self._worker(box, host, attempts, keeping)
             keeping.on_change = worker.announce
-            host.on_change = lambda: self._host_changed(box, worker)
+            host.on_change = worker.announce
             box.on_change = lambda: self._machine_changed(box, worker)
             box.pausing.on_warm = lambda models: self._warm(box, host, models)
             box.on_abort = lambda hold, models: attempts.stop_models(
@@ -273,10 +273,6 @@ class _Supervisor:
         for spec in self._specs:
             if spec.name in wanted and not box.barred(spec):
                 host.preload(spec.name)
-
-    def _host_changed(self, box: Box, worker: Worker) -> None:
-        box.room.look_again()
-        worker.announce()
 
     def _machine_changed(self, box: Box, worker: Worker) -> None:
         worker.announce()
@@ -361,7 +357,8 @@ class _Supervisor:
             log.info("%s is served (%s)", spec.name, ", ".join(spec.model.kinds))
         self._proofs[spec.name] = proof
         worker.announce()
-        if proof.ok and any(model.preload for model in self._settings.models if model.name == spec.name):
+        preloads = any(model.preload for model in self._settings.models if model.name == spec.name)
+        if proof.ok and (preloads or spec.pin):
             host.preload(spec.name)
 
     async def _link(self, spoken: Spoken, worker: Worker) -> None:

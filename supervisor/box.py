@@ -130,11 +130,9 @@ class Box:
     # ---- what others ask
 
     def barred(self, spec: ModelSpec) -> str:
-        """Why a model cannot be served on this machine now; "" when it can."""
-        for uuid in self._gpus_of(spec, spec.model.devices):
-            if why := self.health.usable(uuid) or self._cordoned(uuid):
-                return why
-        return ""
+        """Why a model cannot be served on this machine now; "" when one of its GPUs can be used."""
+        reasons = [self.health.usable(uuid) or self._cordoned(uuid) for uuid in self._gpus_of(spec)]
+        return next(iter(reasons), "") if all(reasons) else ""
 
     def _cordoned(self, uuid: str) -> str:
         """Why this GPU alone is held; what holds the whole worker is told in another way."""
@@ -188,39 +186,46 @@ class Box:
         if readings:
             self._known = tuple(readings)
 
-    def _gpus_of(self, spec: ModelSpec, told: Iterable[str]) -> list[str]:
-        """UUIDs that a model uses: those told, else the first GPU; none on the CPU."""
-        told = list(told)
+    def _gpus_of(self, spec: ModelSpec, told: Iterable[str] = ()) -> list[str]:
+        """UUIDs that a model may use: those told, its own, or any; none on the CPU."""
         named = [uuid for uuid in told if not uuid.startswith("cuda")]
+        named = named or [uuid for uuid in spec.model.devices if not uuid.startswith("cuda")]
         if named or spec.model.device == "cpu":
             return named
         on_gpu = spec.model.device == "cuda" or any(word.startswith("cuda") for word in told)
-        return list(self._known[:1]) if on_gpu else []
+        return list(self._known) if on_gpu else []
+
+    def _used_by(self, spec: ModelSpec, told: Iterable[str] = ()) -> list[str]:
+        """UUIDs that an instance uses: where it was not told any, engines take the first GPU."""
+        told = list(told)
+        named = [uuid for uuid in (*told, *spec.model.devices) if not uuid.startswith("cuda")]
+        return self._gpus_of(spec, told)[: None if named else 1]
 
     def _stuck(self, spec: ModelSpec) -> frozenset[int]:
-        """Processes that hold on to this model's GPUs and cannot be killed."""
-        return frozenset[int]().union(*(self.health.of(uuid).stuck for uuid in self._gpus_of(spec, spec.model.devices)))
+        """Processes that hold on to every GPU of this model and cannot be killed."""
+        stuck = [self.health.of(uuid).stuck for uuid in self._gpus_of(spec)]
+        return frozenset[int]().union(*stuck) if all(stuck) else frozenset()
 
     def _gpu_share(self, spec: ModelSpec) -> float | None:
-        shares = [self.watch.utilisation(uuid) for uuid in self._gpus_of(spec, spec.model.devices)]
+        shares = [self.watch.utilisation(uuid) for uuid in self._used_by(spec)]
         known = [share for share in shares if share is not None]
         return max(known) if known else None
 
     def _evidence(self, spec: ModelSpec) -> tuple[Mapping[str, Any], ...]:
         readings = self.watch.readings()
-        uuids = self._gpus_of(spec, spec.model.devices)
-        return tuple(msgspec.to_builtins(readings[uuid]) for uuid in uuids if uuid in readings)
+        return tuple(msgspec.to_builtins(readings[uuid]) for uuid in self._used_by(spec) if uuid in readings)
 
     def _incident(self, incident: Incident) -> None:
         """An engine's last words may speak of the GPU; they cost it a trial at most."""
         self.watch_holds.note_bad(f"{incident.model} {incident.how}")
         occupants = self._host.occupants if self._host else ()
-        spec = next((lane.spec for lane in occupants if lane.spec.name == incident.model), None)
-        if spec is not None:
-            self.health.note_engine(self._gpus_of(spec, spec.model.devices), incident.stderr)
+        lane = next((each for each in occupants if each.spec.name == incident.model), None)
+        if lane is not None:
+            gpus = [str(gpu["uuid"]) for gpu in incident.gpus if "uuid" in gpu]
+            self.health.note_engine(self._used_by(lane.spec, gpus), incident.stderr)
 
     def _unkillable(self, spec: ModelSpec, devices: tuple[str, ...], pid: int) -> None:
-        self.health.note_unkillable(self._gpus_of(spec, devices), pid)
+        self.health.note_unkillable(self._used_by(spec, devices), pid)
         self._changed()
 
     def _died_late(self, _spec: ModelSpec, _devices: tuple[str, ...], pid: int) -> None:
@@ -246,10 +251,10 @@ class Box:
 
     def _hold_changed(self) -> None:
         holds = self.pausing.holds()
-        by_gpu = {
-            hold.gpu: holds.reason(gpu=hold.gpu) for hold in holds.items if hold.gpu and hold.unloads and not hold.kind
-        }
-        self.room.free(holds.reason() if holds.mode() not in (None, Mode.STOP) else "", by_gpu)
+        cordons = {hold.gpu: holds.reason(gpu=hold.gpu) for hold in holds.items if hold.gpu and not hold.kind}
+        freed = {hold.gpu: cordons[hold.gpu] for hold in holds.items if hold.gpu in cordons and hold.unloads}
+        whole = holds.reason() if holds.mode() not in (None, Mode.STOP) else ""
+        self.room.free(whole, freed, cordons=cordons)
         self._changed()
         aborting = {hold for hold in holds.items if hold.mode is Mode.ABORT}
         for hold in aborting - self._aborted:
@@ -260,12 +265,13 @@ class Box:
         """Model -> GPUs, of those that are loaded."""
         if self._host is None:
             return {}
-        alive = {one.model for one in self._host.snapshot() if one.pid}
-        return {
-            lane.spec.name: tuple(self._gpus_of(lane.spec, lane.spec.model.devices))
-            for lane in self._host.occupants
-            if lane.spec.name in alive
-        }
+        specs = {lane.spec.name: lane.spec for lane in self._host.occupants}
+        found: dict[str, tuple[str, ...]] = {}
+        for one in self._host.snapshot():
+            if one.pid:
+                gpus = self._used_by(specs[one.model], one.gpus)
+                found[one.model] = tuple(dict.fromkeys((*found.get(one.model, ()), *gpus)))
+        return found
 
     def _loaded(self, gpu: str) -> tuple[str, ...]:
         return tuple(model for model, gpus in self._on_gpus().items() if not gpu or gpu in gpus)

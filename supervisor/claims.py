@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from supervisor.host.means import Occupant
-from supervisor.intake.residency import Need, Resident
 from supervisor.machine.readings import Device, GpuReading
 from supervisor.peaks import Facts
 
@@ -27,6 +26,9 @@ class Gpus(Protocol):
     def used_by(self, pids: Iterable[int]) -> Mapping[str, int]:
         """UUID -> bytes that these processes hold; empty where the driver does not tell."""
 
+    def subscribe(self, on_reading: Callable[[Mapping[str, GpuReading]], None] | None = None) -> Callable[[], None]:
+        """Call this with each reading; the function returned ends that."""
+
     async def wait_known(self, deadline_s: float) -> bool:
         """Wait until something is known about the GPUs (that there is none, too); False when it took too long."""
 
@@ -35,22 +37,24 @@ class Gpus(Protocol):
 
 
 class Claim:
-    """One model inside the block, or waiting for it.
+    """One instance inside the block.
 
     Attributes:
-        takes: device -> promise; empty before it may load.
+        number: of the instance.
+        takes: device -> promise.
         before: device -> free bytes when it entered.
         held: device -> most that it was seen to hold.
         now: device -> what it was last seen to hold.
         others: device -> what was in use there by nobody of ours when it was last looked at.
         settled: it was seen idle, so that what it holds is what it takes.
-        leaving: told to end, or ended.
-        foreign: it waits for what only other programs could free.
+        leaving: it has ended.
     """
 
-    def __init__(self, who: Occupant, devices: tuple[str, ...], facts: Facts, need: Need, since: float) -> None:
-        self.who, self.devices, self.facts, self.need, self.since = who, devices, facts, need, since
-        self.takes: dict[str, int] = {}
+    def __init__(
+        self, who: Occupant, number: int, devices: tuple[str, ...], facts: Facts, takes: Mapping[str, int]
+    ) -> None:
+        self.who, self.number, self.devices, self.facts = who, number, devices, facts
+        self.takes = dict(takes)
         self.before: dict[str, int] = {}
         self.held: dict[str, int] = {}
         self.now: dict[str, int] = {}
@@ -58,26 +62,11 @@ class Claim:
         self.learned: dict[str, int] = {}
         self.settled = False
         self.leaving = False
-        self.foreign = False
-        self.reason = ""
 
     @property
     def name(self) -> str:
         """Of its model."""
         return self.who.spec.name
-
-    def resident(self) -> Resident:
-        """As residency sees it: until it is settled it holds what it was promised, or more."""
-        holds = dict(self.now)
-        if not self.settled:
-            holds = {uuid: max(holds.get(uuid, 0), self.takes.get(uuid, 0)) for uuid in {*holds, *self.takes}}
-        return Resident(
-            name=self.name,
-            holds=holds,
-            idle_since=self.who.idle_since,
-            wanted=self.who.wanted,
-            leaving=self.leaving,
-        )
 
     def promised(self, uuid: str) -> int:
         """What it will still take of a device, beyond what it holds already."""

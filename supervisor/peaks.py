@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from supervisor.host.work import ModelSpec
+from supervisor.intake.placement import CONTEXT_BYTES
 from supervisor.intake.residency import DEFAULT_TOKENS
 from supervisor.state import write_atomically
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 MOST = 500
 # One smaller peak lowers what was learned by at most this share: a short life sees less than a long one.
 _FORGET = 0.25
+# Stands for a device in the peaks of models that lay on several.
+SPLIT = "split"
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +86,13 @@ def _stat(path: str) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def whole_need(held: Mapping[str, int]) -> Mapping[str, int]:
+    """What an instance held, as a peak to learn: what lay on several devices counts as lying on one of them."""
+    if len(held) < 2:
+        return held
+    return {SPLIT: sum(held.values()) - (len(held) - 1) * CONTEXT_BYTES}
+
+
 class Peaks:
     """Peaks by key and device. A file that is lost or broken costs only estimates.
 
@@ -100,12 +110,11 @@ class Peaks:
         except (OSError, msgspec.MsgspecError) as error:
             log.warning("what models took of the GPU earlier is lost: %s: %s", path, error)
 
-    def of(self, key: str, devices: Sequence[str]) -> int | None:
-        """The largest peak on these devices; None when one of them was never seen."""
+    def most(self, key: str, devices: Sequence[str]) -> int | None:
+        """The largest peak on any of these devices, or on any at all when there are none; None when never seen."""
         seen = self._peaks.get(key, {})
-        if not devices or any(uuid not in seen for uuid in devices):
-            return None
-        return max(seen[uuid] for uuid in devices)
+        found = [count for uuid, count in seen.items() if not devices or uuid in devices or uuid == SPLIT]
+        return max(found, default=None)
 
     def learn(self, key: str, held: Mapping[str, int]) -> None:
         """Remember what an instance held at most; written only when it changes."""

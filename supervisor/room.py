@@ -1,17 +1,13 @@
-"""Room in GPU memory: who may load, who has to go, and whether the memory came back.
+"""Room in GPU memory: what the GPUs have, what our models hold of it, and whether it came back.
 
-Theory of operation. Every instance lives inside one `place` block: entered before its process is started, left
-after the process has ended. Entering queues: first come, first served among those that want the same GPU. Whoever
-is first is judged by `intake.residency`; the verdict is carried out by asking lanes to end themselves (`evict`),
-and then by looking again: what counts is the memory that the driver measures, never what should have come back.
-Somebody who waits for memory that only other programs could free holds up nobody behind it, and neither does a
-load that nobody asks for any more (a preload): it ends nobody's instance, and waits for free room.
+Theory of operation. Nothing is decided here: `intake.scheduler` does that, and this module tells it what is measured.
+Every instance lives inside one `place` block: entered before its process is started, left after the process has ended
+and its memory is back. Readings of the telemetry come once a second; with each, what every instance holds is looked
+at, and what is left is what other programs hold. So what counts is the memory that the driver measures, never what
+should have come back.
 
-A load has a promise (a reservation) for what it is going to take, less what it is seen to hold already, so that
-two loads at once are not both told that there is room. The promise ends when the model has been idle for a moment;
-what it held by then, and ever after, is learned for the next time.
-
-A model that is never idle keeps nobody out for ever: after `PATIENCE_S` it is asked to end between two jobs.
+A load has a promise (its share), so that two loads at once are not both told that there is room. When the model has
+been idle for a moment, what it holds is what it takes: that is told, and learned for the next time.
 
 All methods belong to the trio thread. GPU telemetry comes from a child; without it everybody fits.
 """
@@ -25,33 +21,27 @@ from pathlib import Path
 
 import trio
 
-from protocol.faults import refuse
 from supervisor.claims import Claim, Gpus
 from supervisor.host.family import members
-from supervisor.host.means import Occupant
-from supervisor.host.work import ModelSpec, Progress
+from supervisor.host.means import Books, Occupant
+from supervisor.host.work import ModelSpec
+from supervisor.intake import effects as fx
 from supervisor.intake import residency
-from supervisor.intake.residency import Evict, Fits, Never, Wait, gib, short
-from supervisor.machine.readings import GpuReading, devices
-from supervisor.peaks import Facts, Peaks, facts_of
+from supervisor.intake.residency import gib, short
+from supervisor.machine.readings import Device, GpuReading, devices
+from supervisor.peaks import Facts, Peaks, facts_of, whole_need
 
 log = logging.getLogger(__name__)
 
-# How often the situation is looked at while somebody waits: lanes tell nobody when they become idle.
-LOOK_S = 0.25
-# A model that works without a break is asked to end between two jobs when another has waited this long for it.
-PATIENCE_S = 20.0
 # After the end of a process its memory is back within 2 s on every driver seen; twice that on a loaded box.
 BACK_S = 10.0
 # What may be missing from it all the same: the driver's own bookkeeping.
 SLACK_BYTES = 64 * 2**20
-# Sign of life for those who wait, though nothing changed.
-TELL_AGAIN_S = 10.0
 # Readings come once a second: what a model holds is known this long after it became idle.
 SETTLE_S = 2.0
-# How long a load waits for the first reading: at boot the driver may need seconds, a hung one never answers.
+# How long loads wait for the first reading: at boot the driver may need seconds, a hung one never answers.
 KNOWN_S = 10.0
-# How often the memory of loaded models is looked at, to learn their peaks.
+# How often the memory of loaded models is looked at, besides with each reading.
 LEARN_S = 2.0
 
 
@@ -68,6 +58,8 @@ class VramRoom:
         pids: the processes of an instance, from its leader.
     """
 
+    measures = True
+
     def __init__(
         self,
         gpus: Gpus,
@@ -79,31 +71,72 @@ class VramRoom:
         facts: Callable[[ModelSpec], Awaitable[Facts]] = facts_of,
         pids: Callable[[int], Iterable[int]] = members,
     ) -> None:
-        self._gpus, self._margin = gpus, margin_bytes
+        self._gpus, self.margin_bytes = gpus, margin_bytes
         self._peaks = Peaks(peaks) if isinstance(peaks, Path) else peaks
         self._unusable, self._on_lost = unusable, on_lost
         self._facts, self._pids = facts, pids
+        self._books: Books | None = None
         self._inside: list[Claim] = []
-        self._queue: list[Claim] = []
+        self._seen: dict[str, Facts] = {}  # by model, as last looked at
         self._tainted: dict[str, tuple[int, str]] = {}
-        self._bell = trio.Event()
-        self._freeing = ""
-        self._freeing_gpus: dict[str, str] = {}
+        self._known = False  # whether it was told which GPUs there are
+        self._listed: tuple[fx.DevicePlan, ...] | None = None
+        self._broken: dict[str, str] = {}
+        self._told: dict[str, fx.Reading] = {}
+        self._holds: dict[str, fx.HoldPut] = {}
+
+    # ---- whoever decides
+
+    def bind(self, books: Books) -> None:
+        """See `supervisor.host.means.Room`."""
+        self._books = books
+        self._gpus.subscribe(lambda _readings: self.sample())
+
+    async def open(self) -> None:
+        """Tell which GPUs there are, as soon as that is known; after `KNOWN_S`, that none is."""
+        if not self._gpus.available:
+            await self._gpus.wait_known(KNOWN_S)
+        self._known = True
+        self.sample()
+
+    async def need(self, spec: ModelSpec) -> tuple[int, bool]:
+        """What a load will take of a GPU, and whether that is a mere estimate."""
+        facts = self._seen[spec.name] = await self._facts(spec)
+        return self._need(spec, facts)
+
+    def _need(self, spec: ModelSpec, facts: Facts) -> tuple[int, bool]:
+        """What neither has files nor a word of the operator nor a device set is not placed: it may use anything."""
+        free = not (spec.vram_bytes or spec.model.devices or facts.file_bytes)
+        need = residency.need_of(
+            told=spec.vram_bytes,
+            learned=None if free else self._peaks.most(facts.key, spec.model.devices),
+            file_bytes=facts.file_bytes,
+            kv_tokens=facts.kv_tokens,
+        )
+        # What was once seen on a GPU fits it, though it left less than the margin: it is not refused for ever.
+        totals = [each.total_bytes for each in self._listed or () if each.uuid in (spec.model.devices or (each.uuid,))]
+        seen = need.source == "learned" and need.bytes <= max(totals, default=0)
+        return need.bytes, seen or need.source in ("estimated", "none")
 
     # ---- asking
 
     def look_again(self) -> None:
-        """Something changed that those who wait should know of: a lane is idle, a reading came."""
-        self._bell.set()
-        self._bell = trio.Event()
+        """Something changed that whoever decides should know of: the health of a GPU."""
+        self.sample()
 
     def waiting(self) -> dict[str, str]:
-        """Model -> one sentence, for those that wait for room."""
-        return {claim.name: claim.reason for claim in self._queue if claim.reason}
+        """Model -> one sentence, for those that wait to be loaded."""
+        if self._books is None:
+            return {}
+        return {model: self._with_taint(text) for model, text in self._books.waits().items()}
+
+    def _with_taint(self, text: str) -> str:
+        taints = [sentence for uuid, sentence in self.tainted().items() if f"on {short(uuid)}" in text]
+        return f"{text} ({'; '.join(taints)})" if taints else text
 
     def promised(self) -> dict[str, int]:
         """Device -> bytes promised to loads in progress beyond what they hold already."""
-        return {uuid: count for uuid in self._uuids() if (count := self._promised(uuid))}
+        return {uuid: count for uuid, _found in devices(self._gpus.readings()) if (count := self._promised(uuid))}
 
     def tainted(self) -> dict[str, str]:
         """Device -> one sentence about memory that did not come back."""
@@ -111,148 +144,111 @@ class VramRoom:
         return {uuid: sentence for uuid, (_free, sentence) in self._tainted.items()}
 
     def held(self) -> dict[str, dict[str, int]]:
-        """Model -> device -> GPU memory that it was last seen to hold."""
-        return {claim.name: dict(claim.now) for claim in self._inside if claim.now}
+        """Model -> device -> GPU memory that its instances were last seen to hold."""
+        found: dict[str, dict[str, int]] = {}
+        for claim in self._inside:
+            for uuid, count in claim.now.items():
+                by_gpu = found.setdefault(claim.name, {})
+                by_gpu[uuid] = by_gpu.get(uuid, 0) + count
+        return found
 
-    def free(self, reason: str, gpus: Mapping[str, str] | None = None) -> None:
-        """End every model outside the CPU as soon as it is idle, for as long as there is a reason; "" stops that.
+    def free(
+        self, reason: str, gpus: Mapping[str, str] | None = None, *, cordons: Mapping[str, str] | None = None
+    ) -> None:
+        """End every model on a GPU as soon as it has no work, for as long as there is a reason; "" stops that.
 
         Args:
             gpus: GPU -> a reason to end those on it alone.
+            cordons: GPU -> a reason to load nothing there, unless it can go nowhere else.
         """
-        self._freeing, self._freeing_gpus = reason, dict(gpus or {})
-        self.sample()
+        wanted = {uuid: fx.HoldPut(uuid, why, finish=True) for uuid, why in (cordons or {}).items() if why}
+        wanted |= {uuid: fx.HoldPut(uuid, why, unload=True, finish=True) for uuid, why in (gpus or {}).items() if why}
+        if reason:
+            wanted[""] = fx.HoldPut("", reason, unload=True, finish=True)
+        for uuid in [uuid for uuid in self._holds if uuid not in wanted]:
+            del self._holds[uuid]
+            self._tell(fx.HoldLifted(uuid))
+        for uuid, hold in wanted.items():
+            if self._holds.get(uuid) != hold:
+                self._holds[uuid] = hold
+                self._tell(hold)
 
     def vram_bytes(self, model: str) -> int:
-        """GPU memory that a model was last seen to hold, on all GPUs; 0 when it is not known."""
-        return sum(sum(claim.now.values()) for claim in self._inside if claim.name == model)
+        """GPU memory that an instance of a model was last seen to hold, on all GPUs; 0 when it is not known."""
+        held = [sum(claim.now.values()) for claim in self._inside if claim.name == model]
+        return sum(held) // len(held) if held else 0
 
     # ---- the block
 
     @contextlib.asynccontextmanager
-    async def place(self, who: Occupant) -> AsyncIterator[None]:
+    async def place(
+        self, who: Occupant, number: int = 0, shares: Mapping[str, int] | None = None
+    ) -> AsyncIterator[None]:
         """See `supervisor.host.means.Room`.
 
-        Raises:
-            FaultError: `out_of_memory`, when it can never fit; `gpu_failed`, when its GPU is out of use.
-
-        Cancellation: while it waits, the place in the queue is given up; at the end, waiting for the memory is
-        shielded and bounded by `BACK_S`.
+        Cancellation: at the end, waiting for the memory is shielded and bounded by `BACK_S`.
         """
         if who.spec.model.device == "cpu":
             yield
             return
-        if not self._gpus.available:
-            await self._gpus.wait_known(KNOWN_S)
-        devices = self._devices(who.spec)
-        facts = await self._facts(who.spec)
-        need = residency.need_of(
-            told=who.spec.vram_bytes,
-            learned=self._peaks.of(facts.key, devices),
-            file_bytes=facts.file_bytes,
-            kv_tokens=facts.kv_tokens,
-        )
-        claim = Claim(who, devices, facts, need, trio.current_time())
-        await self._enter(claim)
+        facts = self._seen.get(who.spec.name) or await self._facts(who.spec)
+        claim = Claim(who, number, self._devices(who.spec, shares or {}), facts, shares or {})
+        claim.before = {uuid: free for uuid in claim.devices if (free := self._free(uuid)) is not None}
+        claim.others = self._others(claim)
+        self._inside.append(claim)
         try:
             yield
         finally:
             with trio.CancelScope(shield=True):
                 await self._leave(claim)
 
-    def _devices(self, spec: ModelSpec) -> tuple[str, ...]:
+    def _devices(self, spec: ModelSpec, shares: Mapping[str, int]) -> tuple[str, ...]:
         """Its device set; without one, engines take the first GPU."""
-        return spec.model.devices or self._uuids()[:1]
-
-    def _uuids(self) -> tuple[str, ...]:
-        return tuple(self._gpus.readings())
+        return tuple(shares) or spec.model.devices or tuple(self._gpus.readings())[:1]
 
     def _free(self, uuid: str) -> int | None:
         found = self._gpus.device(uuid)
         return None if found is None else found.memory_free_bytes
 
-    async def _enter(self, claim: Claim) -> None:
-        self._queue.append(claim)
-        told_at = -TELL_AGAIN_S
-        try:
-            while (reason := self._step(claim)) is not None:
-                now = trio.current_time()
-                if reason != claim.reason or now >= told_at + TELL_AGAIN_S:
-                    if reason != claim.reason:
-                        log.info("%s %s", claim.name, reason)
-                    claim.reason, told_at = reason, now
-                    claim.who.tell(Progress(0, phase="room", text=reason))
-                with trio.move_on_after(LOOK_S):
-                    await self._bell.wait()
-        finally:
-            self._queue.remove(claim)
-            self.look_again()
+    # ---- telling
 
-    def _step(self, claim: Claim) -> str | None:
-        """Try to let it in. Returns why not, or None when it is inside; nothing here waits."""
-        self.sample()
-        for uuid in claim.devices:
-            if reason := self._unusable(uuid):
-                raise refuse("gpu_failed", f"{claim.name} cannot be loaded: {reason}")
-        if ahead := self._ahead(claim):
-            return f"waits for its turn behind {ahead.name}"
-        gpus = [self._measure(uuid, total, free) for uuid, total, free in self._measured()]
-        residents = [each.resident() for each in self._inside]
-        wish = residency.Wish(name=claim.name, devices=claim.devices, need=claim.need)
-        verdict = residency.judge(wish, gpus, residents, self._margin)
-        claim.foreign = False
-        if self._freeing and not claim.who.wanted:
-            claim.foreign = True  # it holds up nobody behind it
-            return f"waits for the end of a hold: {self._freeing}"
-        match verdict:
-            case Fits():
-                self._admit(claim, verdict)
-                return None
-            case Never(reason):
-                raise refuse("out_of_memory", reason, hint="another GPU, a smaller model, or a smaller context")
-            case Evict(who, reason):
-                if not claim.who.wanted:
-                    return "waits until there is room for a preload"
-                self._evict(who, reason)
-                return f"waits for its memory: ends idle {', '.join(who)} ({reason})"
-            case Wait(reason, on):
-                claim.foreign = not on
-                if on and claim.who.wanted and self._had_their_time(on, claim):
-                    self._evict(on, f"{claim.name} has waited {PATIENCE_S:g} s for its turn")
-                return reason
+    def _tell(self, event: fx.Event) -> None:
+        if self._books is not None:
+            self._books.tell(event)
 
-    def _had_their_time(self, names: Sequence[str], waiting: Claim) -> bool:
-        """Whether all of these have been loaded, and somebody has waited for them, for `PATIENCE_S`.
+    def _tell_all(self) -> None:
+        """Tell what has changed of the GPUs: which there are, which work, who holds what."""
+        listed = tuple(self._plans())
+        if not listed and not self._known:
+            return
+        if listed != self._listed:
+            self._known, self._listed = True, listed
+            self._tell(fx.Listed(listed))
+            self._broken.clear()  # all of it is told anew: nobody knows more of a GPU than that it is there
+            self._told.clear()
+            for hold in self._holds.values():
+                self._tell(hold)
+        for plan in listed:
+            reason = self._unusable(plan.uuid)
+            if reason != self._broken.get(plan.uuid):
+                self._broken[plan.uuid] = reason
+                self._tell(fx.Broken(plan.uuid, reason))
+        for uuid, _total, _free in self._measured():
+            held = {claim.number: count for claim in self._inside if (count := claim.now.get(uuid, 0))}
+            reading = fx.Reading(uuid, max(0, self._not_ours(uuid) or 0), held)
+            if reading != self._told.get(uuid):
+                self._told[uuid] = reading
+                self._tell(reading)
 
-        A load is never ended for another, and what was loaded gets to work: else two models that both are wanted
-        all the time would only load.
-        """
-        until = trio.current_time() - PATIENCE_S
-        ready = [claim.who.ready_since for claim in self._inside if claim.name in names]
-        return waiting.since <= until and all(since is not None and since <= until for since in ready)
-
-    def _ahead(self, claim: Claim) -> Claim | None:
-        """Who came before and wants the same GPU, and can be helped by us."""
-        for other in self._queue[: self._queue.index(claim)]:
-            if set(other.devices) & set(claim.devices) and other.who.wanted and not other.foreign:
-                return other
-        return None
-
-    def _admit(self, claim: Claim, verdict: Fits) -> None:
-        if verdict.note:
-            log.info("%s loads: %s", claim.name, verdict.note)
-        claim.takes = dict(verdict.takes)
-        claim.before = {uuid: free for uuid in claim.devices if (free := self._free(uuid)) is not None}
-        claim.reason = ""
-        claim.others = self._others(claim)
-        self._inside.append(claim)
-
-    def _evict(self, names: Sequence[str], reason: str) -> None:
-        for claim in self._inside:
-            if claim.name in names and not claim.leaving:
-                log.info("%s is ended: %s", claim.name, reason)
-                claim.leaving = True
-                claim.who.evict(reason)
+    def _plans(self) -> Iterable[fx.DevicePlan]:
+        """GPUs that models may be placed on; of one that is cut into MIG devices, these."""
+        if not self._gpus.available:
+            return
+        for gpu in self._gpus.readings().values():
+            found: Sequence[Device] = gpu.mig or (gpu,)
+            for each in found:
+                if each.memory_total_bytes and each.memory_free_bytes is not None:
+                    yield fx.DevicePlan(uuid=each.uuid, total_bytes=each.memory_total_bytes)
 
     # ---- measuring
 
@@ -266,28 +262,18 @@ class VramRoom:
             if found.memory_total_bytes and found.memory_free_bytes is not None
         ]
 
-    def _measure(self, uuid: str, total: int, free: int) -> residency.Device:
-        return residency.Device(
-            uuid=uuid,
-            free_bytes=free,
-            total_bytes=total,
-            promised_bytes=self._promised(uuid),
-            tainted=self.tainted().get(uuid, ""),
-        )
-
     def _promised(self, uuid: str) -> int:
         return sum(claim.promised(uuid) for claim in self._inside)
 
     def sample(self) -> None:
-        """Look at what everybody holds; a model seen idle for the first time is settled, and its peak learned."""
-        for claim in self._inside:
-            reason = self._freeing or next(
-                (text for uuid in claim.devices if (text := self._freeing_gpus.get(uuid))), ""
-            )
-            if reason and claim.who.idle_since is not None and not claim.who.wanted:
-                self._evict([claim.name], reason)
-        if not self._gpus.available:
-            return
+        """Look at what everybody holds, and tell it."""
+        if self._gpus.available:
+            self._look()
+        if self._books is not None:
+            self._tell_all()
+
+    def _look(self) -> None:
+        """A model seen idle for the first time is settled, and its peak learned."""
         for claim in self._inside:
             if not claim.who.pid:
                 continue
@@ -297,7 +283,8 @@ class VramRoom:
             self._settle(claim)
             if claim.settled and claim.held != claim.learned:
                 claim.learned = dict(claim.held)
-                self._peaks.learn(claim.facts.key, claim.held)
+                self._peaks.learn(claim.facts.key, whole_need(claim.held))
+                self._tell(fx.Learned(claim.name, *self._need(claim.who.spec, claim.facts)))
         for claim in self._inside:
             if claim.who.pid:
                 claim.others = self._others(claim)
@@ -311,6 +298,8 @@ class VramRoom:
         claim.settled = True
         if alone and not any(claim.held.values()):
             claim.held = dict.fromkeys(claim.devices, 0)
+        if any(claim.held.values()) or alone:  # else whose memory that is cannot be told, and the promise stays
+            self._tell(fx.Settles(claim.number, dict(claim.now)))
 
     def _others(self, claim: Claim) -> dict[str, int]:
         found = {uuid: self._not_ours(uuid) for uuid in {*claim.devices, *claim.now}}
@@ -344,7 +333,7 @@ class VramRoom:
                 await self._watch_it_come_back(claim)
         finally:
             self._inside.remove(claim)
-            self.look_again()
+            self.sample()  # before it is said to be gone: what did not come back is somebody else's
 
     async def _watch_it_come_back(self, claim: Claim) -> None:
         def back(_readings: Mapping[str, GpuReading]) -> bool:

@@ -1,4 +1,4 @@
-"""The host: every model's lane, behind one call that runs a job.
+"""The host: every model's lanes and who decides for them, behind one call that runs a job.
 
 Cancelling `Host.run` cancels the run: the caller goes on within `ANSWER_S`; the engine is asked, and given up after
 `cancel_grace_s`.
@@ -14,6 +14,7 @@ from pathlib import Path
 import trio
 
 from protocol.faults import Fault, refuse
+from supervisor.deciding import Deciding
 from supervisor.host import removal
 from supervisor.host.ground import Ground
 from supervisor.host.lane import Lane, OnUnkillable
@@ -42,10 +43,11 @@ class Host:
         on_late_death: called with the same when that process is dead after all.
     """
 
-    def __init__(self, lanes: Sequence[Lane], limits: LimitsTable) -> None:
-        self._lanes = {lane.spec.name: lane for lane in lanes}
+    def __init__(self, deciding: Deciding, limits: LimitsTable) -> None:
+        self._deciding = deciding
+        self._lanes: dict[str, list[Lane]] = {}
         self._limits = limits
-        self._tickets: dict[str, tuple[Lane, Ticket]] = {}  # by label
+        self._tickets: dict[str, Ticket] = {}  # by label
         self._live: set[Ticket] = set()
         self._stopped = False
         self._scope = trio.CancelScope()
@@ -54,15 +56,14 @@ class Host:
         self.on_late_death: OnUnkillable | None = None
 
     async def run(self, request: RunRequest, on_event: OnEvent) -> RunEnd:
-        """Run one job to its end: queue on the model's lane, load on first use.
+        """Run one job to its end: queue for its model, load on first use.
 
         Returns:
             Done or Failed; nothing that an engine does is raised.
 
         Cancellation: the run is cancelled; at most `ANSWER_S` later the cancellation goes on.
         """
-        lane = self._lanes.get(request.model)
-        if lane is None:
+        if request.model not in self._lanes:
             return Failed(fault=refuse("model_not_found", f"There is no model {request.model!r} here.").fault)
         if self._stopped:
             return Failed(fault=Fault("worker_stopping", "The worker is stopping."))
@@ -70,23 +71,23 @@ class Host:
         ticket = Ticket(request, on_event, trio.current_time() + seconds)
         self._live.add(ticket)
         if request.label:
-            self._tickets[request.label] = (lane, ticket)
+            self._tickets[request.label] = ticket
         try:
-            lane.add(ticket)
-            await self._wait(lane, ticket)
+            self._deciding.add(ticket)
+            await self._wait(ticket)
         finally:
             self._live.discard(ticket)
             self._tickets.pop(request.label, None)
         assert ticket.end is not None
         return ticket.end
 
-    async def _wait(self, lane: Lane, ticket: Ticket) -> None:
+    async def _wait(self, ticket: Ticket) -> None:
         try:
             if not await ticket.wait():
-                lane.drop(ticket, Fault("deadline_exceeded", "The job did not end before its deadline."))
+                self._deciding.drop(ticket, Fault("deadline_exceeded", "The job did not end before its deadline."))
                 await ticket.ended.wait()
         except trio.Cancelled:
-            lane.drop(ticket, _CANCELLED)
+            self._deciding.drop(ticket, _CANCELLED)
             with trio.CancelScope(shield=True), trio.move_on_after(2 * ANSWER_S + GRANT_S):
                 await ticket.ended.wait()
             raise
@@ -94,7 +95,7 @@ class Host:
     def cancel(self, label: str) -> None:
         """Ask the run with this label to end; nothing when it has ended already."""
         if found := self._tickets.get(label):
-            found[0].drop(found[1], _CANCELLED)
+            self._deciding.drop(found, _CANCELLED)
 
     def slept(self, seconds: float) -> None:
         """The machine slept, and our clock stood still meanwhile while the deadlines of jobs did not.
@@ -107,21 +108,26 @@ class Host:
             ticket.hasten(seconds, self._limits.cancel_grace_s)
 
     def preload(self, model: str) -> None:
-        """Load a model before anybody asks for it."""
-        self._lanes[model].preload()
+        """Load a model before anybody asks for it, as soon as there is room; nobody is ended for it."""
+        self._deciding.want(model)
 
     @property
     def occupants(self) -> Sequence[Lane]:
-        """The lanes, as the room and `supervisor status` see them."""
-        return list(self._lanes.values())
+        """All lanes, in the order of the configuration."""
+        return [lane for lanes in self._lanes.values() for lane in lanes]
+
+    @property
+    def deciding(self) -> Deciding:
+        """Who decides what is loaded and run."""
+        return self._deciding
 
     def ground(self, model: str) -> Ground:
-        """Where the engine of a model works, for the folders of its attempts."""
-        return self._lanes[model].ground
+        """Where the engines of a model work, for the folders of its attempts."""
+        return self._lanes[model][0].ground
 
     def snapshot(self) -> list[InstanceStatus]:
-        """State of every model, in the order of the configuration."""
-        return [lane.status() for lane in self._lanes.values()]
+        """State of every lane, in the order of the configuration; a model has one lane for each copy."""
+        return [lane.status() for lane in self.occupants]
 
     def _changed(self) -> None:
         _call(self.on_change)
@@ -135,7 +141,8 @@ class Host:
     async def _own(self) -> None:
         with self._scope:
             async with trio.open_nursery() as nursery:
-                for lane in self._lanes.values():
+                nursery.start_soon(self._deciding.run)
+                for lane in self.occupants:
                     nursery.start_soon(lane.run)
 
 
@@ -163,20 +170,26 @@ async def open_host(
         scratch: absolute; whatever an earlier life left in it is removed.
     """
     removal.empty_tree(scratch)
-    host = Host([], limits)
-    lanes = [
-        Lane(
-            spec,
-            limits,
-            scratch / f"m{number}",
-            on_change=host._changed,
-            on_unkillable=host._unkillable,
-            on_late_death=host._died_late,
-            means=means,
-        )
-        for number, spec in enumerate(models)
-    ]
-    host._lanes.update({lane.spec.name: lane for lane in lanes})
+    deciding = Deciding(models, means.room, threshold_bytes=int(limits.vram_threshold_gb * 2**30))
+    host = Host(deciding, limits)
+    for number, spec in enumerate(models):
+        ground = Ground(scratch / f"m{number}", limit_bytes=int(limits.scratch_gb * 2**30))
+        lanes = [
+            Lane(
+                spec,
+                limits,
+                ground,
+                deciding,
+                copy=copy,
+                on_change=host._changed,
+                on_unkillable=host._unkillable,
+                on_late_death=host._died_late,
+                means=means,
+            )
+            for copy in range(spec.copies)
+        ]
+        host._lanes[spec.name] = lanes
+        deciding.adopt(spec.name, lanes)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(host._own)
         try:
@@ -185,5 +198,5 @@ async def open_host(
             host._stopped = True
             host._scope.cancel()
     with trio.CancelScope(shield=True), trio.move_on_after(TIDY_S):
-        for lane in lanes:  # after a clean end the next life has nothing to clear up
-            await means.remove(lane.ground.root)
+        for model in models:  # after a clean end the next life has nothing to clear up
+            await means.remove(host.ground(model.name).root)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from protocol import engine_wire as wire
@@ -32,6 +33,8 @@ from supervisor.host.runs import Runs
 from supervisor.host.share import Share
 from supervisor.host.watch import Watch
 from supervisor.host.work import ModelSpec, Progress
+from supervisor.intake.loading import End as EndLoad
+from supervisor.intake.loading import LoadWatch, judge_load
 from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
@@ -79,7 +82,8 @@ class Instance:
         self._hello = trio.Event()
         self._loaded = trio.Event()
         self._load_fault: Fault | None = None
-        self._load_sign = 0.0
+        self._load_watch = LoadWatch(began_at=0.0, silent_s=limits.load_s)
+        self._load_phase = ""
         self._on_load_progress: Callable[[Progress], None] = lambda _progress: None
         self._said = trio.Event()  # replaced with each line on stderr
         self._lines = 0
@@ -132,11 +136,12 @@ class Instance:
             raise FaultError(self.end_fault(WHILE_LOADING))
         on_greeted()
         self._on_load_progress = on_progress
-        self._load_sign = trio.current_time()
+        self._load_watch = LoadWatch(began_at=trio.current_time(), silent_s=load_s)
         self.moved()
         await self.tell(wire.Load(model=self.spec.model, scratch=str(self._scratch)))
-        while not await patience.wait_until(lambda: self._until(self._loaded), self._load_sign + load_s):
-            if trio.current_time() >= self._load_sign + load_s:
+        while not await patience.wait_until(lambda: self._until(self._loaded), self._load_watch.deadline):
+            verdict = judge_load(self._load_watch, trio.current_time(), waiting=1)  # its lane knows who waits
+            if isinstance(verdict, EndLoad):
                 text = f"Engine {name} showed no progress for {load_s:g} s while loading; it was ended."
                 await self.give_up(End(why=Why.LOAD_STALLED, when=f"for {load_s:g} s"), "engine_hung", text)
                 break
@@ -209,8 +214,7 @@ class Instance:
                 self.ready = message
                 self._loaded.set()
             case wire.Progress(run=wire.NO_RUN):
-                self._load_sign = trio.current_time()
-                self.moved()
+                self._load_moves(message)
                 phase = told.text(message.phase or "load", told.MAX_NAME_CHARS)
                 self._on_load_progress(Progress(message.n, message.total, phase, told.text(message.text)))
             case wire.RunFault(run=wire.NO_RUN):
@@ -224,6 +228,21 @@ class Instance:
                 self.watch.ponged()
             case _:  # stats, valid: nothing waits for them
                 pass
+
+    def _load_moves(self, message: wire.Progress) -> None:
+        """A report that is no further than the last one is no progress; a new phase counts from its own start."""
+        if message.phase != self._load_phase:
+            self._load_phase = message.phase
+            self._load_watch = msgspec.structs.replace(self._load_watch, done=0.0, whole=0.0)
+        before = self._load_watch
+        self._load_watch = before.seen(trio.current_time(), float(message.n), float(message.total or 0))
+        if self._load_watch is not before:
+            self.moved()
+
+    @property
+    def loaded_share(self) -> float:
+        """How much of its load is done, 0 to 1; 0 where that is not told."""
+        return self._load_watch.share
 
     def _log(self, message: wire.Log) -> None:
         dropped = self._gate.admit()

@@ -1,41 +1,80 @@
-"""One model's lane: its queue, its instance, and when to start another one.
+"""One lane: it owns an instance of a model, and says when another one may be started.
 
-Theory of operation. One task owns a lane, and it alone steps through the states of lifecycle.py. It waits for demand,
-waits for room, opens an instance, hands it tickets while it has free slots, and when the instance has ended it
-decides what follows: nothing, after an end that we wanted; a pause, none after the first bad end and then growing
-(restart.py); or a quarantine, which ends when a probe passes. A load that failed fails everything that waits, and the
-same fault answers new runs until the pause is over, so that nobody waits for a model that cannot load.
+Theory of operation. A lane decides nothing about who runs where: `supervisor.deciding` orders it to start an instance,
+hands it runs, and orders its end. One task owns the lane, and it alone steps through the states of lifecycle.py. It
+waits for an order, opens an instance, tells what becomes of it, and when the instance has ended it judges what
+follows: nothing, after an end that we wanted; a pause, none after the first bad end and then growing (restart.py); or
+a quarantine, which ends when a probe passes. It takes no orders meanwhile, so that no memory is kept for it. A load
+that failed fails everything that waits, and the same fault answers new runs until the pause is over, so that nobody
+waits for a model that cannot load.
 
-The queue is first come, first served. A run that wants to be alone waits at its head until the instance is empty, and
-those behind it wait until it is done: neither can starve.
+A model has as many lanes as it may have copies; its ground is shared, records and quarantines are each lane's own.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import logging
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 
+import msgspec
 import trio
 
 from protocol.faults import Fault, FaultError
+from supervisor.deciding import Deciding
 from supervisor.host.ends import End, Why
 from supervisor.host.ground import Ground
 from supervisor.host.instance import Instance
-from supervisor.host.lifecycle import ALIVE, LOADED, Event, Life, State
-from supervisor.host.means import REAL_MEANS, Means
+from supervisor.host.lifecycle import Event, Life, State
+from supervisor.host.means import REAL_MEANS, Forgetful, Means
 from supervisor.host.opening import open_instance
 from supervisor.host.quarantine import Standing
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import InstanceStatus, ModelSpec, Progress
+from supervisor.intake import effects as fx
+from supervisor.intake.loading import NEARLY
 from supervisor.settings import LimitsTable
 
 log = logging.getLogger(__name__)
 
 # Told the model, the GPUs that the process may hold, and its pid.
 OnUnkillable = Callable[[ModelSpec, tuple[str, ...], int], None]
+
+
+class _Order:
+    """An instance that the lane was told to start, and what was told of it.
+
+    Attributes:
+        spec: the model's, with the devices that it was given.
+        dropped: why it is not wanted any more, while it is not loaded; "" while it is.
+    """
+
+    def __init__(self, number: int, spec: ModelSpec, shares: Mapping[str, int]) -> None:
+        self.number, self.shares = number, shares
+        devices = [uuid for uuid in spec.model.devices if uuid in shares]
+        devices += [uuid for uuid in shares if uuid not in devices]
+        model = msgspec.structs.replace(spec.model, devices=tuple(devices)) if devices else spec.model
+        self.spec = msgspec.structs.replace(spec, model=model)
+        self.dropped = ""
+        self.leaves = self.nearly = False
+        self.accepts = True
+        self._scope: trio.CancelScope | None = None
+
+    @contextlib.contextmanager
+    def wanted(self) -> Iterator[None]:
+        """A block that ends early when the order is dropped."""
+        with trio.CancelScope() as self._scope:
+            if self.dropped:
+                self._scope.cancel()
+            yield
+
+    def drop(self, reason: str) -> None:
+        """It is not wanted any more."""
+        self.dropped = reason
+        if self._scope is not None:
+            self._scope.cancel()
 
 
 class _Story:
@@ -50,10 +89,12 @@ class _Story:
 
 
 class Lane:
-    """The lane of one model. `run` is its only task; everything else posts to it. It is an `Occupant` of the room.
+    """See the module. `run` is its only task; everything else posts to it. It is a `Runner` and an `Occupant`.
 
     Args:
-        scratch: the model's own folder, made here: see ground.py.
+        ground: where the model's instances work.
+        deciding: who orders, and whom it tells.
+        copy: which of its model's lanes it is; the first one's quarantines outlive the supervisor.
         on_change: called after every change that `status` would show.
         on_unkillable, on_late_death: called when a process could not be killed, and when it died after all.
     """
@@ -62,58 +103,97 @@ class Lane:
         self,
         spec: ModelSpec,
         limits: LimitsTable,
-        scratch: Path,
+        ground: Ground,
+        deciding: Deciding,
         *,
+        copy: int = 0,
         on_change: Callable[[], None] = lambda: None,
         on_unkillable: OnUnkillable = lambda _spec, _devices, _pid: None,
         on_late_death: OnUnkillable = lambda _spec, _devices, _pid: None,
         means: Means = REAL_MEANS,
     ) -> None:
-        self.spec, self.limits = spec, limits
-        self.ground = Ground(scratch, limit_bytes=int(limits.scratch_gb * 2**30))
+        self.spec, self.limits, self.ground, self.copy = spec, limits, ground, copy
+        self._deciding = deciding
         self._on_change = on_change
         self._on_unkillable, self._on_late_death = on_unkillable, on_late_death
-        self._means = means
-        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._means = means if copy == 0 else means._replace(memory=Forgetful())
+        self._orders: deque[_Order] = deque()
+        self._order: _Order | None = None
+        self._devices: tuple[str, ...] = ()
+        self._nursery: trio.Nursery | None = None  # of the runs
         self._bell = trio.Event()
         self._life = Life()
-        self._standing = Standing(spec, limits, means)
+        self._standing = Standing(spec, limits, self._means)
         self._instance: Instance | None = None
-        self._evicted = ""  # why, when the instance shall go and is not ready yet
         self._reason, self._last_end = "", ""
         self._sandbox: dict[str, str] = {}
         self._idle_since: float | None = None
-        self._ready_since: float | None = None
         self._starts = 0
         self._blocked: Fault | None = None
-        self._wanted = False  # load without a run: preload
+        self._pausing = False
         self._recalled_s = self._standing.recalled()
         if self._recalled_s is not None:
-            self._bar()
+            self._step(Event.BAR)
+
+    # ---- as told by whoever decides
+
+    @property
+    def refusal(self) -> Fault | None:
+        """What new runs are answered with at once."""
+        return self._standing.fault or self._blocked
+
+    @property
+    def usable(self) -> bool:
+        """Whether it takes orders: it is in no quarantine and sits out no pause."""
+        return self._standing.fault is None and not self._pausing
+
+    @property
+    def load(self) -> int:
+        """Orders that it has not brought to their end."""
+        return len(self._orders) + (self._order is not None)
+
+    def order(self, number: int, shares: Mapping[str, int]) -> None:
+        """Start an instance, after the one before it has gone."""
+        self._orders.append(_Order(number, self.spec, shares))
+        self._ring()
+
+    def begin(self, number: int, ticket: Ticket) -> None:
+        """Hand a run to the instance, which has a slot for it."""
+        instance, order = self._instance, self._order
+        assert instance is not None
+        assert order is not None
+        assert order.number == number
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, order, instance, instance.runs.admit(ticket))
+
+    def end(self, number: int, reason: str, *, idle: bool = False) -> None:
+        """End the instance, which has no run."""
+        if self._instance is not None and self._order is not None and self._order.number == number:
+            self._order.leaves = True
+            self._instance.retire(End(why=Why.IDLE if idle else Why.EVICTED, note=reason))
+            self._ring()
+
+    def cancel_load(self, number: int, reason: str) -> None:
+        """Nobody waits for this load any more."""
+        if self._order is not None and self._order.number == number:
+            self._order.drop(reason)
+            return
+        for order in [each for each in self._orders if each.number == number]:
+            self._orders.remove(order)
+            self._deciding.gone(number)
+
+    def explain(self, text: str) -> None:
+        """Why its model waits."""
+        if self._instance is None:
+            self._reason = text
+            self._on_change()
 
     # ---- asking
 
-    def add(self, ticket: Ticket) -> None:
-        """Queue a run; answered at once while the model cannot be loaded or is in quarantine."""
-        if (refusal := self._refusal) is not None:
-            ticket.fail(refusal)
-            return
-        self._waiting.append(ticket)
-        self._ring()
-
-    def drop(self, ticket: Ticket, fault: Fault) -> None:
-        """End a run that has not been handed to an engine yet, or ask the engine to end it."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-            ticket.fail(fault)
-            self._ring()  # it may have been what the others waited for
-        else:
-            ticket.ask_cancel(fault)
-
-    def preload(self) -> None:
-        """Load the model now, without a run."""
-        self._wanted = True
-        self._ring()
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """GPUs of its instance, or of the one before; empty where nothing is known of them."""
+        return self._devices or self.spec.model.devices
 
     def status(self) -> InstanceStatus:
         """Snapshot for people and for what is announced."""
@@ -126,11 +206,11 @@ class Lane:
             state=str(self._life.state),
             pid=self.pid,
             running=len(instance.runs.admitted) if instance else 0,
-            queued=len(self._waiting),
+            queued=0 if self.copy else self._deciding.queued(self.spec.name),
             slots=ready.slots if ready else 1,
             restarts=max(0, self._starts - 1),
             reason=self._standing.fault.message if self._standing.fault else self._reason,
-            blocked=self._refusal is not None,
+            blocked=self.refusal is not None,
             device=ready.device if ready else "",
             limits=ready.limits if ready else {},
             rss_bytes=rss or (ready.peak_rss_bytes if ready else 0),
@@ -138,9 +218,9 @@ class Lane:
             sandbox=self._sandbox,
             idle_s=None if self._idle_since is None else trio.current_time() - self._idle_since,
             last_end=self._last_end,
+            copy=self.copy,
+            gpus=self._order.spec.model.devices if self._order else (),
         )
-
-    # ---- as an occupant of the room
 
     @property
     def pid(self) -> int:
@@ -148,89 +228,74 @@ class Lane:
         return self._instance.child.pid if self._instance else 0
 
     @property
-    def wanted(self) -> bool:
-        """Whether runs wait for it or run on it."""
-        return bool(self._waiting) or bool(self._instance and self._instance.runs.admitted)
-
-    @property
     def idle_since(self) -> float | None:
         """trio time since when it has been loaded without work; None when it works or is not loaded."""
         return self._idle_since
 
-    @property
-    def ready_since(self) -> float | None:
-        """trio time since when its model is loaded, with or without work; None while it is not."""
-        return self._ready_since if self._life.state in LOADED else None
-
-    def evict(self, reason: str) -> None:
-        """End the instance as soon as it has no run. Nothing without one, or while runs wait for its load."""
-        if self._life.state in LOADED or (self._life.state in ALIVE and not self._waiting):
-            self._evicted = reason
-            self._retire()
-            self._ring()
-
-    def tell(self, progress: Progress) -> None:
-        """Pass a sign of progress of the load, or of the wait for room, to those who wait for the model."""
-        if progress.phase == "room":
-            self._reason = progress.text
-        for ticket in self._waiting:
-            ticket.tell(progress)
-        self._on_change()
-
     # ---- the task
 
     async def run(self) -> None:
-        """Own the lane until cancelled; then end the instance and everything that waits."""
+        """Own the lane until cancelled; then end the instance."""
         try:
             if self._recalled_s is not None:
                 await self._sit_out(self._recalled_s)
             while True:
-                await self._demand()
-                story = await self._one_instance()
-                await self._follow(story)
+                order = await self._next_order()
+                story = await self._one_instance(order)
+                await self._follow(order, story)
         finally:
-            self._fail_waiting(Fault("worker_stopping", "The worker stopped before the job was done."))
             self._step(Event.SHUT)
 
-    async def _demand(self) -> None:
-        while not self._waiting and not self._wanted:
+    async def _next_order(self) -> _Order:
+        while not self._orders:
             await self._next_bell()
+        self._order = order = self._orders.popleft()
+        self._devices = order.spec.model.devices
+        return order
 
-    async def _one_instance(self) -> _Story:
+    async def _one_instance(self, order: _Order) -> _Story:
         """One instance from start to end; failures are told in the story, never raised."""
         story = _Story()
-        self._wanted, self._evicted = False, ""
         self._starts += 1
         self._step(Event.DEMAND)
         try:
-            await self._means.verify(self.spec)
-            async with self._means.room.place(self):
-                await self._live(story)
+            with order.wanted():
+                await self._means.verify(order.spec)
+            if not order.dropped:
+                async with self._means.room.place(self, order.number, order.shares):
+                    await self._live(story, order)
         except FaultError as error:
-            self._refuse(story, error.fault)
+            self._refuse(story, order, error.fault)
         except BaseExceptionGroup as group:
             faults, rest = group.split(FaultError)
             if rest is not None or faults is None:
                 raise
-            self._refuse(story, _first_fault(faults))
+            self._refuse(story, order, _first_fault(faults))
+        if order.dropped and story.instance is None and story.fault is None:
+            story.end = End(why=Why.EVICTED, note=order.dropped)
         self._stopping()
         return story
 
-    async def _live(self, story: _Story) -> None:
+    async def _live(self, story: _Story, order: _Order) -> None:
+        began = trio.current_time()
         try:
-            opened = open_instance(self.spec, self.limits, self.ground, self._starts, means=self._means)
+            opened = open_instance(order.spec, self.limits, self.ground, order.number, means=self._means)
             async with opened as instance:
                 self._instance = story.instance = instance
                 instance.changed = instance.runs.changed = self._changed
                 try:
-                    ready = await instance.load(lambda: self._step(Event.GREETED), self.tell)
-                    self._sandbox = dict(ready.sandbox)
-                    story.loaded_at = self._idle_since = self._ready_since = trio.current_time()
-                    self._reason = ""
-                    self._step(Event.LOADED)
-                    await self._hand_out(instance)
+                    await self._load(order, instance)
+                    if order.dropped:
+                        instance.retire(End(why=Why.EVICTED, note=order.dropped))
+                    elif instance.ready is not None:
+                        self._sandbox = dict(instance.ready.sandbox)
+                        story.loaded_at = self._idle_since = trio.current_time()
+                        self._reason = ""
+                        self._step(Event.LOADED)
+                        loaded = fx.LoadEnds(order.number, story.loaded_at - began, slots=instance.ready.slots)
+                        await self._serve_all(order, instance, loaded)
                 except FaultError as error:
-                    self._refuse(story, error.fault)
+                    self._refuse(story, order, error.fault)
                 finally:
                     self._stopping()
         finally:
@@ -241,52 +306,58 @@ class Lane:
                 if story.end.why is Why.UNKILLABLE:
                     self._abandon(story.instance)
 
-    async def _hand_out(self, instance: Instance) -> None:
-        """Give the instance tickets while it has slots; return when it is over or has done its last."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._ring_when_over, instance)
+    async def _load(self, order: _Order, instance: Instance) -> None:
+        def progressed(progress: Progress) -> None:
+            if not order.nearly and instance.loaded_share >= NEARLY:
+                order.nearly = True
+                self._deciding.tell(fx.NearlyLoaded(order.number))
+            self._deciding.pass_on(self.spec.name, progress)
+            self._on_change()
+
+        with order.wanted():
+            await instance.load(lambda: self._step(Event.GREETED), progressed)
+
+    async def _serve_all(self, order: _Order, instance: Instance, loaded: fx.LoadEnds) -> None:
+        """Have it work; return when it is over or has done its last."""
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._ring_when_over, instance)
+            if not instance.over.is_set():  # it may have died of its first words after the load
+                self._deciding.tell(loaded)
             while True:
-                self._retire()
-                while (ticket := self._next_for(instance)) is not None:
-                    nursery.start_soon(instance.runs.serve, instance.runs.admit(ticket))
+                self._retire_worn(instance)
+                self._tell(order, instance)
                 leaving = instance.ours is not None or instance.runs.stuck is not None
                 if instance.over.is_set() or (leaving and not instance.runs.admitted):
                     break
-                with trio.move_on_at(self._idle_until()) as patience:
-                    await self._next_bell()
-                if patience.cancelled_caught and self._idle_until() <= trio.current_time():
-                    instance.retire(End(why=Why.IDLE, note=f"idle for {self.spec.keep_alive_s:g} s"))
+                await self._next_bell()
             self._stopping()
-            nursery.cancel_scope.cancel()
+            self._nursery.cancel_scope.cancel()
+        self._nursery = None
 
-    def _next_for(self, instance: Instance) -> Ticket | None:
-        """The next ticket that the instance may have now."""
-        if not self._waiting or not instance.free_slots:
-            return None
-        alone = self._waiting[0].request.alone or instance.runs.alone
-        if alone and instance.runs.admitted:
-            return None
-        return self._waiting.popleft()
+    async def _serve(self, order: _Order, instance: Instance, ticket: Ticket) -> None:
+        began = trio.current_time()
+        try:
+            await instance.runs.serve(ticket)
+        finally:
+            self._deciding.tell(fx.RunEnds(order.number, trio.current_time() - began))
 
-    def _idle_until(self) -> float:
-        if self._idle_since is None or not self.spec.keep_alive_s:
-            return math.inf
-        return self._idle_since + self.spec.keep_alive_s
+    def _tell(self, order: _Order, instance: Instance) -> None:
+        """Say whether the instance takes runs."""
+        ends = instance.over.is_set() or instance.ours is not None or instance.runs.stuck is not None
+        if ends and not order.leaves:
+            order.leaves = True
+            self._deciding.tell(fx.Leaves(order.number))
+        elif not ends and order.accepts == instance.runs.doubtful:
+            order.accepts = not instance.runs.doubtful
+            self._deciding.tell(fx.Accepts(order.number, order.accepts))
 
-    def _retire(self) -> None:
-        """Let an instance that is worn or not wanted take no more runs."""
-        instance = self._instance
-        if instance is None or instance.ready is None or instance.ours is not None:
-            return
-        if self._evicted:
-            instance.retire(End(why=Why.EVICTED, note=self._evicted))
-        elif worn := instance.watch.worn():
+    def _retire_worn(self, instance: Instance) -> None:
+        """Let an instance that is worn take no more runs."""
+        if instance.ours is None and (worn := instance.watch.worn()):
             log.info("%s is replaced between two jobs: %s", self.spec.name, worn)
             instance.retire(End(why=Why.RECYCLED, note=worn))
-        else:
-            return
-        if self._life.state is State.BUSY:
-            self._step(Event.DRAIN)
+            if self._life.state is State.BUSY:
+                self._step(Event.DRAIN)
 
     async def _ring_when_over(self, instance: Instance) -> None:
         await instance.over.wait()
@@ -294,7 +365,7 @@ class Lane:
 
     # ---- what follows
 
-    async def _follow(self, story: _Story) -> None:
+    async def _follow(self, order: _Order, story: _Story) -> None:
         """Judge an instance that ended, and sit out what its end deserves.
 
         A long life, or a job done well, clears the record first: so a bad job costs those behind it no pause, and an
@@ -306,35 +377,43 @@ class Lane:
         if not end.bad:
             log.info("%s: %s", self.spec.name, end.phrase())
             self._reason = "" if end.why in (Why.ASKED, Why.RECYCLED) else f"It was {end.phrase()}."
-            self._wanted = self._wanted or end.why is Why.RECYCLED
-            self._step(Event.GONE)
+            if end.why is Why.RECYCLED:
+                self._deciding.want(self.spec.name)
+            self._gone(order)
             return
         log.warning("%s: %s", self.spec.name, end.phrase())
         fault = self._cause(story)
         self._reason = fault.message
         if end.why is Why.UNKILLABLE:
-            await self._sit_out(self._standing.barred(fault).pause_s)
+            await self._sit_out(self._standing.barred(fault).pause_s, order)
             return
         if not end.counts or (story.instance is not None and story.instance.blames_job):
-            self._step(Event.GONE)
-            return
-        if story.instance is None and fault.code == "gpu_failed":
-            await self._pause(self.limits.restart.first_pause_s)  # the GPU's fault, not the model's: it is not counted
+            self._gone(order)
             return
         well = story.succeeded or trio.current_time() - story.loaded_at >= self.limits.restart.healthy_s
         following = self._standing.bad_end(fault, well=well, loading=story.fault is not None)
         if following.quarantined:
-            await self._sit_out(following.pause_s)
+            await self._sit_out(following.pause_s, order)
         elif following.pause_s:
-            await self._pause(following.pause_s)
+            await self._pause(following.pause_s, order)
         else:
-            self._step(Event.GONE)
+            self._gone(order)
 
-    async def _pause(self, pause_s: float) -> None:
-        self._step(Event.PAUSE)
+    def _gone(self, order: _Order, event: Event = Event.GONE) -> None:
+        """The process has ended and its memory is back: say so, and another may be ordered."""
+        self._order = None
+        self._step(event)
+        self._deciding.gone(order.number)
+
+    async def _pause(self, pause_s: float, order: _Order) -> None:
+        self._pausing = True
+        self._deciding.recount(self.spec.name)
+        self._gone(order, Event.PAUSE)
         await trio.sleep(pause_s)
         self._blocked = None  # the next one who asks may try again
+        self._pausing = False
         self._step(Event.RETRY)
+        self._deciding.recount(self.spec.name)
 
     def _cause(self, story: _Story) -> Fault:
         """The fault that stands for a bad end; where there was a process, a report of it is kept."""
@@ -348,48 +427,37 @@ class Lane:
         return story.fault or instance.end_fault(story.end.when)
 
     def _unkillable(self, instance: Instance) -> str:
-        devices = self._devices(instance)
+        devices = _devices_of(instance)
         where = f" It may still hold {', '.join(devices)}." if devices else ""
         return (
             f"Process {instance.child.stuck_pid} of engine {self.spec.engine.name} hangs and cannot be killed.{where}"
         )
 
-    def _devices(self, instance: Instance) -> tuple[str, ...]:
-        """GPUs that an instance may hold."""
-        ready = instance.ready
-        return self.spec.model.devices or ((ready.device,) if ready and ready.device != "cpu" else ())
-
     def _abandon(self, instance: Instance) -> None:
         """A process that nobody can kill: its GPUs are not to be used any more, everything else goes on."""
-        devices, pid = self._devices(instance), instance.child.stuck_pid
+        devices, pid = _devices_of(instance), instance.child.stuck_pid
         instance.child.on_late_death = lambda _how: self._on_late_death(self.spec, devices, pid)
         self._standing.abandon(instance.child)
         self._on_unkillable(self.spec, devices, pid)
 
-    async def _sit_out(self, pause_s: float) -> None:
-        """Quarantine, until a probe passes."""
+    async def _sit_out(self, pause_s: float, order: _Order | None = None) -> None:
+        """Quarantine, until a probe passes. Whoever waits is answered before `order` is said to be gone."""
         log.error("%s is in quarantine for %.0f s: %s", self.spec.name, pause_s, self._reason)
-        if self._life.state is not State.QUARANTINED:
-            self._bar()
+        self._blocked = None
+        self._deciding.recount(self.spec.name)
+        if order is not None:
+            self._gone(order, Event.BAR)
+        for later in list(self._orders):
+            self.cancel_load(later.number, "its model is in quarantine")
         await self._standing.serve(pause_s)
         self._reason = ""
         log.info("%s is back: its probe passed", self.spec.name)
         self._step(Event.LIFT)
-
-    def _bar(self) -> None:
-        if self._standing.fault is not None:
-            self._fail_waiting(self._standing.fault)
-        self._blocked = None
-        self._step(Event.BAR)
-
-    @property
-    def _refusal(self) -> Fault | None:
-        """What new runs are answered with at once."""
-        return self._standing.fault or self._blocked
+        self._deciding.recount(self.spec.name)
 
     # ---- small parts
 
-    def _refuse(self, story: _Story, fault: Fault) -> None:
+    def _refuse(self, story: _Story, order: _Order, fault: Fault) -> None:
         """The model cannot be loaded: answer everybody who waits, now, and everybody who asks for a while."""
         story.fault = fault
         if story.instance is None:
@@ -397,11 +465,7 @@ class Lane:
         self._reason = fault.message
         log.error("%s cannot be loaded: %s", self.spec.name, fault.message)
         self._blocked = fault
-        self._fail_waiting(fault)
-
-    def _fail_waiting(self, fault: Fault) -> None:
-        while self._waiting:
-            self._waiting.popleft().fail(fault)
+        self._deciding.load_failed(order.number, self.spec.name, fault)
 
     async def _next_bell(self) -> None:
         await self._bell.wait()
@@ -412,7 +476,7 @@ class Lane:
         self._on_change()
 
     def _changed(self) -> None:
-        """Something about the instance's runs changed: step, and look at the queue."""
+        """Something about the instance or its runs changed: step, and say so."""
         instance, state = self._instance, self._life.state
         if instance is not None and not instance.over.is_set():
             running = len(instance.runs.admitted)
@@ -424,6 +488,8 @@ class Lane:
             elif state is State.BUSY and not running:
                 self._idle_since = trio.current_time()
                 self._life.step(Event.EMPTIED)
+        if instance is not None and self._order is not None and self._nursery is not None:
+            self._tell(self._order, instance)
         self._ring()
 
     def _stopping(self) -> None:
@@ -434,6 +500,12 @@ class Lane:
     def _step(self, event: Event) -> None:
         self._life.step(event)
         self._on_change()
+
+
+def _devices_of(instance: Instance) -> tuple[str, ...]:
+    """GPUs that an instance may hold."""
+    ready = instance.ready
+    return instance.spec.model.devices or ((ready.device,) if ready and ready.device != "cpu" else ())
 
 
 def _first_fault(group: BaseExceptionGroup[FaultError]) -> Fault:

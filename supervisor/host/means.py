@@ -18,7 +18,8 @@ from supervisor.host.child import open_child
 from supervisor.host.incidents import Incidents
 from supervisor.host.leftovers import Ledger
 from supervisor.host.senses import Senses
-from supervisor.host.work import ModelSpec, Progress
+from supervisor.host.work import ModelSpec
+from supervisor.intake import effects as fx
 
 OpenChild = Callable[..., AbstractAsyncContextManager[Any]]
 
@@ -37,7 +38,7 @@ async def remove_tree(folder: Path) -> None:
 
 
 class Occupant(Protocol):
-    """A model's lane, as those see it who decide what is loaded."""
+    """A model's lane, as the room sees it that measures what its instance holds."""
 
     spec: ModelSpec
 
@@ -46,39 +47,64 @@ class Occupant(Protocol):
         """Leader of its instance's family; 0 without one."""
 
     @property
-    def wanted(self) -> bool:
-        """Whether runs wait for it or run on it."""
-
-    @property
     def idle_since(self) -> float | None:
         """trio time since when it has been loaded without work; None when it works or is not loaded."""
 
-    @property
-    def ready_since(self) -> float | None:
-        """trio time since when its model is loaded, with or without work; None while it is not."""
 
-    def evict(self, reason: str) -> None:
-        """End the instance as soon as it has no run; the lane goes back to cold, uncounted as a failure."""
+class Books(Protocol):
+    """Who decides what is loaded, as the room sees it (`supervisor.deciding.Deciding`)."""
 
-    def tell(self, progress: Progress) -> None:
-        """Pass a sign of progress to whoever waits for the model ("waits for 3.1 GiB of GPU memory")."""
+    def tell(self, event: fx.Event) -> None:
+        """Something happened to the GPUs."""
+
+    def waits(self) -> dict[str, str]:
+        """Model -> why it is not loaded yet, for those that somebody waits for."""
 
 
 class Room(Protocol):
-    """Who may be loaded at once."""
+    """The memory of the GPUs as it is measured.
 
-    def place(self, who: Occupant) -> AbstractAsyncContextManager[None]:
+    Attributes:
+        measures: whether there may be anything to measure; without, every model fits.
+        margin_bytes: what stays free on every GPU.
+    """
+
+    measures: bool
+    margin_bytes: int
+
+    def bind(self, books: Books) -> None:
+        """Whom to tell."""
+
+    async def open(self) -> None:
+        """Tell which GPUs there are, as soon as that is known."""
+
+    async def need(self, spec: ModelSpec) -> tuple[int, bool]:
+        """What a load will take of a GPU in bytes, and whether that is a mere estimate. Raises OSError."""
+
+    def place(self, who: Occupant, number: int, shares: Mapping[str, int]) -> AbstractAsyncContextManager[None]:
         """A block around the whole life of an instance: entered before the start, left after the process's end.
 
-        Entering waits until there is room, ending idle ones if need be. Leaving waits (bounded) until the memory is
-        back. Raises FaultError when there can never be room. Cancellation: nothing was changed.
+        Leaving waits (bounded) until the memory is back.
         """
 
 
 class EverybodyFits:
     """A room without walls."""
 
-    def place(self, _who: Occupant) -> AbstractAsyncContextManager[None]:
+    measures = False
+    margin_bytes = 0
+
+    def bind(self, _books: Books) -> None:
+        """Nobody is told anything."""
+
+    async def open(self) -> None:
+        """Nothing is measured."""
+
+    async def need(self, _spec: ModelSpec) -> tuple[int, bool]:
+        """Nothing that is known."""
+        return 0, True
+
+    def place(self, _who: Occupant, _number: int, _shares: Mapping[str, int]) -> AbstractAsyncContextManager[None]:
         """Enter at once."""
         return contextlib.nullcontext()
 
@@ -112,7 +138,7 @@ class Means(NamedTuple):
         spawn: `open_child`, or `FakeEngines`.
         remove: removes a scratch folder.
         jitter: a number in [0, 1).
-        room: decides what may be loaded beside what.
+        room: measures GPU memory, for whoever decides what is loaded beside what.
         reprobe: tries a model that is in quarantine; "" when it passed, else one sentence.
         memory: keeps quarantines.
         wall: seconds since the epoch.

@@ -67,7 +67,7 @@ class Runs:
         admitted: tickets that hold a slot.
         succeeded, done: runs that the engine ended with a result; that it ended at all.
         stuck: why the instance is not to be trusted any more: what the run that was given up had to end with.
-        changed: called when a slot was taken or left, or the instance got stuck.
+        changed: called when a slot was taken or left, or the engine is late to obey a cancel.
     """
 
     def __init__(self, spec: ModelSpec, limits: LimitsTable, engine: Engine) -> None:
@@ -167,6 +167,7 @@ class Runs:
         await patience.sleep_until(min(due, asked + ANSWER_S))
         assert ticket.wanted_end is not None
         self._overdue.add(run)
+        self.changed()
         ticket.fail(self._proven(ticket.wanted_end))
         await patience.sleep_until(due)
         # It does not listen. The process goes as soon as it is empty.

@@ -47,7 +47,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         stall_s: replaces `limits.first_output_s` and `limits.stall_s` for its runs when it is not 0.
         keep_alive_s: an instance without work is ended after this long; 0 never.
         memory_bytes: most resident memory of an instance; 0 means nine tenths of the box's.
-        vram_bytes: what a load will need of each GPU, told by the operator; 0 estimates.
+        vram_bytes: what a load will need of its GPU, told by the operator; 0 estimates.
+        copies: most instances of it at once.
+        pin: loaded at the start, and never ended for another model.
+        group: of one exclusive group only one model is loaded; "" for none.
+        split: it may lie on several of its GPUs.
     """
 
     name: str
@@ -58,6 +62,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float = 0.0
     memory_bytes: int = 0
     vram_bytes: int = 0
+    copies: int = 1
+    pin: bool = False
+    group: str = ""
+    split: bool = False
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +79,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
         deadline_s: seconds from now; None means `limits.job_s`.
         label: job and attempt, for logs.
         alone: a suspect of an earlier crash: nothing else runs in the instance beside it.
+        priority: each step counts like half a minute of waiting.
+        vram_bytes: what the job itself says it may need of a GPU; 0 says nothing.
     """
 
     model: str
@@ -82,6 +92,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     label: str = ""
     alone: bool = False
+    priority: int = 0
+    vram_bytes: int = 0
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -137,6 +149,8 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
         idle_s: how long it has been loaded without work; None when it works or is not loaded.
         vram_bytes: GPU memory it was seen to hold.
         last_end: one phrase about how the previous instance ended ("killed by SIGSEGV while it ran a job").
+        copy: which of the model's instances it is, from 0. Runs that wait are counted at the first.
+        gpus: UUIDs of the GPUs that it was given; empty where nothing is known of them.
     """
 
     model: str
@@ -156,3 +170,5 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: Mapping[str, str] = {}
     idle_s: float | None = None
     last_end: str = ""
+    copy: int = 0
+    gpus: tuple[str, ...] = ()

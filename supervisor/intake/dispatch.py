@@ -5,6 +5,8 @@ Each method here is one act with its consequences; which events call for which a
 
 from __future__ import annotations
 
+import math
+
 from supervisor.intake import effects as fx
 from supervisor.intake.fleet import Fleet, Instance, Model, Stage
 from supervisor.intake.placement import Place
@@ -33,9 +35,13 @@ class Dispatch:
     def serve(self, model: Model) -> None:
         """Start its jobs on free slots."""
         while model.waiting and (instance := self._slot(model)) is not None:
+            alone = model.waiting.first().alone
+            if alone and instance.runs:
+                return  # it waits for an empty instance, and those behind it for it: neither starves
             job = model.waiting.pop()
             del self.jobs[job.id]
             instance.runs += 1
+            instance.alone = instance.closed = alone
             self.out.append(fx.StartRun(instance.id, job))
 
     def _slot(self, model: Model) -> Instance | None:
@@ -44,7 +50,7 @@ class Dispatch:
             return None
         best, least = None, float(model.plan.slots)
         for each in model.instances.values():
-            if each.stage is Stage.READY and not each.barred and each.runs < least:
+            if each.runs < least and each.stage is Stage.READY and not each.barred and not each.closed:
                 best, least = each, each.runs
         return best
 
@@ -54,12 +60,15 @@ class Dispatch:
 
     def want(self, model: Model) -> bool:
         """Its jobs wait: have it looked at, unless it has what it may have. Returns whether it wants to load."""
-        if not model.waiting or model.target is not None or model.live >= model.plan.copies:
+        if not (model.waiting or model.wanted) or model.target is not None or model.unread:
             return False
-        if not model.live and not model.stuck:
+        live = model.live
+        if live + model.lost >= model.plan.copies or (live and not model.waiting):
+            return False
+        if not live and model.waiting and not model.stuck:
             self.line.set(model, model.waiting.urgency())
         if self.clock.time_of(model) is None:
-            self.clock.set(model, self.now + SOONEST_S * bool(model.live))
+            self.clock.set(model, self.now + SOONEST_S * bool(live))
         return True
 
     def look(self, model: Model) -> None:
@@ -89,14 +98,16 @@ class Dispatch:
                 if turn.stuck:
                     # It holds up nobody: the next in line may be helped.
                     self.line.unset(model)
-                    self.stuck.set(model, model.waiting.urgency())
+                    self.stuck.set(model, model.waiting.urgency() if model.waiting else math.inf)
 
     def _load(self, model: Model, place: Place) -> None:
         self.made += 1
         self._leaves_line(model)
         instance = Instance(self.made, model, place)
+        instance.kept = model.plan.pin or model.wanted
+        model.wanted = False
         self.fleet.add(instance)
-        self.out.append(fx.Load(instance.id, model.plan.name, instance.shares))
+        self.out.append(fx.Load(instance.id, model.plan.name, dict(place)))
 
     def _ahead(self) -> Model | None:
         """The model that waits longest among those that have no instance and may be helped."""
@@ -157,9 +168,19 @@ class Dispatch:
     def idle(self, instance: Instance) -> None:
         """It has no run left."""
         instance.idle_since = self.now
+        if (reason := self.freed(instance)) and not instance.model.waiting:
+            self.end(instance, reason)
+            return
         if instance.model.plan.keep_alive_s:
             self.clock.set(instance, self.now + instance.model.plan.keep_alive_s)
         self.offer()
+
+    def freed(self, instance: Instance) -> str:
+        """Why it shall not keep memory without work; "" when it may."""
+        if self.fleet.freeing and instance.model.plan.gpu:
+            return self.fleet.freeing
+        gpus = self.fleet.gpus
+        return next((gpus[uuid].held for uuid in instance.shares if gpus[uuid].unloads), "")
 
     def keep_alive(self, instance: Instance) -> None:
         """End it if it has had no work for as long as its model is kept."""
@@ -169,9 +190,9 @@ class Dispatch:
         if self.now < instance.idle_since + limit:
             self.clock.set(instance, instance.idle_since + limit)
         elif not instance.model.plan.pin:
-            self.end(instance, f"it had no work for {limit:g} s")
+            self.end(instance, f"idle for {limit:g} s", idle=True)
 
-    def end(self, instance: Instance, reason: str) -> None:
+    def end(self, instance: Instance, reason: str, *, idle: bool = False) -> None:
         """End it after its last run; its queue may go elsewhere."""
         if instance.stage is Stage.LOADING:
             self.cancel_load(instance, reason)
@@ -179,25 +200,26 @@ class Dispatch:
             self.fleet.ends(instance, Stage.DRAINING)
             instance.why_ends = reason
             if not instance.runs:
-                self.evict(instance)
+                self.evict(instance, idle=idle)
             self.want(instance.model)
 
-    def evict(self, instance: Instance) -> None:
+    def evict(self, instance: Instance, *, idle: bool = False) -> None:
         """End an instance that has no run."""
         self.fleet.ends(instance, Stage.LEAVING)
-        self.out.append(fx.Evict(instance.id, instance.why_ends))
+        self.out.append(fx.Evict(instance.id, instance.why_ends, idle))
 
     def cancel_load(self, instance: Instance, reason: str) -> None:
         """End an instance that is still loading."""
         self.fleet.ends(instance, Stage.LEAVING)
         self.out.append(fx.CancelLoad(instance.id, reason))
 
-    def fail(self, model: Model, problem: str) -> None:
-        """Whoever waited for that load is answered at once: the coordinator decides what becomes of the jobs."""
-        while model.waiting and not model.ready:
+    def fail(self, model: Model, code: str, problem: str) -> None:
+        """Whoever waits is answered at once: the coordinator decides what becomes of the jobs."""
+        while model.waiting:
             job = model.waiting.pop()
             del self.jobs[job.id]
-            self.refuse(job.id, "load_failed", f"The model {model.plan.name!r} could not be loaded: {problem}")
+            self.refuse(job.id, code, problem)
+        self.give_up(model)
 
     def _leaves_line(self, model: Model) -> None:
         self.line.unset(model)
@@ -208,21 +230,3 @@ class Dispatch:
         if reason != model.why:
             model.why = reason
             self.out.append(fx.Waits(model.plan.name, reason))
-
-    def why_of(self, model: Model) -> str:
-        """One sentence on what its jobs wait for."""
-        if self.fleet.held:
-            return self.fleet.held
-        if model.target is not None:
-            names = {
-                each.model.plan.name
-                for uuid in model.target
-                for each in self.fleet.gpus[uuid].instances.values()
-                if not each.live
-            }
-            return f"waits until {', '.join(sorted(names)) or 'its place'} has ended"
-        if model.loading:
-            return "it is loading"
-        if model.ready:
-            return f"its {model.ready * model.plan.slots} slots are busy"
-        return model.why or "it is about to be looked at"

@@ -18,6 +18,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         at: when it came.
         priority: each step counts like `queues.PRIORITY_S` seconds of waiting, so that no priority starves another.
         vram_bytes: its own estimate of what it needs; 0 says nothing.
+        alone: nothing else may run in its instance beside it (a suspect of an earlier crash).
     """
 
     id: str
@@ -25,6 +26,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     at: float
     priority: int = 0
     vram_bytes: int = 0
+    alone: bool = False
 
 
 class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +43,7 @@ class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
         keep_alive_s: an instance without work is ended after this long; 0 keeps it.
         split: its engine can lie on several devices.
         devices: UUIDs it may use; empty means any.
+        gpu: it uses GPUs at all; what does not is no matter of holds that free their memory.
     """
 
     name: str
@@ -55,6 +58,7 @@ class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float = 0.0
     split: bool = False
     devices: tuple[str, ...] = ()
+    gpu: bool = True
 
 
 class DevicePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,11 +92,34 @@ class RunEnds(msgspec.Struct, frozen=True):
 
 
 class LoadEnds(msgspec.Struct, frozen=True):
-    """A load has ended; `problem` is a sentence when it failed, and `Gone` follows when its process has ended."""
+    """A load has ended; `problem` is a sentence when it failed, and `Gone` follows when its process has ended.
+
+    `slots` is how many runs at once the instance turned out to take; 0 says what was planned.
+    """
 
     instance: int
     took_s: float = 0.0
     problem: str = ""
+    slots: int = 0
+
+
+class NearlyLoaded(msgspec.Struct, frozen=True):
+    """A load is so far that ending it would cost more than it frees (`loading.NEARLY`)."""
+
+    instance: int
+
+
+class Accepts(msgspec.Struct, frozen=True):
+    """Whether a loaded instance takes runs just now: one that is late to obey a cancel gets none until it has."""
+
+    instance: int
+    accepts: bool
+
+
+class Leaves(msgspec.Struct, frozen=True):
+    """An instance takes no more runs and ends by itself: it broke, or is worn. `Gone` follows."""
+
+    instance: int
 
 
 class Gone(msgspec.Struct, frozen=True):
@@ -109,19 +136,65 @@ class Reading(msgspec.Struct, frozen=True):
     held: Mapping[int, int] = {}
 
 
+class Settles(msgspec.Struct, frozen=True):
+    """What an idle instance was seen to hold is what it takes, though it was given more. Device -> bytes."""
+
+    instance: int
+    held: Mapping[str, int]
+
+
 class Learned(msgspec.Struct, frozen=True):
-    """What a load of a model really takes of one device. What is loaded keeps its shares."""
+    """What a load of a model takes of one device, as far as is known now. What is loaded keeps its shares."""
 
     model: str
     need_bytes: int
+    estimated: bool = False
+
+
+class Unread(msgspec.Struct, frozen=True):
+    """What a load of a model takes is being found out; `Learned` follows, and it is not loaded before."""
+
+    model: str
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Load a model though no job waits for it: into free memory only, it ends nobody. Once loaded it is forgotten."""
+
+    model: str
+
+
+class Copies(msgspec.Struct, frozen=True):
+    """How many instances of a model can be had now. With none and a `problem`, whoever waits for it is refused."""
+
+    model: str
+    count: int
+    problem: str = ""
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """The devices that there are now. What is loaded on one that vanished stays in the books until it is gone."""
+
+    devices: tuple[DevicePlan, ...]
+
+
+class Broken(msgspec.Struct, frozen=True):
+    """A device takes no loads, for a fault; "" ends that. Jobs whose model fits nowhere else are refused."""
+
+    uuid: str
+    reason: str
 
 
 class HoldPut(msgspec.Struct, frozen=True):
-    """Nothing starts on a device (cordon), or anywhere when `uuid` is "". `unload` also ends what is loaded there."""
+    """Nothing starts on a device (cordon), or anywhere when `uuid` is "". `unload` also ends what is loaded there.
+
+    With `finish` the jobs that came before are still done: what has work stays, and what can load nowhere else loads
+    there after all. Then a hold of the whole box is about memory only, and models outside the GPUs stay.
+    """
 
     uuid: str
     reason: str
     unload: bool = False
+    finish: bool = False
 
 
 class HoldLifted(msgspec.Struct, frozen=True):
@@ -134,7 +207,27 @@ class Tick(msgspec.Struct, frozen=True):
     """It is as late as `Scheduler.due()` said."""
 
 
-Event = Arrives | Cancelled | RunEnds | LoadEnds | Gone | Reading | Learned | HoldPut | HoldLifted | Tick
+Event = (
+    Arrives
+    | Cancelled
+    | RunEnds
+    | LoadEnds
+    | NearlyLoaded
+    | Accepts
+    | Leaves
+    | Gone
+    | Reading
+    | Settles
+    | Learned
+    | Unread
+    | Wanted
+    | Copies
+    | Listed
+    | Broken
+    | HoldPut
+    | HoldLifted
+    | Tick
+)
 
 
 # ---- effects
@@ -156,10 +249,11 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Evict(msgspec.Struct, frozen=True):
-    """End an instance; it has no run."""
+    """End an instance; it has no run. `idle`: for want of work, not for another."""
 
     instance: int
     reason: str
+    idle: bool = False
 
 
 class CancelLoad(msgspec.Struct, frozen=True):
@@ -177,7 +271,10 @@ class Waits(msgspec.Struct, frozen=True):
 
 
 class Refuse(msgspec.Struct, frozen=True):
-    """This job is not going to run here. `code` as in `protocol.link_wire.Decline`, or `load_failed`."""
+    """This job is not going to run here.
+
+    `code` as in `protocol.link_wire.Decline`, or "load_failed", "never_fits", "gpu_failed", "quarantined".
+    """
 
     job: str
     code: str

@@ -27,7 +27,10 @@ class Stage(enum.Enum):
 class Instance:
     """One loaded model, or one that is being loaded or ended."""
 
-    __slots__ = ("barred", "id", "idle_since", "model", "ready_at", "runs", "shares", "stage", "why_ends")
+    __slots__ = (
+        "alone", "barred", "closed", "id", "idle_since", "kept", "lost", "model", "ready_at", "refuses", "runs",
+        "shares", "stage", "why_ends",
+    )  # fmt: skip
 
     def __init__(self, number: int, model: Model, shares: Place) -> None:
         self.id, self.model, self.shares = number, model, dict(shares)
@@ -37,6 +40,11 @@ class Instance:
         self.idle_since = 0.0
         self.why_ends = ""
         self.barred = False
+        self.kept = False  # its load goes on though nobody waits
+        self.alone = False  # its run wants no other beside it
+        self.refuses = False  # it is late to obey a cancel
+        self.closed = False  # one of these two
+        self.lost = False  # it ends by itself
 
     @property
     def live(self) -> bool:
@@ -45,16 +53,41 @@ class Instance:
 
 
 class Gpu:
-    """One device."""
+    """One device.
 
-    __slots__ = ("coming", "foreign", "held", "instances", "margin", "ours", "plan", "reserved", "unloads")
+    Attributes:
+        held: why nothing starts there; `finish`: except for jobs that can go nowhere else.
+        broken: why nothing is loaded there at all.
+        shut: one of these two reasons.
+        gone: it is not listed any more.
+    """
+
+    __slots__ = (
+        "broken", "coming", "finish", "foreign", "gone", "held", "instances", "margin", "ours", "plan", "reserved",
+        "shut", "unloads",
+    )  # fmt: skip
 
     def __init__(self, plan: DevicePlan, margin: int) -> None:
         self.plan, self.margin = plan, margin
         self.foreign = self.ours = self.coming = self.reserved = 0
-        self.held = ""
-        self.unloads = False
+        self.held = self.broken = self.shut = ""
+        self.unloads = self.finish = self.gone = False
         self.instances: dict[int, Instance] = {}
+
+    def hold(self, reason: str, *, unloads: bool = False, finish: bool = False) -> None:
+        """Put or ("") lift a hold."""
+        self.held, self.unloads, self.finish = reason, unloads, finish
+        self.shut = self.broken or self.held
+
+    def breaks(self, reason: str) -> None:
+        """It has a fault, or ("") none any more."""
+        self.broken = reason
+        self.shut = self.broken or self.held
+
+    @property
+    def bars(self) -> bool:
+        """Whether what is loaded there gets no runs."""
+        return bool(self.held) and not self.finish
 
     @property
     def free(self) -> int:
@@ -71,11 +104,14 @@ class Model:
         rooms: device it may use -> what that has for models when empty.
         target: the place being cleared for it; None when there is none.
         stuck: when last looked at, ending models of ours could not have helped it.
+        wanted: to be loaded though no job waits.
+        unread: its need is being found out.
+        lost: instances that end by themselves, and are no copies any more only when they are gone.
     """
 
     __slots__ = (
-        "demand", "instances", "load_s", "places", "plan", "reach", "rooms", "run_s", "stuck", "target", "waiting",
-        "why",
+        "demand", "instances", "load_s", "lost", "places", "plan", "reach", "rooms", "run_s", "stuck", "target",
+        "unread", "waiting", "wanted", "why",
     )  # fmt: skip
 
     def __init__(self, plan: ModelPlan, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
@@ -86,7 +122,8 @@ class Model:
         self.demand = Demand()
         self.load_s, self.run_s = plan.load_s, 0.0
         self.target: Place | None = None
-        self.stuck = False
+        self.lost = 0
+        self.stuck = self.unread = self.wanted = False
         self.why = ""
 
     def move(self, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
@@ -124,6 +161,9 @@ class Fleet:
         self.instances: dict[int, Instance] = {}
         self.groups: dict[str, list[Model]] = {}
         self.held = ""
+        self.freeing = ""  # why what has no work is ended, and nothing is loaded that no job waits for
+        self.blind = ""  # why nothing is known about the devices yet
+        self.faulty = 0  # devices that are broken
         for model in models.values():
             if model.plan.group:
                 self.groups.setdefault(model.plan.group, []).append(model)
@@ -167,11 +207,19 @@ class Fleet:
 
     def holds(self, instance: Instance, uuid: str, count: int) -> None:
         """It was seen to hold more than it was given."""
+        if count > instance.shares.get(uuid, 0):
+            self.takes(instance, uuid, count)
+
+    def takes(self, instance: Instance, uuid: str, count: int) -> None:
+        """Its share of a device is this much."""
+        gpu = self.gpus.get(uuid)
+        if gpu is None:
+            return
         more = count - instance.shares.get(uuid, 0)
-        if more > 0 and uuid in instance.shares:
-            instance.shares[uuid] = count
-            self.gpus[uuid].ours += more
-            self.gpus[uuid].coming += 0 if instance.live else more
+        instance.shares[uuid] = count
+        gpu.instances[instance.id] = instance
+        gpu.ours += more
+        gpu.coming += 0 if instance.live else more
 
     def reserve(self, model: Model, place: Place | None) -> None:
         """A place is being cleared for it; None gives the place up, or is before the load takes it."""

@@ -79,6 +79,13 @@ def _shares(need_bytes: int, spaces: Sequence[Space]) -> dict[str, int]:
     return {uuid: CONTEXT_BYTES + -(-weights * room // total) for uuid, room in rooms.items()}
 
 
+def never_fits(name: str, need_bytes: int, rooms: Mapping[str, int], margin_bytes: int) -> str:
+    """The sentence for a model that no device here could hold. `rooms`: device -> what it has for models when empty."""
+    largest = max(rooms.values(), default=0) + margin_bytes
+    kept = f" ({_gib(margin_bytes)} of it stay free)" if margin_bytes else ""
+    return f"{name} needs {_gib(need_bytes)} of GPU memory, and the largest GPU it may use has {_gib(largest)}{kept}"
+
+
 def job_too_large(
     estimate_bytes: int, *, threshold_bytes: int = 0, rooms: Mapping[str, int] | None = None, split: bool = False
 ) -> str:

@@ -44,6 +44,11 @@ class Waiting:
         self._forget(job)
         return job
 
+    def first(self) -> Job:
+        """The most urgent one, left in. The queue is not empty."""
+        self._settle()
+        return self._heap[0][2]
+
     def drop(self, job_id: str) -> bool:
         """Take a job out wherever it stands; False when it is not here."""
         job = self._here.get(job_id)

@@ -22,19 +22,22 @@ import msgspec
 
 from supervisor.intake import effects as fx
 from supervisor.intake.dispatch import Dispatch
-from supervisor.intake.fleet import Fleet, Gpu, Model, Stage
-from supervisor.intake.placement import Place, Space, job_too_large, places
+from supervisor.intake.fleet import Fleet, Gpu, Instance, Model, Stage
+from supervisor.intake.placement import Place, Space, job_too_large, never_fits, places
+from supervisor.intake.reasons import why
 
 # Looks in one step; what is left is due at once. Bounds the cost of a step.
 LOOKS = 1
 # How much of what was expected of a load's or a run's length is replaced by what was seen last.
 LEARN = 0.2
+BLIND = "waits until the state of the GPUs is known"
 
 
 class Scheduler:
     """See the module.
 
     Args:
+        devices: None while nothing is known about them: then models of the GPU are not loaded before `Listed`.
         margin_bytes: what stays free on every device.
         threshold_bytes: most that one job may say it needs (`vram_threshold_gb`); 0 sets no limit.
         most_waiting: jobs that may wait for one model; 0 sets no limit.
@@ -44,15 +47,17 @@ class Scheduler:
     def __init__(
         self,
         models: Iterable[fx.ModelPlan],
-        devices: Iterable[fx.DevicePlan],
+        devices: Iterable[fx.DevicePlan] | None,
         *,
         margin_bytes: int = 0,
         threshold_bytes: int = 0,
         most_waiting: int = 0,
         spread: bool = True,
     ) -> None:
-        gpus = {plan.uuid: Gpu(plan, margin_bytes) for plan in devices}
+        gpus = {plan.uuid: Gpu(plan, margin_bytes) for plan in devices or ()}
         fleet = Fleet(gpus, {plan.name: _model(plan, gpus) for plan in models})
+        fleet.blind = BLIND if devices is None else ""
+        self._margin = margin_bytes
         self._do = Dispatch(fleet, spread=spread)
         self._threshold, self._most = threshold_bytes, most_waiting
         self._steps: dict[type, Callable[[Any], None]] = {
@@ -60,9 +65,18 @@ class Scheduler:
             fx.Cancelled: self._cancelled,
             fx.RunEnds: self._run_ends,
             fx.LoadEnds: self._load_ends,
+            fx.NearlyLoaded: self._nearly_loaded,
+            fx.Accepts: self._accepts,
+            fx.Leaves: self._leaves,
             fx.Gone: self._gone,
             fx.Reading: self._reading,
+            fx.Settles: self._settles,
             fx.Learned: self._learned,
+            fx.Unread: self._unread,
+            fx.Wanted: self._wanted,
+            fx.Copies: self._copies,
+            fx.Listed: self._listed,
+            fx.Broken: self._broken,
             fx.HoldPut: self._hold_put,
             fx.HoldLifted: self._hold_lifted,
             fx.Tick: lambda _event: None,
@@ -88,7 +102,19 @@ class Scheduler:
 
     def why(self) -> dict[str, str]:
         """Model -> why its jobs wait, for every model that has some. Reads all models: for people, not for events."""
-        return {name: self._do.why_of(model) for name, model in self._do.fleet.models.items() if model.waiting}
+        fleet = self._do.fleet
+        return {name: why(model, fleet) for name, model in fleet.models.items() if model.waiting or model.wanted}
+
+    def waits(self) -> dict[str, str]:
+        """The same, only for models that wait to be loaded: none of their instances serves or is going to."""
+        fleet = self._do.fleet
+        waiting = [each for each in fleet.models.values() if (each.waiting or each.wanted) and not each.live]
+        return {model.plan.name: why(model, fleet) for model in waiting}
+
+    def waits_of(self, name: str) -> str:
+        """The same for one model; "" when it does not wait to be loaded."""
+        model = self._do.fleet.models[name]
+        return "" if model.live else why(model, self._do.fleet)
 
     def queued(self) -> dict[str, int]:
         """Model -> jobs that wait, where some do. Reads all models."""
@@ -103,8 +129,8 @@ class Scheduler:
         model = self._do.fleet.models.get(job.model)
         if model is None:
             self._do.refuse(job.id, "unknown_model", f"This worker has no model {job.model!r}.")
-        elif not model.places:
-            self._do.refuse(job.id, "too_large", f"No GPU here could hold the model {job.model!r}.")
+        elif found := self._hopeless(model):
+            self._do.refuse(job.id, *found)
         elif reason := self._too_large(job, model):
             self._do.refuse(job.id, "too_large", reason)
         elif self._most and len(model.waiting) >= self._most:
@@ -118,6 +144,25 @@ class Scheduler:
             self._do.serve(model)
             self._do.want(model)
 
+    def _hopeless(self, model: Model) -> tuple[str, str] | None:
+        """Code and sentence when no place is left where it could be loaded, as far as that is known."""
+        fleet = self._do.fleet
+        if not model.places and not model.unread and not (fleet.blind and model.plan.gpu):
+            return "never_fits", never_fits(model.plan.name, model.plan.need_bytes, model.rooms, self._margin)
+        if not fleet.faulty or not model.places or model.live:
+            return None
+        reason = ""
+        for place in model.places:
+            broken = next((fleet.gpus[uuid].broken for uuid in place if fleet.gpus[uuid].broken), "")
+            if not broken:
+                return None
+            reason = reason or broken
+        return "gpu_failed", f"{model.plan.name} cannot be loaded: {reason}"
+
+    def _answer_hopeless(self, model: Model) -> None:
+        if model.waiting and (found := self._hopeless(model)):
+            self._do.fail(model, *found)
+
     def _too_large(self, job: fx.Job, model: Model) -> str:
         return job_too_large(job.vram_bytes, threshold_bytes=self._threshold, rooms=model.rooms, split=model.plan.split)
 
@@ -127,10 +172,11 @@ class Scheduler:
             return
         model.waiting.drop(event.job)
         if model.waiting:
+            self._do.serve(model)  # it may have been one that the others waited for, to be alone
             return
         self._do.give_up(model)
         for instance in list(model.instances.values()):
-            if instance.stage is Stage.LOADING and not model.plan.pin:
+            if instance.stage is Stage.LOADING and not instance.kept:
                 self._do.cancel_load(instance, "nobody waits for it any more")
 
     def _run_ends(self, event: fx.RunEnds) -> None:
@@ -138,6 +184,8 @@ class Scheduler:
         if instance is None or not instance.runs:
             return
         instance.runs -= 1
+        if instance.alone:
+            instance.alone, instance.closed = False, instance.refuses
         model = instance.model
         model.run_s = _learn(model.run_s, event.took_s)
         if instance.stage is Stage.DRAINING and not instance.runs:
@@ -154,8 +202,11 @@ class Scheduler:
         model = instance.model
         if event.problem:
             self._do.fleet.ends(instance, Stage.LEAVING)
-            self._do.fail(model, event.problem)
+            if not model.live:
+                self._do.fail(model, "load_failed", f"{model.plan.name} could not be loaded: {event.problem}")
             return
+        if event.slots and event.slots != model.plan.slots:
+            model.plan = msgspec.structs.replace(model.plan, slots=event.slots)
         instance.stage = Stage.READY
         instance.ready_at = self._do.now
         model.load_s = _learn(model.load_s, event.took_s)
@@ -164,13 +215,42 @@ class Scheduler:
         if not instance.runs:
             self._do.idle(instance)
 
+    def _nearly_loaded(self, event: fx.NearlyLoaded) -> None:
+        if instance := self._do.fleet.instances.get(event.instance):
+            instance.kept = True
+
+    def _accepts(self, event: fx.Accepts) -> None:
+        instance = self._do.fleet.instances.get(event.instance)
+        if instance is None:
+            return
+        instance.refuses = not event.accepts
+        instance.closed = instance.refuses or instance.alone
+        if event.accepts and instance.stage is Stage.READY:
+            self._do.serve(instance.model)
+            if not instance.runs:
+                self._do.idle(instance)
+
+    def _leaves(self, event: fx.Leaves) -> None:
+        instance = self._do.fleet.instances.get(event.instance)
+        if instance is None or instance.stage is Stage.LEAVING:
+            return
+        self._do.fleet.ends(instance, Stage.LEAVING)
+        self._do.clock.unset(instance)
+        instance.lost = True  # what becomes of its place is known when it is gone
+        instance.model.lost += 1
+        self._do.want(instance.model)
+
     def _gone(self, event: fx.Gone) -> None:
         instance = self._do.fleet.instances.get(event.instance)
         if instance is None:
             return
         self._do.fleet.remove(instance)
         self._do.clock.unset(instance)
-        self._do.want(instance.model)
+        model = instance.model
+        model.lost -= instance.lost
+        model.wanted = model.wanted or (model.plan.pin and not model.live)
+        self._answer_hopeless(model)
+        self._do.want(model)
         self._do.room()
 
     def _reading(self, event: fx.Reading) -> None:
@@ -183,19 +263,105 @@ class Scheduler:
                 self._do.fleet.holds(self._do.fleet.instances[number], event.uuid, count)
         self._do.room()
 
+    def _settles(self, event: fx.Settles) -> None:
+        instance = self._do.fleet.instances.get(event.instance)
+        if instance is None or not instance.live:
+            return
+        for uuid in [*instance.shares, *(uuid for uuid in event.held if uuid not in instance.shares)]:
+            self._do.fleet.takes(instance, uuid, event.held.get(uuid, 0))
+        self._do.room()
+
     def _learned(self, event: fx.Learned) -> None:
         model = self._do.fleet.models.get(event.model)
-        if model is not None:
-            model.plan = msgspec.structs.replace(model.plan, need_bytes=event.need_bytes, estimated=False)
-            model.move(*_places(model.plan, self._do.fleet.gpus))
+        if model is None:
+            return
+        plan = msgspec.structs.replace(model.plan, need_bytes=event.need_bytes, estimated=event.estimated)
+        moved = plan != model.plan
+        model.plan = plan
+        if moved:
+            model.move(*_places(plan, self._do.fleet.gpus))
+        if model.unread:
+            model.unread = False
+            self._answer_hopeless(model)
+            self._do.want(model)
+
+    def _unread(self, event: fx.Unread) -> None:
+        model = self._do.fleet.models[event.model]
+        self._do.give_up(model)
+        model.unread = True
+
+    def _wanted(self, event: fx.Wanted) -> None:
+        model = self._do.fleet.models[event.model]
+        if not model.live:
+            model.wanted = True
+            self._do.want(model)
+
+    def _copies(self, event: fx.Copies) -> None:
+        model = self._do.fleet.models[event.model]
+        model.plan = msgspec.structs.replace(model.plan, copies=event.count)
+        if not event.count and event.problem:
+            model.wanted = False
+            self._do.fail(model, "quarantined", event.problem)
+            return
+        model.wanted = model.wanted or (model.plan.pin and not model.live)
+        self._do.want(model)
+
+    def _listed(self, event: fx.Listed) -> None:
+        """A rare event that looks at all models: where each could lie is asked anew."""
+        fleet = self._do.fleet
+        fleet.blind = ""
+        known = {plan.uuid: plan for plan in event.devices}
+        lost = {uuid for uuid in fleet.gpus if uuid not in known}
+        for model in list(self._do.targets):
+            if lost & set(model.target or {}):
+                self._do.give_up(model)
+        for uuid in lost:
+            fleet.gpus[uuid].gone = True
+            if not fleet.gpus[uuid].instances:
+                del fleet.gpus[uuid]
+        for uuid, plan in known.items():
+            gpu = fleet.gpus.setdefault(uuid, Gpu(plan, self._margin))
+            gpu.plan, gpu.gone = plan, False
+        self._count_faulty()
+        for model in fleet.models.values():
+            model.move(*_places(model.plan, fleet.gpus))
+        self._look_at_all()
+
+    def _broken(self, event: fx.Broken) -> None:
+        gpu = self._do.fleet.gpus.get(event.uuid)
+        if gpu is None:
+            return
+        gpu.breaks(event.reason)
+        self._count_faulty()
+        for model in list(self._do.targets):
+            if event.reason and event.uuid in (model.target or {}):
+                self._do.give_up(model)
+        self._look_at_all()
+
+    def _count_faulty(self) -> None:
+        self._do.fleet.faulty = sum(bool(gpu.broken) for gpu in self._do.fleet.gpus.values())
+
+    def _look_at_all(self) -> None:
+        for model in self._do.fleet.models.values():
+            self._answer_hopeless(model)
+            self._do.serve(model)
+            if self._do.want(model):
+                self._do.clock.set(model, self._do.now)
 
     def _hold_put(self, event: fx.HoldPut) -> None:
-        for gpu in self._held_by(event.uuid):
-            gpu.held, gpu.unloads = event.reason, event.unload
-        if not event.uuid:
-            self._do.fleet.held = event.reason
-        for instance in list(self._do.fleet.instances.values()):
+        fleet = self._do.fleet
+        if event.finish and not event.uuid:
+            fleet.freeing = event.reason if event.unload else ""
+        else:
+            for gpu in self._held_by(event.uuid):
+                gpu.hold(event.reason, unloads=event.unload, finish=event.finish)
+            if not event.uuid:
+                fleet.held = event.reason
+        for instance in list(fleet.instances.values()):
             if event.uuid and event.uuid not in instance.shares:
+                continue
+            if event.finish:
+                self._free(instance)
                 continue
             instance.barred = True
             if event.unload:
@@ -203,27 +369,34 @@ class Scheduler:
             else:
                 self._do.want(instance.model)
         for model in list(self._do.targets):
-            if not event.uuid or event.uuid in (model.target or {}):
+            if not event.finish and (not event.uuid or event.uuid in (model.target or {})):
                 self._do.give_up(model)
                 self._do.want(model)
 
+    def _free(self, instance: Instance) -> None:
+        """A hold wants memory: what has no work ends."""
+        if not instance.runs and instance.live and not instance.model.waiting and (why := self._do.freed(instance)):
+            self._do.end(instance, why)
+
     def _hold_lifted(self, event: fx.HoldLifted) -> None:
         """A rare event that may look at all models: any of them may have waited for this."""
-        for gpu in self._held_by(event.uuid):
-            gpu.held, gpu.unloads = "", False
-        if not event.uuid:
-            self._do.fleet.held = ""
-        for instance in self._do.fleet.instances.values():
-            instance.barred = any(self._do.fleet.gpus[uuid].held for uuid in instance.shares)
-        for model in self._do.fleet.models.values():
+        fleet = self._do.fleet
+        if not event.uuid and fleet.freeing:
+            fleet.freeing = ""
+        else:
+            for gpu in self._held_by(event.uuid):
+                gpu.hold("")
+            if not event.uuid:
+                fleet.held = ""
+        for instance in fleet.instances.values():
+            instance.barred = any(fleet.gpus[uuid].bars for uuid in instance.shares)
+        for model in fleet.models.values():
             spare = model.live - model.plan.copies
             for instance in [each for each in model.instances.values() if each.live and not each.runs][: max(0, spare)]:
                 self._do.end(instance, "another copy was loaded while its GPU was held")
             if model.live >= model.plan.copies:
                 self._do.give_up(model)  # it was to load elsewhere meanwhile
-            self._do.serve(model)
-            if self._do.want(model):
-                self._do.clock.set(model, self._do.now)
+        self._look_at_all()
 
     def _held_by(self, uuid: str) -> list[Gpu]:
         return [gpu for each, gpu in self._do.fleet.gpus.items() if uuid in ("", each)]
@@ -234,15 +407,21 @@ def _model(plan: fx.ModelPlan, gpus: dict[str, Gpu]) -> Model:
 
 
 def _places(plan: fx.ModelPlan, gpus: dict[str, Gpu]) -> tuple[tuple[Place, ...], dict[str, int]]:
-    """Where it could lie on an empty box, and what its devices have for models then."""
-    if plan.need_bytes <= 0:
+    """Where it could lie on an empty box, and what its devices have for models then.
+
+    Where nothing is known of its devices it may lie anywhere, and nothing is held back for it.
+    """
+    here = {uuid: gpu for uuid, gpu in gpus.items() if not gpu.gone}
+    if plan.devices:
+        here = {uuid: here[uuid] for uuid in plan.devices if uuid in here}
+    if plan.need_bytes <= 0 or (not here and (plan.devices or not gpus)):
         return ({},), {}
     spaces = [
         Space(uuid=uuid, room_bytes=gpu.plan.total_bytes - gpu.margin, speed=gpu.plan.speed)
-        for uuid, gpu in gpus.items()
+        for uuid, gpu in here.items()
     ]
-    rooms = {space.uuid: space.room_bytes for space in spaces if not plan.devices or space.uuid in plan.devices}
-    return places(plan.need_bytes, spaces, split=plan.split, allowed=plan.devices, elastic=plan.estimated), rooms
+    rooms = {space.uuid: space.room_bytes for space in spaces}
+    return places(plan.need_bytes, spaces, split=plan.split, elastic=plan.estimated), rooms
 
 
 def _learn(known: float, seen: float) -> float:

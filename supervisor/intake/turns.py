@@ -76,11 +76,13 @@ class Look(msgspec.Struct, frozen=True):
 def look(model: Model, fleet: Fleet, view: Look) -> Turn:
     """Judge where a model with jobs waiting and no slot for them may load."""
     gpus = fleet.gpus
-    if fleet.held:
-        return Later(fleet.held, LATEST_S, stuck=True)
+    if reason := fleet.held or (fleet.blind if model.plan.gpu else ""):
+        return Later(reason, LATEST_S, stuck=True)
     places, reason = _open(model, gpus)
     if not places:
         return Later(reason or "no GPU could hold it", LATEST_S, stuck=True)
+    if not model.waiting:
+        return _unasked(model, places, fleet, view)
     if model.loading:
         return Later("it is loading", LATEST_S)
     if model.ready and (rest := _drain_s(model)) <= model.load_s:
@@ -96,21 +98,40 @@ def look(model: Model, fleet: Fleet, view: Look) -> Turn:
     return _swap(model, places, rivals, fleet, view)
 
 
+def _unasked(model: Model, places: list[Place], fleet: Fleet, view: Look) -> Go | Later:
+    """Somebody wants it loaded, and no job waits for it: it takes what is free and ends nobody."""
+    if fleet.freeing and model.plan.gpu:
+        return Later(f"waits for the end of a hold: {fleet.freeing}", LATEST_S, stuck=True)
+    free = [place for place in places if _fits(place, fleet.gpus) and not any(fleet.gpus[uuid].shut for uuid in place)]
+    if not free or fleet.rivals(model):
+        return Later("waits until there is room, for nobody is ended for a preload", LATEST_S, stuck=True)
+    return Go(min(free, key=lambda place: _rank(place, fleet.gpus, view.spread)))
+
+
 def overdue(model: Model, now: float) -> bool:
     """Whether it has waited so long that it is served whatever that costs others. A further copy never is."""
     return bool(model.waiting) and not model.ready and now - model.waiting.urgency() >= PATIENCE_S
 
 
 def _open(model: Model, gpus: dict[str, Gpu]) -> tuple[list[Place], str]:
-    """Its places of which no device is held, and why one of the others is."""
+    """Its places of which no device is held or broken, and why one of the others is.
+
+    When there are none, those whose holds let the jobs finish that came before.
+    """
     places, reason = list[Place](), ""
     for place in model.places:
         for uuid in place:  # not `any`: this runs for every place of every look
-            if gpus[uuid].held:
-                reason = reason or gpus[uuid].held
+            if gpus[uuid].shut:
+                reason = reason or gpus[uuid].shut
                 break
         else:
             places.append(place)
+    if not places and reason and model.waiting:
+        places = [
+            place
+            for place in model.places
+            if not any(gpus[uuid].bars or gpus[uuid].broken or gpus[uuid].gone for uuid in place)
+        ]
     return places, reason
 
 

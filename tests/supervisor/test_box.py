@@ -72,16 +72,21 @@ async def box(tmp_path):
         yield made
 
 
-async def test_a_model_is_barred_while_a_gpu_of_its_own_is_out_of_use(box):
+async def test_a_model_is_barred_while_all_of_its_gpus_are_out_of_use(box):
     box.health.note_unkillable([TWO], 7)
-    assert "process 7" in box.barred(spec("both", ONE, TWO))
+    assert "process 7" in box.barred(spec("two", TWO))
+    assert box.barred(spec("both", ONE, TWO)) == ""
     assert box.barred(spec("one", ONE)) == ""
     assert box.barred(spec("cpu", device="cpu")) == ""
     assert list(box.gpu_faults()) == [TWO]
+    box.health.note_unkillable([ONE], 9)
+    assert "process 9" in box.barred(spec("both", ONE, TWO))
 
 
-async def test_a_model_without_a_device_set_uses_the_first_gpu_also_while_the_driver_is_silent(box):
+async def test_a_model_without_a_device_set_may_use_any_gpu_also_while_the_driver_is_silent(box):
     box.health.note_unkillable([ONE], 7)
+    assert box.barred(spec("m")) == ""
+    box.health.note_unkillable([TWO], 7)
     assert "process 7" in box.barred(spec("m"))
     listed(box)
     assert "process 7" in box.barred(spec("m"))
@@ -91,7 +96,7 @@ async def test_an_unkillable_process_takes_the_gpu_of_its_model_though_the_reade
     listed(box)  # the same driver that holds the engine holds the reader
     box._unkillable(spec("m"), ("cuda:0",), 4711)
     assert box.health.stuck() == {4711}
-    assert "4711" in box.barred(spec("m"))
+    assert "4711" in box.health.usable(ONE)
     box._died_late(spec("m"), ("cuda:0",), 4711)
     assert not box.health.stuck()
     assert box.health.due() == [ONE]
@@ -139,7 +144,7 @@ async def test_a_disk_that_refuses_and_a_listener_in_trouble_cost_no_task(box, c
     shutil.rmtree(box._state.root)
     box.health.note_unkillable([ONE], 7)
     box.pausing.put(Source.OPERATOR, "a game", mode=Mode.UNLOAD)
-    assert box.barred(spec("m"))
+    assert box.barred(spec("m", ONE))
     assert box.pausing.reason()
     assert "trouble" in caplog.text
     assert "could not be kept" in caplog.text
@@ -157,7 +162,7 @@ async def test_holds_free_the_gpus_and_incidents_are_counted(box, tmp_path, auto
                 raise Died(signal=11)
 
     freed: list[str] = []
-    box.room.free = lambda reason, _gpus: freed.append(reason)
+    box.room.free = lambda reason, _gpus, cordons: freed.append(reason)
     means = fake_means(FakeEngines(script), incidents=box.means(None, None).incidents)
     async with open_host([spec("m", device="cpu")], LimitsTable(), tmp_path / "scratch", means=means) as host:
         box._host = host

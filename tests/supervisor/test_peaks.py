@@ -11,7 +11,10 @@ import trio
 from protocol import engine_wire as wire
 from supervisor import peaks
 from supervisor.host.work import EngineSpec, ModelSpec
-from supervisor.peaks import Peaks, facts_of, read_facts
+from supervisor.intake.placement import CONTEXT_BYTES
+from supervisor.peaks import Peaks, facts_of, read_facts, whole_need
+
+GIB = 2**30
 
 
 def spec(**model: object) -> ModelSpec:
@@ -23,20 +26,28 @@ def test_what_is_learned_outlives_the_process(tmp_path):
     path = tmp_path / "vram.json"
     Peaks(path).learn("k", {"GPU-1": 100, "GPU-2": 50})
     again = Peaks(path)
-    assert again.of("k", ["GPU-1"]) == 100
-    assert again.of("k", ["GPU-2", "GPU-1"]) == 100
-    assert again.of("k", ["GPU-3"]) is None
-    assert again.of("k", []) is None
-    assert again.of("other", ["GPU-1"]) is None
+    assert again.most("k", ["GPU-2"]) == 50
+    assert again.most("k", ["GPU-2", "GPU-1"]) == 100
+    assert again.most("k", ["GPU-3"]) is None
+    assert again.most("k", []) == 100
+    assert again.most("other", ["GPU-1"]) is None
+
+
+def test_what_lay_on_several_gpus_is_learned_as_if_it_lay_on_one(tmp_path):
+    path = tmp_path / "vram.json"
+    held = {"GPU-1": 5 * GIB, "GPU-2": 6 * GIB}
+    Peaks(path).learn("k", whole_need(held))
+    assert Peaks(path).most("k", ["GPU-1"]) == 11 * GIB - CONTEXT_BYTES
+    assert whole_need({"GPU-1": 5}) == {"GPU-1": 5}
 
 
 def test_one_small_peak_does_not_undo_a_large_one(tmp_path):
     known = Peaks(tmp_path / "vram.json")
     known.learn("k", {"GPU-1": 1000})
     known.learn("k", {"GPU-1": 10})
-    assert known.of("k", ["GPU-1"]) == 750
+    assert known.most("k", ["GPU-1"]) == 750
     known.learn("k", {"GPU-1": 2000})
-    assert known.of("k", ["GPU-1"]) == 2000
+    assert known.most("k", ["GPU-1"]) == 2000
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b'{"k": 5}', b"\xff"])
@@ -44,10 +55,10 @@ def test_a_broken_file_costs_only_estimates(tmp_path, caplog, data):
     path = tmp_path / "vram.json"
     path.write_bytes(data)
     known = Peaks(path)
-    assert known.of("k", ["GPU-1"]) is None
+    assert known.most("k", ["GPU-1"]) is None
     assert "is lost" in caplog.text
     known.learn("k", {"GPU-1": 1})
-    assert Peaks(path).of("k", ["GPU-1"]) == 1
+    assert Peaks(path).most("k", ["GPU-1"]) == 1
 
 
 def test_a_first_life_says_nothing(tmp_path, caplog):
@@ -58,7 +69,7 @@ def test_a_first_life_says_nothing(tmp_path, caplog):
 def test_a_full_disk_is_said_and_not_fatal(tmp_path, caplog):
     known = Peaks(tmp_path / "no such folder" / "vram.json")
     known.learn("k", {"GPU-1": 1})
-    assert known.of("k", ["GPU-1"]) == 1
+    assert known.most("k", ["GPU-1"]) == 1
     assert "cannot be kept" in caplog.text
 
 

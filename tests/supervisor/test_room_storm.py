@@ -34,6 +34,7 @@ class OneGpu:
 
     def __init__(self) -> None:
         self.held: dict[int, int] = {}
+        self.readers: list = []
         self.least = 24 * GIB
 
     def take(self, pid: int, count: int) -> None:
@@ -49,6 +50,16 @@ class OneGpu:
 
     def used_by(self, pids) -> dict[str, int]:
         return {GPU: sum(self.held.get(pid, 0) for pid in pids)}
+
+    def subscribe(self, on_reading):
+        self.readers.append(on_reading)
+        return lambda: self.readers.remove(on_reading)
+
+    async def run(self) -> None:
+        while True:
+            await trio.sleep(1)
+            for reader in self.readers:
+                reader(self.readings())
 
     async def wait_known(self, _deadline_s: float) -> bool:
         await trio.lowlevel.checkpoint()
@@ -120,7 +131,6 @@ async def test_everybody_is_answered_whatever_comes_together(seed: int, tmp_path
     fakes = FakeEngines(Engines(gpu, sizes, dice).play)
     ends: list[Done | Failed] = []
     async with open_host(models, LIMITS, tmp_path / "scratch", means=fake_means(fakes, room=room)) as host:
-        host.on_change = room.look_again
 
         async def ask() -> None:
             await trio.sleep(100 * dice.random())
@@ -129,9 +139,12 @@ async def test_everybody_is_answered_whatever_comes_together(seed: int, tmp_path
             request = RunRequest(model=model, kind="llm", params=b"\xc0", folder=folder, deadline_s=5000, alone=alone)
             ends.append(await host.run(request, lambda _event: None))
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(RUNS):
-                nursery.start_soon(ask)
+        async with trio.open_nursery() as around:
+            around.start_soon(gpu.run)
+            async with trio.open_nursery() as nursery:
+                for _ in range(RUNS):
+                    nursery.start_soon(ask)
+            around.cancel_scope.cancel()
         assert not room.waiting()
     counts = Counter("done" if isinstance(end, Done) else end.fault.code for end in ends)
     assert sum(counts.values()) == RUNS

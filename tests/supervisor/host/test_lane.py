@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import trio
 import trio.testing
 
 from protocol import engine_wire as wire
-from protocol.faults import Fault, refuse
+from protocol.faults import Fault
+from protocol.revision import ENGINE_WIRE
 from supervisor.host.child import Exit
 from supervisor.host.fake import (
     FAKE_SENSES,
@@ -27,11 +28,12 @@ from supervisor.host.fake import (
 )
 from supervisor.host.host import Host, open_host
 from supervisor.host.incidents import Incidents
-from supervisor.host.means import Occupant
+from supervisor.host.means import EverybodyFits, Occupant
 from supervisor.host.quarantine import Quarantines
 from supervisor.host.runs import ANSWER_S
 from supervisor.host.watchdog import Diagnosis
-from supervisor.host.work import Done, EngineSpec, Failed, InstanceStatus, ModelSpec, Progress, RunEnd, RunRequest
+from supervisor.host.work import Done, EngineSpec, Failed, InstanceStatus, ModelSpec, RunEnd, RunRequest
+from supervisor.intake import effects as fx
 from supervisor.settings import LimitsTable, RecycleTable, RestartTable
 
 LIMITS = LimitsTable(
@@ -323,44 +325,106 @@ async def test_work_within_the_time_keeps_it(tmp_path, autojump_clock):
         assert len(it.fakes.children) == 1
 
 
+def on_gpu(name: str = "m", **more: object) -> ModelSpec:
+    return msgspec.structs.replace(spec(name, **more), model=wire.Model(name=name, device="cuda"))
+
+
+FREE = fx.HoldPut("", "the owner wants the memory", unload=True, finish=True)
+
+
 async def test_eviction_ends_an_idle_instance_at_once_and_a_busy_one_when_it_is_done(tmp_path, autojump_clock):
-    async with yard(worker, tmp_path) as it:
+    async with yard(worker, tmp_path, models=[on_gpu()]) as it:
         (lane,) = it.host.occupants
-        lane.evict("nobody is here")  # nothing to end
         await it.begin("0")
-        assert (lane.idle_since is None, lane.ready_since, lane.wanted) == (False, 0.0, False)
-        lane.evict("b wants its memory")
+        assert lane.idle_since == 0.0
+        it.host.deciding.tell(FREE)
         await trio.sleep(5)
-        assert (it.status.state, it.status.last_end) == ("cold", "ended to make room (b wants its memory)")
-        assert "b wants its memory" in it.status.reason
+        assert (it.status.state, it.status.last_end) == ("cold", "ended to make room (the owner wants the memory)")
+        assert "the owner wants the memory" in it.status.reason
+        it.host.deciding.tell(fx.HoldLifted(""))
         await it.begin("5")
-        assert (lane.idle_since, lane.wanted) == (None, True)
-        lane.evict("b wants its memory")
-        await it.begin("1", "next")
-        assert it.status.state == "draining"
+        assert lane.idle_since is None
+        it.host.deciding.tell(FREE)
+        await it.begin("2", "next")  # it came while there was an instance with a slot
+        await trio.sleep(4)
+        assert it.status.state == "busy"
         await trio.sleep(20)
         assert isinstance(it.ends["5"], Done)
         assert isinstance(it.ends["next"], Done)
-        assert len(it.fakes.children) == 3
+        assert (it.status.state, len(it.fakes.children)) == ("cold", 2)
 
 
-async def test_a_load_that_somebody_waits_for_is_not_evicted(tmp_path, autojump_clock):
-    async def script(child: FakeChild) -> None:
-        await greet_and_load(child, load_s=10)
-        await echo_on(child)
+async def slow(child: FakeChild) -> None:
+    """Takes ten seconds to load, and says how far it is."""
+    low, high = ENGINE_WIRE.low, ENGINE_WIRE.high
+    child.send(wire.Hello(engine="fake", kinds=("llm",), low=low, high=high, pid=child.pid))
+    assert isinstance(await child.inbox.receive(), wire.Load)
+    for tenth in range(100):
+        child.send(wire.Progress(run=wire.NO_RUN, n=tenth, total=100))
+        await trio.sleep(0.1)
+    child.send(wire.Ready(device="cpu", slots=1))
+    async for message in child.inbox:
+        if isinstance(message, wire.Run):
+            child.send(wire.Started(run=message.run))
+            child.send(wire.Result(run=message.run, body=message.params))
 
-    async def echo_on(child: FakeChild) -> None:
-        async for message in child.inbox:
-            if isinstance(message, wire.Run):
-                child.send(wire.Started(run=message.run))
-                child.send(wire.Result(run=message.run, body=message.params))
 
-    async with yard(script, tmp_path) as it:
+async def test_a_load_that_somebody_waits_for_goes_on(tmp_path, autojump_clock):
+    async with yard(slow, tmp_path, models=[on_gpu()]) as it:
         await it.begin("1")
-        it.host.occupants[0].evict("b wants its memory")
+        it.host.deciding.tell(FREE)
         await trio.sleep(11)
         assert isinstance(it.ends["1"], Done)
         assert len(it.fakes.children) == 1
+
+
+async def test_a_load_that_nobody_waits_for_any_more_is_cancelled(tmp_path, autojump_clock):
+    async with yard(slow, tmp_path) as it:
+        await it.begin("1")
+        await trio.sleep(5)
+        assert it.status.state == "loading"
+        it.host.cancel("1")
+        await trio.sleep(LIMITS.term_grace_s + 3)
+        assert it.fault_of("1").code == "cancelled"
+        assert it.fakes.children[0].exit is not None
+        assert (it.status.state, it.status.last_end) == ("cold", "ended to make room (nobody waits for it any more)")
+        assert isinstance(await it.host.run(ask(), lambda _event: None), Done)
+        assert len(it.fakes.children) == 2
+
+
+async def test_a_load_that_is_nearly_done_and_one_that_was_wished_for_are_finished(tmp_path, autojump_clock):
+    async with yard(slow, tmp_path, models=[spec(), spec("wished")]) as it:
+        await it.begin("1")
+        it.host.preload("wished")
+        await trio.testing.wait_all_tasks_blocked()
+        await it.begin("2", model="wished")
+        await trio.sleep(9.5)
+        it.host.cancel("1")
+        it.host.cancel("2")
+        await trio.sleep(1)
+        assert [one.state for one in it.host.snapshot()] == ["ready", "ready"]
+
+
+async def test_a_model_with_two_copies_works_on_two_instances(tmp_path, autojump_clock):
+    async def script(child: FakeChild) -> None:
+        await greet_and_load(child)
+        async for message in child.inbox:
+            if isinstance(message, wire.Run):
+                child.send(wire.Started(run=message.run))
+                await trio.sleep(60)
+                child.send(wire.Result(run=message.run, body=message.params))
+
+    limits = msgspec.structs.replace(LIMITS, first_output_s=100.0, stall_s=100.0)
+    async with yard(script, tmp_path, limits=limits, models=[spec(copies=2)]) as it:
+        for name in "abcdef":
+            await it.begin(name)
+        assert [(one.copy, one.queued) for one in it.host.snapshot()] == [(0, 5), (1, 0)]
+        await trio.sleep(70)  # what a run takes is known: another copy pays
+        assert [one.state for one in it.host.snapshot()] == ["busy", "busy"]
+        assert len(it.fakes.children) == 2
+        it.fakes.children[1].die(Exit(signal=9))
+        await trio.sleep(400)
+        assert sorted(isinstance(end, Done) for end in it.ends.values()) == [False] + [True] * 5
 
 
 async def test_worn_instances_are_replaced_between_two_jobs(tmp_path, autojump_clock):
@@ -404,20 +468,17 @@ async def test_age_and_jobs_recycle_a_busy_instance_after_a_drain(tmp_path, auto
 # ---- the room
 
 
-class Walls:
+class Walls(EverybodyFits):
     """A room that lets in when told; keeps what it saw."""
 
     def __init__(self) -> None:
-        self.open = trio.Event()
+        self.open_now = trio.Event()
         self.story: list[str] = []
 
     @contextlib.asynccontextmanager
-    async def place(self, who: Occupant) -> AsyncIterator[None]:
-        if who.spec.name == "giant":
-            raise refuse("out_of_memory", "giant can never fit.")
-        who.tell(Progress(0, phase="room", text="waits for 3.1 GiB of GPU memory"))
-        await self.open.wait()
-        self.story.append("in")
+    async def place(self, who: Occupant, number: int, shares: Mapping[str, int]) -> AsyncIterator[None]:
+        await self.open_now.wait()
+        self.story.append(f"in {number} {dict(shares)}")
         try:
             yield
         finally:
@@ -428,22 +489,19 @@ class Walls:
 
 async def test_an_instance_lives_inside_its_place_in_the_room(tmp_path, autojump_clock):
     room = Walls()
-    async with yard(echo, tmp_path, room=room, models=[spec(keep_alive_s=1.0), spec("giant")]) as it:
-        story: list[object] = []
+    async with yard(echo, tmp_path, room=room, models=[spec(keep_alive_s=1.0)]) as it:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.host.run, ask(), story.append)
+            nursery.start_soon(it.host.run, ask(), lambda _event: None)
             await trio.sleep(3)
             assert it.status.state == "starting"
-            assert it.status.reason == "waits for 3.1 GiB of GPU memory"
             assert it.fakes.children == []
-            assert story[0] == Progress(0, phase="room", text="waits for 3.1 GiB of GPU memory")
-            room.open.set()
+            room.open_now.set()
         await trio.sleep(2)
         assert it.fakes.children[0].exit is not None
-        assert (it.status.state, it.status.pid, room.story) == ("stopping", 0, ["in"])
+        assert (it.status.state, it.status.pid, room.story) == ("stopping", 0, ["in 1 {}"])
         await trio.sleep(2)
-        assert (it.status.state, room.story) == ("cold", ["in", "out, pid 0"])
-        assert (await it.fault(model="giant")).message == "giant can never fit."
+        assert (it.status.state, room.story) == ("cold", ["in 1 {}", "out, pid 0"])
+        assert it.status.last_end == "ended for want of work (idle for 1 s)"
 
 
 # ---- from outside
@@ -654,25 +712,3 @@ async def test_trouble_in_a_callback_costs_no_lane(tmp_path, autojump_clock, cap
         assert it.fault_of("boom").code == "engine_crashed"
         assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)
     assert "trouble" in caplog.text
-
-
-async def test_a_gpu_that_is_out_of_use_puts_no_model_in_quarantine(tmp_path, autojump_clock):
-    broken = True
-
-    class Hall:
-        @contextlib.asynccontextmanager
-        async def place(self, _who: Occupant) -> AsyncIterator[None]:
-            await trio.lowlevel.checkpoint()
-            if broken:
-                raise refuse("gpu_failed", "GPU-1 is quarantined.")
-            yield
-
-    async with yard(worker, tmp_path, room=Hall()) as it:
-        for _ in range(5):
-            assert (await it.fault()).code == "gpu_failed"
-            assert it.status.state == "backoff"
-            assert (await it.fault()).code == "gpu_failed"  # at once, while it pauses
-            await trio.sleep(LIMITS.restart.first_pause_s + 0.1)
-        assert it.status.state == "cold"
-        broken = False
-        assert isinstance(await it.host.run(ask("1"), lambda _event: None), Done)

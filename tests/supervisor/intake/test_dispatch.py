@@ -5,6 +5,7 @@ from __future__ import annotations
 from supervisor.intake import effects as fx
 from supervisor.intake.dispatch import Dispatch
 from supervisor.intake.fleet import Fleet, Gpu, Instance, Model, Stage
+from supervisor.intake.reasons import why
 
 
 def dispatch(*needs: int) -> Dispatch:
@@ -53,7 +54,7 @@ def test_who_was_to_go_stays_when_the_place_is_given_up():
     do.targets.append(newcomer)
     do.end(working, "m1 takes its turn")
     assert working.stage is Stage.DRAINING
-    assert do.why_of(newcomer) == "waits until m0 has ended"
+    assert why(newcomer, do.fleet).endswith(" on g: m0 is working")
     do.give_up(newcomer)
     assert working.stage is Stage.READY
     assert (do.fleet.gpus["g"].coming, do.fleet.gpus["g"].reserved) == (0, 0)

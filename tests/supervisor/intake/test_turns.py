@@ -134,10 +134,11 @@ def test_only_loads_in_progress_or_pins_in_the_way():
 
 def test_a_hold_names_itself():
     books = fleet(sizes=(100,))
-    books.gpus["g0"].held = "held by the operator"
+    books.gpus["g0"].hold("held by the operator")
     jobs(books.models["new"], 1)
     assert judge(books) == Later("held by the operator", LATEST_S, stuck=True)
-    books.gpus["g0"].held, books.held = "", "the whole box is held"
+    books.gpus["g0"].hold("")
+    books.held = "the whole box is held"
     assert judge(books) == Later("the whole box is held", LATEST_S, stuck=True)
 
 
