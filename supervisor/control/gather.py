@@ -119,7 +119,7 @@ class Gathering:
                 engine=one.engine,
                 state=one.state,
                 kinds=specs[one.model].model.kinds,
-                held_kinds=holds.kinds_held(specs[one.model].model.kinds, specs[one.model].model.devices),
+                held_kinds=holds.kinds_held(specs[one.model].model.kinds, self._gpus_of(specs[one.model])),
                 reason=_reason(one, holds) or refused.get(one.model, ""),
                 unserved=refused.get(one.model, "").removeprefix("not served: "),
                 waits=waits.get(one.model, ""),
@@ -140,6 +140,12 @@ class Gathering:
             )
             for one in instances
         )
+
+    def _gpus_of(self, spec: ModelSpec) -> tuple[str, ...]:
+        """GPUs that a model may use: its own, or any."""
+        if spec.model.devices or spec.model.device == "cpu":
+            return tuple(spec.model.devices)
+        return tuple(self._sources.watch.readings())
 
     def _gpus(self, instances: Sequence[InstanceStatus]) -> tuple[GpuView, ...]:
         room, watch = self._sources.room, self._sources.watch

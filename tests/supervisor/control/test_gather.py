@@ -110,9 +110,13 @@ async def test_everything_comes_together(tmp_path, autojump_clock):
     assert len(seen.incidents) == 5
 
 
-def shown(tmp_path, instance: InstanceStatus, *holds: Hold, **more: object):
+PINNED = wire.Model(name="chat", device="cuda", kinds=("llm", "video"), devices=("GPU-1",))
+ANYWHERE = wire.Model(name="chat", device="auto", kinds=("llm", "video"))
+ON_CPU = wire.Model(name="chat", device="cpu", kinds=("llm", "video"))
+
+
+def shown(tmp_path, instance: InstanceStatus, *holds: Hold, model: wire.Model = PINNED, **more: object):
     """One model on a box without news, as the owner is shown it."""
-    model = wire.Model(name="chat", device="cuda", kinds=("llm", "video"), devices=("GPU-1",))
     watch = Watch()
     sources = Sources(
         worker="box",
@@ -163,6 +167,14 @@ async def test_what_is_cordoned_and_what_is_not_served_is_told(tmp_path):
     assert model.unserved == "it is still being checked"
     assert seen.state == "idle"
     assert seen.why == "There are no jobs. chat is not served: it is still being checked."
+
+
+async def test_a_cordon_of_one_gpu_is_about_the_models_that_may_use_it(tmp_path):
+    ready = InstanceStatus(model="chat", engine="llm", state="ready")
+    no_video = Hold(source=Source.OPERATOR, since=1.0, kind="video", gpu="GPU-1")
+    for model, held in ((PINNED, ["video"]), (ANYWHERE, ["video"]), (ON_CPU, [])):
+        (seen,) = shown(tmp_path, ready, no_video, model=model).models
+        assert list(seen.held_kinds) == held
 
 
 async def test_what_the_rules_see_and_what_is_coming_is_shown(tmp_path):
