@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -169,10 +171,12 @@ def read_layers(path: Path, environ: Mapping[str, str]) -> Layers:
         ConfigError: files that cannot be read, are not TOML, or are of a version that this program does not know.
     """
     layers = Layers([path, *drop_ins(path)])
-    problems: list[str] = []
+    problems = _no_folder(path.parent / DROP_INS)
     digest = hashlib.sha256()
     for file in layers.files:
         try:
+            if not stat.S_ISREG(file.stat().st_mode):  # a pipe would keep us waiting for ever
+                raise ConfigError([f"{file}: cannot be read: it is not a plain file"])
             data = file.read_bytes()
             digest.update(f"{file.name}\0{len(data)}\0".encode() + data)
             text, raw = _read(file, data, layers.notes)
@@ -189,6 +193,16 @@ def read_layers(path: Path, environ: Mapping[str, str]) -> Layers:
     layers.etag = digest.hexdigest()
     layers.lay_environment(environ)
     return layers
+
+
+def _no_folder(path: Path) -> list[str]:
+    """Why the drop-ins cannot be looked for: silence would leave settings out that somebody counts on."""
+    try:
+        os.listdir(path)
+    except OSError as error:
+        if os.path.lexists(path):
+            return [f"{path}: cannot be read as a folder: {error.strerror}"]
+    return []
 
 
 def _read(path: Path, data: bytes, notes: list[str]) -> tuple[str, dict[str, Any]]:
@@ -225,8 +239,10 @@ def parsed(path: Path, text: str) -> dict[str, Any]:
     """The document in a text. Raises ConfigError, with the place, when it is not TOML."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
+    except RecursionError:
+        raise ConfigError([f"{path}: is nested too deeply"]) from None
+    except ValueError as error:  # of tomllib, and of numbers with more digits than Python reads
+        message = str(error).split("; use sys.")[0]
     found = re.search(r" \(at line (\d+), column (\d+)\)", message)
     if found is None:  # tomllib says "(at end of document)"
         raise ConfigError([f"{path}:{len(text.splitlines()) or 1}: {message}"])
@@ -245,9 +261,13 @@ def _put(raw: dict[str, Any], parts: list[str], value: EnvText) -> KeyPath:
     for number, part in enumerate(parts):
         key: str | int = part
         if isinstance(here, list):
+            if not (part.isascii() and part.isdecimal()):
+                raise ValueError(part)
             key = int(part)
             here[key]  # an index that does not exist is an error, not a new item
         elif isinstance(here, dict):
+            if not part:
+                raise ValueError("an empty part")
             key = next((known for known in here if known.lower() == part), part)
         else:
             raise TypeError(part)

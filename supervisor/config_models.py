@@ -20,6 +20,8 @@ from supervisor.toml_lines import Path as KeyPath
 
 Finding = tuple[KeyPath, str]
 
+# Engines whose models can lie on several GPUs.
+SPLITTERS = frozenset({"llm"})
 # A model named by these engines makes up its answers; the name must say so.
 _MADE_UP = "synthetic"
 _MISSING = "is missing"  # as `build` says it
@@ -85,6 +87,8 @@ def _check_ours(model: ModelTable, entry: Entry, shared: Mapping[str, Any]) -> I
         for path, sentence in _check_options(model.engine, model.backend or entry.backends[0], model.options):
             if sentence != _MISSING or path[1] not in shared:
                 yield path, sentence
+    if model.split and model.engine not in SPLITTERS:
+        yield ("split",), f'engine "{model.engine}" cannot spread a model over several GPUs; leave it out'
     if entry.needs_model and not model.path and not model.files:
         yield ("path",), f'is missing: engine "{model.engine}" needs the file or folder of a model'
     if model.engine == _MADE_UP and not model.name.startswith(_MADE_UP):
@@ -118,9 +122,6 @@ def _check_kinds(model: ModelTable, known: tuple[str, ...] | None) -> Iterator[F
 def _check_files(model: ModelTable) -> Iterator[Finding]:
     if model.path and "model" in model.files:
         yield ("files", "model"), "the role model is given by `path` already"
-    for path, text in _named_files(model):
-        if "\0" in text:
-            yield path, "holds a zero byte, which no file's name has"
     roles = set(model.files) | ({"model"} if model.path else set())
     for role in model.sha256:
         if role not in roles:

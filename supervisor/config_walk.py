@@ -105,6 +105,9 @@ def _dict(value: Any, name: Any, item: Any, path: Path, report: Report) -> Any:
     if typing.get_origin(name) is typing.Literal:
         for key in value.keys() - set(typing.get_args(name)):
             report((*path, key), f"unknown key{did_you_mean(key, typing.get_args(name))}")
+    for key in value:
+        if sentence := _unfit(key):
+            report((*path, key), sentence)
     return {key: build(inner, item, (*path, key), report) for key, inner in value.items()}
 
 
@@ -117,11 +120,25 @@ def _list(value: Any, item: Any, path: Path, report: Report) -> Any:
 
 
 def _leaf(value: Any, type_: Any, path: Path, report: Report) -> Any:
+    if isinstance(value, str) and (sentence := _unfit(value)):
+        report(path, sentence)
+        return BAD
     try:
         return _convert(value, type_)
     except msgspec.ValidationError as error:
         report(path, _sentence(str(error), value, type_))
         return BAD
+
+
+def _unfit(text: str) -> str:
+    """Why a text is none for a setting: no path, name or argument can hold it, and no message either."""
+    if "\0" in text:
+        return "holds a zero byte"
+    return (
+        ""
+        if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+        else "is not UTF-8 text"
+    )
 
 
 def _convert(value: Any, type_: Any) -> Any:
@@ -143,9 +160,10 @@ def opened(value: Any) -> Any:
     """What the text of an environment variable says in TOML; anything else as it is."""
     if isinstance(value, EnvText):
         try:
-            return tomllib.loads(f"value = {value}")["value"]
-        except (tomllib.TOMLDecodeError, KeyError):
+            spoken = tomllib.loads(f"value = {value}")
+        except (ValueError, RecursionError):  # no TOML, or a number with more digits than Python reads
             return value
+        return spoken["value"] if spoken.keys() == {"value"} else value  # a second line is no setting
     return value
 
 

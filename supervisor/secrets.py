@@ -96,4 +96,6 @@ def _text(path: Path, what: str) -> str:
         raise ConfigError([f"{what} is not UTF-8 text"]) from None
     if not text:
         raise ConfigError([f"{what} is empty"])
+    if not text.isascii() or not text.isprintable() or " " in text:  # it travels in a header of HTTP
+        raise ConfigError([f"{what} holds white space or characters that no token has; it must hold the token alone"])
     return text

@@ -7,11 +7,13 @@ inline table have the place of the statement that holds them.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 Path = tuple[str | int, ...]
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Statement(NamedTuple):
@@ -55,6 +57,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self._seen, self._line = 0, 1  # the line at offset `_seen`: counting from the top each time would be quadratic
         self._table: Path = ()
         self._lines: dict[Path, int] = {}
         self._counts: dict[Path, int] = {}  # items so far of each array of tables
@@ -62,7 +65,8 @@ class _Scanner:
 
     def scan(self) -> dict[Path, int]:
         while self._skip_blank():
-            line = self._text.count("\n", 0, self._at) + 1
+            self._line += self._text.count("\n", self._seen, self._at)
+            self._seen, line = self._at, self._line
             start = self._text.rfind("\n", 0, self._at) + 1
             header = self._text[self._at] == "["
             if header:
@@ -103,7 +107,10 @@ class _Scanner:
         start = self._at
         while self._text[self._at] != end:
             self._at += self._string_length() or 1
-        value: object = tomllib.loads(self._text[start : self._at].strip() + " = 0")
+        text = self._text[start : self._at].strip()
+        if _BARE.fullmatch(text):
+            return (text,)
+        value: object = tomllib.loads(f"{text} = 0")
         keys: list[str] = []
         while isinstance(value, dict):
             ((key, value),) = value.items()

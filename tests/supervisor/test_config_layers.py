@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,95 @@ def test_an_old_drop_in_is_read_as_migrated(main):
     (note,) = loaded.layers.notes
     assert note.startswith(f"{over}: config_version 0 is read as 1; run `supervisor config migrate --write`")
     assert over.read_text().startswith("config_version = 0")
+
+
+# ---- odd files and odd variables: one sentence each, with the place, and none of them waits or runs away
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"[limits]\n# \xff\n", "worker.toml:2: column 3: is not UTF-8 text; save it as UTF-8"),
+        (b"\xef\xbb\xbf[limits]\n", "worker.toml:1: begins with a byte order mark; save it as UTF-8 without one"),
+        ("[limits]\n".encode("utf-16"), "worker.toml:1: column 1: is not UTF-8 text; save it as UTF-8"),
+        (b"[limits]\n# \0\n", "worker.toml:2: column 3: Found invalid character '\\x00'"),
+        (b"[limits]\r\nstall_s = 'x'\r\n", "worker.toml:2: limits.stall_s: expected float, got str"),
+        (b"[limits]\nstall_s = 1\nstall_s = 2\n", "worker.toml:3: column 12: Cannot overwrite a value"),
+        (b"[log]\n[log]\n", "worker.toml:2: column 5: Cannot declare ('log',) twice"),
+        (b"a = " + b"[" * 9999 + b"]" * 9999, "worker.toml: is nested too deeply"),
+        (b"limits.stall_s = " + b"9" * 5000, "worker.toml:1: Exceeds the limit (4300 digits) for integer"),
+        (b"#" * 3_000_000, "worker.toml: has 3000000 bytes, more than 2097152; that is no configuration"),
+        (b'control.socket = "a\\u0000b"', "worker.toml:1: control.socket: holds a zero byte"),
+        (b'[engines.llm]\npython = "/a\\u0000b"', "worker.toml:2: engines.llm.python: holds a zero byte"),
+        (b'[engines.llm]\nread = ["/a\\u0000b"]', "worker.toml:2: engines.llm.read[0]: holds a zero byte"),
+        (b'[engines.llm.env]\n"A\\u0000" = "b"', "worker.toml:2: engines.llm.env.A\0: holds a zero byte"),
+        (b'coordinator.token_file = "a\\u0000b"', "worker.toml:1: coordinator.token_file: holds a zero byte"),
+    ],
+)
+def test_odd_files(tmp_path, data, sentence):
+    path = tmp_path / "worker.toml"
+    path.write_bytes(data)
+    (found,) = problems(path)
+    assert sentence in found
+
+
+def test_a_large_file_is_read_in_a_moment(tmp_path):
+    """Looking for the line of each key was quadratic: 90 s for this one."""
+    path = tmp_path / "worker.toml"
+    path.write_text("[worker.labels]\n" + "".join(f'k{number} = "x"\n' for number in range(50_000)) + "bad = 1\n")
+    began = time.process_time()
+    (found,) = problems(path)
+    assert found.startswith("worker.toml:50002: worker.labels.bad: expected str")
+    assert time.process_time() - began < 10
+
+
+def test_odd_drop_ins(main):
+    folder = main.parent / "conf.d"
+    folder.rmdir()
+    folder.write_text("")
+    assert problems(main) == ["conf.d: cannot be read as a folder: Not a directory"]
+    folder.unlink()
+    folder.symlink_to(folder)
+    assert problems(main) == ["conf.d: cannot be read as a folder: Too many levels of symbolic links"]
+    folder.unlink()
+    folder.mkdir()
+    (folder / "a.toml").mkdir()
+    (folder / "b.toml").symlink_to("b.toml")
+    (folder / "c.toml").symlink_to("gone")
+    os.mkfifo(folder / "d.toml")
+    (folder / "e.toml").write_bytes(b"\xff")
+    main.write_bytes(b"[log\n")
+    assert problems(main) == [
+        "worker.toml:1: column 5: Expected ']' at the end of a table declaration",
+        "conf.d/a.toml: cannot be read: it is not a plain file",
+        "conf.d/b.toml: cannot be read: Too many levels of symbolic links",
+        "conf.d/c.toml: cannot be read: No such file or directory",
+        "conf.d/d.toml: cannot be read: it is not a plain file",
+        "conf.d/e.toml:1: column 1: is not UTF-8 text; save it as UTF-8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("LIMITS__STALL_S", "1\ny = 1", "limits.stall_s: expected float, got str"),
+        ("LIMITS__STALL_S", "[1", "limits.stall_s: expected float, got str"),
+        ("LIMITS__STALL_S", "1" * 99_999, "limits.stall_s: number out of range"),
+        ("LIMITS__STALL_S", "nan", "limits.stall_s: expected float > 0.0"),
+        ("LIMITS____STALL_S", "1", "there is no place limits..stall_s in the configuration"),
+        ("", "1", "there is no place  in the configuration"),
+        ("MODELS__0__NAME", "x", "models: expected a list, got a table"),
+        ("WORKER__LABELS__A", "\udcff", "worker.labels.a: is not UTF-8 text"),
+        ("WORKER__STATE_DIR", "a\0b", "worker.state_dir: holds a zero byte"),
+    ],
+)
+def test_odd_variables(tmp_path, variable, value, sentence):
+    path = tmp_path / "worker.toml"
+    path.write_text("")
+    assert problems(path, **{f"BULKHEAD__{variable}": value}) == [f"BULKHEAD__{variable}: {sentence}"]
+
+
+@pytest.mark.parametrize("index", ["-1", "1", "0x0", "²", "9" * 5000])
+def test_an_item_that_is_not_there(main, index):
+    (found,) = problems(main, **{f"BULKHEAD__MODELS__{index}__DEVICE": "cpu"})
+    assert "there is no place models." in found

@@ -101,3 +101,26 @@ def test_a_remote_coordinator_is_content_with_any_of_them(tmp_path):
 
 def test_every_name_has_its_own_variable():
     assert len(set(secrets.VARIABLES.values())) == len(secrets.VARIABLES)
+
+
+@pytest.mark.parametrize("data", [b"tok\0en", b"\xef\xbb\xbftok", b"a\nb", b"a b", "tök".encode(), b"a\x1bb"])
+def test_a_token_that_no_header_can_carry(file, data):
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"{file} holds white space or characters that no token has"):
+        secret(TOKEN, str(file), {})
+
+
+def test_an_editor_of_windows_wrote_it(file):
+    file.write_bytes(b"tok\r\n")
+    assert secret(TOKEN, str(file), {}) == "tok"
+
+
+def test_places_that_are_no_files(tmp_path):
+    folder, loop, pipe = tmp_path / "folder", tmp_path / "loop", tmp_path / "pipe"
+    folder.mkdir()
+    loop.symlink_to(loop)
+    os.mkfifo(pipe)
+    for path, word in ((folder, "is not a plain file"), (loop, "cannot be read"), (pipe, "is not a plain file")):
+        assert word in judge_file(path)
+        with pytest.raises(ConfigError, match=word):
+            secret(TOKEN, str(path), {})
