@@ -182,8 +182,12 @@ async function look_at_config() {
 function rows(found) {
   const waits = new Set((found.restart ?? []).map((change) => change.key));
   const told = (found.values ?? []).map(({ key, value, source, place: at }) =>
-    [key, JSON.stringify(value), [at ?? source, waits.has(key) && "takes effect at the next start"].filter(Boolean).join(", ")]);
+    [key, JSON.stringify(value), [file_name(at) ?? source, waits.has(key) && "from the next start on"].filter(Boolean).join(", ")]);
   return { rows: told.length ? told : flat(found.settings ?? found, ""), problems: found.problems ?? [], path: found.path ?? "" };
+}
+
+function file_name(at) {
+  return at?.slice(at.lastIndexOf("/") + 1);
 }
 
 function flat(value, key) {

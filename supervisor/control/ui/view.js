@@ -10,6 +10,7 @@ const SHAPES = {
   busy: "M4 2l10 6-10 6z",
   draining: "M2 4h12L8 13z",
   paused: "M3 2h4v12H3zm6 0h4v12H9z",
+  done: "M2 8.5L6 12.5 14 4.5 12.5 3 6 9.5 3.5 7z",
   offline: "M3 2l5 4.5L13 2l1 1-4.5 5L14 13l-1 1-5-4.5L3 14l-1-1 4.5-5L2 3z",
 };
 const LOOKS = { ready: "idle", busy: "busy", starting: "starting", loading: "starting", draining: "draining",
@@ -64,7 +65,7 @@ export function headline(seen) {
       ? none(`The supervisor ends when its jobs are done${seen.drain_until ? `, at ${clock(seen.drain_until)} at the latest` : ""}.`)
       : h("div", { class: "tools" },
           paused ? button("Resume", "resume", { kind: "main" }) : button("Pause…", "pause", { kind: "main" }),
-          !freed && button("Free GPU memory now", "free"),
+          !freed && seen.gpus.length > 0 && button("Free GPU memory now", "free"),
           button("Stop or restart…", "drain")),
   ];
 }
@@ -176,7 +177,7 @@ function model(one) {
     h("td", { "data-word": "Jobs", class: "number" }, `${one.running} of ${one.slots}`, one.queued ? ` + ${one.queued} wait` : ""),
     h("td", { "data-word": "Memory", class: "number" }, one.rss_bytes ? gib(one.rss_bytes) : "–"),
     h("td", { "data-word": "GPU memory", class: "number" }, one.vram_bytes ? gib(one.vram_bytes) : "–"),
-    h("td", { class: "tools" },
+    h("td", { class: "acts" },
       !loaded && act("Load", "load"), loaded && act("Unload", "unload"), loaded && act("Restart", "restart")));
 }
 
@@ -187,23 +188,23 @@ export function jobs(found, now) {
   if (typeof found === "string") return [heading("Jobs"), none(found)];
   if (!found.length) return [heading("Jobs"), none("There were no jobs since the supervisor started.")];
   return [heading("Jobs"), h("table", { class: "stacked" },
-    h("thead", null, h("tr", null, ["Job", "State", "Since", "Took", ""].map((word) => h("th", { scope: "col" }, word)))),
+    h("thead", null, h("tr", null, ["Job", "State", "Began", "Took", ""].map((word) => h("th", { scope: "col" }, word)))),
     h("tbody", null, found.map((one) => job(one, now))))];
 }
 
 function job(one, now) {
   const open = !one.ended;
   const word = one.outcome || (one.state === "waiting" ? `waiting (${one.phase})` : one.phase === "run" ? "running" : one.phase);
-  const look = { running: "busy", waiting: "starting", succeeded: "idle", failed: "offline", cancelled: "none" }[one.outcome || one.state];
+  const look = { running: "busy", waiting: "starting", succeeded: "done", failed: "offline", cancelled: "none" }[one.outcome || one.state];
   const part = one.total ? ` ${Math.floor((100 * one.done) / one.total)} %` : one.done ? ` ${one.done}` : "";
   return h("tr", { "data-key": `${one.job}/${one.attempt}` },
     h("td", { class: "first" }, h("strong", null, one.model), h("span", { class: "quiet" }, ` ${one.kind}`),
       h("div", { class: "quiet id" }, one.job, one.attempt > 1 ? `, try ${one.attempt}` : ""),
-      one.fault && h("div", { class: "bad" }, `${one.fault}${one.owner ? ` (${one.owner})` : ""}`)),
+      one.fault && one.outcome !== "cancelled" && h("div", { class: "bad" }, `${one.fault}${one.owner ? ` (${one.owner})` : ""}`)),
     h("td", { "data-word": "State" }, badge(look, word + (open ? part : ""))),
-    h("td", { "data-word": "Since", class: "number" }, time(one.accepted, clock(one.accepted))),
+    h("td", { "data-word": "Began", class: "number" }, time(one.accepted, clock(one.accepted))),
     h("td", { "data-word": "Took", class: "number" }, span((one.ended ?? now) - (one.started ?? one.accepted))),
-    h("td", { class: "tools" }, open && button("Cancel", "cancel", { job: one.job, label: `Cancel job ${one.job}` })));
+    h("td", { class: "acts" }, open && button("Cancel", "cancel", { job: one.job, label: `Cancel job ${one.job}` })));
 }
 
 // ---- log, incidents, configuration
@@ -231,20 +232,31 @@ export function incidents(seen) {
     h("div", { class: "grow" }, h("strong", null, one.model), ` ${one.code}`,
       h("div", null, one.message || one.how), one.diagnosis && h("div", { class: "quiet" }, one.diagnosis),
       h("div", { class: "quiet" }, day(Date.parse(one.time) / 1000)))));
-  return [h("details", null, h("summary", null, h("h2", null, `Incidents (${seen.incidents.length})`)), h("ul", { class: "rows" }, rows))];
+  return folded(`Incidents (${seen.incidents.length})`, h("ul", { class: "rows" }, rows));
 }
 
-/** The settings, and where each comes from. */
+/** What somebody has set, and where; the defaults one step further away. */
 export function config(found) {
   if (found === null) return [];
-  const inside = typeof found === "string" ? none(found) : [
+  if (typeof found === "string") return folded("Configuration", none(found));
+  const set = found.rows.filter(([, , origin]) => origin !== "default");
+  const defaults = found.rows.filter(([, , origin]) => origin === "default");
+  return folded("Configuration",
     found.path && none(found.path),
     found.problems.map((problem) => h("p", { class: "bad" }, problem)),
-    h("dl", { class: "config" }, found.rows.map(([key, value, origin]) => [
-      h("dt", { "data-key": key }, key),
-      h("dd", { "data-key": `${key}=` }, value, origin && h("span", { class: "quiet" }, ` ${origin}`))])),
-  ];
-  return [h("details", null, h("summary", null, h("h2", null, "Configuration")), inside)];
+    h("ul", { class: "config", tabindex: "0", "aria-label": "What is set" }, set.map(setting)),
+    defaults.length > 0 && h("details", null,
+      h("summary", { class: "quiet" }, `${plural(defaults.length, "setting")} at the default`),
+      h("ul", { class: "config", tabindex: "0", "aria-label": "Defaults" }, defaults.map(setting))));
+}
+
+function folded(word, ...inside) {
+  return [h("details", null, h("summary", null, h("h2", null, word)), inside)];
+}
+
+function setting([key, value, origin]) {
+  return h("li", { "data-key": key }, h("span", { class: "quiet" }, `${key} = `), value,
+    origin && origin !== "default" && h("span", { class: "quiet from" }, origin));
 }
 
 export function login(problem) {

@@ -4,6 +4,7 @@ const GIB = 2 ** 30;
 
 export function gib(bytes) {
   if (bytes === null || bytes === undefined) return "?";
+  if (bytes && bytes < GIB / 10) return `${Math.ceil(bytes / 2 ** 20)} MiB`;
   return bytes ? `${(bytes / GIB).toFixed(bytes < 10 * GIB ? 1 : 0)} GiB` : "0";
 }
 
