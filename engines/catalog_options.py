@@ -48,6 +48,7 @@ class Llm(Options, frozen=True):
         cache_type: element type of the context memory.
         use_mmap: map the file instead of reading it.
         main_gpu: the GPU that has what is not split, by its place among the model's.
+        tensor_split: how much of the model each of its GPUs takes, in proportion; the worker sets it for `split`.
         prompt_cache_mib: host memory for prompts of earlier requests, in MiB (xllamacpp only).
     """
 
@@ -62,6 +63,7 @@ class Llm(Options, frozen=True):
     cache_type: Literal["f16", "bf16", "q8_0", "q4_0"] = "f16"
     use_mmap: bool = True
     main_gpu: Annotated[int, Meta(ge=0, le=63)] = 0
+    tensor_split: Annotated[list[Annotated[float, Meta(ge=0, le=1e15)]], Meta(max_length=16)] = []
     prompt_cache_mib: Annotated[int, Meta(ge=0, le=2**20)] = 0
 
 

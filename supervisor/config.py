@@ -321,6 +321,10 @@ def _spec(model: ModelTable, table: EngineTable, limits: LimitsTable) -> ModelSp
         keep_alive_s=limits.keep_alive_s if model.keep_alive_s is None else model.keep_alive_s,
         memory_bytes=int((model.memory_gb or limits.memory_gb) * 2**30),
         vram_bytes=int(model.vram_gb * 2**30),
+        copies=model.copies,
+        pin=model.pin,
+        group=model.group,
+        split=model.split,
     )
 
 

@@ -32,6 +32,7 @@ class CoordinatorTable(Table, frozen=True):
         token_file: file that holds this worker's token (remote coordinator); mode 0600.
         tls_cert, tls_key: PEM files for the embedded coordinator's HTTPS.
         tls_ca: PEM file to trust for a remote coordinator.
+        allow: keys of this file that the coordinator may change, such as "worker.labels" or "limits.*".
         connect_s: deadline over TCP + TLS + upgrade + welcome as a whole.
     """
 
@@ -42,6 +43,7 @@ class CoordinatorTable(Table, frozen=True):
     tls_cert: str = ""
     tls_key: str = ""
     tls_ca: str = ""
+    allow: list[str] = []
     connect_s: _Seconds = 15.0
 
 
@@ -97,7 +99,7 @@ class ModelTable(Table, frozen=True):
         backend: which of the engine's libraries to use; "" lets the engine choose.
         kinds: narrower than what the engine can do; empty means all of its kinds.
         device: "cpu", "cuda" or "auto"; with "cuda" a fall back to the CPU is a failed load.
-        gpus: UUIDs of the device set.
+        gpus: UUIDs of the GPUs that it may use; empty means any. It lies on one of them, unless it is split.
         options: load options of the engine (n_ctx, compute_type, argv, …).
         preload: load at start instead of on first use.
         stall_s: longest time without progress of a run, instead of `[limits]`; 0 means those. A `command` may be
@@ -105,6 +107,10 @@ class ModelTable(Table, frozen=True):
         keep_alive_s: an instance without work is ended after this long; 0 keeps it; without it, `[limits]` says.
         memory_gb: most resident memory of its instance, in GiB; 0 means what `[limits]` says.
         vram_gb: GPU memory that the load will need, in GiB, when the estimate from its files is wrong; 0 estimates.
+        pin: load it at the start, and never end it for another model.
+        group: of the models with the same word here only one is loaded at a time; "" for none.
+        copies: most instances of it at once, on different GPUs or beside each other.
+        split: spread it over several of its GPUs when it fits on none alone (engine llm).
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -122,6 +128,10 @@ class ModelTable(Table, frozen=True):
     keep_alive_s: _SecondsOrNever | None = None
     memory_gb: _Gigabytes = 0.0
     vram_gb: _Gigabytes = 0.0
+    pin: bool = False
+    group: Annotated[str, Meta(max_length=100)] = ""
+    copies: Annotated[int, Meta(ge=1, le=64)] = 1
+    split: bool = False
 
 
 class RestartTable(Table, frozen=True):

@@ -58,6 +58,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         flash_attn: on, off, or where it helps.
         chat_template: Jinja text that replaces the model's own.
         cache_type: element type of the context memory.
+        tensor_split: how much of the model each visible GPU takes, in proportion; empty leaves it to the library.
         prompt_cache_mib: host memory for prompts of earlier requests (xllamacpp only).
     """
 
@@ -72,7 +73,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     cache_type: str = "f16"
     use_mmap: bool = True
     main_gpu: int = 0
+    tensor_split: tuple[float, ...] = ()
     prompt_cache_mib: int = 0
+
+
+_TensorSplit = Annotated[list[Annotated[float, Meta(ge=0, le=1e15)]], Meta(max_length=16)]
 
 
 def read_options(model: Model, header: Header, *, slots: int) -> Options:
@@ -106,6 +111,7 @@ def read_options(model: Model, header: Header, *, slots: int) -> Options:
         cache_type=_cache_type(model),
         use_mmap=option(model, "use_mmap", bool, True),
         main_gpu=option(model, "main_gpu", Annotated[int, Meta(ge=0, le=63)], 0),
+        tensor_split=tuple(option(model, "tensor_split", _TensorSplit, [])),
         prompt_cache_mib=option(model, "prompt_cache_mib", Annotated[int, Meta(ge=0, le=2**20)], 0),
     )
     if slots == 1 and found.slots > 1:

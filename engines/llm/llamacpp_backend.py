@@ -87,6 +87,7 @@ class LlamaCppPythonBackend:
                 n_threads_batch=options.threads,
                 n_gpu_layers=gpu_layers,
                 main_gpu=options.main_gpu,
+                tensor_split=list(options.tensor_split) or None,
                 offload_kqv=gpu_layers != 0,
                 op_offload=gpu_layers != 0,
                 flash_attn=bool(options.flash_attn),

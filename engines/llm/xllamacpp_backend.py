@@ -208,6 +208,9 @@ def _parameters(path: Path, options: Options) -> Any:
     params.n_batch, params.n_ubatch = options.n_batch, min(options.n_ubatch, options.n_batch)
     params.n_gpu_layers = options.n_gpu_layers
     params.main_gpu = options.main_gpu
+    if options.tensor_split:
+        unused = [0.0] * (len(params.tensor_split) - len(options.tensor_split))
+        params.tensor_split = [*options.tensor_split, *unused]
     params.cache_ram_mib = options.prompt_cache_mib
     if options.flash_attn is not None:
         kinds = xllamacpp.llama_flash_attn_type

@@ -13,13 +13,11 @@ A model has as many lanes as it may have copies; its ground is shared, records a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-import msgspec
 import trio
 
 from protocol.faults import Fault, FaultError
@@ -30,6 +28,7 @@ from supervisor.host.instance import Instance
 from supervisor.host.lifecycle import Event, Life, State
 from supervisor.host.means import REAL_MEANS, Forgetful, Means
 from supervisor.host.opening import open_instance
+from supervisor.host.order import Order
 from supervisor.host.quarantine import Standing
 from supervisor.host.ticket import Ticket
 from supervisor.host.work import InstanceStatus, ModelSpec, Progress
@@ -41,40 +40,6 @@ log = logging.getLogger(__name__)
 
 # Told the model, the GPUs that the process may hold, and its pid.
 OnUnkillable = Callable[[ModelSpec, tuple[str, ...], int], None]
-
-
-class _Order:
-    """An instance that the lane was told to start, and what was told of it.
-
-    Attributes:
-        spec: the model's, with the devices that it was given.
-        dropped: why it is not wanted any more, while it is not loaded; "" while it is.
-    """
-
-    def __init__(self, number: int, spec: ModelSpec, shares: Mapping[str, int]) -> None:
-        self.number, self.shares = number, shares
-        devices = [uuid for uuid in spec.model.devices if uuid in shares]
-        devices += [uuid for uuid in shares if uuid not in devices]
-        model = msgspec.structs.replace(spec.model, devices=tuple(devices)) if devices else spec.model
-        self.spec = msgspec.structs.replace(spec, model=model)
-        self.dropped = ""
-        self.leaves = self.nearly = False
-        self.accepts = True
-        self._scope: trio.CancelScope | None = None
-
-    @contextlib.contextmanager
-    def wanted(self) -> Iterator[None]:
-        """A block that ends early when the order is dropped."""
-        with trio.CancelScope() as self._scope:
-            if self.dropped:
-                self._scope.cancel()
-            yield
-
-    def drop(self, reason: str) -> None:
-        """It is not wanted any more."""
-        self.dropped = reason
-        if self._scope is not None:
-            self._scope.cancel()
 
 
 class _Story:
@@ -117,8 +82,8 @@ class Lane:
         self._on_change = on_change
         self._on_unkillable, self._on_late_death = on_unkillable, on_late_death
         self._means = means if copy == 0 else means._replace(memory=Forgetful())
-        self._orders: deque[_Order] = deque()
-        self._order: _Order | None = None
+        self._orders: deque[Order] = deque()
+        self._order: Order | None = None
         self._devices: tuple[str, ...] = ()
         self._nursery: trio.Nursery | None = None  # of the runs
         self._bell = trio.Event()
@@ -154,7 +119,7 @@ class Lane:
 
     def order(self, number: int, shares: Mapping[str, int]) -> None:
         """Start an instance, after the one before it has gone."""
-        self._orders.append(_Order(number, self.spec, shares))
+        self._orders.append(Order(number, self.spec, shares))
         self._ring()
 
     def begin(self, number: int, ticket: Ticket) -> None:
@@ -246,14 +211,14 @@ class Lane:
         finally:
             self._step(Event.SHUT)
 
-    async def _next_order(self) -> _Order:
+    async def _next_order(self) -> Order:
         while not self._orders:
             await self._next_bell()
         self._order = order = self._orders.popleft()
         self._devices = order.spec.model.devices
         return order
 
-    async def _one_instance(self, order: _Order) -> _Story:
+    async def _one_instance(self, order: Order) -> _Story:
         """One instance from start to end; failures are told in the story, never raised."""
         story = _Story()
         self._starts += 1
@@ -276,7 +241,7 @@ class Lane:
         self._stopping()
         return story
 
-    async def _live(self, story: _Story, order: _Order) -> None:
+    async def _live(self, story: _Story, order: Order) -> None:
         began = trio.current_time()
         try:
             opened = open_instance(order.spec, self.limits, self.ground, order.number, means=self._means)
@@ -306,7 +271,7 @@ class Lane:
                 if story.end.why is Why.UNKILLABLE:
                     self._abandon(story.instance)
 
-    async def _load(self, order: _Order, instance: Instance) -> None:
+    async def _load(self, order: Order, instance: Instance) -> None:
         def progressed(progress: Progress) -> None:
             if not order.nearly and instance.loaded_share >= NEARLY:
                 order.nearly = True
@@ -317,7 +282,7 @@ class Lane:
         with order.wanted():
             await instance.load(lambda: self._step(Event.GREETED), progressed)
 
-    async def _serve_all(self, order: _Order, instance: Instance, loaded: fx.LoadEnds) -> None:
+    async def _serve_all(self, order: Order, instance: Instance, loaded: fx.LoadEnds) -> None:
         """Have it work; return when it is over or has done its last."""
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._ring_when_over, instance)
@@ -334,14 +299,14 @@ class Lane:
             self._nursery.cancel_scope.cancel()
         self._nursery = None
 
-    async def _serve(self, order: _Order, instance: Instance, ticket: Ticket) -> None:
+    async def _serve(self, order: Order, instance: Instance, ticket: Ticket) -> None:
         began = trio.current_time()
         try:
             await instance.runs.serve(ticket)
         finally:
             self._deciding.tell(fx.RunEnds(order.number, trio.current_time() - began))
 
-    def _tell(self, order: _Order, instance: Instance) -> None:
+    def _tell(self, order: Order, instance: Instance) -> None:
         """Say whether the instance takes runs."""
         ends = instance.over.is_set() or instance.ours is not None or instance.runs.stuck is not None
         if ends and not order.leaves:
@@ -365,7 +330,7 @@ class Lane:
 
     # ---- what follows
 
-    async def _follow(self, order: _Order, story: _Story) -> None:
+    async def _follow(self, order: Order, story: _Story) -> None:
         """Judge an instance that ended, and sit out what its end deserves.
 
         A long life, or a job done well, clears the record first: so a bad job costs those behind it no pause, and an
@@ -399,13 +364,13 @@ class Lane:
         else:
             self._gone(order)
 
-    def _gone(self, order: _Order, event: Event = Event.GONE) -> None:
+    def _gone(self, order: Order, event: Event = Event.GONE) -> None:
         """The process has ended and its memory is back: say so, and another may be ordered."""
         self._order = None
         self._step(event)
         self._deciding.gone(order.number)
 
-    async def _pause(self, pause_s: float, order: _Order) -> None:
+    async def _pause(self, pause_s: float, order: Order) -> None:
         self._pausing = True
         self._deciding.recount(self.spec.name)
         self._gone(order, Event.PAUSE)
@@ -440,7 +405,7 @@ class Lane:
         self._standing.abandon(instance.child)
         self._on_unkillable(self.spec, devices, pid)
 
-    async def _sit_out(self, pause_s: float, order: _Order | None = None) -> None:
+    async def _sit_out(self, pause_s: float, order: Order | None = None) -> None:
         """Quarantine, until a probe passes. Whoever waits is answered before `order` is said to be gone."""
         log.error("%s is in quarantine for %.0f s: %s", self.spec.name, pause_s, self._reason)
         self._blocked = None
@@ -457,7 +422,7 @@ class Lane:
 
     # ---- small parts
 
-    def _refuse(self, story: _Story, order: _Order, fault: Fault) -> None:
+    def _refuse(self, story: _Story, order: Order, fault: Fault) -> None:
         """The model cannot be loaded: answer everybody who waits, now, and everybody who asks for a while."""
         story.fault = fault
         if story.instance is None:

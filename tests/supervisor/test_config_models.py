@@ -69,11 +69,24 @@ def problems(folder: Path, text: str, **environ: str) -> list[str]:
             '[[models]]\nname = "p"\nengine = "piper"\npath = "."\n[models.options.voices]\nalloy = 1.5',
             "expected int | str",
         ),
+        (
+            '[[models]]\nname = "e"\nengine = "embed"\npath = "."\nsplit = true',
+            'worker.toml:5: models[0].split: engine "embed" cannot spread a model over several GPUs; leave it out',
+        ),
+        (LLM + "copies = 0", "worker.toml:5: models[0].copies: expected int >= 1"),
     ],
 )
 def test_an_option_that_the_engine_would_refuse_is_found_before_the_start(tmp_path, text, sentence):
     (found,) = problems(tmp_path, text)
     assert sentence in found
+
+
+def test_what_the_scheduler_is_told_of_a_model(tmp_path):
+    text = LLM + 'pin = true\ngroup = "big"\ncopies = 8\nsplit = true\n[limits]\nvram_threshold_gb = 24\n'
+    settings = load(write(tmp_path, text), {})
+    (spec,) = build_models(settings)
+    assert (spec.pin, spec.group, spec.copies, spec.split) == (True, "big", 8, True)
+    assert settings.limits.vram_threshold_gb == 24
 
 
 def test_all_wrong_options_come_at_once(tmp_path):
