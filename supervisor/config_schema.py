@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
+from engines import catalog_options
 from engines.catalog import CATALOG
+from engines.catalog_options import OPTIONS
 from protocol.work import Kind
 from supervisor.reload_plan import apply_of
 from supervisor.settings import Settings
@@ -50,7 +52,44 @@ def schema() -> dict[str, Any]:
             if (name, field) in _EXAMPLES:
                 property_["examples"] = _EXAMPLES[name, field]
             property_["x-apply"] = str(apply_of(f"{key}.{field}".removeprefix(".")))
+    _add_options(made["$defs"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Bulkhead worker.toml", **made}
+
+
+def _add_options(definitions: dict[str, Any]) -> None:
+    """The load options of the engines that ship. What an engine of one's own takes, only that engine knows."""
+    tables = [table for each in OPTIONS.values() for table in each]
+    (_, found) = msgspec.json.schema_components(tables)
+    for name, definition in found.items():
+        table = getattr(catalog_options, name)
+        texts = {name: text for base in reversed(table.__mro__[:-1]) for name, text in attributes(base).items()}
+        definition["description"] = summary(table)
+        for field, property_ in definition["properties"].items():
+            property_["description"] = texts.get(field) or summary(catalog_options.Gradio)
+            property_["x-apply"] = str(apply_of("models.*.options"))
+        definitions[f"{name}Options"] = _renamed(definition)
+    conditions = []
+    for engine, each in OPTIONS.items():
+        named = {"engine": {"const": engine}}
+        for backend, table in zip(CATALOG[engine].backends, each, strict=True):
+            first = backend == CATALOG[engine].backends[0]
+            asked = {"backend": {"enum": [backend, ""]} if first else {"const": backend}} if len(each) > 1 else {}
+            condition = {"properties": named | asked, "required": ["engine", *([] if first else asked)]}
+            # Its required options may stand in [engines.NAME].
+            then = {"properties": {"options": {"$ref": f"#/$defs/{table.__name__}Options"}}}
+            conditions.append({"if": condition, "then": then})
+        definitions[f"{each[0].__name__}Options"].pop("required", None)
+    definitions["ModelTable"]["allOf"] = conditions
+
+
+def _renamed(node: Any) -> Any:
+    """With references to where the definitions of options stand in our schema."""
+    if isinstance(node, dict):
+        return {
+            key: f"{value}Options" if key == "$ref" and isinstance(value, str) else _renamed(value)
+            for key, value in node.items()
+        }
+    return [_renamed(item) for item in node] if isinstance(node, list) else node
 
 
 def _drop_null(property_: dict[str, Any]) -> None:

@@ -53,6 +53,15 @@ def mistakes(value: Any, node: dict[str, Any], at: str = "") -> Iterator[str]:
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from mistakes(item, node.get("items", {}), f"{at}[{number}]")
+    for rule in node.get("allOf", []):
+        if not list(mistakes(value, rule["if"])):
+            yield from mistakes(value, rule["then"], at)
+    if "anyOf" in node and all(list(mistakes(value, choice)) for choice in node["anyOf"]):
+        yield f"{at}: none of the types"
+    if isinstance(value, list) and len(value) > node.get("maxItems", len(value)):
+        yield f"{at}: too many"
+    if "const" in node and value != node["const"]:
+        yield f"{at}: const"
     if isinstance(value, dict):
         yield from (f"{at}: {key} is missing" for key in node.get("required", []) if key not in value)
         for key, item in value.items():
@@ -101,6 +110,7 @@ def test_choices_ranges_defaults_and_costs():
 def test_only_keywords_that_the_validator_of_this_test_knows():
     known = {
         "$ref", "type", "enum", "minimum", "maximum", "exclusiveMinimum", "pattern", "minLength", "maxLength", "items",
+        "anyOf", "maxItems",
         "required", "properties", "additionalProperties", "description", "default", "examples", "title", "x-apply",
     }  # fmt: skip
 
@@ -139,10 +149,38 @@ def test_real_files_pass():
         ("[[models]]\nname = ''\nengine = 'llm'", ".models[0].name: length"),
         ("[[models]]\nname = 'a'\nengine = 'llm'\nsha256 = { model = 'x' }", ".models[0].sha256.model: pattern"),
         ("[engines.llm]\ndevices = 1", ".engines.llm.devices: unknown"),
+        ("[[models]]\nname = 'a'\nengine = 'llm'\noptions = { n_ctxx = 1 }", ".models[0].options.n_ctxx: unknown"),
+        ("[[models]]\nname = 'a'\nengine = 'llm'\noptions = { n_ctx = 1 }", ".models[0].options.n_ctx: range"),
+        (
+            "[[models]]\nname = 'a'\nengine = 'llm'\noptions = { cache_type = 'x' }",
+            ".models[0].options.cache_type: enum",
+        ),
+        (
+            "[[models]]\nname = 'a'\nengine = 'llm'\nbackend = 'llama-cpp-python'\noptions = { slots = 2 }",
+            ".models[0].options.slots: range",
+        ),
+        ("[[models]]\nname = 'a'\nengine = 'embed'\noptions = { slots = 2 }", ".models[0].options.slots: unknown"),
+        (
+            "[[models]]\nname = 'a'\nengine = 'server'\n[models.options.gradio]\nfn = 2",
+            ".models[0].options.gradio.fn: unknown",
+        ),
     ],
 )
 def test_mistakes_are_found(text, mistake):
     assert list(mistakes(tomllib.loads(text), SCHEMA)) == [mistake]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[models]]\nname = 'a'\nengine = 'mine'\noptions = { n_ctxx = 1 }",
+        "[[models]]\nname = 'a'\nengine = 'llm'\noptions = { n_ctx = 4096, slots = 2 }",
+        "[[models]]\nname = 'a'\nengine = 'embed'\nbackend = 'gguf'\noptions = { slots = 2 }",
+        "[[models]]\nname = 'a'\nengine = 'command'\noptions = { slots = 2 }",
+    ],
+)
+def test_options_that_fit_or_that_nobody_here_knows(text):
+    assert list(mistakes(tomllib.loads(text), SCHEMA)) == []
 
 
 def test_a_real_validator_agrees():
@@ -151,3 +189,6 @@ def test_a_real_validator_agrees():
     validator = jsonschema.Draft202012Validator(SCHEMA)
     assert list(validator.iter_errors(tomllib.loads(FRESH))) == []
     assert len(list(validator.iter_errors({"nonsense": 1, "log": {"level": "inf"}}))) == 2
+    model = {"name": "a", "engine": "llm", "options": {"n_ctx": 1, "n_ctxx": 2}}
+    assert len(list(validator.iter_errors({"models": [model]}))) == 2
+    assert list(validator.iter_errors({"models": [model | {"engine": "mine"}]})) == []
