@@ -78,9 +78,9 @@ def _works(models: Sequence[ModelView]) -> bool:
 
 
 def _is_on(model: ModelView, gpu: GpuView, snapshot: Snapshot) -> bool:
-    """Whether its instance is there: as far as is known by what it holds, where it was started, what it is told."""
-    if model.held or model.on:
-        return bool(model.held.get(gpu.uuid)) or gpu.uuid in model.on
+    """Whether its instance is there: by where it was started, else by what it holds, else by what it is told."""
+    if model.on or model.held:
+        return gpu.uuid in (model.on or [uuid for uuid, count in model.held.items() if count])
     if model.gpus:
         return gpu.uuid in model.gpus
     return model.device != "cpu" and gpu.uuid == snapshot.gpus[0].uuid

@@ -243,8 +243,13 @@ def test_a_gpu_that_is_out_of_use_says_so_first():
             "",
             "m waits: its only slot is busy.",
         ),
-        # two copies of one model
+        # two copies of one model: where each was started counts, for what they hold is told by model
         ([model(running=1, on=("GPU-1",)), model(on=("GPU-2",))], "", "There are no jobs."),
+        (
+            [model(running=1, on=("GPU-1",), held={"GPU-2": 5}), model(on=("GPU-2",), held={"GPU-2": 5})],
+            "",
+            "There are no jobs.",
+        ),
     ],
 )
 def test_each_gpu_has_its_own_reason(models, first, second):
@@ -322,7 +327,7 @@ def test_why_is_never_empty_and_never_says_what_is_not_so(given_):
     sentences = [found.why, *(gpu.why for gpu in found.gpus)]
     assert found.why or running
     for gpu in found.gpus:
-        there = [each for each in found.models if gpu.uuid in (*each.held, *(each.on or each.gpus or UUIDS[:1]))]
+        there = [each for each in found.models if gpu.uuid in (each.on or each.held or each.gpus or UUIDS[:1])]
         matching = [each for each in found.models if gpu.uuid in each.gpus or not (each.gpus or each.device == "cpu")]
         assert gpu.why or any(each.running for each in there), gpu.uuid
         if gpu.why and gpu.fault:
