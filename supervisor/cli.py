@@ -61,16 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        for problem in error.problems:
+            _complain(problem)
         return int(error.exit_code)
     except SupervisorError as error:
-        print(f"supervisor: {error}", file=sys.stderr)
+        _complain(f"supervisor: {error}")
         return int(error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `supervisor config schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.FAILED)
+
+
+def _complain(sentence: str) -> None:
+    """On stderr, in whole words where it is a terminal."""
+    lines = [sentence]
+    if sys.stderr.isatty():
+        from supervisor.control.commands.layout import paper_of, wrapped
+
+        lines = wrapped(sentence, paper_of(sys.stderr))
+    print(*lines, sep="\n", file=sys.stderr)
 
 
 def every_verb() -> argparse.ArgumentParser:

@@ -117,7 +117,7 @@ def gpus(items: Sequence[Mapping[str, Any]], reason: str, paper: Paper) -> str:
         why = " ".join(part for part in (gpu["why"], gpu["tainted"]) if part)
         rows.append(Row(cells, _sentence(why)))
     titles = ("GPU", "NAME", "FREE", "TOTAL", "OURS", "OTHERS", "BUSY", "TEMP")
-    return table(titles, rows, paper, why="WHY IDLE", right=(2, 3, 4, 5, 6, 7))
+    return table(titles, rows, paper, why="WHY IDLE", right=(2, 3, 4, 5, 6, 7), whole=(0,))
 
 
 def incidents(items: Sequence[Mapping[str, Any]], paper: Paper) -> str:

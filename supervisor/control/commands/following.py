@@ -14,12 +14,13 @@ from urllib.parse import urlencode
 from supervisor.control.client import Event, NotRunning, follow
 from supervisor.control.commands import asking
 from supervisor.control.commands.asking import ask
-from supervisor.control.commands.layout import Paper, cut, paper_of, plain
+from supervisor.control.commands.layout import Paper, cut, paper_of, plain, wrapped
 from supervisor.errors import ExitCode
 
 AGAIN_S = 0.5
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _HUES = {"debug": "dim", "warning": "yellow", "error": "red", "critical": "red"}
+_MARGIN = 22  # cells of the time and the level
 _RING = 2000  # lines that the supervisor keeps (observe/ring.py)
 # Members of a log line that have their own place.
 _PLACED = frozenset({"seq", "time", "level", "logger", "message", "traceback", "fields"})
@@ -150,11 +151,12 @@ def log_line(entry: Mapping[str, Any], paper: Paper) -> str:
     """One line of the log: when, how bad, what, and what it is about."""
     level = entry["level"]
     about = {name: value for name, value in entry.items() if name not in _PLACED} | entry.get("fields", {})
-    head = f"{_moment(entry['time'])} {paper.paint(f'{level.upper():<8}', _HUES.get(level, ''))}"
-    tail = "".join(f" {plain(name)}={plain(str(value))}" for name, value in about.items())
-    text = f"{head} {plain(entry['message'])}{paper.paint(tail, 'dim')}"
-    trace = entry.get("traceback", "")
-    return "\n".join([text, *(f"    {plain(line)}" for line in trace.splitlines())])
+    tail = "".join(f" {name}={value}" for name, value in about.items())
+    text = f"{entry['logger'].removeprefix('supervisor.')}: {entry['message']}{tail}"
+    first, *more = wrapped(text, paper, indent=" " * _MARGIN)
+    head = f"{_moment(entry['time'])} {paper.paint(f'{level:<8}', _HUES.get(level, ''))}"
+    trace = [f"    {plain(line)}" for line in entry.get("traceback", "").splitlines()]
+    return "\n".join([head + first[_MARGIN - 1 :], *more, *trace])
 
 
 def event_line(event: Event, paper: Paper) -> str:

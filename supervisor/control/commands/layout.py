@@ -97,25 +97,30 @@ def table(
     why: str = "WHY",
     right: Sequence[int] = (),
     state: int = -1,
+    whole: Sequence[int] = (),
+    spare: Sequence[int] = (),
 ) -> str:
-    """Lay out a table; no line is wider than the paper.
+    """Lay out a table; no line is wider than the paper, unless what must be whole is.
 
     Args:
         head: titles of the cells.
         why: title of the sentences, where they have a column.
         right: numbers of the columns that are aligned to the right.
         state: number of the column that is coloured by what it says.
+        whole: numbers of the columns that are never cut: what people copy, such as ids.
+        spare: numbers of the columns that are left out where there is no room, the first one first.
     """
-    kept = [number for number in range(len(head)) if any(row.cells[number] for row in rows)]
+    kept = _kept(head, rows, paper, spare)
     head = [head[number] for number in kept]
     cells = [[plain(row.cells[number]) for number in kept] for row in rows]
     right = [place for place, number in enumerate(kept) if number in right]
+    whole = [place for place, number in enumerate(kept) if number in whole]
     state = kept.index(state) if state in kept else -1
     widths = [max(width(line[number]) for line in (head, *cells)) for number in range(len(head))]
     whys = [plain(row.why) for row in rows]
     beside = any(whys)
     if paper.width is not None:
-        _squeeze(widths, right, paper.width)
+        _squeeze(widths, (*right, *whole), paper.width)
         beside = beside and sum(widths) + 2 * len(widths) + max(map(width, [why, *whys])) <= paper.width
     lines = [paper.paint(_line([*head, why] if beside else head, widths, right), "bold")]
     for line, reason in zip(cells, whys, strict=True):
@@ -126,10 +131,20 @@ def table(
     return "\n".join(lines)
 
 
-def _squeeze(widths: list[int], right: Sequence[int], room: int) -> None:
-    """Take from the widest column of text until the line fits, or nobody can give any more."""
+def _kept(head: Sequence[str], rows: Sequence[Row], paper: Paper, spare: Sequence[int]) -> list[int]:
+    """Numbers of the columns that are shown: empty ones say nothing, and spare ones may have no room."""
+    kept = [number for number in range(len(head)) if any(row.cells[number] for row in rows)]
+    widths = [max(width(line[number]) for line in (head, *(row.cells for row in rows))) for number in range(len(head))]
+    for number in spare:
+        if paper.width is not None and sum(widths[one] + 2 for one in kept) - 2 > paper.width and number in kept:
+            kept.remove(number)
+    return kept
+
+
+def _squeeze(widths: list[int], fixed: Sequence[int], room: int) -> None:
+    """Take from the widest column that is not fixed until the line fits, or nobody can give any more."""
     while sum(widths) + 2 * (len(widths) - 1) > room:
-        giving = [n for n, cells in enumerate(widths) if n not in right and cells > _NARROWEST]
+        giving = [n for n, cells in enumerate(widths) if n not in fixed and cells > _NARROWEST]
         if not giving:
             return
         widths[max(giving, key=lambda n: widths[n])] -= 1
@@ -167,7 +182,7 @@ def cut(text: str, cells: int) -> str:
 
 
 def wrapped(text: str, paper: Paper, *, indent: str = "") -> list[str]:
-    """Lines of a sentence, none wider than the paper; every line begins with `indent`."""
+    """Lines of a sentence, none wider than the paper; every line begins with `indent`. The words are made plain."""
     if paper.width is None:
         return [indent + plain(text)]
     room = max(paper.width - width(indent), _NARROWEST)

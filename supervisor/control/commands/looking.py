@@ -114,6 +114,15 @@ _COMMANDS: dict[str, asking.Command] = {
 
 # ---- pages of jobs
 
+# What an attempt waits for that is accepted and does not run.
+_PHASES = {
+    "accept": "It is being checked.",
+    "fetch": "Its files are being fetched.",
+    "queue": "It waits for a slot.",
+    "load": "Its model is being loaded.",
+    "upload": "Its results are being uploaded.",
+}
+
 
 def jobs(seen: Mapping[str, Any], paper: Paper) -> str:
     """A table of jobs: what is open, the oldest first, then what ended."""
@@ -121,22 +130,13 @@ def jobs(seen: Mapping[str, Any], paper: Paper) -> str:
     if not items:
         return "There are no jobs."
     now = now_of(seen)
-    rows = [
-        Row(
-            [
-                one["job"],
-                one["model"],
-                one["kind"],
-                one["outcome"] or (one["state"] if one["phase"] == "run" else f"{one['state']} ({one['phase']})"),
-                ago(one["accepted"], now),
-                _took(one, now),
-                _progress(one),
-            ],
-            _fault(one),
-        )
-        for one in items
-    ]
-    return table(("JOB", "MODEL", "KIND", "STATE", "ACCEPTED", "RAN", "DONE"), rows, paper, right=(6,), state=3)
+    rows = []
+    for one in items:
+        age = span(max(0.0, now - one["accepted"]))
+        cells = [one["job"], one["model"], one["kind"], one["outcome"] or one["state"], age, _took(one, now)]
+        rows.append(Row([*cells, _progress(one)], _fault(one) or _PHASES.get(one["phase"] * (not one["outcome"]), "")))
+    head = ("JOB", "MODEL", "KIND", "STATE", "AGE", "RAN", "DONE")
+    return table(head, rows, paper, right=(6,), state=3, whole=(0,), spare=(2,))
 
 
 def _took(one: Mapping[str, Any], now: float) -> str:

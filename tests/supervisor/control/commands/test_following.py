@@ -49,9 +49,9 @@ async def test_logs(ring, tmp_path, capsys):
     assert await typed(tmp_path, "logs") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 100
-    assert lines[-1].endswith("ERROR    bad [2J model=chat")
+    assert lines[-1].endswith("error    test: bad [2J model=chat")
     assert await typed(tmp_path, "logs", "-n", "3", "--grep", "LINE", "--job", "j1") == 0
-    assert [line.split("INFO", 1)[1].strip() for line in capsys.readouterr().out.splitlines()] == [
+    assert [line.split("test: ", 1)[1] for line in capsys.readouterr().out.splitlines()] == [
         "line 145 job=j1",
         "line 147 job=j1",
         "line 149 job=j1",
@@ -178,9 +178,16 @@ def test_what_is_missing_is_told_beside_the_lines(monkeypatch, capsys, tmp_path)
 
 def test_lines_of_the_log():
     text = log_line(ENTRY, Paper())
-    assert text[8:] == ".500 WARNING  m job=j n=1"
-    assert "\x1b[33mWARNING" in log_line(ENTRY, Paper(80, colour=True))
+    assert text[8:] == ".500 warning  x.y: m job=j n=1"
+    assert "\x1b[33mwarning" in log_line(ENTRY, Paper(80, colour=True))
     assert log_line({**ENTRY, "traceback": "a\nb"}, Paper()).splitlines()[1:] == ["    a", "    b"]
+
+
+def test_a_long_line_of_the_log_wraps_beside_its_time():
+    text = log_line({**ENTRY, "message": "word " * 30}, Paper(60)).splitlines()
+    assert len(text) > 2
+    assert all(len(line) <= 60 for line in text)
+    assert all(line.startswith(" " * 22 + "word") for line in text[1:-1])
 
 
 def test_lines_of_events_fit_the_terminal():

@@ -87,6 +87,22 @@ def test_columns_that_are_empty_are_left_out():
     assert text.splitlines()[0] == "A  C"
 
 
+def test_what_people_copy_is_whole_and_what_is_spare_goes_first():
+    rows = [Row(["j" * 30, "a-long-model", "llm", "running"])]
+    head = ("JOB", "MODEL", "KIND", "STATE")
+    assert table(head, rows, Paper(60), whole=(0,), spare=(2,)).splitlines()[1].split() == list(rows[0].cells)
+    assert table(head, rows, Paper(55), whole=(0,), spare=(2,)).splitlines()[1].split() == [
+        "j" * 30,
+        "a-long-model",
+        "running",
+    ]
+    assert table(head, rows, Paper(50), whole=(0,), spare=(2,)).splitlines()[1].split() == [
+        "j" * 30,
+        "a-long-m…",
+        "running",
+    ]
+
+
 def test_colours_only_where_they_are_welcome():
     rows = [Row(["chat", "busy 3s"])]
     assert "\x1b" not in table(("MODEL", "STATE"), rows, Paper(80), state=1)

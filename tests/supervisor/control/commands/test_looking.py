@@ -145,7 +145,7 @@ async def test_jobs(box, tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[1:]] == ["j-runs", "j-waits", "j-bad", "j-done"]
         assert "7/30" in lines[1]
-        assert "waiting (accept)" in lines[2]
+        assert re.search(r" waiting  .* It is being checked\.", lines[2])
         assert "out_of_vram: the " in lines[3]
         assert await types("jobs", "--state", "failed", "--json") == 0
         assert [job["job"] for job in json.loads(capsys.readouterr().out)["jobs"]] == ["j-bad"]
