@@ -125,6 +125,7 @@ class Gathering:
                 waits=waits.get(one.model, ""),
                 device=one.device or specs[one.model].model.device,
                 gpus=specs[one.model].model.devices,
+                on=one.gpus if one.pid else (),
                 pid=one.pid,
                 running=one.running,
                 queued=one.queued,

@@ -177,6 +177,13 @@ async def test_a_cordon_of_one_gpu_is_about_the_models_that_may_use_it(tmp_path)
         assert list(seen.held_kinds) == held
 
 
+async def test_where_an_instance_was_started_counts_while_it_lives(tmp_path):
+    ready = InstanceStatus(model="chat", engine="llm", state="ready", pid=os.getpid(), gpus=("GPU-1",))
+    assert shown(tmp_path, ready).models[0].on == ("GPU-1",)
+    gone = InstanceStatus(model="chat", engine="llm", state="cold", gpus=("GPU-1",))
+    assert shown(tmp_path, gone).models[0].on == ()
+
+
 async def test_what_the_rules_see_and_what_is_coming_is_shown(tmp_path):
     ready = InstanceStatus(model="chat", engine="llm", state="ready")
     blind = Sight(source=Source.PRESENCE, text="there is no bus", unknown=True)
