@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
-from coordinator import jobs_api, metrics
+from coordinator import jobs_api, metrics, workers_api
 from coordinator.access import Access, worker_scope
 from coordinator.blob_routes import blob_routes
 from coordinator.blobs import Blobs
@@ -136,6 +136,7 @@ def build_app(
         *metrics.ROUTES,
         *OPENAI_ROUTES,
         *jobs_api.ROUTES,
+        *workers_api.ROUTES,
         *blob_routes(parts.blobs, parts.dispatcher.wants_output),
         WebSocketRoute("/v1/worker", worker),
     ]

@@ -7,13 +7,13 @@ there is never more than one offer at a time per free slot.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol
 
 from coordinator.records import JobRecord, ServedModel, WorkerView
 from coordinator.store.base import Want
 from protocol.faults import Fault
-from protocol.link_wire import Body, Capabilities, ModelOffer
+from protocol.link_wire import Body, Capabilities, GpuState, ModelOffer, OrderDone
 
 Key = tuple[str, int]  # (job, attempt)
 
@@ -67,6 +67,8 @@ class Worker:
     capabilities: Capabilities
     attempts: dict[Key, HeldAttempt] = dataclasses.field(default_factory=dict)
     draining: bool = False
+    gpus: tuple[GpuState, ...] = ()  # as the last heartbeat told
+    orders: dict[str, Callable[[OrderDone], None]] = dataclasses.field(default_factory=dict)  # by id, who waits
     # Model -> no offer before this time; "" speaks of all models. A new announcement lifts them.
     blocked: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -236,6 +238,7 @@ class Fleet:
                 version=worker.capabilities.version,
                 machine=worker.capabilities.machine,
                 labels=worker.capabilities.labels,
+                gpus=worker.gpus,
             )
             for _, worker in sorted(self.workers.items())
         ]

@@ -335,7 +335,11 @@ class WorkerSession:
         assert worker is not None
         match body:
             case wire.Heartbeat():
+                worker.gpus = body.gpus
                 self.send(wire.HeartbeatAck(n=body.n))
+            case wire.OrderDone():
+                if waits := worker.orders.pop(body.id, None):
+                    waits(body)
             case wire.Announce():
                 self._attempts.announce(worker, body.capabilities)
             case wire.Draining():

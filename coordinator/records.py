@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from protocol.faults import Fault
+from protocol.link_wire import GpuState
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
@@ -177,6 +178,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     machine: str = ""
     labels: dict[str, str] = {}
+    gpus: tuple[GpuState, ...] = ()
 
 
 class WorkerScope(msgspec.Struct, frozen=True):

@@ -43,7 +43,10 @@ class Attempt(enum.Enum):
     DONE = "done"  # declined or acknowledged
 
 
-_OPEN_TAGS = ("announce", "heartbeat", "heartbeat_ack", "log_batch", "pause", "resume", "shutdown", "drain")
+_OPEN_TAGS = (
+    *("announce", "heartbeat", "heartbeat_ack", "log_batch"),
+    *("pause", "resume", "shutdown", "drain", "order", "order_done"),
+)
 
 SESSION_TABLE: Mapping[tuple[Session, str], Session] = {
     (Session.CONNECTED, "hello"): Session.GREETED,

@@ -125,11 +125,22 @@ class Announce(Body, frozen=True):
     capabilities: Capabilities
 
 
+class GpuState(Body, frozen=True):
+    """One GPU at this moment; what is not known is left out. `busy` is 0 to 1."""
+
+    uuid: str
+    free_bytes: int | None = None
+    busy: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
 class Heartbeat(Body, frozen=True):
     """Every `heartbeat_ms` after welcome; answered by `heartbeat_ack` with the same `n`."""
 
     n: int
     running: int = 0
+    gpus: tuple[GpuState, ...] = ()
 
 
 class Accept(Body, frozen=True):
@@ -187,6 +198,15 @@ class Fail(Body, frozen=True):
 
     fault: Fault
     streamed: bool = False
+
+
+class OrderDone(Body, frozen=True):
+    """What became of an `order`. `message` is a sentence for people."""
+
+    id: str
+    ok: bool
+    message: str = ""
+    detail: dict[str, Any] = {}
 
 
 class LogLine(Body, frozen=True):
@@ -288,6 +308,19 @@ class Resume(Body, frozen=True):
     """Lift the coordinator's pause."""
 
 
+class Order(Body, frozen=True):
+    """Something else that the worker shall do; it answers with `order_done` and the same `id`.
+
+    Attributes:
+        verb: `log_level` {level, for_s}, `probe` {model}, `configure` {changes: {key: value}}. A verb that the worker
+            does not know is answered with ok = false.
+    """
+
+    id: str
+    verb: str
+    arguments: dict[str, Any] = {}
+
+
 class ShutdownWorker(Body, frozen=True):
     """End the supervisor after a drain."""
 
@@ -314,6 +347,7 @@ UP: dict[str, type[Body]] = {
     "complete": Complete,
     "fail": Fail,
     "log_batch": LogBatch,
+    "order_done": OrderDone,
     "draining": Draining,
 }
 DOWN: dict[str, type[Body]] = {
@@ -326,6 +360,7 @@ DOWN: dict[str, type[Body]] = {
     "drain": Drain,
     "pause": Pause,
     "resume": Resume,
+    "order": Order,
     "shutdown": ShutdownWorker,
     "error": Error,
 }

@@ -17,14 +17,15 @@ import secrets
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from protocol.faults import Fault
 from protocol.link_wire import Capabilities
-from supervisor import config
+from supervisor import config, config_edit
 from supervisor.box import Box
 from supervisor.control.gather import Gathering, Sources
 from supervisor.control.knock import knock
@@ -44,13 +45,15 @@ from supervisor.link.keeping import OnDisk
 from supervisor.link.outbox import Outbox
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.register import Proof
+from supervisor.link.remote import Refused, Remote
 from supervisor.link.session import Address, SessionEnd, Why
+from supervisor.link.shipping import Shipping
 from supervisor.link.worker import Identity, Worker
 from supervisor.live_settings import appliers
 from supervisor.liveness import Liveness
 from supervisor.machine.weights import Digests
 from supervisor.model_uses import ModelUses
-from supervisor.notices import Log, set_up
+from supervisor.notices import Log, set_level, set_up
 from supervisor.observe.jobwatch import Watches
 from supervisor.observe.otlp import open_tracer
 from supervisor.observe.tally import Tally
@@ -105,6 +108,7 @@ class _Supervisor:
         self, settings: Settings, state: StateFolder, notices: Log | None = None, path: Path | None = None
     ) -> None:
         self._settings = settings
+        self._notices = notices
         self._path = path
         self._state = state
         self._specs = config.build_models(settings)
@@ -183,7 +187,7 @@ class _Supervisor:
         async def nothing() -> None:
             await trio.lowlevel.checkpoint()
 
-        yield _remote(table), nothing
+        yield _address(table), nothing
 
     def _coordinator_ready(self, ready: Ready) -> None:
         write_endpoint(self._state.endpoint, ready.url, ready.client_key_file)
@@ -219,7 +223,9 @@ class _Supervisor:
             attempts.restore(await keeping.restore())
             nursery.start_soon(keeping.run)
             attempts.on_done = box.watch_holds.note_good
-            worker = self._worker(box, host, attempts, keeping)
+            worker = self._worker(box, host, attempts, keeping, self._remote(prover, nursery))
+            if self._notices is not None:
+                nursery.start_soon(Shipping(self._notices.ring, worker.say).run)
             keeping.on_change = worker.announce
             host.on_change = worker.announce
             box.on_change = lambda: self._machine_changed(box, worker)
@@ -327,7 +333,7 @@ class _Supervisor:
             gathering.snapshot, Orders(box.pausing, self.ask_drain), lambda: [*box.gpu_metrics(), *self._tally.lines()]
         )
 
-    def _worker(self, box: Box, host: Host, attempts: Attempts, keeping: OnDisk) -> Worker:
+    def _worker(self, box: Box, host: Host, attempts: Attempts, keeping: OnDisk, remote: Remote) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
             return register.capabilities(
                 register.model_offers(self._specs, self._proofs, host.snapshot(), box.barred),
@@ -350,6 +356,35 @@ class _Supervisor:
             on_shutdown=self.ask_drain,
             held=lambda: (box.pausing.reason() or keeping.reason(), box.pausing.left_s()),
             tally=self._tally,
+            on_order=remote.begin,
+            gpus=box.gpu_states,
+        )
+
+    def _remote(self, prover: Prover, nursery: trio.Nursery) -> Remote:
+        """What the coordinator may order here."""
+
+        async def probe(model: str) -> dict[str, str]:
+            specs = [spec for spec in self._specs if model in ("", spec.name)]
+            if not specs:
+                raise Refused(f"There is no model {model[:100]!r} here.")
+            return {spec.name: await prover.again(spec) or "it works" for spec in specs}
+
+        async def configure(changes: Mapping[str, Any]) -> dict[str, str]:
+            path = self._path
+            if path is None:
+                raise Refused("This supervisor runs without a file that could be changed.")
+            try:
+                await trio.to_thread.run_sync(config_edit.patch, path, changes)
+            except SupervisorError as error:
+                raise Refused(str(error)) from None
+            return dict.fromkeys(changes, "written")  # the file is watched: what can change live does
+
+        return Remote(
+            nursery,
+            set_level=set_level,
+            probe=probe,
+            configure=configure,
+            allow=lambda: self._settings.coordinator.allow,
         )
 
     def _proved(self, spec: ModelSpec, proof: Proof, host: Host, worker: Worker) -> None:
@@ -382,7 +417,7 @@ class _Supervisor:
         log.info("drained")
 
 
-def _remote(table: CoordinatorTable) -> Address:
+def _address(table: CoordinatorTable) -> Address:
     try:
         token = secret(TOKEN, table.token_file) if DIALECTS[table.dialect].features.token else ""
         tls = ssl.create_default_context(cafile=table.tls_ca or None) if table.url.startswith("wss:") else None

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import trio
 
-from protocol.link_wire import Gpu
+from protocol.link_wire import Gpu, GpuState
 from supervisor.control.snapshot import IncidentView
 from supervisor.host.cgroups import Cgroups
 from supervisor.host.child import open_child
@@ -142,6 +142,19 @@ class Box:
         """What is announced of the GPUs; free memory is left out, because it never stands still."""
         return tuple(
             Gpu(uuid=uuid, name=gpu.name, vram_bytes=gpu.memory_total_bytes or 0)
+            for uuid, gpu in self.watch.readings().items()
+        )
+
+    def gpu_states(self) -> tuple[GpuState, ...]:
+        """What a heartbeat tells of the GPUs."""
+        return tuple(
+            GpuState(
+                uuid=uuid,
+                free_bytes=gpu.memory_free_bytes,
+                busy=gpu.busy,
+                temperature_c=gpu.temperature_c,
+                power_w=gpu.power_w,
+            )
             for uuid, gpu in self.watch.readings().items()
         )
 

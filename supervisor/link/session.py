@@ -140,6 +140,9 @@ class Side(Protocol):
     def running(self) -> int:
         """Attempts that have not ended."""
 
+    def gpus(self) -> tuple[wire.GpuState, ...]:
+        """Their state, for the heartbeat."""
+
 
 class _Over(Exception):
     """Carries the end of the session out of the loops."""
@@ -244,7 +247,7 @@ class _Span:
         if not LINK_WIRE.low <= body.revision <= LINK_WIRE.high:
             raise _Over(Why.REVISION, f"the coordinator chose link revision {body.revision}, which is not ours")
         self._beat_s = min(max(body.heartbeat_ms / 1000, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S)
-        log.info("welcomed by %s", self._address.url, extra={"session": body.session})
+        log.info("connected to %s", self._address.url, extra={"session": body.session})
 
     # ---- the three loops
 
@@ -269,7 +272,7 @@ class _Span:
         while True:
             await trio.sleep(self._beat_s)
             number += 1
-            self.post(wire.Heartbeat(n=number, running=self._side.running))
+            self.post(wire.Heartbeat(n=number, running=self._side.running, gpus=self._side.gpus()))
 
     async def _read(self, socket: WebSocketConnection) -> None:
         while True:

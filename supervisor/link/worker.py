@@ -22,6 +22,14 @@ from supervisor.observe.tally import Tally
 log = logging.getLogger(__name__)
 
 
+# An order, and whom to tell what became of it.
+OnOrder = Callable[[wire.Order, Callable[[wire.OrderDone], None]], None]
+
+
+def _unknown_order(order: wire.Order, answer: Callable[[wire.OrderDone], None]) -> None:
+    answer(wire.OrderDone(id=order.id, ok=False, message="This worker takes no orders."))
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Who says hello. `boot` is new with every start of the supervisor."""
 
@@ -38,6 +46,8 @@ class Worker:
         on_shutdown: the coordinator asks the supervisor to drain and end.
         held: why this box takes no work now, as a phrase ("" when it does), and for how many more seconds (None when
             nobody knows).
+        on_order: carries out what the coordinator orders besides, and answers when it is done.
+        gpus: their state, for heartbeats.
     """
 
     def __init__(
@@ -50,6 +60,8 @@ class Worker:
         on_shutdown: Callable[[str], None],
         held: Callable[[], tuple[str, float | None]] = lambda: ("", None),
         tally: Tally | None = None,
+        on_order: OnOrder = _unknown_order,
+        gpus: Callable[[], tuple[wire.GpuState, ...]] = tuple,
     ) -> None:
         self._tally = tally or Tally()
         self._identity = identity
@@ -57,6 +69,8 @@ class Worker:
         self._offered = offered
         self._models = models
         self._on_shutdown = on_shutdown
+        self._on_order = on_order
+        self._gpus = gpus
         self._held = held
         self._post: Post | None = None
         self._announced: wire.Capabilities | None = None
@@ -73,6 +87,13 @@ class Worker:
         self._draining = reason
         if self._post is not None:
             self._post(wire.Draining(reason=reason), "", 0)
+
+    def say(self, body: wire.Body) -> bool:
+        """Send what speaks of no attempt, if there is a session; returns whether there was one."""
+        if self._post is None:
+            return False
+        self._post(body, "", 0)
+        return True
 
     @property
     def name(self) -> str:
@@ -140,6 +161,10 @@ class Worker:
         """Attempts that have not ended."""
         return self._attempts.ledger.running
 
+    def gpus(self) -> tuple[wire.GpuState, ...]:
+        """Their state at this moment."""
+        return self._gpus()
+
     def broken_offer(self, job: str, attempt: int, reason: str) -> None:
         """Decline what cannot be read."""
         self._decline(job, attempt, Refuse("bad_offer", reason))
@@ -168,10 +193,15 @@ class Worker:
                 self._paused = self._drain_asked = ""
                 self._pause_changed.set()
                 self.announce()
+            case wire.Order():
+                self._on_order(body, self._answer)
             case wire.ShutdownWorker(reason=reason):
                 self._on_shutdown(reason or "the coordinator asked for it")
             case _:
                 pass  # heartbeat_ack: that it came is all it says
+
+    def _answer(self, done: wire.OrderDone) -> None:
+        self.say(done)  # in a later session nobody waits for it any more
 
     async def keep_announced(self) -> None:
         """Announce again when a pause runs out. Runs until cancelled."""

@@ -28,7 +28,7 @@ MESSAGES: list[wire.Body] = [
         held=(wire.Held(job="j", attempt=2, started=True),),
     ),
     wire.Announce(capabilities=wire.Capabilities(accepting=False, reason="r")),
-    wire.Heartbeat(n=1, running=2),
+    wire.Heartbeat(n=1, running=2, gpus=(wire.GpuState(uuid="u", busy=0.5, free_bytes=3),)),
     wire.Accept(),
     wire.Decline(code="busy", reason="r", retry_after_ms=5),
     wire.Started(),
@@ -37,6 +37,7 @@ MESSAGES: list[wire.Body] = [
     wire.Complete(result=RAW, files=(OutputFile("n", "m", 1, "s"),), usage={"images": 1.0}),
     wire.Fail(fault=Fault("engine_crashed", "m", detail={"signal": 11}), streamed=True),
     wire.LogBatch(lines=(wire.LogLine(ts="t", level="info", message="m"),), dropped=1),
+    wire.OrderDone(id="7", ok=True, message="m", detail={"a": "b"}),
     wire.Draining(reason="r"),
     wire.Welcome(session="s", revision=1, heartbeat_ms=7),
     wire.Offer(kind="llm", model="m", params=RAW, inputs=(FILE,), deadline_ms=5, labels={"a": "b"}, priority=-1),
@@ -48,6 +49,7 @@ MESSAGES: list[wire.Body] = [
     wire.Pause(reason="r", for_ms=5),
     wire.Resume(),
     wire.ShutdownWorker(reason="r"),
+    wire.Order(id="7", verb="probe", arguments={"model": "m"}),
     wire.Error(code="auth_failed", message="m"),
 ]
 

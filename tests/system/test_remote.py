@@ -81,7 +81,7 @@ def test_two_programs_and_a_token(tmp_path: Path, made: str) -> None:
             program(run, tmp_path, "supervisor.log") as supervisor,
             httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S) as client,
         ):
-            said(supervisor, tmp_path / "supervisor.log", "welcomed by")
+            said(supervisor, tmp_path / "supervisor.log", "connected to")
             job = {"kind": "llm", "model": CHAT["model"], "params": {"prompt": "x"}, "wait_for_worker": True}
             assert client.post("/v1/jobs", json={**job, "wait": PATIENCE_S}).json()["state"] == "succeeded"
             chat = client.post("/v1/chat/completions", json=CHAT)

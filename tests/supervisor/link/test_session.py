@@ -43,6 +43,9 @@ class FakeSide:
     def closed(self) -> None:
         self.log.append("closed")
 
+    def gpus(self) -> tuple[wire.GpuState, ...]:
+        return (wire.GpuState(uuid="GPU-a", busy=0.5),)
+
     def holds(self, job, attempt) -> bool:
         return (job, attempt) in self.held
 
