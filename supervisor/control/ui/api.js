@@ -103,7 +103,7 @@ export class Stream {
 
   /**
    * @param path of the last event's id to the path that goes on from there
-   * @param on {event, open, lost(pause_ms), failed(Failed)}: `failed` means that trying again is pointless
+   * @param on {event, open, lost(problem), failed(problem)}: `lost` is tried again, for `failed` that is pointless
    */
   constructor(path, on) {
     this.#path = path;
@@ -146,7 +146,7 @@ export class Stream {
         this.#on.failed?.(problem);
         return;
       }
-      this.#on.lost?.(this.#pause);
+      this.#on.lost?.(problem);
       this.#timer = setTimeout(() => this.#run(), this.#pause);
       this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE_MS);
     }

@@ -29,11 +29,11 @@ function draw() {
   show(place("config"), view.config(state.config));
 }
 
-/** One line at the top that stays until it is replaced; `kind` is "lost", "bad" or "good". */
+/** One line at the top; `kind` is "lost" (stays until it is replaced), "bad" or "good" (go by themselves). */
 function notice(sentence, kind = "good") {
   show(place("notice"), sentence && h("p", { class: kind }, sentence));
   clearTimeout(notice.timer);
-  if (sentence && kind === "good") notice.timer = setTimeout(() => notice(""), 8000);
+  if (sentence && kind !== "lost") notice.timer = setTimeout(() => notice(""), kind === "good" ? 8000 : 30_000);
 }
 
 function signed_out(problem = "") {
@@ -117,7 +117,7 @@ function came_back() {
 const events = new Stream((last) => `/v1/events${last ? `?since=${encodeURIComponent(last)}` : ""}`, {
   event: () => look(),
   open: () => look(),
-  lost: went_away,
+  lost: () => look(), // which tells whether the supervisor is gone, or this stream alone
   failed: (problem) => {
     if (problem.status === 401) signed_out("The session has ended.");
   }, // without events there is still a look every few seconds
@@ -135,9 +135,12 @@ const log = new Stream(
       if (name === "line") add_line(view.logLine(data));
       if (name === "dropped") add_line(h("li", { class: "quiet" }, `${data.lines ?? "Some"} lines are not kept any more.`));
     },
+    lost: (problem) => {
+      if (problem.status) only_line(problem.message);
+    },
     failed: (problem) => {
       if (problem.status === 401) signed_out("The session has ended.");
-      else add_line(h("li", { class: "quiet" }, problem.status === 404 ? "This supervisor does not show its log." : problem.message));
+      else only_line(problem.status === 404 ? "This supervisor does not show its log." : problem.message);
     },
   },
 );
@@ -148,6 +151,11 @@ function add_line(line) {
   lines.append(line);
   while (lines.children.length > LINES) lines.firstChild.remove();
   if (follows) lines.scrollTop = lines.scrollHeight;
+}
+
+/** Stands in for the lines that cannot be had. */
+function only_line(sentence) {
+  show(place("lines"), h("li", { class: "quiet" }, sentence));
 }
 
 function begin_log() {

@@ -217,6 +217,26 @@ def test_a_lost_connection_is_said_and_mended(signed):
     signed.get_by_text("Connected again.").wait_for()
 
 
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_supervisor_without_events_log_and_jobs_is_shown_all_the_same(served, tab, status):
+    body = json.dumps({"error": {"message": "It keeps none."}})
+    for path in ("events", "logs", "jobs", "config"):
+        tab.route(
+            f"**/v1/{path}*", lambda route: route.fulfill(status=status, body=body, content_type="application/json")
+        )
+    tab.goto(served.code_url())
+    tab.get_by_role("button", name="Pause…").wait_for()
+    tab.get_by_text("Configuration").click()
+    words = {404: "This supervisor does not ", 503: "It keeps none."}[status]
+    for section in ("logs", "jobs", "config"):
+        tab.locator(f"#{section}").get_by_text(words).wait_for()
+    tries = {404: 1, 503: 2}[status]  # what may come back is asked for again
+    served.wait_until(lambda: sum("/v1/events" in url for url in tab.asked) >= tries, tab)
+    served.acts.shown = msgspec.structs.replace(served.first, worker="renamed")
+    tab.get_by_text("renamed").wait_for()
+    assert tab.locator("#notice").inner_text() == ""
+
+
 def test_a_session_that_has_ended_asks_for_another(served, signed, clock):
     clock[0] += login.SESSION_IDLE_S + 1
     signed.get_by_text("The session has ended.").wait_for()
