@@ -24,7 +24,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # Read wherever they are used, by the supervisor itself.
 OWN_LIMITS = ("drain_s",)
-# Read by the host at each wait. `term_grace_s`, memory and scratch are given to an instance at its start.
+# Read by the host at each wait. What an instance, or the scheduler, was given at its start waits for a restart.
 HOST_LIMITS = (
     "start_s",
     "load_s",
@@ -32,11 +32,10 @@ HOST_LIMITS = (
     "stall_s",
     "cancel_grace_s",
     "job_s",
-    "keep_alive_s",
     "restart",
     "recycle",
 )
-MODEL_KEYS = ("keep_alive_s", "stall_s")
+MODEL_KEYS = ("stall_s",)
 LOG_KEYS = ("format", "file", "max_mb", "keep")
 
 
@@ -46,13 +45,11 @@ class Parts:
 
     Attributes:
         host: the host, with limits and with models that differ from its own in `MODEL_KEYS` alone.
-        margin: the room on the GPUs, with the bytes that stay free.
         holds: whoever watches the machine.
         log: the log; raises ConfigError when it cannot be had so.
     """
 
     host: Callable[[LimitsTable, Sequence[ModelSpec]], None] | None = None
-    margin: Callable[[int], None] | None = None
     holds: Callable[[HoldsTable], None] | None = None
     log: Callable[[LogTable], None] | None = None
 
@@ -83,8 +80,6 @@ def appliers(
     if parts.host is not None:
         found |= {f"limits.{name}": _limit(name, read, write, parts.host) for name in HOST_LIMITS}
         found |= {f"models.*.{name}": _model(name, read, write, parts.host) for name in MODEL_KEYS}
-    if parts.margin is not None:
-        found["limits.vram_margin_gb"] = _margin(read, write, parts.margin)
     if parts.holds is not None:
         found["holds"] = _holds(read, write, parts.holds)
     if parts.log is not None:
@@ -123,14 +118,6 @@ def _model(
         settings = msgspec.structs.replace(read(), models=[taken(model) for model in read().models])
         write(settings)
         tell(settings.limits, build_models(settings))
-
-    return apply
-
-
-def _margin(read: Callable[[], Settings], write: Callable[[Settings], None], tell: Callable[[int], None]) -> Applier:
-    async def apply(new: Settings, _changes: Sequence[Change]) -> None:
-        write(msgspec.structs.replace(read(), limits=_taken(read().limits, new.limits, ("vram_margin_gb",))))
-        tell(int(new.limits.vram_margin_gb * 2**30))
 
     return apply
 

@@ -37,7 +37,6 @@ APPLY: Mapping[str, Apply] = {
     "worker.labels": Apply.LIVE,
     "engines": Apply.RESTART,
     "models": Apply.RESTART,
-    "models.*.keep_alive_s": Apply.LIVE,
     "models.*.stall_s": Apply.LIVE,
     "limits": Apply.RESTART,  # those not below are given to an instance, or to a part of ours, at its start
     "limits.drain_s": Apply.LIVE,
@@ -47,10 +46,8 @@ APPLY: Mapping[str, Apply] = {
     "limits.stall_s": Apply.LIVE,
     "limits.cancel_grace_s": Apply.LIVE,
     "limits.job_s": Apply.LIVE,
-    "limits.keep_alive_s": Apply.LIVE,
     "limits.restart": Apply.LIVE,
     "limits.recycle": Apply.LIVE,
-    "limits.vram_margin_gb": Apply.LIVE,
     "control": Apply.RESTART,
     "page": Apply.RESTART,
     "holds": Apply.LIVE,

@@ -154,25 +154,6 @@ async def test_the_limits_of_runs(tmp_path, autojump_clock, line, code, within_s
         assert (end.fault.code, trio.current_time() - start < within_s) == (code, True)
 
 
-@needs_host
-async def test_an_idle_instance_ends_when_its_patience_is_shortened(tmp_path, autojump_clock):
-    fakes = FakeEngines(silent)
-    before = load(_written(tmp_path, MODEL), {})
-    async with open_host(build_models(before), before.limits, tmp_path / "s", means=fake_means(fakes)) as host:
-        host.preload("synthetic-a")
-        await trio.sleep(1000)
-        assert host.snapshot()[0].state == "ready", "0 keeps it"
-        running = Running(tmp_path, Parts(host=host.apply), MODEL)
-        outcome = await running.save(f"[limits]\nkeep_alive_s = 3000\n{MODEL}")
-        assert [change.key for change in outcome.applied] == ["limits.keep_alive_s"]
-        await trio.sleep(1000)
-        assert host.snapshot()[0].state == "ready"
-        outcome = await running.save(f"[limits]\nkeep_alive_s = 3000\n{MODEL}keep_alive_s = 5\n")
-        assert [change.key for change in outcome.applied] == ["models.synthetic-a.keep_alive_s"]
-        await trio.sleep(10)
-        assert host.snapshot()[0].state == "cold"
-
-
 def _written(folder: Path, text: str) -> Path:
     path = folder / "worker.toml"
     path.write_text(text)
@@ -190,14 +171,6 @@ async def test_models_and_limits_reach_the_host_with_nothing_else_changed(tmp_pa
     assert (spec.stall_s, spec.model.device, spec.memory_bytes) == (4, "auto", 0)
     assert {change.key for change in outcome.restart} == {"limits.memory_gb", "models.synthetic-a.device"}
     assert running.settings.models[0].stall_s == 4
-
-
-async def test_the_margin(tmp_path):
-    told: list[int] = []
-    running = Running(tmp_path, Parts(margin=told.append))
-    await running.save("limits.vram_margin_gb = 2")
-    assert told == [2 * 2**30]
-    assert running.settings.limits.vram_margin_gb == 2
 
 
 async def test_the_log_and_one_that_cannot_be_had(tmp_path, caplog):
