@@ -27,7 +27,10 @@ from protocol.faults import Fault
 from protocol.link_wire import Capabilities
 from supervisor import config, config_edit
 from supervisor.box import Box
+from supervisor.config_live import LiveConfig
+from supervisor.control.events import Events
 from supervisor.control.gather import Gathering, Sources
+from supervisor.control.jobs_seen import JobBook
 from supervisor.control.knock import knock
 from supervisor.control.server import open_control
 from supervisor.control.snapshot import Link
@@ -60,7 +63,7 @@ from supervisor.observe.tally import Tally
 from supervisor.orders import Orders
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
-from supervisor.reload import Reloader
+from supervisor.reload import Outcome, Reloader
 from supervisor.secrets import TOKEN, secret
 from supervisor.service import Service, status_sentence
 from supervisor.settings import CoordinatorTable, LimitsTable, Settings
@@ -121,6 +124,8 @@ class _Supervisor:
             log_dropped=lambda: notices.dropped() if notices else {},
         )
         self._tracer = open_tracer(settings.otel)
+        self._jobs = JobBook()
+        self._events: Events | None = None
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
@@ -152,6 +157,7 @@ class _Supervisor:
             self._drain_reason = reason
             self._restart = restart
             self._drain.set()
+            self._look()
 
     async def _heed_signals(self, task_status: trio.TaskStatus[None]) -> None:
         seen = 0
@@ -218,7 +224,7 @@ class _Supervisor:
         ):
             stack.callback(uses.close)
             keeping = OnDisk(store, Outbox(self._state.outbox, int(self._limits.outbox_gb * 2**30)))
-            watches = Watches(self._tally, self._tracer)
+            watches = Watches(self._tally, self._tracer, listener=self._jobs)
             attempts = Attempts(host, spoken.delivery, host.ground, nursery, watches, keeping)
             attempts.restore(await keeping.restore())
             nursery.start_soon(keeping.run)
@@ -227,7 +233,7 @@ class _Supervisor:
             if self._notices is not None:
                 nursery.start_soon(Shipping(self._notices.ring, worker.say).run)
             keeping.on_change = worker.announce
-            host.on_change = worker.announce
+            host.on_change = lambda: self._host_changed(worker)
             box.on_change = lambda: self._machine_changed(box, worker)
             box.pausing.on_warm = lambda models: self._warm(box, host, models)
             box.on_abort = lambda hold, models: attempts.stop_models(
@@ -238,9 +244,13 @@ class _Supervisor:
             nursery.start_soon(spoken.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, spoken, worker)
-            if self._path is not None:
-                await nursery.start(self._reloader(self._path, worker).run)
-            async with open_control(config.control_socket(self._settings), self._surface(box, host, worker, address)):
+            reloader = None if self._path is None else self._reloader(self._path, worker)
+            surface = self._surface(box, host, worker, address, reloader)
+            if surface.events is not None:
+                nursery.start_soon(surface.events.run)
+            if reloader is not None:
+                await nursery.start(reloader.run)
+            async with open_control(config.control_socket(self._settings), surface):
                 around.start_soon(self._liveness(box, host, worker).run)
                 self._service.ready()
                 await self._drain.wait()
@@ -248,6 +258,9 @@ class _Supervisor:
                 nursery.start_soon(self._service.keep_extending)
                 if not isinstance(self._refused, LinkRefused | IdentityHeld):  # else nobody takes what jobs bring
                     await self._drained(worker, attempts, drain_coordinator)
+                if surface.events is not None:
+                    await surface.events.end(self._drain_reason)
+            self._jobs.on_change = lambda: None
             host.on_change = None
             box.on_change = lambda: None
             box.pausing.on_warm = lambda _models: None
@@ -269,9 +282,19 @@ class _Supervisor:
             path,
             self._settings,
             appliers(lambda: self._settings, take),
-            on_outcome=lambda outcome: self._tally.reloaded("refused" if outcome.problems else "applied"),
+            on_outcome=self._reloaded,
             on_hangup=lambda: self.ask_drain("the terminal was closed"),
         )
+
+    def _reloaded(self, outcome: Outcome) -> None:
+        self._tally.reloaded("refused" if outcome.problems else "applied")
+        if self._events is not None:
+            self._events.add("config", outcome.plain())
+
+    def _look(self) -> None:
+        """Something that is shown has changed."""
+        if self._events is not None:
+            self._events.look()
 
     def _warm(self, box: Box, host: Host, models: Iterable[str]) -> None:
         """Load again what a hold has ended."""
@@ -280,8 +303,13 @@ class _Supervisor:
             if spec.name in wanted and not box.barred(spec):
                 host.preload(spec.name)
 
+    def _host_changed(self, worker: Worker) -> None:
+        worker.announce()
+        self._look()
+
     def _machine_changed(self, box: Box, worker: Worker) -> None:
         worker.announce()
+        self._look()
         if why := box.hopeless(self._specs):
             self._refused = self._refused or GpuUnkillable(why)
             self.ask_drain(why)
@@ -303,7 +331,7 @@ class _Supervisor:
         liveness.probe("the control socket", lambda: knock(path))
         return liveness
 
-    def _surface(self, box: Box, host: Host, worker: Worker, address: Address) -> Surface:
+    def _surface(self, box: Box, host: Host, worker: Worker, address: Address, reloader: Reloader | None) -> Surface:
         def link() -> Link:
             up = worker.connected
             return Link(url=address.url, connected=up, reason="" if up else "the coordinator does not answer")
@@ -329,8 +357,24 @@ class _Supervisor:
                 refused=refused,
             )
         )
+        self._events = Events(
+            gathering.snapshot,
+            self._jobs.changes,
+            # What nobody calls `look` for: the session, a drain that the coordinator asked for, what waits for room.
+            watched=lambda: (worker.connected, worker.stopping, dict(box.room.waiting()), dict(box.gpu_faults())),
+        )
+        self._jobs.on_change = self._events.look
+        notices = self._notices
         return Surface(
-            gathering.snapshot, Orders(box.pausing, self.ask_drain), lambda: [*box.gpu_metrics(), *self._tally.lines()]
+            gathering.snapshot,
+            Orders(box.pausing, self.ask_drain),
+            lambda: [*box.gpu_metrics(), *self._tally.lines()],
+            specs=lambda: self._specs,
+            events=self._events,
+            jobs=self._jobs,
+            lines=notices.ring if notices else None,
+            log_level=(lambda: notices.levels.now) if notices else None,
+            config=LiveConfig(self._path, reloader) if self._path is not None and reloader is not None else None,
         )
 
     def _worker(self, box: Box, host: Host, attempts: Attempts, keeping: OnDisk, remote: Remote) -> Worker:

@@ -311,6 +311,7 @@ class Attempts:
             case work.Progress():
                 if not claim.started and event.phase != "room":
                     claim.watch.enter("load")
+                claim.watch.progress(event.n, event.total)
                 now = trio.current_time()
                 if now - claim.progress_at >= PROGRESS_EVERY_S:
                     claim.progress_at = now

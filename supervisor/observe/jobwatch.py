@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from supervisor.observe.paces import rate_of
 from supervisor.observe.tally import Tally
@@ -21,10 +22,30 @@ def _nobody(_model: str, _rate: float) -> None:
     """Wants no rates."""
 
 
+class Listener(Protocol):
+    """Told what becomes of each attempt, on the trio thread; must not block (control/jobs_seen.py)."""
+
+    def began(self, job: str, attempt: int, kind: str, model: str) -> None:
+        """It was accepted."""
+
+    def entered(self, job: str, attempt: int, phase: str) -> None:
+        """It went on to this phase."""
+
+    def progressed(self, job: str, attempt: int, done: int, total: int | None) -> None:
+        """Its engine has come so far."""
+
+    def streamed(self, job: str, attempt: int) -> None:
+        """A chunk came."""
+
+    def ended(self, job: str, attempt: int, outcome: str, code: str, usage: Mapping[str, float]) -> None:
+        """It is over."""
+
+
 class JobWatch:
     """Begins in the phase "accept".
 
     Args:
+        listener: told of everything, if there is one.
         on_rate: see `OnRate`.
         clock_ns: since the epoch, in ns; spans need the wall clock.
     """
@@ -40,8 +61,10 @@ class JobWatch:
         model: str,
         traceparent: str = "",
         on_rate: OnRate = _nobody,
+        listener: Listener | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._listener = listener
         self._tally, self._tracer, self._on_rate, self._clock_ns = tally, tracer, on_rate, clock_ns
         self._job, self._attempt, self._kind, self._model = job, attempt, kind, model
         self._parent = parse_traceparent(traceparent)
@@ -50,6 +73,8 @@ class JobWatch:
         self._first: int | None = None
         self._latest = self._began
         self._over = False
+        if listener is not None:
+            listener.began(job, attempt, kind, model)
 
     def enter(self, phase: str) -> None:
         """The attempt goes on to this phase.
@@ -61,6 +86,13 @@ class JobWatch:
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
         if not self._over and self._phases[-1][0] != phase:
             self._phases.append((phase, self._clock_ns()))
+            if self._listener is not None:
+                self._listener.entered(self._job, self._attempt, phase)
+
+    def progress(self, done: int, total: int | None) -> None:
+        """The engine has come so far, of what it counts."""
+        if self._listener is not None and not self._over:
+            self._listener.progressed(self._job, self._attempt, done, total)
 
     @property
     def seconds(self) -> float:
@@ -80,6 +112,8 @@ class JobWatch:
         if self._over:
             return
         self._latest = self._clock_ns()
+        if self._listener is not None:
+            self._listener.streamed(self._job, self._attempt)
         if self._first is None:
             self._first = self._latest
             self._tally.first_output(self._kind, self._model, _seconds(self._latest - self._began))
@@ -91,6 +125,8 @@ class JobWatch:
         self._over = True
         now = self._clock_ns()
         used = dict(usage or {})
+        if self._listener is not None:
+            self._listener.ended(self._job, self._attempt, outcome, code, used)
         ends = [*(start for _, start in self._phases[1:]), now]
         spans = []
         why = "" if outcome == "succeeded" else code or outcome
@@ -132,8 +168,16 @@ class JobWatch:
 class Watches:
     """Makes the watch of each attempt; without arguments nothing leaves, and numbers stay in memory."""
 
-    def __init__(self, tally: Tally | None = None, tracer: Tracer | None = None, *, on_rate: OnRate = _nobody) -> None:
+    def __init__(
+        self,
+        tally: Tally | None = None,
+        tracer: Tracer | None = None,
+        *,
+        on_rate: OnRate = _nobody,
+        listener: Listener | None = None,
+    ) -> None:
         self._tally, self._tracer, self._on_rate = tally or Tally(), tracer or NoTracer(), on_rate
+        self._listener = listener
 
     def begin(self, *, job: str, attempt: int, kind: str, model: str, traceparent: str = "") -> JobWatch:
         """An offer was accepted."""
@@ -146,6 +190,7 @@ class Watches:
             model=model,
             traceparent=traceparent,
             on_rate=self._on_rate,
+            listener=self._listener,
         )
 
 
