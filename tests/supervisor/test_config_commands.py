@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from supervisor.cli import _parser, main
+from supervisor import config_commands
+from supervisor.cli import main
 from supervisor.config import load
 from supervisor.config_edit import etag
 from supervisor.errors import ExitCode
@@ -247,12 +249,14 @@ def test_every_help_has_examples_and_says_file(verb, capsys):
     with pytest.raises(SystemExit):
         main(["config", *([verb] if verb else []), "--help"])
     text = capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    config_commands.add_arguments(parser, argparse.ArgumentParser)
     assert f"\nexamples:\n  supervisor config {verb}".rstrip() in text
     if verb:
         assert "--config FILE" in text
     for line in re.findall(r"^  (supervisor config .*)$", text, re.MULTILINE):
         words = shlex.split(line.split("   ")[0].split(" > ")[0])
-        _parser(words[1:]).parse_args(words[1:])  # an example is one that the command line takes
+        parser.parse_args(words[2:])  # an example is one that the command line takes
         assert len(line) <= 110
 
 
