@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser(words[:1]).parse_args(words)
+        # A parser costs half a millisecond, and whoever names a verb needs no other one.
+        named = [name for name in words[:1] if name in VERBS]
+        arguments = _parser(named or list(VERBS), described=named).parse_args(words)
         code = int(arguments.command(arguments))
         sys.stdout.flush()
         return code
@@ -86,14 +88,15 @@ def _complain(sentence: str) -> None:
 
 def every_verb() -> argparse.ArgumentParser:
     """The parser with the arguments of all verbs, for what is made from it: completion."""
-    return _parser(list(VERBS))
+    return _parser(list(VERBS), described=list(VERBS))
 
 
-def _parser(described: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of all verbs.
+def _parser(known: Sequence[str], *, described: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of verbs.
 
     Args:
-        described: verbs whose arguments are known; importing what knows them for every verb would cost each of them.
+        known: verbs that it knows.
+        described: those of them whose arguments it knows; what knows them is imported.
     """
     parser = _Parser(
         prog="supervisor",
@@ -104,7 +107,8 @@ def _parser(described: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="print the version and end")
     # With `prog`, argparse need not make a usage line to find it.
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="name", prog="supervisor")
-    for name, verb in VERBS.items():
+    for name in known:
+        verb = VERBS[name]
         made = verbs.add_parser(
             name,
             help=verb.help,

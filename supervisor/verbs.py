@@ -207,6 +207,14 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
             "supervisor selftest --json > selftest.json",
         ),
     ),
+    "doctor": Verb(
+        "look for what keeps this machine from working well",
+        _examples(
+            "supervisor doctor                          what is wrong, and what mends it",
+            "supervisor doctor --json                   exit code 1 when something failed",
+        ),
+        _CARE,
+    ),
     "diagnostics": Verb(
         "gather a bundle for whoever is asked for help",
         _examples(

@@ -1,4 +1,4 @@
-"""`supervisor diagnostics`: a bundle for whoever is asked for help."""
+"""`supervisor doctor | diagnostics`: is everything as it should be, and a bundle for whoever is asked for help."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from supervisor.columns import width
 from supervisor.control.client import fetch
 from supervisor.control.commands import asking
-from supervisor.control.commands.layout import say
+from supervisor.control.commands.layout import Paper, count, say, wrapped
 from supervisor.errors import ExitCode, NoPermission, SupervisorError
 
+_SIGNS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 BUNDLE_S = 120.0  # logs are read and compressed
 
 
@@ -23,12 +27,44 @@ class Exists(SupervisorError):
     exit_code = ExitCode.FAILED
 
 
-def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
-    """Describe the arguments of `supervisor diagnostics`."""
+def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of one verb."""
     asking.add_common(parser)
+    if name == "doctor":
+        parser.set_defaults(command=doctor)
+        return
     default = "default: bulkhead-diagnostics-DATE.tar.gz"
     parser.add_argument("-o", "--output", metavar="FILE", help=f"where to; nothing is overwritten; {default}")
     parser.set_defaults(command=diagnostics)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Examine this machine, whether a supervisor runs or not; 0 when nothing failed, else 1."""
+    from supervisor.doctor_run import examined_here
+
+    found = examined_here(arguments.config)
+    asking.tell(arguments, found, examined)
+    return int(ExitCode.STOPPED if found["ok"] else ExitCode.FAILED)
+
+
+def examined(found: Mapping[str, Any], paper: Paper) -> str:
+    """A line for each check, what failed or may fail in colour, and its cure below it."""
+    checks = found["checks"]
+    widest = max((width(one["name"]) for one in checks), default=0)
+    margin = " " * (widest + 8)
+    lines = []
+    for one in checks:
+        sign, hue = _SIGNS[one["verdict"]]
+        first, *more = wrapped(one["sentence"], paper, indent=margin)
+        head = f"{paper.paint(sign, hue)}{' ' * (6 - len(sign))}{one['name']}"
+        lines.append(head + first[6 + width(one["name"]) :])
+        lines += [
+            *more,
+            *(paper.paint(each, hue) for each in wrapped(one["cure"], paper, indent=margin) if one["cure"]),
+        ]
+    failed, doubtful = (sum(one["verdict"] == verdict for one in checks) for verdict in ("fail", "warn"))
+    lines.append(f"{count(len(checks), 'check')}: {failed or 'none'} failed, {count(doubtful, 'warning')}.")
+    return "\n".join(lines)
 
 
 def diagnostics(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,10 @@ import re
 import stat
 from typing import IO
 
+from supervisor import doctor_run
+from supervisor.cli import main
 from supervisor.control.commands import care
+from supervisor.control.commands.layout import Paper
 
 
 async def test_a_bundle_with_a_name_of_the_day(box, types, capsys, tmp_path, monkeypatch):
@@ -46,3 +49,45 @@ async def test_no_half_a_bundle_is_left(box, types, capsys, tmp_path, monkeypatc
     assert await types("diagnostics", "-o", str(tmp_path / "b")) == 77
     assert "No space left" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+# ---- doctor
+
+FOUND = {
+    "ok": False,
+    "running": True,
+    "checks": [
+        {"name": "config", "verdict": "ok", "sentence": "worker.toml has no mistakes.", "cure": ""},
+        {"name": "clock", "verdict": "warn", "sentence": "It is not kept in step.", "cure": "Start chronyd."},
+        {
+            "name": "gpu",
+            "verdict": "fail",
+            "sentence": "The driver\x1b[2J is too old. " * 4,
+            "cure": "Install another.",
+        },
+    ],
+}
+
+
+def test_doctor(monkeypatch, capsys, tmp_path):
+    given = []
+    monkeypatch.setattr(doctor_run, "examined_here", lambda config: given.append(config) or FOUND)
+    assert main(["doctor", "--config", "w.toml"]) == 1
+    assert given == ["w.toml"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "ok    config  worker.toml has no mistakes.",
+        "warn  clock   It is not kept in step.",
+        "              Start chronyd.",
+    ]
+    assert lines[-1] == "3 checks: 1 failed, 1 warning."
+    monkeypatch.setattr(doctor_run, "examined_here", lambda _config: {"ok": True, "running": False, "checks": []})
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_doctor_fits_the_terminal():
+    text = care.examined(FOUND, Paper(40))
+    assert max(map(len, text.splitlines())) <= 40
+    assert "\x1b" not in text
+    assert "\x1b[31mFAIL\x1b[0m  gpu     The driver" in care.examined(FOUND, Paper(80, colour=True))

@@ -229,4 +229,4 @@ async def test_status_is_cheap(box, config):
         )
         assert ended.returncode == 0, ended.stderr
         spent.append(float(ended.stdout.splitlines()[-1]))
-    assert min(spent) < 0.2, spent  # 0.05 on a quiet box; the shared ones of CI run at half the speed
+    assert min(spent) < 0.3, spent  # 0.07 on a quiet box; the shared ones of CI run at half the speed

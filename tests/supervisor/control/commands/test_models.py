@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
+import trio
 
 from supervisor import pull
 from supervisor.cli import main
 from supervisor.control import asked
 from supervisor.control.commands import models
+from supervisor.control.exchange import Refused
+from supervisor.pulls import Pulls
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +110,21 @@ async def test_the_supervisors_own_child_does_it_itself(box, types, here, monkey
     box.shown = box.shown.__class__(version="1", pid=os.getpid())
     assert await types("models", "remove", "a") == 0
     assert (here, box.acts.asked) == (["remove"], [])
+
+
+async def test_the_supervisors_child_is_known_by_its_parent(box, config, tmp_path):
+    """With the real child: a removal that goes to the socket would come back to us, and be noted."""
+    box.shown = box.shown.__class__(version="1", pid=os.getpid())
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(60), pytest.raises(Refused, match="has no model named a"):
+            await Pulls(Path(config), nursery).remove(asked.Remove(name="a"))
+        with trio.fail_after(60):
+            (tmp_path / "nothing.gguf").write_bytes(b"nothing")
+            order = asked.Pull(source=str(tmp_path / "nothing.gguf"))
+            said = [event async for event in Pulls(Path(config), nursery).pull(order)]
+        nursery.cancel_scope.cancel()
+    assert said[-1]["t"] == "failed"
+    assert box.acts.asked == []
 
 
 def test_without_a_supervisor(tmp_path, here, capsys):
