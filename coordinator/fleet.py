@@ -67,6 +67,7 @@ class Worker:
     capabilities: Capabilities
     attempts: dict[Key, HeldAttempt] = dataclasses.field(default_factory=dict)
     draining: bool = False
+    revision: int = 1  # of the link, in this session
     gpus: tuple[GpuState, ...] = ()  # as the last heartbeat told
     orders: dict[str, Callable[[OrderDone], None]] = dataclasses.field(default_factory=dict)  # by id, who waits
     # Model -> no offer before this time; "" speaks of all models. A new announcement lifts them.

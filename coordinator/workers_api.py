@@ -22,6 +22,7 @@ from coordinator.fleet import Worker
 from coordinator.services import caller, services
 from protocol import link_wire as wire
 from protocol.faults import refuse
+from protocol.revision import ORDERS
 
 ORDER_S = 60.0  # a probe loads an engine
 MAX_BYTES = 64 * 1024
@@ -110,10 +111,12 @@ async def give(worker: Worker, verb: str, arguments: dict[str, Any], patience_s:
     """Order a connected worker, and return its answer.
 
     Raises:
-        FaultError: no_worker: it did not answer in time, or is gone.
+        FaultError: unsupported: it is of a version that takes no orders; no_worker: it did not answer in time.
 
     Cancellation: nobody waits any more; the worker carries it out all the same.
     """
+    if worker.revision < ORDERS:
+        raise refuse("unsupported", f"The worker {worker.id} is too old to take orders; update it.")
     number, answers = secrets.token_hex(8), list[wire.OrderDone]()
     answered = anyio.Event()
 

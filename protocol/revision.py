@@ -2,6 +2,8 @@
 
 Fields are only ever added, and unknown fields are ignored; a new tag or enum value needs a revision.
 Each side states the lowest and the highest it speaks; the highest common one is used.
+
+Link: 1 is the first; 2 has `order` and `order_done`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ class Span(msgspec.Struct, frozen=True):
 
 
 ENGINE_WIRE = Span(1, 1)
-LINK_WIRE = Span(1, 1)
+LINK_WIRE = Span(1, 2)
+ORDERS = 2  # from this link revision on
 
 
 def agree(ours: Span, theirs: Span) -> int | None:

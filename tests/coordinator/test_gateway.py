@@ -16,7 +16,7 @@ from coordinator.gateway import GatewaySettings
 from coordinator.records import JobEnded
 from coordinator.testing_link import CHAT, PATIENCE_S, TOKEN, Desk, RawWorker, running_desk
 from protocol import link_wire as wire
-from protocol.revision import LINK_SUBPROTOCOL
+from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 
 FAST = DispatchSettings(poll_s=0.05, sweep_s=0.05, worker_grace_s=0.5, startup_grace_s=0.5)
 QUICK = GatewaySettings(heartbeat_ms=200, hello_s=0.5)
@@ -80,7 +80,7 @@ def test_the_subprotocol_is_echoed_and_nothing_is_compressed(worker: RawWorker) 
 def test_welcome_names_session_revision_and_heartbeat(desk: Desk) -> None:
     with RawWorker(desk.port) as one, RawWorker(desk.port, "w2") as two:
         first, second = one.hello(), two.hello()
-        assert (first.revision, first.heartbeat_ms) == (1, 5000)
+        assert (first.revision, first.heartbeat_ms) == (LINK_WIRE.high, 5000)
         assert first.session != second.session
 
 
