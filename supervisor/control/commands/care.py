@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from supervisor.columns import width
 from supervisor.control.client import fetch
 from supervisor.control.commands import asking
 from supervisor.control.commands.layout import Paper, count, say, wrapped
 from supervisor.errors import ExitCode, NoPermission, SupervisorError
 
 _SIGNS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+_MARGIN = " " * 6
 BUNDLE_S = 120.0  # logs are read and compressed
 
 
@@ -50,18 +50,13 @@ def doctor(arguments: argparse.Namespace) -> int:
 def examined(found: Mapping[str, Any], paper: Paper) -> str:
     """A line for each check, what failed or may fail in colour, and its cure below it."""
     checks = found["checks"]
-    widest = max((width(one["name"]) for one in checks), default=0)
-    margin = " " * (widest + 8)
     lines = []
     for one in checks:
         sign, hue = _SIGNS[one["verdict"]]
-        first, *more = wrapped(one["sentence"], paper, indent=margin)
-        head = f"{paper.paint(sign, hue)}{' ' * (6 - len(sign))}{one['name']}"
-        lines.append(head + first[6 + width(one["name"]) :])
-        lines += [
-            *more,
-            *(paper.paint(each, hue) for each in wrapped(one["cure"], paper, indent=margin) if one["cure"]),
-        ]
+        first, *more = wrapped(f"{one['name']}: {one['sentence']}", paper, indent=_MARGIN)
+        cure = wrapped(one["cure"], paper, indent=_MARGIN) if one["cure"] else []
+        lines.append(paper.paint(sign, hue) + first[len(sign) :])
+        lines += [*more, *(paper.paint(each, hue) for each in cure)]
     failed, doubtful = (sum(one["verdict"] == verdict for one in checks) for verdict in ("fail", "warn"))
     lines.append(f"{count(len(checks), 'check')}: {failed or 'none'} failed, {count(doubtful, 'warning')}.")
     return "\n".join(lines)

@@ -76,9 +76,9 @@ def test_doctor(monkeypatch, capsys, tmp_path):
     assert given == ["w.toml"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
-        "ok    config  worker.toml has no mistakes.",
-        "warn  clock   It is not kept in step.",
-        "              Start chronyd.",
+        "ok    config: worker.toml has no mistakes.",
+        "warn  clock: It is not kept in step.",
+        "      Start chronyd.",
     ]
     assert lines[-1] == "3 checks: 1 failed, 1 warning."
     monkeypatch.setattr(doctor_run, "examined_here", lambda _config: {"ok": True, "running": False, "checks": []})
@@ -90,4 +90,4 @@ def test_doctor_fits_the_terminal():
     text = care.examined(FOUND, Paper(40))
     assert max(map(len, text.splitlines())) <= 40
     assert "\x1b" not in text
-    assert "\x1b[31mFAIL\x1b[0m  gpu     The driver" in care.examined(FOUND, Paper(80, colour=True))
+    assert "\x1b[31mFAIL\x1b[0m  gpu: The driver" in care.examined(FOUND, Paper(80, colour=True))
