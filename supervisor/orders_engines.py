@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from protocol.faults import Fault
 from supervisor.control.exchange import Refused
 from supervisor.host.lifecycle import LOADED
@@ -18,13 +20,13 @@ class Instances(Protocol):
     """What is asked of the host."""
 
     def snapshot(self) -> Sequence[InstanceStatus]:
-        """State of every model, in the order of the configuration."""
+        """State of every instance; a model with several copies has several."""
 
     def preload(self, model: str) -> None:
         """Load a model before anybody asks for it."""
 
     def unload(self, model: str, reason: str, *, again: bool) -> None:
-        """End its instance after its last run; with `again` it is then loaded anew."""
+        """End all its instances, each after its last run; with `again` it is then loaded anew."""
 
 
 class HostEngines:
@@ -42,7 +44,7 @@ class HostEngines:
 
     def names(self) -> Sequence[str]:
         """See `Engines`."""
-        return [status.model for status in self._host.snapshot()]
+        return list(dict.fromkeys(status.model for status in self._host.snapshot()))
 
     def why_not(self, model: str) -> str:
         """See `Engines`."""
@@ -95,7 +97,15 @@ class HostEngines:
         return f"{model} is loaded anew {_when(0 if now else status.running)}."
 
     def _status(self, model: str) -> InstanceStatus:
-        return next(status for status in self._host.snapshot() if status.model == model)
+        """A model with several copies as one: the busiest state of them, and what all of them have."""
+        copies = [status for status in self._host.snapshot() if status.model == model]
+        best = max(copies, key=lambda status: (status.state in LOADED, bool(status.pid), not status.blocked))
+        return msgspec.structs.replace(
+            best,
+            running=sum(status.running for status in copies),
+            queued=sum(status.queued for status in copies),
+            blocked=all(status.blocked for status in copies),
+        )
 
 
 class LinkJobs:

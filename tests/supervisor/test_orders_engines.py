@@ -53,6 +53,23 @@ def test_who_uses_a_model_is_told(status, phrase):
     assert made(Host(**status)).users("chat") == phrase
 
 
+def test_the_copies_of_a_model_count_as_one():
+    class Copies(Host):
+        def snapshot(self) -> list[InstanceStatus]:
+            return [
+                InstanceStatus(model="chat", engine="e", state="quarantined", blocked=True, queued=1),
+                InstanceStatus(model="chat", engine="e", state="busy", pid=8, running=2, copy=1),
+                InstanceStatus(model="chat", engine="e", state="loading", pid=9, copy=2),
+            ]
+
+    engines = made(Copies())
+    assert list(engines.names()) == ["chat"]
+    assert engines.users("chat") == "2 jobs run on it, 1 job waits for it, it is loaded (pid 8)"
+    assert engines.why_not("chat") == "", "one of them serves"
+    assert engines.load("chat") == "chat is loaded already."
+    assert engines.unload("chat", "x") == "chat ends after 2 jobs; 1 job waits for it, and loads it again."
+
+
 def test_why_a_model_cannot_be_loaded():
     assert made(Host()).why_not("chat") == ""
     assert made(Host(blocked=True, reason="It crashed 5 times")).why_not("chat") == "It crashed 5 times."
