@@ -168,7 +168,6 @@ ASKING = [
     ["reload"],
     ["log-level", "info"],
     ["register", "wss://c", "--token-file", "t"],
-    ["diagnostics", "-o", "b"],
     ["ui"],
 ]
 

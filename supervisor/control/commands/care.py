@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from supervisor.control.client import fetch
+from supervisor.control.client import NotRunning, fetch
 from supervisor.control.commands import asking
 from supervisor.control.commands.layout import Paper, count, say, wrapped
-from supervisor.errors import ExitCode, NoPermission, SupervisorError
+from supervisor.control.commands.place import find_config, socket_path
+from supervisor.errors import ConfigError, ExitCode, NoPermission, SupervisorError
 
 _SIGNS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 _MARGIN = " " * 6
@@ -63,14 +64,15 @@ def examined(found: Mapping[str, Any], paper: Paper) -> str:
 
 
 def diagnostics(arguments: argparse.Namespace) -> int:
-    """Write the bundle of the running supervisor; returns the exit code.
+    """Write a bundle; returns the exit code.
 
     Raises:
         Exists: nothing is overwritten.
         NoPermission: the file cannot be made.
+        ConfigError: there is no configuration.
     """
+    config = find_config(arguments.config)
     path = Path(arguments.output or time.strftime("bulkhead-diagnostics-%Y-%m-%dT%H%M%S.tar.gz"))
-    socket = asking.socket_of(arguments)
     try:
         # Made before it is asked for: a bundle takes its time, and a name that is taken is told at once.
         out = open(path, "xb", opener=_private)
@@ -80,7 +82,8 @@ def diagnostics(arguments: argparse.Namespace) -> int:
         raise NoPermission(f"{path} cannot be written: {problem.strerror}; name another file with -o.") from None
     try:
         with out:
-            count = fetch(socket, "/v1/diagnostics", out, patience_s=BUNDLE_S)
+            running = _gathered(config, out)
+            count = out.tell()
     except BaseException as problem:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -88,10 +91,30 @@ def diagnostics(arguments: argparse.Namespace) -> int:
             raise NoPermission(f"{path} cannot be written: {problem.strerror}.") from None
         raise
     if arguments.json:
-        say(asking.as_json({"path": str(path.absolute()), "bytes": count}))
+        say(asking.as_json({"path": str(path.absolute()), "bytes": count, "running": running}))
     else:
-        sys.stdout.write(f"{path}: {count / 1024:.0f} KiB. Secrets are blotted out; look before you send it.\n")
+        without = "" if running else "No supervisor is running: it has what lies in the state folder. "
+        sys.stdout.write(f"{path}: {count / 1024:.0f} KiB. {without}Secrets are struck out; look before you send it.\n")
     return int(ExitCode.STOPPED)
+
+
+def _gathered(config: Path, out: IO[bytes]) -> bool:
+    """The bundle of the running supervisor, else one of what it left behind; returns whether one is running."""
+    try:
+        fetch(socket_path(str(config)), "/v1/diagnostics", out, patience_s=BUNDLE_S)
+        return True
+    except (NotRunning, ConfigError):  # help is wanted most when it does not start
+        pass
+    from supervisor.config import load, state_dir
+    from supervisor.diagnostics import bundle
+    from supervisor.settings import Settings
+
+    try:
+        settings = load(config)
+    except ConfigError:
+        settings = Settings()
+    out.write(bundle(config, state_dir(settings)))
+    return False
 
 
 def _private(path: str, flags: int) -> int:

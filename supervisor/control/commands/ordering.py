@@ -174,8 +174,6 @@ def _paused(seen: Any, what: str, free_vram: bool, paper: Paper) -> str:
         lines = [f"No more {what}; `supervisor resume` with the same options takes them again."]
     else:
         lines = [seen["why"] or "Paused; what runs is finished."]
-        if seen["jobs"]:
-            lines.append(f"{_jobs(seen['jobs'])}, and will be finished.")
     if free_vram:
         lines.append("Models that hold GPU memory are ended as soon as they are idle.")
     return _text(lines, paper)
@@ -216,7 +214,11 @@ def _lift(arguments: argparse.Namespace) -> int:
 
 
 def _lifted(answer: Any, source: str, paper: Paper) -> str:
-    return resumed(answer, paper) if answer["lifted"] else f"There was no such hold of {source}."
+    if not answer["lifted"]:
+        return f"There was no such hold of {source}."
+    seen = answer["status"]
+    left = f" Still not taking jobs: {seen['why']}" if seen["state"] in ("paused", "draining") else ""
+    return _text([f"The hold of {source} is lifted.{left}"], paper)
 
 
 def _cordon(arguments: argparse.Namespace) -> int:

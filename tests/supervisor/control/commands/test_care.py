@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import stat
+import tarfile
 from typing import IO
+
+import pytest
 
 from supervisor import doctor_run
 from supervisor.cli import main
@@ -25,7 +28,7 @@ async def test_a_bundle_with_a_name_of_the_day(box, types, capsys, tmp_path, mon
 
 async def test_for_programs(box, types, capsys, tmp_path):
     assert await types("diagnostics", "-o", str(tmp_path / "b"), "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "b"), "bytes": 8}
+    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "b"), "bytes": 8, "running": True}
 
 
 async def test_nothing_is_overwritten(box, types, capsys, tmp_path):
@@ -48,6 +51,25 @@ async def test_no_half_a_bundle_is_left(box, types, capsys, tmp_path, monkeypatc
     monkeypatch.setattr(care, "fetch", full)
     assert await types("diagnostics", "-o", str(tmp_path / "b")) == 77
     assert "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("text", ['[control]\nsocket = "none.sock"\n[worker]\nstate_dir = "."\n', "[broken\n"])
+def test_without_a_supervisor(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "worker.toml").write_text(text)
+    words = ["diagnostics", "--config", str(tmp_path / "worker.toml"), "-o", str(tmp_path / "b")]
+    assert main(words) == 0
+    assert "No supervisor is running" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "b") as bundle:
+        (about,) = [name for name in bundle.getnames() if name.endswith("about.json")]
+        member = bundle.extractfile(about)
+        assert member is not None
+        assert json.load(member)["running"] is False
+
+
+def test_without_a_configuration(tmp_path, capsys):
+    assert main(["diagnostics", "--config", str(tmp_path / "none.toml"), "-o", str(tmp_path / "b")]) == 78
     assert not (tmp_path / "b").exists()
 
 
