@@ -11,6 +11,7 @@ import trio
 from supervisor import notices
 from supervisor.control import asked
 from supervisor.control.snapshot import IncidentView, Snapshot
+from supervisor.control.surface import Surface
 from supervisor.diagnostics import MAX_LINES, Seen, bundle
 from supervisor.doctor_run import SelfExamination
 from supervisor.host.means import OpenChild
@@ -123,3 +124,32 @@ def bundles(config: Path | None, state: Path, sources: Sources) -> Callable[[], 
 def examination(config: Path | None, state: Path, sources: Sources) -> Callable[[], Awaitable[Mapping[str, Any]]]:
     """The doctor, from inside."""
     return SelfExamination(config, sources.settings, state, sources.snapshot).examined
+
+
+def complete(
+    surface: Surface,
+    around: Around,
+    settings: Callable[[], Settings],
+    incidents: Callable[[int], Sequence[IncidentView]],
+    holds: Callable[[], Mapping[Any, str]],
+) -> Surface:
+    """A surface that only shows, with everybody who acts.
+
+    Args:
+        holds: what each rule sees now (`WatchHolds.findings`).
+    """
+    reloader = around.reloader
+    sources = Sources(
+        snapshot=surface.snapshot,
+        settings=settings,
+        metrics=lambda: "\n".join(surface.more_metrics()),
+        lines=surface.lines,
+        incidents=incidents,
+        holds=lambda: {" ".join(map(str, scope)).strip(): text for scope, text in holds().items()},
+        reload=lambda: None if reloader is None or reloader.outcome is None else reloader.outcome.plain(),
+    )
+    return surface._replace(
+        requests=orders(around),
+        diagnostics=bundles(around.config, around.state, sources),
+        doctor=examination(around.config, around.state, sources),
+    )

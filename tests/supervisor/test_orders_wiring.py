@@ -22,7 +22,7 @@ from supervisor.control.why import explained
 from supervisor.host.child import open_child
 from supervisor.link.ledger import Ledger
 from supervisor.observe.ring import Ring
-from supervisor.orders_wiring import Around, Sources, bundles, examination, orders
+from supervisor.orders_wiring import Around, complete, orders
 from supervisor.pausing import Pausing
 from supervisor.reload import Reloader
 
@@ -65,12 +65,12 @@ class Served:
             connected=lambda: "",
         )
         shown = Snapshot(version="1", worker="box", pid=os.getpid())
-        sources = Sources(lambda: explained(shown), lambda: settings, lambda: "x 1\n", Ring(), lambda _count: ())
-        self.surface = Surface(
-            lambda: explained(shown),
-            orders(around),
-            diagnostics=bundles(around.config, state, sources),
-            doctor=examination(around.config, state, sources),
+        self.surface = complete(
+            Surface(lambda: explained(shown), orders(around), lambda: ["x 1"], lines=Ring()),
+            around,
+            lambda: settings,
+            lambda _count: (),
+            lambda: {("presence", ""): "input 3 s ago"},
         )
 
     async def ask(self, method: str, route: str, body: object = None) -> Any:
@@ -120,8 +120,20 @@ async def test_the_bundle_comes_over_the_socket(served):
     head, _, body = data.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200"), head
     with tarfile.open(fileobj=io.BytesIO(body)) as archive:
-        about = json.loads(archive.extractfile("bulkhead-diagnostics/about.json").read())
-    assert about["running"] is True
+        files = {member.name: archive.extractfile(member).read() for member in archive}
+    assert json.loads(files["bulkhead-diagnostics/about.json"])["running"] is True
+    assert json.loads(files["bulkhead-diagnostics/hold_findings.json"]) == {"presence": "input 3 s ago"}
+    assert files["bulkhead-diagnostics/metrics.txt"] == b"x 1"
+
+
+async def test_it_is_examined_over_the_socket(served, monkeypatch):
+    from supervisor import doctor_run
+
+    monkeypatch.setattr(
+        doctor_run, "CHECKS", [check for check in doctor_run.CHECKS if check.name in ("config", "state")]
+    )
+    told = await served.ask("GET", "/v1/doctor")
+    assert (told["ok"], told["running"]) == (True, True)
 
 
 async def test_without_a_file_what_needs_one_is_refused(tmp_path, nursery):
