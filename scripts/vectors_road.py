@@ -1,0 +1,326 @@
+"""Test vectors of the two wires for implementations in any language, and what of their document is generated.
+
+The vectors are made by the codecs themselves from the examples below; tests/protocol/test_vectors.py runs them back
+through both, so a change of a wire shows as a change of this file. Bytes stand as {"$hex": "…"} in JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocol import engine_session, engine_wire, link_session, link_wire
+from protocol.engine_wire import OutputFile
+from protocol.faults import Fault
+from protocol.revision import ENGINE_WIRE, LINK_SUBPROTOCOL, LINK_WIRE
+
+ROOT = Path(__file__).resolve().parents[1]
+VECTORS = ROOT / "protocol" / "vectors.json"
+DOCUMENT = ROOT / "protocol" / "README.md"
+
+link, engine = link_wire, engine_wire
+
+
+def raw(value: object) -> msgspec.Raw:
+    """A value that travels inside a message as it is."""
+    return msgspec.Raw(msgspec.msgpack.encode(value))
+
+
+CHAT = {"messages": [{"role": "user", "content": "Say hi"}], "max_tokens": 8}
+HASH = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+JOB = ("job_01jd2x5v6g7h8j9k0m1n2p3q4r", 1)
+
+LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
+    (
+        "hello",
+        link.Hello(
+            worker="box-1",
+            low=1,
+            high=2,
+            boot="5f0c",
+            capabilities=link.Capabilities(
+                models=(link.ModelOffer(name="chat", kinds=("llm",), engine="llama", slots=2, device="cuda:0"),),
+                gpus=(link.Gpu(uuid="GPU-1", name="RTX", vram_bytes=25769803776),),
+                labels={"rack": "3"},
+                version="1.0.0",
+            ),
+            held=(link.Held(job=JOB[0], attempt=1, started=True),),
+        ),
+        ("", 0),
+    ),
+    ("welcome", link.Welcome(session="a1b2", revision=2, heartbeat_ms=5000), ("", 0)),
+    (
+        "offer of a chat",
+        link.Offer(kind="llm", model="chat", params=raw(CHAT), stream=True, deadline_ms=60000),
+        JOB,
+    ),
+    (
+        "offer with a file",
+        link.Offer(
+            kind="audio_stt",
+            model="ears",
+            params=raw({"language": "en"}),
+            inputs=(link.FileRef(name="audio", url="/v1/blobs/blob_1?exp=1&sig=2", size=5, sha256=HASH),),
+            upload="/v1/blobs/job_1/1/{name}?exp=1&sig=2",
+            vram_gb_estimate=1.5,
+            labels={"trusted": "true"},
+        ),
+        JOB,
+    ),
+    ("accept", link.Accept(), JOB),
+    ("decline", link.Decline(code="busy", reason="2 jobs wait already", retry_after_ms=500), JOB),
+    ("started", link.Started(), JOB),
+    ("chunk", link.Chunk(seq=0, data=raw({"delta": {"content": "hi"}})), JOB),
+    ("chunk_ack", link.ChunkAck(seq=0), JOB),
+    ("progress", link.Progress(n=3, total=10, phase="step", text=""), JOB),
+    ("complete inline", link.Complete(result=raw({"content": "hi"}), usage={"completion_tokens": 2.0}), JOB),
+    ("complete with a file", link.Complete(files=(OutputFile("a.png", "image/png", 5, HASH),)), JOB),
+    (
+        "fail",
+        link.Fail(fault=Fault("engine_crashed", "The engine ended by SIGSEGV.", detail={"signal": 11}), streamed=True),
+        JOB,
+    ),
+    ("ack stored", link.Ack(), JOB),
+    ("ack fenced", link.Ack(verdict="fenced"), JOB),
+    ("cancel", link.Cancel(reason="the client left"), JOB),
+    ("heartbeat", link.Heartbeat(n=7, running=1, gpus=(link.GpuState(uuid="GPU-1", busy=0.5),)), ("", 0)),
+    ("heartbeat_ack", link.HeartbeatAck(n=7), ("", 0)),
+    ("announce", link.Announce(capabilities=link.Capabilities(accepting=False, reason="quiet hours")), ("", 0)),
+    ("pause", link.Pause(reason="maintenance", for_ms=60000), ("", 0)),
+    ("resume", link.Resume(), ("", 0)),
+    ("drain", link.Drain(), ("", 0)),
+    ("draining", link.Draining(reason="SIGTERM was received"), ("", 0)),
+    ("shutdown", link.ShutdownWorker(reason="the box is sold"), ("", 0)),
+    ("order", link.Order(id="7", verb="probe", arguments={"model": "chat"}), ("", 0)),
+    ("order_done", link.OrderDone(id="7", ok=True, message="Done.", detail={"chat": "it works"}), ("", 0)),
+    (
+        "log_batch",
+        link.LogBatch(lines=(link.LogLine(ts="2026-01-02T03:04:05.678Z", level="warning", message="m"),), dropped=1),
+        ("", 0),
+    ),
+    ("error", link.Error(code="duplicate_worker", message="A newer session has been opened."), ("", 0)),
+]
+
+# What must be refused. "envelope" ends the session, "body" costs that one job at most.
+LINK_REFUSED: list[tuple[str, str, bytes, str]] = [
+    ("not msgpack", "up", b"\xc1", "envelope"),
+    ("no map", "up", msgspec.msgpack.encode([1, 2]), "envelope"),
+    ("no tag", "up", msgspec.msgpack.encode({"job": "j"}), "envelope"),
+    ("cut short", "up", link.encode(link.Started(), *JOB)[:-1], "envelope"),
+    ("an unknown tag", "up", msgspec.msgpack.encode({"t": "dance", "body": {}}), "body"),
+    ("a tag of the other direction", "up", link.encode(link.Drain()), "body"),
+    ("a field of another type", "up", msgspec.msgpack.encode({"t": "heartbeat", "body": {"n": "x"}}), "body"),
+    ("a missing field", "down", msgspec.msgpack.encode({"t": "offer", "job": "j", "attempt": 1, "body": {}}), "body"),
+]
+# Unknown fields are ignored, at every level.
+LINK_TOLERATED: list[tuple[str, str, bytes]] = [
+    (
+        "unknown fields",
+        "up",
+        msgspec.msgpack.encode({"t": "heartbeat", "body": {"n": 1, "mood": "good"}, "colour": "red"}),
+    ),
+]
+
+ENGINE: list[tuple[str, engine.Down | engine.Up]] = [
+    ("hello", engine.Hello(engine="llama", kinds=("llm",), low=1, high=1, pid=42)),
+    (
+        "load",
+        engine.Load(model=engine.Model(name="chat", kinds=("llm",), files={"model": "/m.gguf"}), scratch="/scratch"),
+    ),
+    ("progress of the load", engine.Progress(run=engine.NO_RUN, n=1, total=2, phase="load")),
+    ("ready", engine.Ready(device="cuda:0", slots=2)),
+    ("run", engine.Run(run=1, kind="llm", params=raw(CHAT), stream=True, folder="/out")),
+    ("started", engine.Started(run=1)),
+    ("chunk", engine.Chunk(run=1, seq=0, data=raw({"delta": {"content": "hi"}}))),
+    ("result", engine.Result(run=1, body=raw({"content": "hi"}), usage={"completion_tokens": 2.0})),
+    ("result with a file", engine.Result(run=1, body=raw({}), files=(OutputFile("a.png", "image/png", 5, HASH),))),
+    ("fault", engine.RunFault(run=1, fault=Fault("out_of_memory", "CUDA is out of memory."))),
+    ("cancel", engine.Cancel(run=1)),
+    ("ping", engine.Ping(n=3)),
+    ("pong", engine.Pong(n=3)),
+    ("shutdown", engine.Shutdown()),
+    (
+        "a large chunk, behind the header",
+        engine.Chunk(run=1, seq=1, data=raw({"pcm": "x" * (engine.INLINE_BYTES + 10)})),
+    ),
+]
+
+
+def plain(value: Any) -> Any:
+    """JSON of a decoded message."""
+    if isinstance(value, bytes):
+        return {"$hex": value.hex()}
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
+
+
+def framed(header: object) -> bytes:
+    """A frame with this header and nothing behind it."""
+    data = msgspec.msgpack.encode(header)
+    return len(data).to_bytes(4, "big") + data
+
+
+def link_messages() -> list[dict[str, Any]]:
+    """Every message of the link."""
+    found = []
+    for name, body, (job, attempt) in LINK:
+        data = link.encode(body, job, attempt)
+        direction = "up" if link.TAGS[type(body)] in link.UP else "down"
+        found.append({"name": name, "direction": direction, "hex": data.hex(), "message": decoded(data)})
+    return found
+
+
+def decoded(data: bytes) -> Any:
+    return plain(msgspec.msgpack.decode(data))
+
+
+def engine_frames() -> list[dict[str, Any]]:
+    """Every message of the engine wire, as frames."""
+    found = []
+    for name, message in ENGINE:
+        parts = [bytes(part) for part in engine.encode(message)]
+        whole = b"".join(parts)
+        size = int.from_bytes(whole[:4], "big")
+        header = decoded(whole[4 : 4 + size])
+        blobs = parts[1:]
+        found.append(
+            {
+                "name": name,
+                "direction": "down" if isinstance(message, engine.Down) else "up",
+                "hex": whole.hex() if len(whole) < 4096 else "",
+                "sha256_of_blobs": [hashlib.sha256(blob).hexdigest() for blob in blobs],
+                "header_hex": whole[: 4 + size].hex(),
+                "header": header,
+            }
+        )
+    return found
+
+
+def table(rows: Any) -> list[list[str | None]]:
+    """Rows of a state table: state, tag, next state; null is «never heard of»."""
+    return [[None if state is None else state.value, tag, following.value] for (state, tag), following in rows]
+
+
+def whole() -> dict[str, Any]:
+    """The file."""
+    refused = [
+        {"name": "a header above the limit", "direction": "up", "hex": "ffffffff"},
+        {"name": "a header that is no map", "direction": "up", "hex": "0000000101"},
+        {"name": "a negative blob", "direction": "up", "hex": framed({"t": "pong", "n": 1, "blobs": [-1]}).hex()},
+        {"name": "17 blobs", "direction": "up", "hex": framed({"t": "pong", "n": 1, "blobs": [1] * 17}).hex()},
+        {"name": "an unknown tag", "direction": "up", "hex": framed({"t": "dance"}).hex()},
+        {"name": "a tag of the other direction", "direction": "up", "hex": framed({"t": "shutdown"}).hex()},
+        {"name": "a field of another type", "direction": "up", "hex": framed({"t": "pong", "n": "x"}).hex()},
+    ]
+    return {
+        "about": "Test vectors of Bulkhead's two wires; see README.md beside this file. Made by scripts/vectors.",
+        "link": {
+            "subprotocol": LINK_SUBPROTOCOL,
+            "revisions": [LINK_WIRE.low, LINK_WIRE.high],
+            "messages": link_messages(),
+            "refused": [
+                {"name": name, "direction": direction, "hex": data.hex(), "costs": costs}
+                for name, direction, data, costs in LINK_REFUSED
+            ],
+            "tolerated": [
+                {"name": name, "direction": direction, "hex": data.hex(), "message": decoded(data)}
+                for name, direction, data in LINK_TOLERATED
+            ],
+            "session_table": table(link_session.SESSION_TABLE.items()),
+            "attempt_table": table(link_session.ATTEMPT_TABLE.items()),
+        },
+        "engine": {
+            "revisions": [ENGINE_WIRE.low, ENGINE_WIRE.high],
+            "frames": engine_frames(),
+            "refused": refused,
+            "instance_table": table(engine_session.INSTANCE_TABLE.items()),
+            "run_table": table(engine_session.RUN_TABLE.items()),
+        },
+    }
+
+
+def hexdump(data: bytes) -> str:
+    """Sixteen bytes a line, with what can be read beside them."""
+    lines = []
+    for at in range(0, len(data), 16):
+        piece = data[at : at + 16]
+        words = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in piece)
+        lines.append(f"{at:04x}  {piece.hex(' '):<47}  {words}")
+    return "\n".join(lines)
+
+
+def parts() -> dict[str, str]:
+    """The generated parts of the document, by the name in their markers."""
+    examples = []
+    for name, body, (job, attempt) in LINK:
+        if name in ("offer of a chat", "accept", "chunk", "complete inline", "ack stored"):
+            data = link.encode(body, job, attempt)
+            examples.append(f"`{name}`, {len(data)} bytes:\n\n```\n{hexdump(data)}\n```")
+    frames = []
+    for name, message in ENGINE:
+        if name in ("started", "chunk", "result"):
+            data = b"".join(bytes(part) for part in engine.encode(message))
+            frames.append(f"`{name}`, {len(data)} bytes:\n\n```\n{hexdump(data)}\n```")
+    session, attempt_ = link_session.diagram().split("\n\n")
+    instance, run = engine_session.diagram().split("\n\n")
+    return {
+        "link messages": _messages(),
+        "link session": f"```mermaid\n{session.strip()}\n```",
+        "link attempt": f"```mermaid\n{attempt_.strip()}\n```",
+        "link bytes": "\n\n".join(examples),
+        "engine instance": f"```mermaid\n{instance.strip()}\n```",
+        "engine run": f"```mermaid\n{run.strip()}\n```",
+        "engine bytes": "\n\n".join(frames),
+    }
+
+
+def _messages() -> str:
+    rows = ["| message | sent by | fields |", "| --- | --- | --- |"]
+    for side, found in (("worker", link.UP), ("coordinator", link.DOWN)):
+        for tag, type_ in found.items():
+            fields = [f"`{field.name}`" + ("" if field.required else "?") for field in msgspec.structs.fields(type_)]
+            rows.append(f"| `{tag}` | {side} | {', '.join(fields) or 'none'} |")
+    return "\n".join(rows)
+
+
+def written(text: str) -> str:
+    """The document with its generated parts renewed."""
+    for name, content in parts().items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not found or not closed:
+            raise SystemExit(f"protocol/README.md has no markers for {name!r}")
+        text = f"{head}{begin}{content}{end}{tail}"
+    return text
+
+
+def vectors_text() -> str:
+    """The file as it is written."""
+    return json.dumps(whole(), indent=1, ensure_ascii=False) + "\n"
+
+
+def main() -> int:
+    """Write, or with --check compare."""
+    new = {VECTORS: vectors_text(), DOCUMENT: written(DOCUMENT.read_text())}
+    stale = [path for path, text in new.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the code says; run scripts/vectors", file=sys.stderr)
+        return int(bool(stale))
+    for path, text in new.items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
