@@ -118,7 +118,7 @@ _COMMANDS: dict[str, asking.Command] = {
 _PHASES = {
     "accept": "It is being checked.",
     "fetch": "Its files are being fetched.",
-    "queue": "It waits for a slot.",
+    "queue": "It waits for its turn.",
     "load": "Its model is being loaded.",
     "upload": "Its results are being uploaded.",
 }

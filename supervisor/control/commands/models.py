@@ -110,6 +110,10 @@ def _pull(arguments: argparse.Namespace, socket: Path) -> int:
                 sys.stdout.flush()
             elif event.name not in _LAST:
                 line.say(msgspec.convert({"t": event.name, **event.data}, Event))
+    except SupervisorError as error:
+        if line is None:
+            say(json.dumps({"t": "failed", "message": str(error)}, ensure_ascii=False))
+        raise
     finally:
         if line is not None:
             line.close()

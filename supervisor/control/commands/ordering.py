@@ -295,12 +295,30 @@ def _shutdown(arguments: argparse.Namespace) -> int:
 
 def _reload(arguments: argparse.Namespace) -> int:
     answer = ask(arguments, "POST", "/v1/reload", {}, patience_s=RELOAD_S)
-    return tell(arguments, answer, _reloaded)
+    tell(arguments, answer, reloaded)
+    return int(ExitCode.STOPPED if answer.get("ok", True) else ExitCode.FAILED)
 
 
-def _reloaded(answer: Any, paper: Paper) -> str:
-    told = (f"{name}: {value if isinstance(value, str) else as_json(value)}" for name, value in answer.items())
-    return _text(list(told), paper)
+def reloaded(answer: Any, paper: Paper) -> str:
+    """What is in force now, what waits for a restart, and what is wrong."""
+    lines = [*answer.get("problems", ())]
+    lines += [f"Changed: {_change(change)}" for change in answer.get("applied", ())]
+    lines += [f"Needs `supervisor drain --restart`: {_change(change)}" for change in answer.get("restart", ())]
+    return _text(
+        [
+            *lines,
+            *([] if answer.get("applied") or answer.get("restart") else ["Nothing has changed."]),
+            *answer.get("notes", ()),
+        ],
+        paper,
+    )
+
+
+def _change(change: Any) -> str:
+    """One change, as `supervisor.reload_plan.Change.shown` tells it."""
+    if not isinstance(change, dict):
+        return str(change)
+    return f"{change['key']}, from {as_json(change.get('old'))} to {as_json(change.get('new'))}"
 
 
 def _log_level(arguments: argparse.Namespace) -> int:

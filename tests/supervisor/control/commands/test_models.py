@@ -79,6 +79,18 @@ async def test_a_pull_that_fails(box, types, capsys, monkeypatch, end, sentence)
     assert sentence in capsys.readouterr().err
 
 
+async def test_a_pull_that_is_refused(box, types, capsys, monkeypatch):
+    """For programs as one that fails, whoever says so."""
+
+    def refuse(_self: object, _order: object) -> None:
+        raise Refused(429, "8 pulls are under way; wait for one of them.")
+
+    monkeypatch.setattr(type(box.acts), "pull", refuse)
+    assert await types("models", "pull", "owner/repo", "--json") == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"t": "failed", "message": "8 pulls are under way; wait for one of them."}
+
+
 async def test_a_removal_by_the_supervisor(box, types, here, capsys):
     assert await types("models", "remove", "a", "--keep-files") == 0
     assert box.acts.asked == [("remove", asked.Remove(name="a", keep_files=True))]

@@ -9,9 +9,12 @@ import sys
 import pytest
 
 from supervisor.control import asked
-from supervisor.control.commands.ordering import SOURCES, NoSuch, which_gpu
+from supervisor.control.commands.layout import Paper
+from supervisor.control.commands.ordering import SOURCES, NoSuch, reloaded, which_gpu
 from supervisor.control.snapshot import GpuView, Snapshot
 from supervisor.intake.holds import Hold, Source
+from supervisor.reload import Outcome
+from supervisor.reload_plan import Apply, Change
 
 GPUS = (
     GpuView(uuid="GPU-aa11", name="NVIDIA H200"),
@@ -170,3 +173,27 @@ def test_which_gpu_of_none():
 
 def test_the_sources_are_those_of_holds():
     assert tuple(Source) == SOURCES
+
+
+# ---- reload
+
+
+def test_what_a_reload_changed():
+    change = Change(path=("limits", "stall_s"), old=60.0, new=300.0, apply=Apply.LIVE)
+    other = Change(path=("coordinator", "url"), old="embedded", new="ws://c", apply=Apply.RESTART)
+    outcome = Outcome(reason="asked", applied=(change,), restart=(other,), notes=("worker.toml:1: a note",))
+    assert reloaded(outcome.plain(), Paper()).splitlines() == [
+        "Changed: limits.stall_s, from 60.0 to 300.0",
+        'Needs `supervisor drain --restart`: coordinator.url, from "embedded" to "ws://c"',
+        "worker.toml:1: a note",
+    ]
+    assert reloaded(Outcome(reason="asked").plain(), Paper()) == "Nothing has changed."
+
+
+async def test_a_reload_of_a_wrong_configuration(box, types, capsys, monkeypatch):
+    async def reload(_self: object) -> dict[str, object]:
+        return Outcome(reason="asked", problems=("worker.toml:3: limits.drain_s: expected float",)).plain()
+
+    monkeypatch.setattr(type(box.acts), "reload", reload)
+    assert await types("reload") == 1
+    assert capsys.readouterr().out == "worker.toml:3: limits.drain_s: expected float\nNothing has changed.\n"
