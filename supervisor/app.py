@@ -17,6 +17,7 @@ import secrets
 import signal
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld
 from supervisor.host.host import Host, open_host
 from supervisor.host.work import ModelSpec
 from supervisor.intake.admission import ModelState
+from supervisor.intake.holds import Source
 from supervisor.link import register
 from supervisor.link.attempts import Attempts
 from supervisor.link.dialects import DIALECTS
@@ -129,6 +131,7 @@ class _Supervisor:
         self._proofs: dict[str, Proof] = {}
         self._drain = trio.Event()
         self._drain_reason = ""
+        self._drain_until: float | None = None
         self._restart = False
         self._now = trio.CancelScope()  # cancelled by the second signal
         self._refused: SupervisorError | None = None
@@ -155,6 +158,7 @@ class _Supervisor:
         """Begin the drain; later reasons change nothing. With `restart` the end asks to be started again."""
         if not self._drain.is_set():
             self._drain_reason = reason
+            self._drain_until = time.time() + self._limits.drain_s
             self._restart = restart
             self._drain.set()
             self._look()
@@ -240,6 +244,8 @@ class _Supervisor:
                 models, Fault("worker_stopping", f"The worker steps aside: {hold.reason or hold.source}.")
             )
             nursery.start_soon(box.run, host)
+            worker.on_pause = lambda reason, for_s: box.pausing.put(Source.COORDINATOR, reason, for_s=for_s)
+            worker.on_resume = lambda: box.pausing.lift(Source.COORDINATOR)
             nursery.start_soon(worker.keep_announced)
             nursery.start_soon(spoken.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
@@ -316,7 +322,7 @@ class _Supervisor:
 
     def _liveness(self, box: Box, host: Host, worker: Worker) -> Liveness:
         def sentence() -> str:
-            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred)
+            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons)
             reason = box.pausing.reason()
             return status_sentence(
                 models=len(states),
@@ -337,7 +343,7 @@ class _Supervisor:
             return Link(url=address.url, connected=up, reason="" if up else "the coordinator does not answer")
 
         def refused() -> dict[str, str]:
-            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred)
+            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons)
             return {name: f"not served: {state.reason}" for name, state in states.items() if not state.available}
 
         gathering = Gathering(
@@ -355,6 +361,9 @@ class _Supervisor:
                 incidents=box.recent_incidents,
                 ends=box.ends,
                 refused=refused,
+                drain_until=lambda: self._drain_until,
+                sights=lambda: (*box.pausing.sights(), *box.watch_holds.sights()),
+                coming=box.watch_holds.coming,
             )
         )
         self._events = Events(
@@ -380,7 +389,7 @@ class _Supervisor:
     def _worker(self, box: Box, host: Host, attempts: Attempts, keeping: OnDisk, remote: Remote) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
             return register.capabilities(
-                register.model_offers(self._specs, self._proofs, host.snapshot(), box.barred),
+                register.model_offers(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons),
                 labels=self._settings.worker.labels,
                 machine=f"{platform.system()} {platform.machine()}",
                 version=version(),
@@ -389,7 +398,7 @@ class _Supervisor:
             )
 
         def models() -> dict[str, ModelState]:
-            return register.model_states(self._specs, self._proofs, host.snapshot(), box.barred)
+            return register.model_states(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons)
 
         name = self._state.worker_id(self._settings.worker.name)
         return Worker(

@@ -134,6 +134,10 @@ class Box:
         reasons = [self.health.usable(uuid) or self._cordoned(uuid) for uuid in self._gpus_of(spec)]
         return next(iter(reasons), "") if all(reasons) else ""
 
+    def cordons(self, spec: ModelSpec) -> Mapping[str, tuple[str, float | None]]:
+        """Kind -> why no jobs of it are taken for a model, and for how many more seconds."""
+        return self.pausing.kinds_held(spec.model.kinds, self._gpus_of(spec, spec.model.devices))
+
     def _cordoned(self, uuid: str) -> str:
         """Why this GPU alone is held; what holds the whole worker is told in another way."""
         return Holds(self.pausing.holds().scoped()).reason(gpu=uuid)

@@ -38,6 +38,15 @@ def anywhere(_spec: ModelSpec) -> str:
     return ""
 
 
+# Kind -> why no jobs of it are taken for a model, and for how many more seconds (None: not known).
+Cordons = Callable[[ModelSpec], Mapping[str, tuple[str, float | None]]]
+
+
+def no_cordons(_spec: ModelSpec) -> Mapping[str, tuple[str, float | None]]:
+    """Every kind is taken."""
+    return {}
+
+
 def why_not(proof: Proof, status: InstanceStatus | None, barred: str = "") -> str:
     """Why a model cannot be announced now; "" when it can. `barred`: why this machine cannot serve it."""
     if barred:
@@ -54,6 +63,7 @@ def model_states(
     proofs: Mapping[str, Proof],
     snapshot: Iterable[InstanceStatus],
     barred: Barred = anywhere,
+    cordons: Cordons = no_cordons,
 ) -> dict[str, ModelState]:
     """Every configured model as admission sees it; `taken` is the ledger's to fill in."""
     lanes = _lanes(snapshot)
@@ -61,11 +71,14 @@ def model_states(
     for spec in specs:
         copies = lanes.get(spec.name, [])
         reason = why_not(proofs.get(spec.name, PENDING), _best(copies), barred(spec))
+        held = cordons(spec)
         states[spec.name] = ModelState(
             kinds=spec.model.kinds,
             slots=_slots(copies),
             available=not reason,
             reason=reason,
+            held={kind: why for kind, (why, _left_s) in held.items()},
+            held_ms={kind: int(left_s * 1000) for kind, (_why, left_s) in held.items() if left_s is not None},
         )
     return states
 
@@ -75,6 +88,7 @@ def model_offers(
     proofs: Mapping[str, Proof],
     snapshot: Iterable[InstanceStatus],
     barred: Barred = anywhere,
+    cordons: Cordons = no_cordons,
 ) -> tuple[ModelOffer, ...]:
     """The announcement of every model that works, in the order of the configuration."""
     lanes = _lanes(snapshot)
@@ -82,12 +96,14 @@ def model_offers(
     for spec in specs:
         copies = lanes.get(spec.name, [])
         proof, status = proofs.get(spec.name, PENDING), _best(copies)
-        if why_not(proof, status, barred(spec)):
+        held = cordons(spec)
+        kinds = tuple(kind for kind in spec.model.kinds if kind not in held)
+        if not kinds or why_not(proof, status, barred(spec)):
             continue
         offers.append(
             ModelOffer(
                 name=spec.name,
-                kinds=spec.model.kinds,
+                kinds=kinds,
                 engine=spec.engine.name,
                 slots=_slots(copies),
                 resident=status is not None and status.state in RESIDENT,

@@ -79,6 +79,8 @@ class Worker:
         self._paused = ""
         self._paused_until = float("inf")
         self._pause_changed = trio.Event()
+        self.on_pause: Callable[[str, float | None], object] = lambda _reason, _for_s: None
+        self.on_resume: Callable[[], object] = lambda: None
 
     # ---- what others ask of us
 
@@ -188,9 +190,11 @@ class Worker:
                 self._paused = reason or "the coordinator paused it"
                 self._paused_until = trio.current_time() + for_ms / 1000 if for_ms > 0 else float("inf")
                 self._pause_changed.set()
+                self.on_pause(reason, for_ms / 1000 if for_ms > 0 else None)
                 self.announce()
             case wire.Resume():
                 self._paused = self._drain_asked = ""
+                self.on_resume()
                 self._pause_changed.set()
                 self.announce()
             case wire.Order():

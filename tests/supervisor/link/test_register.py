@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
+
 from protocol.engine_wire import Model
 from supervisor.host.work import EngineSpec, InstanceStatus, ModelSpec
 from supervisor.link.register import Proof, capabilities, model_offers, model_states
@@ -52,3 +54,19 @@ def test_capabilities_say_why_no_jobs_are_taken():
     made = capabilities((), labels={"rack": "1"}, machine="Linux", version="1", not_accepting="it drains")
     assert (made.accepting, made.reason, made.labels) == (False, "it drains", {"rack": "1"})
     assert capabilities((), labels={}, machine="", version="").accepting
+
+
+def test_a_cordoned_kind_is_announced_by_nobody_and_refused_with_its_reason():
+    """A model that serves other kinds as well goes on with those."""
+    proofs = {"chat": Proof(ok=True, revision="r1")}
+    chat = spec("chat")
+    chat = msgspec.structs.replace(chat, model=msgspec.structs.replace(chat.model, kinds=("llm", "rerank")))
+    held = {"rerank": ("held by the operator (rerank)", 5.0)}
+    (offer,) = model_offers([chat], proofs, [], cordons=lambda _spec: held)
+    assert offer.kinds == ("llm",)
+    state = model_states([chat], proofs, [], cordons=lambda _spec: held)["chat"]
+    assert state.available
+    assert (state.held, state.held_ms) == ({"rerank": "held by the operator (rerank)"}, {"rerank": 5000})
+    every = {kind: ("held by the operator", None) for kind in chat.model.kinds}
+    assert model_offers([chat], proofs, [], cordons=lambda _spec: every) == ()
+    assert model_states([chat], proofs, [], cordons=lambda _spec: every)["chat"].held_ms == {}
