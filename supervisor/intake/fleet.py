@@ -173,6 +173,10 @@ class Fleet:
         mates = self.groups.get(model.plan.group, ()) if model.plan.group else ()
         return [instance for mate in mates if mate is not model for instance in mate.instances.values()]
 
+    def turn_of(self, model: Model) -> Model | None:
+        """Another model of its exclusive group for which a place is being cleared; None without one."""
+        return next((mate for mate in self.groups[model.plan.group] if mate is not model and mate.target), None)
+
     # ---- the only places that write memory down
 
     def add(self, instance: Instance) -> None:

@@ -283,7 +283,8 @@ class Scheduler:
         if model.unread:
             model.unread = False
             self._answer_hopeless(model)
-            self._do.want(model)
+            if self._do.want(model):
+                self._do.clock.set(model, self._do.now)
 
     def _unread(self, event: fx.Unread) -> None:
         model = self._do.fleet.models[event.model]
@@ -298,12 +299,13 @@ class Scheduler:
 
     def _copies(self, event: fx.Copies) -> None:
         model = self._do.fleet.models[event.model]
+        more = event.count > model.plan.copies
         model.plan = msgspec.structs.replace(model.plan, copies=event.count)
         if not event.count and event.problem:
             model.wanted = False
             self._do.fail(model, "quarantined", event.problem)
             return
-        model.wanted = model.wanted or (model.plan.pin and not model.live)
+        model.wanted = model.wanted or (more and model.plan.pin and not model.live)
         self._do.want(model)
 
     def _listed(self, event: fx.Listed) -> None:

@@ -88,6 +88,8 @@ def look(model: Model, fleet: Fleet, view: Look) -> Turn:
     if model.ready and (rest := _drain_s(model)) <= model.load_s:
         return Later(f"its slots are busy; another copy would take {model.load_s:.0f} s to load", SOONEST_S + rest / 4)
     rivals = fleet.rivals(model)
+    if model.plan.group and (mate := fleet.turn_of(model)) is not None:
+        return Later(f"only one model of the group {model.plan.group} may be loaded, and {mate.plan.name} is next", 1.0)
     if not rivals:
         free = [place for place in places if _fits(place, gpus)]
         if free:

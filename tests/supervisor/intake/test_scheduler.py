@@ -466,3 +466,133 @@ def test_whatever_happens_the_promises_hold(steps):
         drive.tell(fx.HoldLifted(uuid))
     drive.finish(PATIENCE_S + 20 * SLICES * 22)
     assert len(drive.started) == len(set(drive.started))
+
+
+# ---- what only a running supervisor tells
+
+
+def test_of_an_exclusive_group_a_busy_model_does_not_load_again_while_another_takes_its_turn():
+    drive = Drive([model("a", 5, group="g"), model("b", 5, group="g")], [gpu("g0", 24), gpu("g1", 24)])
+    running = drive.job("a")
+    drive.settle()
+    drive.job("b")
+    drive.now += PATIENCE_S + 1
+    drive.tell(fx.Tick())
+    assert drive.drains(drive.running[running])
+    drive.job("a")
+    drive.now += 10
+    drive.tell(fx.Tick())
+    assert not drive.loading  # there is room for it on the other GPU, and it is b's turn
+    drive.end(running)
+    drive.gone(next(iter(drive.leaving)))
+    assert [load.model for load in drive.loading.values()] == ["b"]
+
+
+def test_a_job_that_wants_to_be_alone_waits_for_an_empty_instance_and_holds_up_those_behind_it():
+    drive = Drive([model("a", 5, slots=3)], [gpu("g", 24)])
+    first = drive.job("a")
+    drive.settle()
+    alone, behind = drive.job("a", alone=True), drive.job("a")
+    assert drive.started == [first]
+    drive.end(first)
+    assert drive.started == [first, alone]
+    drive.end(alone)
+    assert drive.started == [first, alone, behind]
+
+
+def test_a_cancelled_job_that_wanted_to_be_alone_lets_the_others_in():
+    drive = Drive([model("a", 5, slots=3)], [gpu("g", 24)])
+    drive.job("a")
+    drive.settle()
+    alone, behind = drive.job("a", alone=True), drive.job("a")
+    drive.cancel(alone)
+    assert behind in drive.running
+
+
+def test_an_instance_that_does_not_accept_gets_no_runs_until_it_does():
+    drive = Drive([model("a", 5, slots=3)], [gpu("g", 24)])
+    drive.job("a")
+    drive.settle()
+    (number,) = drive.ready
+    drive.tell(fx.Accepts(number, False))
+    job = drive.job("a")
+    assert job in drive.waiting
+    drive.tell(fx.Accepts(number, True))
+    assert job in drive.running
+
+
+def test_an_instance_that_breaks_is_replaced_when_it_is_gone():
+    drive = Drive([model("a", 5)], [gpu("g", 24)])
+    job = drive.job("a")
+    drive.settle()
+    (number,) = drive.ready
+    drive.leaving[number] = drive.ready.pop(number)
+    drive.tell(fx.Leaves(number))
+    drive.end(job)
+    drive.job("a")
+    drive.now += 10
+    drive.tell(fx.Tick())
+    assert not drive.loading  # its lane is still busy with the end
+    drive.gone(number)
+    assert len(drive.loading) == 1
+
+
+def test_how_many_runs_an_instance_takes_is_what_it_says():
+    drive = Drive([model("a", 5)], [gpu("g", 24)])
+    drive.job("a")
+    (number,) = drive.loading
+    drive.ready[number] = drive.loading.pop(number)
+    drive.plans["a"] = model("a", 5, slots=4)
+    drive.tell(fx.LoadEnds(number, 1.0, slots=4))
+    for _ in range(4):
+        drive.job("a")
+    assert (len(drive.running), len(drive.waiting)) == (4, 1)
+
+
+def test_without_a_lane_jobs_wait_or_are_refused_when_there_is_a_reason():
+    drive = Drive([model("a", 5)], [gpu("g", 24)])
+    drive.tell(fx.Copies("a", 0))
+    job = drive.job("a")
+    assert job in drive.waiting
+    assert "after a pause" in drive.scheduler.why()["a"]
+    drive.tell(fx.Copies("a", 0, "it crashes"))
+    assert drive.refused[job].code == "quarantined"
+    drive.tell(fx.Copies("a", 1))
+    drive.job("a")
+    assert len(drive.loading) == 1
+
+
+def test_what_is_loaded_on_a_gpu_that_vanished_stays_in_the_books_until_it_is_gone():
+    drive = Drive([model("a", 20), model("b", 20)], [gpu("g0", 24), gpu("g1", 24)])
+    drive.job("a")
+    drive.settle()
+    (load,) = drive.ready.values()
+    (there,) = load.shares
+    other = "g1" if there == "g0" else "g0"
+    drive.tell(fx.Listed((gpu(other, 24),)))
+    drive.job("b")
+    assert [set(each.shares) for each in drive.loading.values()] == [{other}]
+    drive.tell(fx.Listed((gpu("g0", 24), gpu("g1", 24))))
+    assert drive.scheduler._do.fleet.gpus[there].ours == 20 * GIB
+
+
+def test_what_settles_gives_back_what_it_was_promised_too_much():
+    drive = Drive([model("a", 20, estimated=True), model("b", 15)], [gpu("g", 24)])
+    job = drive.job("a")
+    drive.settle()
+    drive.end(job)
+    (number,) = drive.ready
+    drive.tell(fx.Settles(number, {"g": 4 * GIB}))
+    drive.ready[number] = fx.Load(number, "a", {"g": 4 * GIB})
+    drive.job("b")
+    assert len(drive.loading) == 1
+    assert not drive.leaving
+
+
+def test_a_load_that_is_nearly_done_is_finished_though_nobody_waits():
+    drive = Drive([model("a", 5)], [gpu("g", 24)])
+    job = drive.job("a")
+    (number,) = drive.loading
+    drive.tell(fx.NearlyLoaded(number))
+    drive.cancel(job)
+    assert number in drive.loading
