@@ -24,21 +24,26 @@ class Verb(NamedTuple):
 
 
 def _examples(*lines: str) -> str:
-    return "\n".join(("examples:", *(f"  {line}" for line in lines), ""))
+    """What is said about an example, after two spaces or more, stands in a column as near as the examples allow."""
+    pairs = [(command, said.strip()) for command, _, said in (line.partition("  ") for line in lines)]
+    column = max((len(command) for command, said in pairs if said), default=0)
+    return "\n".join(("examples:", *(f"  {command:<{column}}  {said}".rstrip() for command, said in pairs), ""))
 
 
 _CONFIG_HELP = """\
-The configuration is worker.toml: --config FILE, else $BULKHEAD_CONFIG, else ./worker.toml, else
-~/.config/bulkhead/worker.toml, else /etc/bulkhead/worker.toml. Environment variables are stronger than the file:
+The configuration is worker.toml: --config FILE, else $BULKHEAD_CONFIG, else
+./worker.toml, else ~/.config/bulkhead/worker.toml, else
+/etc/bulkhead/worker.toml. Environment variables are stronger than the file:
 BULKHEAD__COORDINATOR__LISTEN=127.0.0.1:9000 sets [coordinator] listen.
 
-The first SIGTERM or Ctrl-C drains: running jobs get [limits] drain_s. The second stops at once.
+The first SIGTERM or Ctrl-C drains: running jobs get [limits] drain_s. The
+second stops at once.
 
 """
 
 EXAMPLES = _examples(
     "supervisor run                             serve what ./worker.toml says",
-    "supervisor status                          what runs, what is loaded, and why a GPU is idle",
+    "supervisor status                          what runs, and why a GPU is idle",
     "supervisor models pull chat.gguf           add a model to worker.toml",
     "supervisor config check                    look for mistakes without starting anything",
 )
@@ -53,8 +58,9 @@ VERBS: dict[str, Verb] = {
             "BULKHEAD__LOG__LEVEL=debug supervisor run",
         )
         + """
-exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refused this worker, 70 internal,
-73 another process holds this identity, 77 no permission, 78 bad configuration
+exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator
+refused this worker, 70 internal, 73 another process holds this identity,
+77 no permission, 78 bad configuration
 """,
     ),
     "status": Verb(
@@ -106,9 +112,9 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
     "pause": Verb(
         "take no new jobs for a while",
         _examples(
-            "supervisor pause                           take no new jobs until `supervisor resume`",
+            "supervisor pause                           no new jobs until `resume`",
             "supervisor pause --for 2h                  until then",
-            "supervisor pause --free-vram               end the loaded models, too: the GPU is yours now",
+            "supervisor pause --free-vram               end the models, too: the GPU is yours",
             "supervisor pause --kind image --gpu 1      only these jobs, only there",
         ),
         _ORDERING,
@@ -153,7 +159,7 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
         "search, pull, list, verify, gc, remove, load and unload models",
         _examples(
             "supervisor models search chat",
-            "supervisor models pull qwen3-4b            one that is known; or a file, a URL, owner/repo:file",
+            "supervisor models pull qwen3-4b            a known one; or owner/repo:file",
             "supervisor models pull ./chat.gguf",
             "supervisor models pull https://example.org/voice.onnx --sha256 HEX",
             "supervisor models list",
@@ -178,8 +184,8 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
     "register": Verb(
         "tell this worker which coordinator it works for",
         _examples(
-            "supervisor register wss://gpu.example.org/worker --token-file /etc/bulkhead/token",
-            "pass show bulkhead | supervisor register wss://gpu.example.org/worker",
+            "supervisor register wss://gpu.example.org --token-file token",
+            "pass show bulkhead | supervisor register wss://gpu.example.org",
         ),
         _ORDERING,
     ),
@@ -194,8 +200,8 @@ exit codes: 0 stopped as asked, 64 wrong command line, 69 the coordinator refuse
     "service": Verb(
         "install, remove or look at the service of this user or of the system",
         _examples(
-            "supervisor service install                 start with this user's login, restart after a crash",
-            "supervisor service install --system        for the whole box, as a user of its own (needs root)",
+            "supervisor service install                 with this user's login",
+            "supervisor service install --system        for the whole box (needs root)",
             "supervisor service status",
             "supervisor service uninstall",
         ),
