@@ -13,14 +13,11 @@ the fewest go, least recently used first among equals.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-# Beyond this many candidates the exact search is replaced by a greedy one (2**12 sets are 10 ms).
-EXACT_SEARCH = 12
 # Demand is forgotten with this time constant, in seconds: a chat's pause is remembered, yesterday's is not.
 DEMAND_S = 300.0
 # From the order to end until the driver has the memory back, in seconds.
@@ -65,24 +62,6 @@ class Tenant(msgspec.Struct, frozen=True):
     name: str
     holds: Mapping[str, int]
     price: float = 0.0
-
-
-def cheapest(tenants: Sequence[Tenant], missing: Mapping[str, int]) -> tuple[Tenant, ...]:
-    """The set with the least harm that gives back what is missing; then the fewest, then those named first.
-
-    Returns:
-        Empty when all together do not suffice. Nobody in it is superfluous.
-    """
-    useful = [tenant for tenant in tenants if any(tenant.holds.get(uuid, 0) > 0 for uuid in missing)]
-    if lacking(missing, useful):
-        return ()
-    if len(useful) > EXACT_SEARCH:
-        return greedy(useful, missing)
-    sets: Iterator[tuple[Tenant, ...]] = itertools.chain.from_iterable(
-        itertools.combinations(useful, size) for size in range(1, len(useful) + 1)
-    )
-    # `min` keeps the first of equals, and sets come by size: the fewest, the earliest.
-    return min((chosen for chosen in sets if not lacking(missing, chosen)), key=_price)
 
 
 def greedy(tenants: Sequence[Tenant], missing: Mapping[str, int]) -> tuple[Tenant, ...]:
@@ -133,10 +112,6 @@ def lacking(missing: Mapping[str, int], tenants: Sequence[Tenant]) -> dict[str, 
     """Device -> bytes that are still missing when these have gone; without the devices that have enough."""
     rest = {uuid: lack - sum(each.holds.get(uuid, 0) for each in tenants) for uuid, lack in missing.items()}
     return {uuid: lack for uuid, lack in rest.items() if lack > 0}
-
-
-def _price(tenants: Sequence[Tenant]) -> float:
-    return sum(tenant.price for tenant in tenants)
 
 
 def _useful_bytes(tenant: Tenant, missing: Mapping[str, int]) -> int:
