@@ -150,6 +150,10 @@ class Deciding:
         """Runs that wait for a model."""
         return len(self._waiting[model])
 
+    def most_of(self, model: str) -> int:
+        """The most GPU memory in bytes that one job of a model may say it needs; 0 sets no limit."""
+        return self._scheduler.most_of(model)
+
     def why(self) -> dict[str, str]:
         """Model -> why it is not loaded or has no slot, for every model that somebody waits for."""
         return self._scheduler.why()

@@ -185,6 +185,7 @@ class Lane:
             last_end=self._last_end,
             copy=self.copy,
             gpus=self._order.spec.model.devices if self._order else (),
+            job_vram_bytes=self._deciding.most_of(self.spec.name),
         )
 
     @property

@@ -151,6 +151,7 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
         last_end: one phrase about how the previous instance ended ("killed by SIGSEGV while it ran a job").
         copy: which of the model's instances it is, from 0. Runs that wait are counted at the first.
         gpus: UUIDs of the GPUs that it was given; empty where nothing is known of them.
+        job_vram_bytes: most GPU memory that one job may say it needs here; 0 sets no limit.
     """
 
     model: str
@@ -172,3 +173,4 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_end: str = ""
     copy: int = 0
     gpus: tuple[str, ...] = ()
+    job_vram_bytes: int = 0

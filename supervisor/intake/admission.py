@@ -13,6 +13,8 @@ from protocol.link_wire import Offer
 
 # Jobs that may wait at the model beyond those that run: the next one starts without a round trip to the coordinator.
 QUEUE_AHEAD = 2
+# No GPU has a PiB; what claims to need one is nonsense.
+MOST_VRAM_GB = 2.0**20
 BUSY_RETRY_MS = 1000
 DRAINING_RETRY_MS = 60_000
 PAUSED_RETRY_MS = 10_000
@@ -25,6 +27,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
         kinds: task kinds it serves.
         slots: runs at once.
         taken: attempts of it that this worker holds and that have not ended.
+        job_vram_bytes: most GPU memory that a job may say it needs; 0 sets no limit.
         available: whether it is announced; `reason` says why not.
         held: kind -> why no jobs of that kind are taken, as a phrase: a cordon.
         held_ms: kind -> what is left of it; kinds whose end is not known are left out.
@@ -33,6 +36,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     kinds: tuple[str, ...]
     slots: int = 1
     taken: int = 0
+    job_vram_bytes: int = 0
     available: bool = True
     reason: str = ""
     held: Mapping[str, str] = {}
@@ -89,6 +93,13 @@ def admit(offer: Offer, job: str, attempt: int, situation: Situation) -> Verdict
         return Refuse("busy", text, model.held_ms.get(offer.kind) or PAUSED_RETRY_MS)
     if problem := _bad_content(offer):
         return problem
+    if not 0 <= offer.vram_gb_estimate < MOST_VRAM_GB:
+        return Refuse("bad_offer", f"vram_gb_estimate: {offer.vram_gb_estimate} is no amount of memory.")
+    if model.job_vram_bytes and offer.vram_gb_estimate * 2**30 > model.job_vram_bytes:
+        most = f"{model.job_vram_bytes / 2**30:.1f} GiB"
+        return Refuse(
+            "too_large", f"The job may need {offer.vram_gb_estimate:.1f} GiB of GPU memory, here at most {most}."
+        )
     if model.taken >= model.slots + QUEUE_AHEAD:
         return Refuse("busy", f"The model {offer.model!r} has {model.taken} jobs already.", BUSY_RETRY_MS)
     return Take()

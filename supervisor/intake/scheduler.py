@@ -116,6 +116,13 @@ class Scheduler:
         model = self._do.fleet.models[name]
         return "" if model.live else why(model, self._do.fleet)
 
+    def most_of(self, name: str) -> int:
+        """The most GPU memory that one job of a model may say it needs; 0 sets no limit."""
+        model = self._do.fleet.models[name]
+        rooms = model.rooms.values()
+        most = (sum if model.plan.split else max)(rooms) if rooms else 0
+        return min((each for each in (most, self._threshold) if each), default=0)
+
     def queued(self) -> dict[str, int]:
         """Model -> jobs that wait, where some do. Reads all models."""
         return {name: len(model.waiting) for name, model in self._do.fleet.models.items() if model.waiting}

@@ -75,6 +75,7 @@ def model_states(
         states[spec.name] = ModelState(
             kinds=spec.model.kinds,
             slots=_slots(copies),
+            job_vram_bytes=copies[0].job_vram_bytes if copies else 0,
             available=not reason,
             reason=reason,
             held={kind: why for kind, (why, _left_s) in held.items()},

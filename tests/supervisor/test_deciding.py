@@ -283,6 +283,7 @@ async def test_what_can_never_fit_is_refused_with_numbers(tmp_path, autojump_clo
         assert isinstance(end, Failed)
         assert "vram_threshold_gb" in end.fault.message
         assert isinstance(await it.ask("x", vram_bytes=12 * GIB), Done)
+        assert it.host.snapshot()[1].job_vram_bytes == 12 * GIB
 
 
 async def test_loads_wait_for_the_first_reading(tmp_path, autojump_clock):

@@ -57,6 +57,8 @@ def test_slots_and_a_small_queue_are_the_limit():
         (offer("audio_stt", "ears", {}, inputs=(ref("../x"),)), "bad_offer", "not distinct plain names"),
         (offer("audio_stt", "ears", {}, inputs=(ref(size=2**40),)), "too_large", "exceeds"),
         (offer("audio_stt", "ears", {}, inputs=(ref(size=-1),)), "too_large", "exceeds"),
+        (offer(vram_gb_estimate=float("nan")), "bad_offer", "no amount of memory"),
+        (offer(vram_gb_estimate=-1.0), "bad_offer", "no amount of memory"),
     ],
 )
 def test_what_is_refused_and_why(given, code, words):
@@ -64,6 +66,14 @@ def test_what_is_refused_and_why(given, code, words):
     assert isinstance(refused, Refuse)
     assert refused.code == code
     assert words in refused.reason
+
+
+def test_what_a_job_says_it_needs_of_the_gpu_is_held_against_it():
+    models = {"chat": ModelState(kinds=("llm",), job_vram_bytes=12 * 2**30)}
+    assert verdict(offer(vram_gb_estimate=12.0), models=models) == Take()
+    refused = verdict(offer(vram_gb_estimate=12.5), models=models)
+    assert (refused.code, "at most 12.0 GiB" in refused.reason) == ("too_large", True)
+    assert verdict(offer(vram_gb_estimate=500.0)) == Take()  # nothing is known of the GPUs
 
 
 @pytest.mark.parametrize(("job", "attempt"), [("../up", 1), ("", 1), ("job", 0), ("a/b", 1)])
