@@ -39,7 +39,7 @@ async def ring(box, tmp_path) -> AsyncIterator[Ring]:
 
 async def typed(tmp_path: Path, *words: str) -> int:
     argv = [*words, "--config", str(tmp_path / "worker.toml")]
-    return await trio.to_thread.run_sync(functools.partial(main, argv))
+    return await trio.to_thread.run_sync(functools.partial(main, argv), abandon_on_cancel=True)
 
 
 async def test_logs(ring, tmp_path, capsys):
