@@ -17,7 +17,6 @@ import secrets
 import signal
 import ssl
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,14 @@ from protocol.faults import Fault
 from protocol.link_wire import Capabilities
 from supervisor import config, config_edit
 from supervisor.box import Box
-from supervisor.config_live import LiveConfig
-from supervisor.control.events import Events
-from supervisor.control.gather import Gathering, Sources
 from supervisor.control.jobs_seen import JobBook
 from supervisor.control.knock import knock
-from supervisor.control.server import open_control
-from supervisor.control.snapshot import Link
-from supervisor.control.surface import Surface
+from supervisor.drain import Drain
 from supervisor.embedded import Ready, open_embedded
 from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused, SupervisorError
+from supervisor.front import Behind, Front
 from supervisor.host.host import Host, open_host
 from supervisor.host.work import ModelSpec
-from supervisor.intake.admission import ModelState
 from supervisor.intake.holds import Source
 from supervisor.link import register
 from supervisor.link.attempts import Attempts
@@ -54,7 +48,7 @@ from supervisor.link.remote import Refused, Remote
 from supervisor.link.session import Address, SessionEnd, Why
 from supervisor.link.shipping import Shipping
 from supervisor.link.worker import Identity, Worker
-from supervisor.live_settings import appliers
+from supervisor.live_settings import Parts, appliers
 from supervisor.liveness import Liveness
 from supervisor.machine.weights import Digests
 from supervisor.model_uses import ModelUses
@@ -62,11 +56,11 @@ from supervisor.notices import Log, set_level, set_up
 from supervisor.observe.jobwatch import Watches
 from supervisor.observe.otlp import open_tracer
 from supervisor.observe.tally import Tally
-from supervisor.orders import Orders
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
 from supervisor.reload import Outcome, Reloader
 from supervisor.secrets import TOKEN, secret
+from supervisor.served import Served
 from supervisor.service import Service, status_sentence
 from supervisor.settings import CoordinatorTable, LimitsTable, Settings
 from supervisor.state import StateFolder, hold_state, write_endpoint
@@ -127,12 +121,7 @@ class _Supervisor:
         )
         self._tracer = open_tracer(settings.otel)
         self._jobs = JobBook()
-        self._events: Events | None = None
-        self._proofs: dict[str, Proof] = {}
-        self._drain = trio.Event()
-        self._drain_reason = ""
-        self._drain_until: float | None = None
-        self._restart = False
+        self._drain = Drain(lambda: self._limits.drain_s)
         self._now = trio.CancelScope()  # cancelled by the second signal
         self._refused: SupervisorError | None = None
 
@@ -150,18 +139,9 @@ class _Supervisor:
             await trio.to_thread.run_sync(self._tracer.close)  # bounded by itself
         if self._refused is not None:
             raise self._refused
-        return ExitCode.RESTART if self._restart else ExitCode.STOPPED
+        return ExitCode.RESTART if self._drain.restart else ExitCode.STOPPED
 
     # ---- asking for the end
-
-    def ask_drain(self, reason: str, restart: bool = False) -> None:
-        """Begin the drain; later reasons change nothing. With `restart` the end asks to be started again."""
-        if not self._drain.is_set():
-            self._drain_reason = reason
-            self._drain_until = time.time() + self._limits.drain_s
-            self._restart = restart
-            self._drain.set()
-            self._look()
 
     async def _heed_signals(self, task_status: trio.TaskStatus[None]) -> None:
         seen = 0
@@ -172,7 +152,7 @@ class _Supervisor:
                 name = signal.Signals(number).name
                 if seen == 1:
                     log.info("%s: draining for at most %g s; once more stops at once", name, self._limits.drain_s)
-                    self.ask_drain(f"{name} was received")
+                    self._drain.ask(f"{name} was received")
                 elif seen == 2:
                     log.warning("%s again: stopping at once", name)
                     self._now.cancel()
@@ -211,11 +191,12 @@ class _Supervisor:
         self, box: Box, address: Address, drain_coordinator: Callable[[], Awaitable[None]], around: trio.Nursery
     ) -> None:
         """Serve until the drain is over. `around` is for what outlives the engines, whose end may take its time."""
+        served = Served(self._specs, box)
         uses = ModelUses(Digests(self._state.digests).verify)
         prover = Prover(
             uses.verify,
             Verdicts(self._state.verdicts),
-            lambda spec, proof: self._proved(spec, proof, host, worker),
+            lambda spec, proof: self._proved(spec, proof, served, host, worker),
             probe=functools.partial(probe_engine, folder=self._state.empty_probes(), watch=box.watch),
         )
         means = box.means(uses.verify, prover.again)
@@ -227,18 +208,17 @@ class _Supervisor:
             trio.open_nursery() as nursery,
         ):
             stack.callback(uses.close)
+            served.instances = host.snapshot
             keeping = OnDisk(store, Outbox(self._state.outbox, int(self._limits.outbox_gb * 2**30)))
             watches = Watches(self._tally, self._tracer, listener=self._jobs)
             attempts = Attempts(host, spoken.delivery, host.ground, nursery, watches, keeping)
             attempts.restore(await keeping.restore())
             nursery.start_soon(keeping.run)
             attempts.on_done = box.watch_holds.note_good
-            worker = self._worker(box, host, attempts, keeping, self._remote(prover, nursery))
+            worker = self._worker(box, served, attempts, keeping, self._remote(prover, nursery))
             if self._notices is not None:
                 nursery.start_soon(Shipping(self._notices.ring, worker.say).run)
             keeping.on_change = worker.announce
-            host.on_change = lambda: self._host_changed(worker)
-            box.on_change = lambda: self._machine_changed(box, worker)
             box.pausing.on_warm = lambda models: self._warm(box, host, models)
             box.on_abort = lambda hold, models: attempts.stop_models(
                 models, Fault("worker_stopping", f"The worker steps aside: {hold.reason or hold.source}.")
@@ -250,23 +230,39 @@ class _Supervisor:
             nursery.start_soon(spoken.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, spoken, worker)
-            reloader = None if self._path is None else self._reloader(self._path, worker)
-            surface = self._surface(box, host, worker, address, reloader)
-            if surface.events is not None:
-                nursery.start_soon(surface.events.run)
-            if reloader is not None:
-                await nursery.start(reloader.run)
-            async with open_control(config.control_socket(self._settings), surface):
-                around.start_soon(self._liveness(box, host, worker).run)
+            front = Front(
+                Behind(
+                    settings=lambda: self._settings,
+                    state=self._state,
+                    path=self._path,
+                    box=box,
+                    host=host,
+                    served=served,
+                    worker=worker,
+                    attempts=attempts,
+                    drain=self._drain,
+                    url=address.url,
+                    tally=self._tally,
+                    notices=self._notices,
+                    jobs=self._jobs,
+                    nursery=nursery,
+                )
+            )
+            host.on_change = lambda: self._changed(worker, front)
+            box.on_change = lambda: self._machine_changed(box, worker, front)
+            self._drain.on_ask = front.look
+            if self._path is not None:
+                front.reloader = self._reloader(self._path, box, host, worker, front)
+                await nursery.start(front.reloader.run)
+            async with front.open():
+                around.start_soon(self._liveness(box, served, worker).run)
                 self._service.ready()
-                await self._drain.wait()
+                await self._drain.asked.wait()
                 self._service.stopping()
                 nursery.start_soon(self._service.keep_extending)
                 if not isinstance(self._refused, LinkRefused | IdentityHeld):  # else nobody takes what jobs bring
                     await self._drained(worker, attempts, drain_coordinator)
-                if surface.events is not None:
-                    await surface.events.end(self._drain_reason)
-            self._jobs.on_change = lambda: None
+            self._drain.on_ask = lambda: None
             host.on_change = None
             box.on_change = lambda: None
             box.pausing.on_warm = lambda _models: None
@@ -279,28 +275,23 @@ class _Supervisor:
         folder = self._state.root / table.dialect
         return DIALECTS[table.dialect].open(Home(table=table, address=address, folder=folder, name=name))
 
-    def _reloader(self, path: Path, worker: Worker) -> Reloader:
+    def _reloader(self, path: Path, box: Box, host: Host, worker: Worker, front: Front) -> Reloader:
         def take(settings: Settings) -> None:
             self._settings = settings
             worker.announce()
 
+        def reloaded(outcome: Outcome) -> None:
+            self._tally.reloaded("refused" if outcome.problems else "applied")
+            front.reloaded(outcome)
+
+        parts = Parts(holds=box.watch_holds.apply, log=self._notices.apply if self._notices else None)
         return Reloader(
             path,
             self._settings,
-            appliers(lambda: self._settings, take),
-            on_outcome=self._reloaded,
-            on_hangup=lambda: self.ask_drain("the terminal was closed"),
+            appliers(lambda: self._settings, take, parts),
+            on_outcome=reloaded,
+            on_hangup=lambda: self._drain.ask("the terminal was closed"),
         )
-
-    def _reloaded(self, outcome: Outcome) -> None:
-        self._tally.reloaded("refused" if outcome.problems else "applied")
-        if self._events is not None:
-            self._events.add("config", outcome.plain())
-
-    def _look(self) -> None:
-        """Something that is shown has changed."""
-        if self._events is not None:
-            self._events.look()
 
     def _warm(self, box: Box, host: Host, models: Iterable[str]) -> None:
         """Load again what a hold has ended."""
@@ -309,27 +300,26 @@ class _Supervisor:
             if spec.name in wanted and not box.barred(spec):
                 host.preload(spec.name)
 
-    def _host_changed(self, worker: Worker) -> None:
+    def _changed(self, worker: Worker, front: Front) -> None:
         worker.announce()
-        self._look()
+        front.look()
 
-    def _machine_changed(self, box: Box, worker: Worker) -> None:
-        worker.announce()
-        self._look()
+    def _machine_changed(self, box: Box, worker: Worker, front: Front) -> None:
+        self._changed(worker, front)
         if why := box.hopeless(self._specs):
             self._refused = self._refused or GpuUnkillable(why)
-            self.ask_drain(why)
+            self._drain.ask(why)
 
-    def _liveness(self, box: Box, host: Host, worker: Worker) -> Liveness:
+    def _liveness(self, box: Box, served: Served, worker: Worker) -> Liveness:
         def sentence() -> str:
-            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons)
+            states = served.states()
             reason = box.pausing.reason()
             return status_sentence(
                 models=len(states),
                 ready=sum(state.available for state in states.values()),
                 jobs=worker.running,
                 holds=[reason] if reason else [],
-                stopping=self._drain_reason,
+                stopping=self._drain.reason,
             )
 
         liveness = Liveness(self._service, sentence)
@@ -337,59 +327,10 @@ class _Supervisor:
         liveness.probe("the control socket", lambda: knock(path))
         return liveness
 
-    def _surface(self, box: Box, host: Host, worker: Worker, address: Address, reloader: Reloader | None) -> Surface:
-        def link() -> Link:
-            up = worker.connected
-            return Link(url=address.url, connected=up, reason="" if up else "the coordinator does not answer")
-
-        def refused() -> dict[str, str]:
-            states = register.model_states(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons)
-            return {name: f"not served: {state.reason}" for name, state in states.items() if not state.available}
-
-        gathering = Gathering(
-            Sources(
-                worker=worker.name,
-                specs=self._specs,
-                instances=host.snapshot,
-                holds=box.pausing.holds,
-                room=box.room,
-                watch=box.watch,
-                link=link,
-                jobs=lambda: worker.running,
-                draining=lambda: self._drain_reason or worker.stopping,
-                gpu_faults=box.gpu_faults,
-                incidents=box.recent_incidents,
-                ends=box.ends,
-                refused=refused,
-                drain_until=lambda: self._drain_until,
-                sights=lambda: (*box.pausing.sights(), *box.watch_holds.sights()),
-                coming=box.watch_holds.coming,
-            )
-        )
-        self._events = Events(
-            gathering.snapshot,
-            self._jobs.changes,
-            # What nobody calls `look` for: the session, a drain that the coordinator asked for, what waits for room.
-            watched=lambda: (worker.connected, worker.stopping, dict(box.room.waiting()), dict(box.gpu_faults())),
-        )
-        self._jobs.on_change = self._events.look
-        notices = self._notices
-        return Surface(
-            gathering.snapshot,
-            Orders(box.pausing, self.ask_drain),
-            lambda: [*box.gpu_metrics(), *self._tally.lines()],
-            specs=lambda: self._specs,
-            events=self._events,
-            jobs=self._jobs,
-            lines=notices.ring if notices else None,
-            log_level=(lambda: notices.levels.now) if notices else None,
-            config=LiveConfig(self._path, reloader) if self._path is not None and reloader is not None else None,
-        )
-
-    def _worker(self, box: Box, host: Host, attempts: Attempts, keeping: OnDisk, remote: Remote) -> Worker:
+    def _worker(self, box: Box, served: Served, attempts: Attempts, keeping: OnDisk, remote: Remote) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
             return register.capabilities(
-                register.model_offers(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons),
+                served.offers(),
                 labels=self._settings.worker.labels,
                 machine=f"{platform.system()} {platform.machine()}",
                 version=version(),
@@ -397,16 +338,13 @@ class _Supervisor:
                 gpus=box.gpus(),
             )
 
-        def models() -> dict[str, ModelState]:
-            return register.model_states(self._specs, self._proofs, host.snapshot(), box.barred, box.cordons)
-
         name = self._state.worker_id(self._settings.worker.name)
         return Worker(
             Identity(name=name, boot=secrets.token_hex(8)),
             attempts,
             offered=offered,
-            models=models,
-            on_shutdown=self.ask_drain,
+            models=served.states,
+            on_shutdown=self._drain.ask,
             held=lambda: (box.pausing.reason() or keeping.reason(), box.pausing.left_s()),
             tally=self._tally,
             on_order=remote.begin,
@@ -440,10 +378,10 @@ class _Supervisor:
             allow=lambda: self._settings.coordinator.allow,
         )
 
-    def _proved(self, spec: ModelSpec, proof: Proof, host: Host, worker: Worker) -> None:
+    def _proved(self, spec: ModelSpec, proof: Proof, served: Served, host: Host, worker: Worker) -> None:
         if proof.ok:
             log.info("%s is served (%s)", spec.name, ", ".join(spec.model.kinds))
-        self._proofs[spec.name] = proof
+        served.proved(spec.name, proof)
         worker.announce()
         preloads = any(model.preload for model in self._settings.models if model.name == spec.name)
         if proof.ok and (preloads or spec.pin):
@@ -452,15 +390,15 @@ class _Supervisor:
     async def _link(self, spoken: Spoken, worker: Worker) -> None:
         end = await keep_link(lambda: spoken.converse(worker), Backoff())
         self._refused = _refusal(end)
-        self.ask_drain(end.sentence)
+        self._drain.ask(end.sentence)
 
     async def _drained(
         self, worker: Worker, attempts: Attempts, drain_coordinator: Callable[[], Awaitable[None]]
     ) -> None:
         """No new jobs; those that run get `drain_s`, then their end is told, then it is over."""
-        worker.drain(self._drain_reason)
+        worker.drain(self._drain.reason)
         await drain_coordinator()
-        with trio.move_on_after(self._limits.drain_s):
+        with self._drain.hurried, trio.move_on_after(self._limits.drain_s):
             await attempts.ledger.wait_empty()
         if left := attempts.ledger.running:
             log.warning("%d jobs did not end within the drain's %g s", left, self._limits.drain_s)

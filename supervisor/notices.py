@@ -89,17 +89,36 @@ class Log:
         file: None when `[log]` names none.
     """
 
-    def __init__(self, table: LogTable, stream: logging.StreamHandler[TextIO]) -> None:
+    def __init__(self, table: LogTable, stream: logging.StreamHandler[TextIO], *, journal: bool = False) -> None:
         self.ring = Ring()
         self.levels = Levels(table.level)
-        self.file = LogFile(Path(table.file), int(table.max_mb * 2**20), table.keep) if table.file else None
+        self.file = _file_of(table)
+        self._table, self._stream, self._journal = table, stream, journal
+        stream.setFormatter(_formatter(table, journal))
         sinks: list[Sink] = [_Stream(stream), _Ring(self.ring)]
         if self.file is not None:
             sinks.append(_File(self.file))
+        self._sinks = sinks
         self._sentry = start_sentry(Path(table.sentry_dsn_file)) if table.sentry_dsn_file else None
         if self._sentry is not None:
             sinks.append(self._sentry)
         self.funnel = Funnel(self.levels, sinks)
+
+    def apply(self, table: LogTable) -> None:
+        """Go on in another form, or with another file; the level and Sentry stay. What the old file lacks is written.
+
+        Waits for that at most `logfile.CLOSE_S`.
+        """
+        self._stream.setFormatter(_formatter(table, self._journal))
+        if (table.file, table.max_mb, table.keep) != (self._table.file, self._table.max_mb, self._table.keep):
+            old, self.file = self.file, None
+            self._sinks[:] = [sink for sink in self._sinks if not isinstance(sink, _File)]
+            if old is not None:
+                old.close()
+            self.file = _file_of(table)
+            if self.file is not None:
+                self._sinks.append(_File(self.file))
+        self._table = table
 
     def dropped(self) -> Mapping[str, int]:
         """Sink -> lines that it did not get."""
@@ -113,6 +132,14 @@ class Log:
             self.file.close()
         if self._sentry is not None:
             self._sentry.close()
+
+
+def _file_of(table: LogTable) -> LogFile | None:
+    return LogFile(Path(table.file), int(table.max_mb * 2**20), table.keep) if table.file else None
+
+
+def _formatter(table: LogTable, journal: bool) -> logging.Formatter:
+    return TextFormatter(journal=journal) if table.format == "text" else JsonFormatter()
 
 
 class _Stream:
@@ -152,12 +179,8 @@ def set_up(table: LogTable, stream: TextIO | None = None, environ: Mapping[str, 
         ConfigError: Sentry is asked for and cannot be had.
     """
     global _log
-    formatter: logging.Formatter = JsonFormatter()
-    if table.format == "text":
-        formatter = TextFormatter(journal="JOURNAL_STREAM" in environ and stream is None)
     sink = logging.StreamHandler(sys.stderr if stream is None else stream)
-    sink.setFormatter(formatter)
-    made = Log(table, sink)
+    made = Log(table, sink, journal="JOURNAL_STREAM" in environ and stream is None)
     if _log is None:
         atexit.register(close)
     else:

@@ -157,8 +157,9 @@ class Conversations(Generic[StreamT]):
         length = {"content-length": str(len(response.body))}
         data = self._head(wire, response.status, response.kind, {**length, **response.headers})
         if wire.our_state is h11.SEND_BODY:
-            data += wire.send(h11.Data(data=response.body)) or b""
-            data += wire.send(h11.EndOfMessage()) or b""
+            with contextlib.suppress(h11.LocalProtocolError):  # the answer to HEAD has no body
+                data += wire.send(h11.Data(data=response.body)) or b""
+                data += wire.send(h11.EndOfMessage()) or b""
         else:
             data += response.body
         with trio.move_on_after(PATIENCE_S):

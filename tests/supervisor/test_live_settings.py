@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,3 +190,21 @@ async def test_the_log_and_one_that_cannot_be_had(tmp_path, caplog):
     assert outcome.problems == ("log.file: could not be taken up: log.file: no",)
     assert [change.key for change in outcome.restart] == ["log.file"]
     assert running.settings.log.file == ""
+
+
+async def test_the_log_goes_on_in_another_form_and_file(tmp_path):
+    stream = io.StringIO()
+    made = notices.set_up(LogTable(), stream)
+    running = Running(tmp_path, Parts(log=made.apply))
+    log = logging.getLogger("supervisor.test")
+    log.warning("first")
+    outcome = await running.save(f"[log]\nformat = 'json'\nfile = '{tmp_path}/a.log'\n")
+    assert {change.key for change in outcome.applied} == {"log.format", "log.file"}
+    log.warning("second")
+    await running.save(f"[log]\nfile = '{tmp_path}/b.log'\n")
+    log.warning("third")
+    notices.close()
+    lines = [line for line in stream.getvalue().splitlines() if "test: " in line or '"supervisor.test"' in line]
+    assert [line[0] == "{" for line in lines] == [False, True, False]
+    first, second = (tmp_path / "a.log").read_text(), (tmp_path / "b.log").read_text()
+    assert ("second" in first, "third" in first, "second" in second, "third" in second) == (True, False, False, True)
