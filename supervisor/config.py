@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -221,19 +221,38 @@ def _crosscheck(settings: Settings, environ: Mapping[str, str]) -> Iterator[Find
     yield from check_models(settings.models, settings.engines)
 
 
+class _Way(NamedTuple):
+    """What a dialect wants of `[coordinator]`; the dialects themselves are too much to load for a check."""
+
+    schemes: tuple[str, ...]
+    token: bool
+    embedded: bool
+
+
+_WAYS = {
+    "native": _Way(("ws", "wss"), token=True, embedded=True),
+    "studio": _Way(("https", "wss", "http", "ws"), token=False, embedded=False),
+}
+
+
 def _check_coordinator(table: CoordinatorTable, environ: Mapping[str, str]) -> Iterator[Finding]:
     def at(name: str, sentence: str) -> Finding:
         return ("coordinator", name), sentence
 
-    if table.url == "embedded":
+    way = _WAYS[table.dialect]
+    schemes = " or ".join(f"{scheme}://" for scheme in way.schemes)
+    if table.url == "embedded" and not way.embedded:
+        yield at("url", f'"embedded" speaks no {table.dialect}: give the {schemes} address of a coordinator that does')
+    elif table.url == "embedded":
         yield from (at("listen", sentence) for sentence in _check_listen(table))
         if bool(table.tls_cert) != bool(table.tls_key):
             missing = "tls_key" if table.tls_cert else "tls_cert"
             yield at(missing, "is missing: tls_cert and tls_key go together")
     else:
-        if not re.match(r"wss?://[^/\s?#]+[^\s?#]*\Z", table.url):
-            yield at("url", f'"{table.url}" is neither "embedded" nor the ws:// or wss:// address of a coordinator')
-        elif not table.token_file and not has_secret(TOKEN, environ):
+        if not re.match(rf"({'|'.join(way.schemes)})://[^/\s?#]+[^\s?#]*\Z", table.url):
+            either = f'is neither "embedded" nor the {schemes}' if way.embedded else f"is not the {schemes}"
+            yield at("url", f'"{table.url}" {either} address of a coordinator')
+        elif way.token and not table.token_file and not has_secret(TOKEN, environ):
             yield at(
                 "token_file",
                 "is missing: a remote coordinator wants this worker's token, from this file, "

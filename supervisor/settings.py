@@ -22,6 +22,16 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Base of all tables of worker.toml."""
 
 
+class StudioTable(Table, frozen=True):
+    """What only the dialect "studio" asks for.
+
+    Attributes:
+        vram_gb: GiB that a job's estimate may reach; 0 takes the largest GPU, or none where there is no GPU.
+    """
+
+    vram_gb: _Gigabytes = 0.0
+
+
 class CoordinatorTable(Table, frozen=True):
     """Where jobs come from.
 
@@ -34,17 +44,19 @@ class CoordinatorTable(Table, frozen=True):
         tls_ca: PEM file to trust for a remote coordinator.
         allow: keys of this file that the coordinator may change, such as "worker.labels" or "limits.*".
         connect_s: deadline over TCP + TLS + upgrade + welcome as a whole.
+        studio: what only the dialect "studio" asks for.
     """
 
     url: str = "embedded"
     listen: str = "127.0.0.1:8080"
-    dialect: Literal["native"] = "native"
+    dialect: Literal["native", "studio"] = "native"
     token_file: str = ""
     tls_cert: str = ""
     tls_key: str = ""
     tls_ca: str = ""
     allow: list[str] = []
     connect_s: _Seconds = 15.0
+    studio: StudioTable = StudioTable()
 
 
 class WorkerTable(Table, frozen=True):

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from supervisor.link.dialects.base import Dialect
 from supervisor.link.dialects.native import NATIVE
+from supervisor.link.dialects.studio import STUDIO
 
-DIALECTS: dict[str, Dialect] = {"native": NATIVE}
+DIALECTS: dict[str, Dialect] = {"native": NATIVE, "studio": STUDIO}

@@ -1,0 +1,151 @@
+"""`studio-worker-v1`: JSON over a WebSocket, one job at a time, registration by approval.
+
+What it cannot say is answered here: there are no attempts, no resumption, no cancel, no progress and no token stream.
+studio_claims.py has what follows from that, studio_register.py how a worker gets in.
+
+A session that is closed because another one uses the same worker id is no end for good: the other may be a copy that
+its owner is about to stop, or our own earlier connection in the eyes of a proxy. But two that come back at once would
+throw each other out all day, so the pause is long, and longer each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import getpass
+import logging
+import platform
+import ssl
+from collections.abc import AsyncIterator
+
+import msgspec
+import trio
+
+from supervisor.link.dialects.base import Delivery, Dialect, Features, Home, Spoken
+from supervisor.link.dialects.studio_claims import ANSWER_S, ASIDE_S, Claims
+from supervisor.link.dialects.studio_delivery import StudioDelivery
+from supervisor.link.dialects.studio_http import Http
+from supervisor.link.dialects.studio_offers import Facts
+from supervisor.link.dialects.studio_register import (
+    POLL_S,
+    Credentials,
+    CredentialsFile,
+    Registration,
+    agent,
+    base_url,
+)
+from supervisor.link.dialects.studio_session import Door, Pace, converse
+from supervisor.link.reconnect import Backoff
+from supervisor.link.session import SessionEnd, Side, Why
+from supervisor.version import version
+
+log = logging.getLogger(__name__)
+
+DUPLICATE_S, LONGEST_DUPLICATE_S = 60.0, 900.0
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """All of this dialect's times in seconds. `duplicate_s`: first and longest pause after a duplicate."""
+
+    pace: Pace = Pace()
+    poll_s: float = POLL_S
+    aside_s: float = ASIDE_S
+    answer_s: float = ANSWER_S
+    duplicate_s: tuple[float, float] = (DUPLICATE_S, LONGEST_DUPLICATE_S)
+    upload_s: tuple[float, float] = (1.0, 64.0)
+
+
+class Studio:
+    """The dialect in use."""
+
+    def __init__(self, home: Home, http: Http, tls: ssl.SSLContext | None, timing: Timing) -> None:
+        self._timing, self._tls, self._http = timing, tls, http
+        self._base = base_url(home.address.url)
+        self._file = CredentialsFile(home.folder)
+        self._known: Credentials | None = None
+        self._duplicates = Backoff(*timing.duplicate_s, stable_s=4 * timing.duplicate_s[1])
+        self._quiet_until = -float("inf")
+        facts = Facts(machine=platform.node() or home.name, user=_user(), threshold_gb=home.table.studio.vram_gb)
+        self._claims = Claims(
+            facts, clock=trio.current_time, utc=_utc, aside_s=timing.aside_s, answer_s=timing.answer_s
+        )
+        self._delivery = StudioDelivery(
+            self._base,
+            http,
+            lambda: self._known,
+            on_uploading=self._claims.uploading,
+            on_gone=self._claims.gone,
+            on_large=self._claims.large,
+            backoff=lambda: Backoff(*timing.upload_s),
+        )
+
+    @property
+    def delivery(self) -> Delivery:
+        """See `Spoken`."""
+        return self._delivery
+
+    async def warm_up(self) -> None:
+        """See `Spoken`."""
+        await self._http.client()
+
+    async def converse(self, side: Side) -> SessionEnd:
+        """See `Spoken`: registered first, where that is still to be done."""
+        await trio.sleep_until(max(self._quiet_until, trio.current_time()))
+        if self._known is None:
+            registration = Registration(
+                self._base,
+                self._http,
+                self._file,
+                lambda: self._claims.greeting(side.hello()),
+                agent=agent(version()),
+                poll_s=self._timing.poll_s,
+            )
+            known = await registration.credentials()
+            if isinstance(known, SessionEnd):
+                return known
+            self._known = known
+        door = Door(self._base, self._known.worker_id, self._known.auth_token, self._tls)
+        return self._judged(await converse(door, self._claims, side, self._timing.pace))
+
+    def _judged(self, end: SessionEnd) -> SessionEnd:
+        if end.why is Why.DUPLICATE:
+            pause_s = self._duplicates.pause_s(end.lasted_s)
+            self._quiet_until = trio.current_time() + pause_s
+            sentence = (
+                f"another process works under this worker id ({end.sentence}): stop one of the two; "
+                f"this one stays away for {pause_s:.0f} s"
+            )
+            return SessionEnd(Why.LOST, sentence, end.lasted_s)
+        if end.why in (Why.REFUSED, Why.DELETED):
+            sentence = f"{end.sentence}; to be registered anew, remove {self._file.path}"
+            return SessionEnd(end.why, sentence, end.lasted_s)
+        return end
+
+
+def _user() -> str:
+    """Whoever approves this worker wants to see whose it is; "" where the account has no name."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return ""
+
+
+def _utc() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@contextlib.asynccontextmanager
+async def open_studio(home: Home, timing: Timing | None = None) -> AsyncIterator[Spoken]:
+    """The dialect for one life of the supervisor."""
+    tls = home.address.tls
+    if tls is None and base_url(home.address.url).startswith("https:"):
+        tls = ssl.create_default_context(cafile=home.table.tls_ca or None)
+    timing = timing or Timing(pace=Pace(connect_s=home.address.connect_s))
+    async with Http(tls) as http:
+        yield Studio(home, http, tls, timing)
+
+
+STUDIO = Dialect(
+    Features(push=True, many=False, cancel=False, streaming=False, progress=False, resume=False, token=False),
+    open_studio,
+)

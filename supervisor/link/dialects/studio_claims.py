@@ -1,0 +1,342 @@
+"""What one worker and a studio say about claims, over all sessions of one life. No I/O and no clock of its own.
+
+Theory of operation. A studio knows neither attempts nor resumption: a claim lives within one session, and dies with it
+(the job is queued again, or has failed). A frame about a job that the session does not hold is a violation that costs
+the session. So each end is judged by whether this session holds its claim:
+
+    held here               complete: `completeJson`, or nothing after an upload, which is the end itself
+                            fail: `fail`; both leave the ledger when they are acknowledged
+    not held, fail          nobody waits for it: forgotten
+    not held, a file        the upload has told the server, or was answered 409: forgotten
+    not held, a result      told once, before any offer of that session is looked at and with nothing else at stake,
+                            for the server may know better than its contract. When that costs the session, or is not
+                            answered, the result is laid aside: it waits for its job to be offered here again, and
+                            is forgotten after `aside_s`
+
+A job that is offered again while it is still worked on here, or while its result waits, is accepted and not begun
+again. So a result costs at most one session that it was not welcome in, and never two of them in a row.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET
+
+from protocol import link_wire as wire
+from supervisor.link.dialects import studio_frames as frames
+from supervisor.link.dialects import studio_offers as offers
+from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
+from supervisor.link.ledger import Key
+from supervisor.link.session import Side
+
+log = logging.getLogger(__name__)
+
+ASIDE_S = 600.0
+ANSWER_S = 5.0  # for a result of an earlier session; offers wait for so long at most
+MANY_JOBS = 1024  # whose last attempt is remembered
+
+BUSY = "worker already has an in-flight job"
+_CODES: dict[str, Literal["busy", "paused"]] = {"busy": "busy", "paused": "paused", "draining": "paused"}
+
+Send = Callable[[frames.Up], None]
+
+
+class Claims:
+    """See the module. `begin` and `finish` bracket a session.
+
+    Args:
+        clock: seconds, monotonic.
+        utc: the time of day in RFC 3339.
+        aside_s, answer_s: see the module.
+
+    Attributes:
+        on_change: called when what is announced may be another.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        *,
+        clock: Callable[[], float],
+        utc: Callable[[], str],
+        aside_s: float = ASIDE_S,
+        answer_s: float = ANSWER_S,
+    ) -> None:
+        self._facts, self._clock, self._utc = facts, clock, utc
+        self._aside_s, self._answer_s = aside_s, answer_s
+        self.on_change: Callable[[], None] = lambda: None
+        self._native = wire.Capabilities()
+        self._draining = False
+        # Of this life.
+        self._attempts: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._slips: dict[Key, Slip] = {}
+        self._large: dict[Key, bytes] = {}
+        self._results: dict[Key, wire.Complete] = {}
+        self._aside: dict[Key, float] = {}
+        self._gone: set[Key] = set()
+        self._uploading: set[Key] = set()
+        # Of this session.
+        self._side: Side | None = None
+        self._send: Send = lambda _frame: None
+        self._offered: Key | None = None  # with the side, which has not answered yet
+        self._held: Key | None = None
+        self._told: Key | None = None  # its result went out, and is not acknowledged
+        self._answer_by = 0.0
+        self._strays: collections.deque[Key] = collections.deque()
+        self._waiting: collections.deque[frames.Offered] = collections.deque()
+
+    # ---- sessions
+
+    def begin(self, side: Side, send: Send, hello: wire.Hello) -> None:
+        """Welcome came."""
+        self._side, self._send = side, send
+        self._native = hello.capabilities
+        for held in hello.held:
+            self._remember(held.job, held.attempt)
+        side.opened(self.post)
+
+    def finish(self, violated: bool) -> None:
+        """The session is over; `violated`: because the server found that we broke its rules."""
+        if violated and self._told is not None:
+            log.warning("the studio does not want this result now", extra={"job": self._told[0]})
+            self._lay_aside(self._told)
+        side, self._side = self._side, None
+        self._send = lambda _frame: None
+        self._offered = self._held = self._told = None
+        self._strays.clear()
+        self._waiting.clear()
+        if side is not None:
+            side.closed()
+
+    @property
+    def capabilities(self) -> frames.Capabilities:
+        """As they are now."""
+        return offers.capabilities(self._native, self._facts, self._draining)
+
+    def greeting(self, hello: wire.Hello) -> frames.Capabilities:
+        """Those for the first frame."""
+        self._native = hello.capabilities
+        return self.capabilities
+
+    @property
+    def current_job(self) -> str:
+        """The job of this session, or ""."""
+        return self._held[0] if self._held else ""
+
+    def tick(self) -> None:
+        """Let go of what has waited long enough. Called about once a second."""
+        now = self._clock()
+        if self._told is not None and self._told != self._held and now >= self._answer_by:
+            log.warning("the studio does not answer to a result", extra={"job": self._told[0]})
+            self._lay_aside(self._told)
+            self._told = None
+            self._proceed()
+        for key in [key for key, until in self._aside.items() if now >= until]:
+            log.warning("the result is given up: its job was not offered here again", extra={"job": key[0]})
+            self._forget(key, "fenced")
+
+    # ---- what delivery tells and asks
+
+    def large(self, slip: Slip, body: bytes) -> None:
+        """The body of a result that is too large to be posted."""
+        key = slip.job, slip.attempt
+        self._slips[key], self._large[key] = slip, body
+
+    def uploading(self, slip: Slip, now: bool) -> None:
+        """An upload is under way, or did not succeed.
+
+        The server's next offer overtakes its answer to an upload: meanwhile another offer is no mistake, but waits.
+        """
+        key = slip.job, slip.attempt
+        if now:
+            self._uploading.add(key)
+        else:
+            self._uploading.discard(key)
+            self._proceed()
+
+    def gone(self, slip: Slip) -> None:
+        """The server says that this claim is not ours any more."""
+        self._gone.add((slip.job, slip.attempt))
+
+    # ---- what the side posts
+
+    def post(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
+        """Say it in the studio's words, or drop what has none."""
+        key = job, attempt
+        match body:
+            case wire.Accept():
+                self._offered, self._held = None, key
+                self._send(frames.Accept(job_id=job))
+            case wire.Decline():
+                self._offered = None
+                self._slips.pop(key, None)
+                self._reject(job, body.reason, _CODES.get(body.code))
+            case wire.Complete():
+                self._completed(key, body)
+            case wire.Fail():
+                self._failed(key, body)
+            case wire.Announce():
+                self._native = body.capabilities
+                self.on_change()
+            case wire.Draining():
+                self._draining = True
+                for aside in list(self._aside):  # nothing is offered here again
+                    self._forget(aside, "fenced")
+                self.on_change()
+            case wire.LogBatch():
+                self._send(offers.log_batch(body, self._utc()))
+            case _:
+                pass  # started, progress: a studio has no words for them
+
+    def _completed(self, key: Key, complete: wire.Complete) -> None:
+        slip = self._slips.get(key)
+        if complete.files or (slip is not None and slip.kind not in frames.JSON_KINDS):
+            self._forget(key, "stored")  # the upload was its end
+            self._proceed()
+            return
+        self._results[key] = complete
+        if key == self._held:
+            self._tell(key)
+        elif key in self._aside:
+            pass
+        elif slip is None:
+            self._lay_aside(key)  # of an earlier life: what it was for comes with the next offer of its job
+        else:
+            self._strays.append(key)
+            self._proceed()
+
+    def _failed(self, key: Key, fail: wire.Fail) -> None:
+        if key != self._held or key in self._gone:
+            self._forget(key, "fenced")
+            self._proceed()
+            return
+        fault = fail.fault
+        self._send(frames.Fail(job_id=key[0], error=fault.message or fault.code, retryable=fault.may_retry))
+
+    def _tell(self, key: Key) -> None:
+        slip, complete = self._slips[key], self._results[key]
+        inline = complete.inline
+        body = self._large.get(key, b"") if inline is None else inline
+        try:
+            result = offers.json_result(slip, body, complete.usage)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            log.error("the result cannot be told to a studio: %s", error, extra={"job": slip.job})
+            if key == self._held:
+                sentence = "The engine's result is not what its kind has."
+                self._send(frames.Fail(job_id=slip.job, error=sentence, retryable=True))
+            else:
+                self._forget(key, "fenced")
+            return
+        self._told, self._answer_by = key, self._clock() + self._answer_s
+        self._send(frames.CompleteJson(job_id=slip.job, result=result, prompt=slip.prompt or UNSET))
+
+    def _proceed(self) -> None:
+        """The next result of an earlier session, or else the offers that have waited behind them."""
+        while self._strays and self._told is None and self._held is None:
+            self._tell(self._strays.popleft())
+        while self._waiting and not self._offers_wait:
+            self._take(self._waiting.popleft())
+
+    @property
+    def _offers_wait(self) -> bool:
+        """Whether an offer has to wait: for the answer to a result of an earlier session, or to an upload."""
+        return (self._told is not None and self._told != self._held) or self._held in self._uploading
+
+    def _lay_aside(self, key: Key) -> None:
+        self._aside.setdefault(key, self._clock() + self._aside_s)
+
+    def _forget(self, key: Key, verdict: str) -> None:
+        """Its end is told, or nobody waits for it."""
+        books: tuple[dict[Key, Any], ...] = (self._slips, self._large, self._results, self._aside)
+        for book in books:
+            book.pop(key, None)
+        self._gone.discard(key)
+        self._uploading.discard(key)
+        self._held = None if self._held == key else self._held
+        self._told = None if self._told == key else self._told
+        if self._side is not None:
+            self._side.heard(wire.Ack(verdict="stored" if verdict == "stored" else "fenced"), *key)
+
+    # ---- what the studio says
+
+    def hear(self, frame: frames.Down) -> None:
+        """Act on a frame."""
+        match frame:
+            case frames.Offered():
+                if self._offers_wait:
+                    self._waiting.append(frame)
+                else:
+                    self._take(frame)
+            case frames.CompleteAck(job_id=job) | frames.FailAck(job_id=job):
+                for key in (self._told, self._held):
+                    if key is not None and key[0] == job:
+                        self._forget(key, "stored")
+                        break
+                self._proceed()
+            case _:
+                pass  # that a heartbeat was answered is all that its answer says
+
+    def _take(self, offered: frames.Offered) -> None:
+        assert self._side is not None  # nothing is heard without a session
+        job = offered.job
+        key = job, self._attempts.get(job, 0)
+        if key in (self._held, self._offered):
+            log.warning("offered again what is held already", extra={"job": job})
+            return
+        if self._held is not None or self._offered is not None:
+            self._reject(job, BUSY, "busy")
+        elif offered.claim is None:
+            self._reject(job, offered.reason)
+        elif self._side.holds(*key):
+            self._take_up(key, offered.claim)
+        elif self._side.running:
+            self._reject(job, BUSY, "busy")
+        else:
+            self._begin(offered.claim)
+
+    def _take_up(self, key: Key, claim: frames.Claim) -> None:
+        """A job that is worked on here since an earlier session, or whose result waits."""
+        try:
+            _offer, slip, _left = offers.offer(claim, key[1], self._engines())
+        except Unfit as error:
+            self._reject(key[0], str(error))
+            return
+        log.info("taken up again: it was begun in an earlier session", extra={"job": key[0]})
+        self._slips.setdefault(key, slip)
+        self._held = key
+        self._aside.pop(key, None)
+        self._send(frames.Accept(job_id=key[0]))
+        if key in self._results:
+            self._tell(key)
+
+    def _begin(self, claim: frames.Claim) -> None:
+        assert self._side is not None
+        job, attempt = claim.job_id, self._attempts.get(claim.job_id, 0) + 1
+        try:
+            offer, slip, left = offers.offer(claim, attempt, self._engines())
+        except Unfit as error:
+            self._reject(job, str(error))
+            return
+        for sentence in left:
+            log.warning("%s", sentence, extra={"job": job})
+        self._remember(job, attempt)
+        self._offered = job, attempt
+        self._slips[job, attempt] = slip
+        self._side.heard(offer, job, attempt)
+
+    def _engines(self) -> set[str]:
+        return {model.engine for model in self._native.models}
+
+    def _remember(self, job: str, attempt: int) -> None:
+        self._attempts[job] = max(attempt, self._attempts.pop(job, 0))
+        while len(self._attempts) > MANY_JOBS:
+            self._attempts.popitem(last=False)
+
+    def _reject(self, job: str, reason: str, code: Literal["busy", "paused"] | None = None) -> None:
+        log.info("declined: %s", reason, extra={"job": job})
+        self._send(frames.Reject(job_id=job, reason=reason, code=code or UNSET))

@@ -1,0 +1,262 @@
+"""Files of a studio's jobs: inputs by address, results as multipart with the file in the field `image`.
+
+A studio says neither size nor sha256 of an input, so its size is bounded by what its kind may have. A result is sent
+again for as long as it takes: it has cost GPU time. Only the word that the claim is not ours any more (409, or a job or
+worker that is unknown) ends that.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from protocol import work
+from protocol.engine_wire import OutputFile
+from protocol.faults import Fault, FaultError, refuse
+from protocol.link_wire import RESULT_FILE, FileRef
+from supervisor.link.dialects import studio_frames as frames
+from supervisor.link.dialects.studio_http import Http
+from supervisor.link.dialects.studio_offers import Slip
+from supervisor.link.dialects.studio_register import Credentials
+from supervisor.link.reconnect import Backoff
+from supervisor.link.transfer import Moved, Output
+
+if TYPE_CHECKING:
+    import httpx
+
+PIECE_BYTES = 2**18
+FETCH_PATIENCE_S = 60.0
+UPLOAD_PATIENCE_S = 600.0  # of a result that could not be kept on disk
+MAX_REDIRECTS = 5
+MAX_LARGE_BYTES = 64 * 2**20  # of a JSON result, which has to be in memory
+_MIME = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "wav": "audio/wav",
+    "mp3": "audio/mpeg",
+    "mp4": "video/mp4",
+}
+_GONE = (404, 409, 410)
+# The session says what a refused token means, and it may be another one by the next try.
+_AGAIN = (401, 403, 408, 425, 429)
+
+
+class _Again(Exception):
+    """Worth another try."""
+
+
+def _nobody(_count: int) -> None:
+    """Counts nothing."""
+
+
+class StudioDelivery:
+    """The `Delivery` of this dialect.
+
+    Args:
+        base: {B}.
+        credentials: those in force, or None before the registration.
+        on_uploading: told that an upload is under way, and that one did not succeed.
+        on_gone: told of claims that are not ours any more.
+        on_large: told of the body of a JSON result that is too large to be posted.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        http: Http,
+        credentials: Callable[[], Credentials | None],
+        *,
+        on_uploading: Callable[[Slip, bool], None],
+        on_gone: Callable[[Slip], None],
+        on_large: Callable[[Slip, bytes], None],
+        backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 64.0),
+    ) -> None:
+        self._base, self._http, self._credentials = base, http, credentials
+        self._on_uploading, self._on_gone, self._on_large = on_uploading, on_gone, on_large
+        self._backoff = backoff
+
+    # ---- in
+
+    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = _nobody) -> None:
+        """Write an input file; see `Transfer.fetch`. A size of 0 and no sha256 mean that they are not known."""
+
+        async def once() -> None:
+            await self._fetch_once(file, target, moved)
+
+        try:
+            await self._with_retries(once, FETCH_PATIENCE_S)
+        except _Again as error:
+            sentence = f"The input {file.name!r} cannot be fetched: {error}."
+            raise refuse("input_unavailable", sentence, file.name) from None
+
+    async def _fetch_once(self, file: FileRef, target: Callable[[], int], moved: Moved) -> None:
+        client = await self._http.client()
+        url = urllib.parse.urljoin(self._base + "/", file.url)
+        for _hop in range(MAX_REDIRECTS + 1):
+            async with client.stream("GET", url, headers=self._headers(url)) as response:
+                if response.has_redirect_location:
+                    url = urllib.parse.urljoin(url, response.headers["location"])
+                    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+                        raise refuse("input_unavailable", f"The input {file.name!r} is redirected to no http address.")
+                    continue
+                if not response.is_success:
+                    self._judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
+                await self._write(response, file, target, moved)
+                return
+        raise refuse("input_unavailable", f"The input {file.name!r} is redirected more than {MAX_REDIRECTS} times.")
+
+    async def _write(self, response: httpx.Response, file: FileRef, target: Callable[[], int], moved: Moved) -> None:
+        ceiling = work.MAX_INPUT_BYTES.get(file.name, work.MAX_AUDIO_BYTES)
+        size, trouble = 0, None
+        async with trio.wrap_file(os.fdopen(target(), "wb")) as out:
+            # httpx iterates by generators within generators, which only end well from inside: so no `break`, no
+            # error and no cancellation may happen between two pieces.
+            with trio.CancelScope() as enough:
+                async for piece in response.aiter_bytes(PIECE_BYTES):
+                    size += len(piece)
+                    moved(len(piece))
+                    if size <= ceiling and trouble is None:
+                        with trio.CancelScope(shield=True):
+                            try:
+                                await out.write(piece)
+                            except OSError as error:
+                                trouble = error
+                    if trouble or size > ceiling:
+                        enough.cancel()
+        if trouble:
+            raise trouble
+        if size > ceiling:
+            raise refuse("payload_too_large", f"The input {file.name!r} has more than {ceiling} bytes.", file.name)
+        told = response.headers.get("content-length", "")
+        if told.isdecimal() and "content-encoding" not in response.headers and int(told) != size:
+            raise _Again(f"{size} of {told} bytes came")
+
+    def _headers(self, url: str) -> dict[str, str]:
+        known = self._credentials()
+        ours = urllib.parse.urlsplit(url)[:2] == urllib.parse.urlsplit(self._base)[:2]
+        return {"Authorization": f"Bearer {known.auth_token}"} if ours and known is not None else {}
+
+    # ---- out
+
+    async def upload(
+        self,
+        template: str,
+        file: OutputFile,
+        source: Output,
+        until: float | None = None,
+        moved: Moved = _nobody,
+        patience_s: float | None = None,
+    ) -> None:
+        """Deliver an output; see `Transfer.upload`. `template` is the slip of its claim."""
+        try:
+            slip = Slip.read(template)
+        except ValueError as error:
+            raise refuse("upload_failed", f"The result belongs to a claim of another dialect: {error}.") from None
+        if file.name == RESULT_FILE:
+            if slip.kind in frames.JSON_KINDS:
+                self._on_large(slip, await _whole(file, source))
+            return  # of the other kinds, studios have no use for it
+
+        async def once() -> None:
+            self._on_uploading(slip, True)
+            done = False
+            try:
+                await self._upload_once(slip, file, source, moved)
+                done = True
+            finally:
+                if not done:
+                    self._on_uploading(slip, False)
+
+        patience_s = UPLOAD_PATIENCE_S if patience_s is None else patience_s
+        if until is not None:
+            patience_s = max(0.0, min(patience_s, until - trio.current_time()))
+        try:
+            await self._with_retries(once, patience_s)
+        except _Again as error:
+            raise refuse("upload_failed", f"The output {file.name!r} cannot be delivered: {error}.") from None
+
+    async def _upload_once(self, slip: Slip, file: OutputFile, source: Output, moved: Moved) -> None:
+        known = self._credentials()
+        if known is None:
+            raise _Again("this worker is not registered")
+        client = await self._http.client()
+        from supervisor.link.dialects.studio_multipart import Multipart  # after httpx, which takes its time
+
+        ext = slip.ext if re.fullmatch(r"[A-Za-z0-9]{1,8}", slip.ext) else "bin"
+        form = Multipart(
+            {"prompt": slip.prompt, "ext": slip.ext},
+            f"{slip.job}.{ext}",
+            _MIME.get(slip.ext, "application/octet-stream"),
+            file,
+            moved,
+        )
+        worker, job = (urllib.parse.quote(each, safe="") for each in (known.worker_id, slip.job))
+        headers = {"Authorization": f"Bearer {known.auth_token}", **form.headers}
+        request = client.build_request("POST", f"{self._base}/workers/{worker}/jobs/{job}/complete", headers=headers)
+        fd = -1 if isinstance(source, bytes) else source()
+        request.stream = form.over(source if isinstance(source, bytes) else fd)
+        try:
+            response = await client.send(request)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        if response.status_code in _GONE:
+            self._on_gone(slip)
+        if not response.is_success:
+            self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
+
+    # ---- both
+
+    def _judge(self, status: int, code: str, sentence: str) -> None:
+        if status >= 500 or status in _AGAIN:
+            raise _Again(f"HTTP {status}")
+        # What is too large for one is too large for all.
+        again = False if status == 413 else None
+        raise FaultError(Fault(code, f"{sentence}: HTTP {status}.", retryable=again))
+
+    async def _with_retries(self, once: Callable[[], Awaitable[None]], patience_s: float) -> None:
+        await self._http.client()
+        import httpx
+
+        backoff, until = self._backoff(), trio.current_time() + patience_s
+        while True:
+            try:
+                return await once()
+            except _Again as error:
+                last = error
+            except (httpx.TransportError, httpx.StreamError) as error:
+                last = _Again(f"{type(error).__name__}: {error}")
+            except httpx.InvalidURL as error:
+                raise refuse("input_unavailable", f"The address of an input is none: {error}.") from None
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise refuse("worker_disk_full", f"The worker's disk is full: {error.strerror}.") from None
+                raise refuse("worker_failed", f"A file of the job cannot be used: {error}.") from None
+            pause_s = backoff.pause_s()
+            if trio.current_time() + pause_s >= until:
+                raise last
+            await trio.sleep(pause_s)
+
+
+async def _whole(file: OutputFile, source: Output) -> bytes:
+    """A result body. Raises FaultError: it is too large, or cannot be read."""
+    if isinstance(source, bytes):
+        return source
+    if file.size > MAX_LARGE_BYTES:
+        raise refuse("upload_failed", f"The result has {file.size} bytes, more than a frame can carry.")
+
+    def read() -> bytes:
+        with os.fdopen(source(), "rb") as content:
+            return content.read(MAX_LARGE_BYTES + 1)
+
+    try:
+        return await trio.to_thread.run_sync(read)
+    except OSError as error:
+        raise refuse("worker_failed", f"The result cannot be read: {error}.") from None

@@ -1,0 +1,475 @@
+"""A studio for tests: registration, sessions, jobs and uploads as an existing server has them, on loopback.
+
+Rules are those of an existing installation, strictly: what such a server would close a session for, this one does. It
+ships with the package because our own coordinator's studio side has to pass the suite that it passes. What a test wants
+to go wrong is set on `StudioServer` before it happens.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import hashlib
+import itertools
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, wrap_server_stream
+
+from supervisor.testing_studio_http import Exchange, Replayed, answer, form, head
+
+SUBPROTOCOL = "studio-worker-v1"
+PREFIX = "/graphics/api"
+JSON_KINDS = ("llm", "audio_stt")
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """Times in seconds, and counts.
+
+    Attributes:
+        again_s: before a job that was rejected as busy or paused is offered again.
+        sweep_s, dead_s: how often sessions are looked at, and how long one may be without a heartbeat.
+        attempts: of a job in all.
+        requests: for registration, from one address within 60 s.
+    """
+
+    again_s: float = 0.2
+    sweep_s: float = 10.0
+    dead_s: float = 30.0
+    attempts: int = 3
+    requests: int = 10
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """One job. `ends` counts how often it came to an end: more than once is the mistake that this all is about."""
+
+    id: str
+    claim: dict[str, Any]
+    kind: str
+    vram_gb: float = 0.0
+    state: str = "queued"
+    attempts: int = 0
+    worker: str = ""
+    error: str = ""
+    result: Any = None
+    file: bytes | None = None
+    fields: dict[str, str] = {}
+    filename: str = ""
+    mime: str = ""
+    ends: int = 0
+    not_before: float = 0.0
+    refused_by: set[str] = set()
+    reasons: list[str] = []
+
+
+class Session:
+    """One worker's connection."""
+
+    def __init__(self, worker: str, socket: WebSocketConnection, headers: dict[str, str]) -> None:
+        self.worker, self.socket, self.headers = worker, socket, headers
+        self.capabilities: dict[str, Any] = {}
+        self.frames: list[dict[str, Any]] = []
+        self.welcomed = False
+        self.offered: Job | None = None  # offered or accepted
+        self.accepted = False
+        self.beat_at = trio.current_time()
+
+    async def send(self, type_: str, **fields: Any) -> None:
+        """One frame."""
+        await self.raw(msgspec.json.encode({"type": type_, **fields}).decode())
+
+    async def raw(self, message: str | bytes) -> None:
+        """Anything; nothing when the worker has gone."""
+        with contextlib.suppress(ConnectionClosed):
+            await self.socket.send_message(message)
+
+    async def close(self, code: int, error: str = "", message: str = "") -> None:
+        """End it, after an `error` frame when one is named."""
+        if error:
+            await self.send("error", code=error, message=message)
+        with contextlib.suppress(ConnectionClosed), trio.move_on_after(1):
+            await self.socket.aclose(code, message or None)
+
+    def said(self, type_: str) -> list[dict[str, Any]]:
+        """The frames of this type that came."""
+        return [frame for frame in self.frames if frame.get("type") == type_]
+
+
+class _Violation(Exception):
+    pass
+
+
+class StudioServer:
+    """See the module.
+
+    Attributes:
+        sessions: worker id -> its session, the earliest first.
+        past: every session that ever was.
+        approving: requests for registration are approved as they come.
+        uploads: statuses with which the next uploads are answered, instead of judging them.
+        refusing: how a wrong token is told: "401", or "error" after the upgrade.
+        on_offer: called with each offer before it goes out; what it returns is sent instead.
+        muted: heartbeats are not answered, and no pings sent.
+    """
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
+        self.url = ""
+        self.requests: dict[str, dict[str, Any]] = {}
+        self.workers: dict[str, str] = {}
+        self.jobs: dict[str, Job] = {}
+        self.sessions: dict[str, Session] = {}
+        self.past: list[Session] = []
+        self.logs: list[dict[str, Any]] = []
+        self.goods: dict[str, bytes] = {}
+        self.approving = self.muted = False
+        self.minted = 0
+        self.uploads: collections.deque[int] = collections.deque()
+        self.refusing = "401"
+        self.create_status = 0
+        self.server_time = ""
+        self.offering = True
+        self._asked: dict[str, list[float]] = {}
+        self._numbers = itertools.count(1)
+        self._news = trio.Event()
+
+    # ---- what a test does
+
+    async def until(self, true: Any, what: str, patience_s: float = 30.0) -> Any:
+        """Wait until `true()` is; returns its value. AssertionError after `patience_s`."""
+        with trio.move_on_after(patience_s):
+            while not (value := true()):
+                with trio.move_on_after(0.1):
+                    await self._news.wait()
+            return value
+        raise AssertionError(f"not within {patience_s:g} s: {what}")
+
+    async def session(self, number: int = 0) -> Session:
+        """The session of this number, once it was welcomed."""
+        found: Session = await self.until(
+            lambda: len(self.past) > number and self.past[number].welcomed and self.past[number], f"session {number}"
+        )
+        return found
+
+    def enqueue(self, task: dict[str, Any], model: str = "m", **fields: Any) -> Job:
+        """A job, offered to whoever can do it."""
+        name = fields.pop("job", f"job-{next(self._numbers)}")
+        claim = {
+            "jobId": name,
+            "gameId": "game",
+            "assetName": "asset",
+            "model": model,
+            "vramGbEstimate": fields.get("vramGbEstimate", 0),
+            "task": task,
+            "modelSource": {"engine": "synthetic", "files": [], "cliDefaults": {}},
+            **fields,
+        }
+        job = Job(id=name, claim=claim, kind=str(task.get("kind")), vram_gb=float(claim["vramGbEstimate"]))
+        job.refused_by, job.reasons, job.fields = set(), [], {}
+        self.jobs[name] = job
+        self._tell()
+        return job
+
+    async def ended(self, job: Job) -> Job:
+        """Wait for the end of a job."""
+        await self.until(lambda: job.state in ("done", "failed"), f"the end of {job.id}, which is {job.state}")
+        return job
+
+    def approve(self, request: str) -> None:
+        """Let a worker in."""
+        self.requests[request]["status"] = "approved"
+        self._tell()
+
+    def reject(self, request: str, reason: str = "") -> None:
+        """Do not."""
+        self.requests[request] |= {"status": "rejected", "reason": reason}
+        self._tell()
+
+    def admit(self, worker: str = "w-1", token: str = "t0ken") -> tuple[str, str]:
+        """A worker that was approved long ago."""
+        self.workers[worker] = token
+        return worker, token
+
+    async def delete(self, worker: str) -> None:
+        """The owner removes a worker."""
+        self.workers.pop(worker, None)
+        if session := self.sessions.get(worker):
+            await session.close(4004, "worker_deleted", "deleted")
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    # ---- the socket
+
+    async def connect(self, request: WebSocketRequest, worker: str, headers: dict[str, str]) -> None:
+        """One session, to its end."""
+        token = headers.get("authorization", "").removeprefix("Bearer ")
+        wrong = not token or self.workers.get(worker) != token
+        if wrong and self.refusing == "401":
+            await request.reject(401, body=b"no entry")
+            return
+        if SUBPROTOCOL not in request.proposed_subprotocols:
+            await request.reject(400, body=b"studio-worker-v1 is wanted")
+            return
+        session = Session(worker, await request.accept(subprotocol=SUBPROTOCOL), headers)
+        if wrong:
+            await session.close(4001, "auth_failed", "wrong token")
+            return
+        if older := self.sessions.pop(worker, None):
+            self._release(older)
+            await older.close(4003, "", "duplicate worker")
+        self.sessions[worker] = session
+        self.past.append(session)
+        self._tell()
+        try:
+            await self._talk(session)
+        except _Violation as violation:
+            await session.close(4002, "protocol_violation", str(violation))
+        except ConnectionClosed:
+            pass
+        finally:
+            if self.sessions.get(worker) is session:
+                del self.sessions[worker]
+            self._release(session)
+            self._tell()
+
+    async def _talk(self, session: Session) -> None:
+        while True:
+            message = await session.socket.get_message()
+            try:
+                frame = msgspec.json.decode(message)
+                type_ = frame["type"]
+            except (msgspec.MsgspecError, KeyError, TypeError):
+                raise _Violation("not a frame") from None
+            session.frames.append(frame)
+            if not session.welcomed and type_ != "hello":
+                raise _Violation("session not authenticated")
+            await self._hear(session, type_, frame)
+            self._tell()
+
+    async def _hear(self, session: Session, type_: str, frame: dict[str, Any]) -> None:
+        match type_:
+            case "hello":
+                if frame.get("authToken") != self.workers.get(session.worker):
+                    await session.close(4001, "auth_failed", "wrong token")
+                    return
+                session.capabilities = frame["capabilities"]
+                told = self.server_time or datetime.datetime.now(datetime.UTC).isoformat()
+                await session.send("welcome", workerId=session.worker, serverTime=told)
+                session.welcomed = True
+            case "heartbeat":
+                session.capabilities, session.beat_at = frame["capabilities"], trio.current_time()
+                if not self.muted:
+                    await session.send("heartbeatAck")
+            case "logBatch":
+                self.logs += frame["entries"]
+            case "accept":
+                self._held(session, frame, accepted=False)
+                session.accepted = True
+            case "reject":
+                self._rejected(session, frame)
+            case "completeJson":
+                job = self._held(session, frame)
+                if job.kind not in JSON_KINDS:
+                    raise _Violation(f"{job.kind} is no kind of JSON results")
+                job.result = frame["result"]
+                job.fields = {"prompt": frame.get("prompt", "")}
+                self._end(session, job, "done")
+                await session.send("completeAck", jobId=job.id)
+            case "fail":
+                self._failed(session, self._held(session, frame), frame)
+                await session.send("failAck", jobId=frame["jobId"])
+            case _:
+                raise _Violation(f"unknown frame {type_!r}")
+
+    def _held(self, session: Session, frame: dict[str, Any], accepted: bool = True) -> Job:
+        job = session.offered
+        if job is None or job.id != frame.get("jobId") or session.accepted != accepted:
+            raise _Violation(f"{frame.get('type')} of {frame.get('jobId')}, which this session does not hold")
+        return job
+
+    def _rejected(self, session: Session, frame: dict[str, Any]) -> None:
+        job = self._held(session, frame, accepted=False)
+        job.reasons.append(frame["reason"])
+        session.offered = None
+        job.state, job.worker = "queued", ""
+        if frame.get("code") in ("busy", "paused"):
+            job.not_before = trio.current_time() + self.rules.again_s
+        else:
+            job.refused_by.add(session.worker)
+
+    def _failed(self, session: Session, job: Job, frame: dict[str, Any]) -> None:
+        job.error = frame["error"]
+        job.attempts += 1
+        if frame["retryable"] and job.attempts < self.rules.attempts:
+            job.state, job.worker = "queued", ""
+            session.offered, session.accepted = None, False
+        else:
+            self._end(session, job, "failed")
+
+    def _end(self, session: Session | None, job: Job, state: str) -> None:
+        job.state = state
+        job.ends += 1
+        if session is not None:
+            session.offered, session.accepted = None, False
+
+    def _release(self, session: Session) -> None:
+        """The socket is gone, and with it the claim."""
+        job, session.offered = session.offered, None
+        if job is not None and job.state == "claimed":
+            if session.accepted:
+                job.attempts += 1
+            job.worker, job.state = "", "queued"
+            if job.attempts >= self.rules.attempts:
+                self._end(None, job, "failed")
+
+    # ---- offers
+
+    async def push(self) -> None:
+        """Offer what is queued to whoever can do it, for ever."""
+        while True:
+            news = self._news
+            for job in list(self.jobs.values()):
+                if self.offering and job.state == "queued" and job.not_before <= trio.current_time():
+                    await self._offer(job)
+            with trio.move_on_after(0.05):
+                await news.wait()
+
+    async def _offer(self, job: Job) -> None:
+        for session in list(self.sessions.values()):
+            if not self._fits(session, job):
+                continue
+            session.offered, session.accepted = job, False
+            job.state, job.worker = "claimed", session.worker
+            await session.send("offer", claim=job.claim)
+            return
+
+    def _fits(self, session: Session, job: Job) -> bool:
+        can = session.capabilities
+        return (
+            session.welcomed
+            and session.offered is None
+            and session.worker not in job.refused_by
+            and bool(can.get("autoEnabled"))
+            and job.kind in can.get("taskKinds", [])
+            and float(can.get("vramThresholdGb", 0)) >= job.vram_gb
+            and (not can.get("onlyWhenIdle") or can.get("userPresence") == "idle")
+        )
+
+    async def sweep(self) -> None:
+        """Close sessions whose heart has stopped, for ever."""
+        while True:
+            await trio.sleep(self.rules.sweep_s)
+            for session in list(self.sessions.values()):
+                if trio.current_time() - session.beat_at > self.rules.dead_s:
+                    await session.close(1000, "", "no heartbeat")
+
+    # ---- HTTP
+
+    def exchange(self, asked: Exchange) -> tuple[int, Any]:
+        """Answer a request."""
+        parts = asked.path.partition("?")[0].strip("/").split("/")
+        match (asked.method, parts):
+            case ("POST", [*_, "workers", "register-request"]):
+                return self._register(asked)
+            case ("GET", [*_, "workers", "register-requests", request]):
+                return self._poll(request, asked.bearer)
+            case ("POST", [*_, "workers", worker, "jobs", job, "complete"]):
+                return self._complete(asked, worker, job)
+            case ("GET", ["goods", name]) if name in self.goods:
+                return 200, self.goods[name]
+        return 404, {"error": "not found"}
+
+    def _register(self, asked: Exchange) -> tuple[int, Any]:
+        if self.create_status:
+            return self.create_status, {}
+        body = msgspec.json.decode(asked.body)
+        now = trio.current_time()
+        lately = self._asked.setdefault("loopback", [])
+        lately[:] = [when for when in lately if now - when < 60] + [now]
+        if len(lately) > self.rules.requests:
+            return 429, {"error": "rate limited"}
+        if len(body["registrationSecretHash"]) != 64 or not body["capabilities"]["machineName"]:
+            return 400, {"error": "bad request"}
+        for request, known in self.requests.items():
+            if known["installId"] == body["installId"] and known["status"] == "pending":
+                return 200, {"requestId": request, "status": "pending"}
+        request = f"rr-{secrets.token_hex(4)}"
+        self.requests[request] = {**body, "status": "approved" if self.approving else "pending", "polls": 0}
+        self._tell()
+        return 201, {"requestId": request, "status": "pending"}
+
+    def _poll(self, request: str, secret: str) -> tuple[int, Any]:
+        known = self.requests.get(request)
+        if known is None:
+            return 404, {"error": "unknown request"}
+        if hashlib.sha256(secret.encode()).hexdigest() != known["registrationSecretHash"]:
+            return 401, {"error": "wrong secret"}
+        known["polls"] += 1
+        self._tell()
+        if known["status"] == "approved":
+            worker = known.setdefault("workerId", f"w-{secrets.token_hex(4)}")
+            self.minted += 1
+            self.workers[worker] = secrets.token_hex(16)  # and the one before is worth nothing any more
+            return 200, {"status": "approved", "workerId": worker, "authToken": self.workers[worker]}
+        return 200, {key: known[key] for key in ("status", "reason") if key in known}
+
+    def _complete(self, asked: Exchange, worker: str, name: str) -> tuple[int, Any]:
+        if self.uploads and (status := self.uploads.popleft()) >= 300:
+            self._tell()
+            return status, {"error": "as the test wants it"}
+        if self.workers.get(worker) != asked.bearer:
+            return 401, {"error": "wrong token"}
+        job = self.jobs.get(name)
+        if job is None:
+            return 404, {"error": "unknown job"}
+        if job.state != "claimed" or job.worker != worker:
+            return 409, {"error": "not claimed by this worker"}
+        fields, files = form(asked.headers.get("content-type", ""), asked.body)
+        if "image" not in files or job.kind in JSON_KINDS:
+            return 400, {"error": "the file belongs into the field image"}
+        job.filename, job.mime, job.file = files["image"]
+        job.fields = fields
+        self._end(self.sessions.get(worker), job, "done")
+        self._tell()
+        return 200, {"ok": True}
+
+
+@contextlib.asynccontextmanager
+async def open_studio_server(rules: Rules | None = None, port: int = 0) -> AsyncIterator[StudioServer]:
+    """A studio on loopback."""
+    server = StudioServer(rules)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with stream:
+                await _serve(server, stream)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
+        server.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        nursery.start_soon(server.push)
+        nursery.start_soon(server.sweep)
+        yield server
+        nursery.cancel_scope.cancel()
+
+
+async def _serve(server: StudioServer, stream: trio.SocketStream) -> None:
+    while found := await head(stream):
+        raw, asked = found
+        if asked.headers.get("upgrade", "").lower() != "websocket":
+            if not await answer(stream, asked, server.exchange):
+                return
+            continue
+        parts = asked.path.strip("/").split("/")
+        async with trio.open_nursery() as nursery:
+            request = await wrap_server_stream(nursery, Replayed(stream, raw), max_message_size=2**25)
+            await server.connect(request, parts[-2], asked.headers)
+            nursery.cancel_scope.cancel()
+        return

@@ -1,0 +1,161 @@
+"""A worker that speaks the studio dialect, with a host that the test plays, and the fast times of tests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from protocol import link_wire as wire
+from protocol.engine_wire import OutputFile
+from supervisor.host.ground import Ground
+from supervisor.intake.admission import ModelState
+from supervisor.link.attempts import Attempts
+from supervisor.link.dialects.base import Home
+from supervisor.link.dialects.studio import Timing, open_studio
+from supervisor.link.dialects.studio_frames import KINDS
+from supervisor.link.dialects.studio_register import Credentials, CredentialsFile, base_url
+from supervisor.link.dialects.studio_session import Pace
+from supervisor.link.keeping import OnDisk
+from supervisor.link.outbox import Outbox
+from supervisor.link.reconnect import Backoff, keep_link
+from supervisor.link.session import Address, SessionEnd
+from supervisor.link.worker import Identity, Worker
+from supervisor.settings import CoordinatorTable, StudioTable
+from supervisor.store import open_store
+from supervisor.testing import FakeHost, FakeRun
+from supervisor.testing_studio import StudioServer
+
+FAST = Timing(
+    pace=Pace(beat_s=0.1, soonest_s=0.02, silent_s=5.0, connect_s=5.0, tick_s=0.02, close_s=0.1),
+    poll_s=0.05,
+    aside_s=30.0,
+    answer_s=5.0,
+    duplicate_s=(0.3, 0.3),
+    upload_s=(0.01, 0.02),
+)
+
+TASKS: dict[str, dict[str, Any]] = {
+    "llm": {"kind": "llm", "messages": [{"role": "user", "content": "hi"}]},
+    "audio_stt": {"kind": "audio_stt", "inputUrl": "/goods/speech.wav"},
+    "image": {"kind": "image", "prompt": "a red square", "ext": "png"},
+    "audio_tts": {"kind": "audio_tts", "text": "hello"},
+    "video": {"kind": "video", "prompt": "a red film", "seconds": 1},
+}
+RESULTS: dict[str, Any] = {
+    "llm": {"content": "hello", "finish_reason": "stop"},
+    "audio_stt": {"text": "said", "language": "en", "duration": 1.5},
+    "image": {"width": 512, "height": 512, "format": "png", "seeds": [1]},
+    "audio_tts": {"sample_rate": 22050, "duration": 1.0, "format": "wav"},
+    "video": {"width": 512, "height": 512, "frames": 12, "fps": 12, "format": "mp4", "codec": "h264", "seed": 1},
+}
+MODELS = {kind: f"{kind}-model" for kind in KINDS}
+
+
+def finish(run: FakeRun, content: bytes = b"file content") -> None:
+    """End a run well, as an engine of its kind would."""
+    run.start()
+    kind = run.request.kind
+    files = []
+    if kind in ("image", "audio_tts", "video"):
+        (run.request.folder / "out.bin").write_bytes(content)
+        files = [OutputFile("out.bin", "application/octet-stream", len(content), hashlib.sha256(content).hexdigest())]
+    run.done(RESULTS[kind], files, prompt_tokens=3, completion_tokens=2, compute_ms=7)
+
+
+class Bench:
+    """One worker. `home` survives it, so that another can be opened on it: a restart."""
+
+    def __init__(self, worker: Worker, attempts: Attempts, host: FakeHost) -> None:
+        self.worker, self.attempts, self.host = worker, attempts, host
+        self.ends: list[SessionEnd] = []
+        self.over = trio.Event()
+        self.paused = ""
+
+    async def play(self) -> None:
+        """Finish every run as it comes, for ever."""
+        while True:
+            finish(await self.host.next_run())
+
+    async def end(self) -> SessionEnd:
+        """The end for good."""
+        with trio.fail_after(20):
+            await self.over.wait()
+        return self.ends[-1]
+
+    async def empty(self) -> None:
+        """Wait until nothing is held any more."""
+        with trio.fail_after(20):
+            await self.attempts.ledger.wait_empty()
+
+
+@contextlib.asynccontextmanager
+async def open_bench(
+    folder: Path, url: str, *, timing: Timing = FAST, play: bool = True, vram_gb: float = 24.0
+) -> AsyncIterator[Bench]:
+    """A worker that is looking for its studio at `url`."""
+    host = FakeHost()
+    home = Home(
+        table=CoordinatorTable(url=url, dialect="studio", studio=StudioTable(vram_gb=vram_gb)),
+        address=Address(url=url, token=""),
+        folder=folder / "studio",
+        name="w1",
+    )
+    ground = Ground(folder / "ground")
+    models = {model: ModelState(kinds=(kind,)) for kind, model in MODELS.items()}
+    offers = tuple(wire.ModelOffer(name=model, kinds=(kind,), engine="synthetic") for kind, model in MODELS.items())
+    async with (
+        open_store(folder / "records") as store,
+        open_studio(home, timing) as spoken,
+        trio.open_nursery() as nursery,
+    ):
+        keeping = OnDisk(store, Outbox(folder / "outbox", 2**30))
+        attempts = Attempts(host, spoken.delivery, lambda _model: ground, nursery, keeping=keeping)
+        attempts.restore(await keeping.restore())
+
+        def held() -> tuple[str, float | None]:
+            return bench.paused, None
+
+        worker = Worker(
+            Identity(name="w1", boot="b1"),
+            attempts,
+            offered=lambda reason: wire.Capabilities(models=offers, version="1", accepting=not reason, reason=reason),
+            models=lambda: models,
+            on_shutdown=lambda _reason: None,
+            held=held,
+        )
+        bench = Bench(worker, attempts, host)
+
+        async def converse() -> SessionEnd:
+            bench.ends.append(await spoken.converse(worker))
+            return bench.ends[-1]
+
+        async def link() -> None:
+            await keep_link(converse, Backoff(0.01, 0.05))
+            bench.over.set()
+
+        nursery.start_soon(link)
+        if play:
+            nursery.start_soon(bench.play)
+        yield bench
+        nursery.cancel_scope.cancel()
+
+
+def admitted(folder: Path, server: StudioServer, worker: str = "w-1", token: str = "t0ken") -> None:
+    """This folder's worker was approved long ago."""
+    known = Credentials(
+        install_id="i", studio=base_url(server.url), worker_id=worker, auth_token=server.admit(worker, token)[1]
+    )
+    CredentialsFile(folder / "studio").write(known)
+
+
+@contextlib.contextmanager
+def secretly_wrong(server: StudioServer, worker: str = "w-1") -> Iterator[None]:
+    """The server knows another token than the worker."""
+    right, server.workers[worker] = server.workers[worker], "another"
+    yield
+    server.workers[worker] = right
