@@ -27,7 +27,7 @@ from supervisor.host.leftovers import Ledger, sweep
 from supervisor.host.means import Means, OpenChild
 from supervisor.host.quarantine import Quarantines
 from supervisor.host.senses import Senses
-from supervisor.host.work import ModelSpec
+from supervisor.host.work import InstanceStatus, ModelSpec
 from supervisor.intake.holds import Hold, Holds, Mode
 from supervisor.machine.gpu_health import GpuHealth, State
 from supervisor.machine.gpu_metrics import gpu_metrics
@@ -77,7 +77,7 @@ class Box:
         self.health.restore(_kept_quarantines(state.gpus))  # tells the room
         self.pausing = Pausing(state.holds)
         self.pausing.on_change = self._hold_changed
-        self.pausing.loaded = self._loaded
+        self.pausing.loaded = self._leaving
         self.on_abort: Callable[[Hold, tuple[str, ...]], None] = lambda _hold, _models: None
         self._aborted: set[Hold] = set()
         self.watch_holds = WatchHolds(
@@ -293,6 +293,12 @@ class Box:
     def _loaded(self, gpu: str) -> tuple[str, ...]:
         return tuple(model for model, gpus in self._on_gpus().items() if not gpu or gpu in gpus)
 
+    def _leaving(self, gpu: str) -> tuple[str, ...]:
+        """Loaded models that a hold which frees GPU memory ends: those on the CPU stay."""
+        lanes = self._host.occupants if self._host else ()
+        on_cpu = {lane.spec.name for lane in lanes if lane.spec.model.device == "cpu"}
+        return tuple(name for name in self._loaded(gpu) if name not in on_cpu)
+
     def _ours(self) -> Ours:
         seen = self._host.snapshot() if self._host else []
         held = Counter(self.room.promised())
@@ -302,8 +308,12 @@ class Box:
         return Ours(
             pids=frozenset({os.getpid(), *(pid for one in seen if one.pid for pid in members(one.pid))}),
             held=held,
-            works=frozenset(uuid for one in seen if one.running for uuid in where.get(one.model, ())),
+            works=frozenset(uuid for one in seen if _at_work(one) for uuid in where.get(one.model, ())),
         )
+
+
+def _at_work(one: InstanceStatus) -> bool:
+    return bool(one.running) or one.state in ("starting", "loading")
 
 
 class _Counted(Incidents):

@@ -217,7 +217,9 @@ class Orders:
 
     def unload(self, model: str, reason: str) -> str:
         """See `Requests`."""
-        return self._engines(model).unload(model, reason or "the operator asked for it")
+        said = self._engines(model).unload(model, reason or "the operator asked for it")
+        self._pausing.forget_warm([model])  # whoever unloads it does not want it back when a hold is lifted
+        return said
 
     def restart(self, model: str, reason: str, *, now: bool) -> str:
         """See `Requests`."""

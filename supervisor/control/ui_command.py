@@ -65,6 +65,6 @@ def _opened(url: str) -> bool:
 
 
 def _socket(config: str | None) -> Path:
-    from supervisor.config import control_socket, find_config, load
+    from supervisor.control.commands.place import socket_path
 
-    return control_socket(load(find_config(config)))
+    return socket_path(config)
