@@ -187,6 +187,19 @@ async def test_holds_free_the_gpus_and_incidents_are_counted(box, tmp_path, auto
     assert [bool(reason) for reason in freed] == [False, False, True, False]
 
 
+async def test_holds_of_single_gpus_are_cordons_and_those_that_unload_free_them(box):
+    told: list[tuple] = []
+    box.room.free = lambda reason, gpus, cordons: told.append((reason, sorted(gpus), sorted(cordons)))
+    box.pausing.on_change = box._hold_changed
+    box.pausing.put(Source.OPERATOR, "noisy", gpu=ONE)
+    box.pausing.put(Source.THERMAL, "hot", gpu=TWO, mode=Mode.UNLOAD)
+    box.pausing.put(Source.OPERATOR, "no speech", kind="audio_stt", gpu=TWO)
+    assert told[0] == ("", [], [ONE])
+    assert told[1:] == [("", [TWO], [ONE, TWO])] * 2
+    assert "noisy" in box.barred(spec("m", ONE))
+    assert box.barred(spec("m", device="cpu")) == ""
+
+
 async def test_an_engines_last_words_make_its_gpu_suspect(box):
     class Lane:
         spec = spec("m", TWO)

@@ -386,6 +386,53 @@ async def test_a_model_that_fits_on_no_gpu_is_spread_where_it_can_be(tmp_path, a
         it.gpus.held.clear()
 
 
+async def test_one_hot_model_works_on_every_gpu_and_shares_its_ground(tmp_path, autojump_clock):
+    async with world(tmp_path, Gpus(a=24, b=24, c=24), spec("hot", 20, copies=3)) as it:
+        for number in range(40):
+            await it.begin("hot", "30", f"j{number}")
+        await trio.sleep(200)
+        assert sorted(devices for _name, devices, _options in it.loads) == [(A,), (B,), ("GPU-c",)]
+        assert [(one.copy, one.state, one.running) for one in it.host.snapshot()] == [(n, "busy", 2) for n in range(3)]
+        folders = {child.spec.argv for child in it.fakes.children}
+        assert len(folders) == len(it.fakes.children) == 3  # each has a scratch folder of its own
+        ground = it.host.ground("hot")
+        assert {lane.ground for lane in it.host.occupants} == {ground}
+        assert {path.name for path in ground.root.iterdir()} == {"in", "out", "i1", "i2", "i3"}
+        await trio.sleep(200)
+        assert len(it.ends) == 40
+        assert it.room.held() == {"hot": {A: 20 * GIB, B: 20 * GIB, "GPU-c": 20 * GIB}}
+        assert it.room.vram_bytes("hot") == 20 * GIB
+
+
+async def test_a_copy_in_quarantine_leaves_the_work_to_the_others(tmp_path, autojump_clock):
+    limits = msgspec.structs.replace(LIMITS, restart=RestartTable(quarantine_after=2, reprobe_s=5000))
+    async with world(tmp_path, Gpus(a=24, b=24), spec("m", 20, copies=2), limits=limits) as it:
+        for _ in range(2):
+            assert isinstance(await it.ask("m", "boom"), Failed)
+            await trio.sleep(5)
+        assert [one.state for one in it.host.snapshot()] == ["quarantined", "cold"]
+        assert isinstance(await it.ask("m"), Done)
+        for _ in range(2):
+            assert isinstance(await it.ask("m", "boom"), Failed)
+            await trio.sleep(100)
+        end = await it.ask("m")
+        assert isinstance(end, Failed)
+        assert end.fault.code == "quarantined"
+
+
+async def test_a_host_that_ends_answers_whoever_waits(tmp_path, autojump_clock):
+    async with world(tmp_path, Gpus(a=24), spec("x", 20)) as it:
+        it.gpus.foreign[A] = 20 * GIB
+        await trio.sleep(2)
+        await it.begin("x")
+        it.host._scope.cancel()
+        await trio.sleep(1)
+        end = it.ends["x"]
+        assert isinstance(end, Failed)
+        assert end.fault.code == "worker_stopping"
+        assert isinstance(await it.ask("x"), Failed)
+
+
 async def test_a_model_in_backoff_keeps_no_memory_from_others(tmp_path, autojump_clock):
     async with world(tmp_path, Gpus(a=24), spec("bad", 20), spec("good", 20)) as it:
         for _ in range(3):
