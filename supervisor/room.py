@@ -78,6 +78,7 @@ class VramRoom:
         self._books: Books | None = None
         self._inside: list[Claim] = []
         self._seen: dict[str, Facts] = {}  # by model, as last looked at
+        self._tells = False  # the driver was seen to tell what processes hold
         self._tainted: dict[str, tuple[int, str]] = {}
         self._known = False  # whether it was told which GPUs there are
         self._listed: tuple[fx.DevicePlan, ...] | None = None
@@ -308,7 +309,10 @@ class VramRoom:
     def _held(self, claim: Claim) -> dict[str, int]:
         """Device -> bytes that it holds: by its processes, else by how much less is free than when it entered."""
         if told := self._gpus.used_by(self._pids(claim.who.pid)):
+            self._tells = True
             return dict(told)
+        if self._tells:  # a driver that tells of processes says that this one has nothing yet
+            return claim.now
         if claim.settled or any(other is not claim and not other.settled for other in self._inside):
             return claim.now  # several are growing: whose memory that is cannot be told
         held = {}

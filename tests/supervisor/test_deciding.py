@@ -517,6 +517,7 @@ async def live(seed: int, folder: Path) -> None:
     limits = msgspec.structs.replace(LIMITS, restart=RestartTable(quarantine_after=50))
     async with world(folder, Gpus(a=24, b=24), *models, limits=limits) as it:
         it.load_s = life.dice.choice([0.5, 3.0])
+        it.room._tells = True  # as after a first load: until then what others take meanwhile may be taken for ours
         async with trio.open_nursery() as nursery:
             nursery.start_soon(life.trouble, it)
             for number in range(60):
@@ -536,7 +537,7 @@ def run_life(seed: int, folder: Path) -> None:
         trio.run(live, seed, folder, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(0, 10**9))
 def test_no_load_exceeds_a_device_every_run_ends_and_nothing_starves(tmp_path_factory, seed):
     run_life(seed, tmp_path_factory.mktemp("life"))

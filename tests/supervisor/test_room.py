@@ -311,6 +311,18 @@ async def test_a_driver_that_tells_no_processes_is_no_obstacle(world, autojump_c
     assert world.books.of(fx.Reading)[-1] == fx.Reading(GPU, 0, {1: 8 * GIB})
 
 
+async def test_what_others_take_while_a_model_loads_is_not_taken_for_its_own(world, autojump_clock):
+    await world.room.open()
+    first = await world.start(FakeLane(world, "first"), number=1, gib=4)
+    first.take(4)
+    world.gpus.read()  # the driver tells what processes hold
+    await world.start(FakeLane(world, "second"), number=2, gib=10)
+    world.gpus.foreign[GPU] = 3 * GIB
+    world.gpus.read()
+    assert world.books.of(fx.Reading)[-1] == fx.Reading(GPU, 3 * GIB, {1: 4 * GIB})
+    assert world.room.promised() == {GPU: 10 * GIB}
+
+
 async def test_the_end_waits_until_the_memory_is_back(world, autojump_clock):
     await world.room.open()
     lane = await world.start(FakeLane(world), gib=20)
