@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from coordinator.records import JobRecord, StoredFile, Submission
+from coordinator.store.shelf import Shelf
 from protocol.faults import Fault
 
 FIRST_BACKOFF_MS = 250
@@ -114,7 +115,7 @@ class Purged(msgspec.Struct, frozen=True):
     blobs: tuple[str, ...]
 
 
-class Store(Protocol):
+class Store(Shelf, Protocol):
     """One implementation per database; all pass the same contract suite."""
 
     def now_ms(self) -> int:
@@ -192,13 +193,13 @@ class Store(Protocol):
         """(kind, model) -> jobs that wait."""
 
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
-        """Delete jobs that ended more than `retention_ms` ago; at most `limit` of them."""
+        """Delete jobs that ended more than `retention_ms` ago; at most `limit` of them, and none of an open batch."""
 
     def remove(self, job_id: str, tenant: str) -> Purged | None:
         """Delete one job of the tenant's that has ended; None when there is none."""
 
     def has_blob(self, key: str) -> bool:
-        """Whether a job's input has this key."""
+        """Whether a job's input or a kept file has this key."""
 
     def has_job(self, job_id: str) -> bool:
         """Whether there is such a row."""

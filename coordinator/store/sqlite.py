@@ -33,6 +33,7 @@ from coordinator.store.base import (
 from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
 from coordinator.store.sqlite_rows import LIGHT, columns, failing, record, same_request
 from coordinator.store.sqlite_schema import NOW
+from coordinator.store.sqlite_shelf import SqliteShelf
 from protocol.faults import Fault
 
 Row = sqlite3.Row
@@ -42,7 +43,7 @@ _THIS_ATTEMPT = "id = :id AND attempt = :attempt AND worker = :worker"
 _RUNNING = f"{_THIS_ATTEMPT} AND state = 'running'"
 
 
-class SqliteStore:
+class SqliteStore(SqliteShelf):
     """`Store` over one file, created with mode 0600 because prompts lie in it.
 
     Raises:
@@ -127,8 +128,9 @@ class SqliteStore:
         return {(row["kind"], row["model"]): row["n"] for row in rows}
 
     def has_blob(self, key: str) -> bool:
-        """Whether a job's input has this key."""
-        return bool(self._read("SELECT 1 FROM input_blobs WHERE key = ? LIMIT 1", key))
+        """Whether a job's input or a kept file has this key."""
+        sql = "SELECT 1 FROM input_blobs WHERE key = ? UNION ALL SELECT 1 FROM files WHERE blob = ? LIMIT 1"
+        return bool(self._read(sql, key, key))
 
     def has_job(self, job_id: str) -> bool:
         """Whether there is such a row."""
@@ -346,10 +348,11 @@ class SqliteStore:
             return [self._fail_row(row["id"], deadline_fault(), now) for row in rows]
 
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
-        """Delete jobs that ended more than `retention_ms` ago."""
+        """Delete jobs that ended more than `retention_ms` ago and that no open batch needs."""
         with self._transaction() as now:
             rows = self._all(
-                "SELECT id FROM jobs WHERE finished_ms <= :before ORDER BY finished_ms LIMIT :limit",
+                "SELECT id FROM jobs WHERE finished_ms <= :before "
+                "AND NOT EXISTS (SELECT 1 FROM batch_items WHERE job = jobs.id) ORDER BY finished_ms LIMIT :limit",
                 before=now - retention_ms,
                 limit=limit,
             )

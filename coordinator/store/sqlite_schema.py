@@ -71,4 +71,45 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE jobs ADD COLUMN spared INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    CREATE TABLE files (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        name TEXT NOT NULL,
+        purpose TEXT NOT NULL,
+        blob TEXT NOT NULL,
+        size INTEGER NOT NULL,
+        sha256 TEXT NOT NULL,
+        created_ms INTEGER NOT NULL,
+        expires_ms INTEGER NOT NULL
+    );
+    CREATE INDEX files_by_tenant ON files (tenant, seq);
+    CREATE INDEX files_by_blob ON files (blob);
+    CREATE INDEX files_expiring ON files (expires_ms) WHERE expires_ms > 0;
+
+    CREATE TABLE batches (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        input_file TEXT NOT NULL,
+        state TEXT NOT NULL,
+        ended_ms INTEGER,
+        version INTEGER NOT NULL,
+        body BLOB NOT NULL
+    );
+    CREATE INDEX batches_by_tenant ON batches (tenant, seq);
+    CREATE INDEX batches_by_file ON batches (input_file);
+    CREATE INDEX batches_open ON batches (seq) WHERE ended_ms IS NULL;
+    CREATE INDEX batches_ended ON batches (ended_ms) WHERE ended_ms IS NOT NULL;
+
+    CREATE TABLE batch_items (
+        batch TEXT NOT NULL REFERENCES batches (id) ON DELETE CASCADE,
+        n INTEGER NOT NULL,
+        job TEXT,
+        fault BLOB,
+        PRIMARY KEY (batch, n)
+    ) WITHOUT ROWID;
+    CREATE INDEX batch_items_by_job ON batch_items (job) WHERE job IS NOT NULL;
+    """,
 )
