@@ -124,12 +124,16 @@ class Attempts:
             claim = self._claim(kept.job, kept.attempt, kept.offer)
             claim.accepted = claim.started = True
             claim.streamed = kept.streamed
-            if parcel is not None:
+            lost = Fault("worker_lost", "The worker ended while it ran the job, and has started again.")
+            if parcel is None:
+                claim.end = wire.Fail(fault=kept.fault or lost, streamed=kept.streamed)
+            elif kept.offer.stream:
+                # Its pieces went with that life, and nobody knows which of them were read: a result behind a gap would
+                # make a torn answer look whole.
+                self._nursery.start_soon(self._end, claim, wire.Fail(fault=lost, streamed=kept.streamed))
+            else:
                 claim.kept = True
                 self._nursery.start_soon(self._work, claim, parcel)
-            else:
-                lost = Fault("worker_lost", "The worker ended while it ran the job, and has started again.")
-                claim.end = wire.Fail(fault=kept.fault or lost, streamed=kept.streamed)
 
     def cancel(self, job: str, attempt: int, reason: str) -> None:
         """Ask an attempt to end; it still ends with `complete` or `fail`."""

@@ -102,6 +102,26 @@ async def test_what_was_under_way_has_failed_and_may_be_tried_again(tmp_path):
             assert r.worker.running == 0
 
 
+async def test_a_stream_whose_pieces_went_with_the_process_has_failed_whole_as_its_result_is(tmp_path):
+    """Nobody knows any more which pieces the coordinator has: a client must not take a torn answer for a whole one."""
+    async with life(tmp_path) as r:
+        peer = await r.session()
+        run = await r.offered(peer, stream=True, upload="/up/{name}")
+        run.start()
+        run.chunk({"text": "x"})
+        (run.request.folder / CLIP.name).write_bytes(b"clip")
+        run.done({"text": "x"}, [CLIP])
+        for kind in (wire.Started, wire.Chunk, wire.Complete):
+            await peer.expect(kind)
+    for _ in range(2):
+        async with life(tmp_path) as r:
+            peer = await later(r)
+            fail = await peer.expect(wire.Fail)
+            assert (fail.fault.code, fail.fault.may_retry) == ("worker_lost", True)
+            assert list((tmp_path / "outbox").iterdir()) == []
+            assert r.attempts.ledger.taken("chat") == 0
+
+
 async def test_a_failure_is_told_with_its_own_words_in_the_next_life(tmp_path):
     async with life(tmp_path) as r:
         peer = await r.session()
