@@ -75,6 +75,7 @@ class Session:
         self.welcomed = False
         self.offered: Job | None = None  # offered or accepted
         self.accepted = False
+        self.muted = False  # gets no answers to its heartbeats
         self.beat_at = trio.current_time()
 
     async def send(self, type_: str, **fields: Any) -> None:
@@ -260,7 +261,7 @@ class StudioServer(Approvals):
                 session.welcomed = True
             case "heartbeat":
                 session.capabilities, session.beat_at = frame["capabilities"], trio.current_time()
-                if not self.muted:
+                if not self.muted and not session.muted:
                     await session.send("heartbeatAck")
             case "logBatch":
                 self.logs += frame["entries"]

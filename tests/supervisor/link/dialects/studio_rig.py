@@ -67,8 +67,24 @@ def finish(run: FakeRun, content: bytes = b"file content") -> None:
     run.done(RESULTS[kind], files, prompt_tokens=3, completion_tokens=2, compute_ms=7)
 
 
+class HeldRun:
+    """A run that waits for the test."""
+
+    def __init__(self, run: FakeRun) -> None:
+        self.run = run
+        self.kind = run.request.kind
+
+    def finish(self, content: bytes = b"file content") -> None:
+        """End well."""
+        finish(self.run, content)
+
+    def fail(self, code: str) -> None:
+        """End badly."""
+        self.run.fail(code, f"It ended with {code}.")
+
+
 class Bench:
-    """One worker. `home` survives it, so that another can be opened on it: a restart."""
+    """One worker; a `WorkerUnderTest`."""
 
     def __init__(self, worker: Worker, attempts: Attempts, host: FakeHost) -> None:
         self.worker, self.attempts, self.host = worker, attempts, host
@@ -79,16 +95,30 @@ class Bench:
     async def play(self) -> None:
         """Finish every run as it comes, for ever."""
         while True:
-            finish(await self.host.next_run())
+            finish(await self.host._arrivals.receive())
 
-    async def end(self) -> SessionEnd:
-        """The end for good."""
+    async def next_run(self) -> HeldRun:
+        """See the suite."""
+        return HeldRun(await self.host.next_run())
+
+    def pause(self, reason: str) -> None:
+        """See the suite."""
+        self.paused = reason
+        self.worker.announce()
+
+    def log(self, message: str) -> bool:
+        """See the suite."""
+        line = wire.LogLine(ts="2026-01-01T00:00:00.000Z", level="warning", message=f"supervisor.x: {message}")
+        return self.worker.say(wire.LogBatch(lines=(line,), dropped=2))
+
+    async def refused(self) -> str:
+        """See the suite."""
         with trio.fail_after(20):
             await self.over.wait()
-        return self.ends[-1]
+        return self.ends[-1].sentence
 
     async def empty(self) -> None:
-        """Wait until nothing is held any more."""
+        """See the suite."""
         with trio.fail_after(20):
             await self.attempts.ledger.wait_empty()
 
