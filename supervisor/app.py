@@ -33,6 +33,7 @@ from supervisor.drain import Drain
 from supervisor.embedded import Ready, open_embedded
 from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused, SupervisorError
 from supervisor.front import Behind, Front
+from supervisor.host.family import members
 from supervisor.host.host import Host, open_host
 from supervisor.host.work import ModelSpec
 from supervisor.intake.holds import Source
@@ -53,8 +54,13 @@ from supervisor.liveness import Liveness
 from supervisor.machine.weights import Digests
 from supervisor.model_uses import ModelUses
 from supervisor.notices import Log, set_level, set_up
+from supervisor.observe.cachesize import CacheSize
+from supervisor.observe.instancewatch import InstanceWatch
 from supervisor.observe.jobwatch import Watches
 from supervisor.observe.otlp import open_tracer
+from supervisor.observe.paces import Paces, identity_of
+from supervisor.observe.spill import Spill
+from supervisor.observe.spillwatch import SpillWatch
 from supervisor.observe.tally import Tally
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
@@ -112,10 +118,12 @@ class _Supervisor:
         self._state = state
         self._specs = config.build_models(settings)
         self._service = Service()
+        self._cache = CacheSize(state.root / "models")
         self._tally = Tally(
             models=[spec.name for spec in self._specs],
             engines={spec.engine.name for spec in self._specs},
             places={"state": state.root},
+            cache_bytes=self._cache.bytes,
             log_lines=lambda: notices.funnel.lines if notices else {},
             log_dropped=lambda: notices.dropped() if notices else {},
         )
@@ -199,7 +207,7 @@ class _Supervisor:
             lambda spec, proof: self._proved(spec, proof, served, host, worker),
             probe=functools.partial(probe_engine, folder=self._state.empty_probes(), watch=box.watch),
         )
-        means = box.means(uses.verify, prover.again)
+        means = box.means(uses.verify, prover.again, InstanceWatch(self._tally))
         async with (
             contextlib.AsyncExitStack() as stack,
             open_store(self._state.records) as store,
@@ -210,7 +218,9 @@ class _Supervisor:
             stack.callback(uses.close)
             served.instances = host.snapshot
             keeping = OnDisk(store, Outbox(self._state.outbox, int(self._limits.outbox_gb * 2**30)))
-            watches = Watches(self._tally, self._tracer, listener=self._jobs)
+            paces = Paces(self._state.paces, lambda model: self._pace_of(model, host), on_pace=self._tally.paced)
+            stack.callback(paces.save)
+            watches = Watches(self._tally, self._tracer, on_rate=paces.seen, listener=self._jobs)
             attempts = Attempts(host, spoken.delivery, host.ground, nursery, watches, keeping)
             attempts.restore(await keeping.restore())
             nursery.start_soon(keeping.run)
@@ -227,6 +237,10 @@ class _Supervisor:
             worker.on_pause = lambda reason, for_s: box.pausing.put(Source.COORDINATOR, reason, for_s=for_s)
             worker.on_resume = lambda: box.pausing.lift(Source.COORDINATOR)
             nursery.start_soon(worker.keep_announced)
+            nursery.start_soon(self._cache.run)
+            told = {spec.name: spec.vram_bytes * max(1, len(spec.model.devices)) for spec in self._specs}
+            spill = Spill(self._tally.spilled)
+            nursery.start_soon(SpillWatch(spill, host.snapshot, members, told).run)
             nursery.start_soon(spoken.warm_up)
             nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, spoken, worker)
@@ -246,6 +260,7 @@ class _Supervisor:
                     notices=self._notices,
                     jobs=self._jobs,
                     nursery=nursery,
+                    slow=lambda model: spill.sentence(model) or paces.sentence(model),
                 )
             )
             host.on_change = lambda: self._changed(worker, front)
@@ -284,7 +299,8 @@ class _Supervisor:
             self._tally.reloaded("refused" if outcome.problems else "applied")
             front.reloaded(outcome)
 
-        parts = Parts(holds=box.watch_holds.apply, log=self._notices.apply if self._notices else None)
+        log_parts = self._notices.apply if self._notices else None
+        parts = Parts(host=host.apply, holds=box.watch_holds.apply, log=log_parts)
         return Reloader(
             path,
             self._settings,
@@ -303,6 +319,12 @@ class _Supervisor:
     def _changed(self, worker: Worker, front: Front) -> None:
         worker.announce()
         front.look()
+
+    def _pace_of(self, model: str, host: Host) -> str:
+        """What the pace of a model belongs to; "" while it is not loaded."""
+        spec = next(spec for spec in self._specs if spec.name == model)
+        device = next((one.device for one in host.snapshot() if one.model == model and one.device), "")
+        return identity_of(spec, device) if device else ""
 
     def _machine_changed(self, box: Box, worker: Worker, front: Front) -> None:
         self._changed(worker, front)

@@ -24,7 +24,7 @@ from supervisor.host.family import members
 from supervisor.host.host import Host
 from supervisor.host.incidents import Incident, Incidents, now_utc
 from supervisor.host.leftovers import Ledger, sweep
-from supervisor.host.means import Means, OpenChild
+from supervisor.host.means import Means, OpenChild, Witness
 from supervisor.host.quarantine import Quarantines
 from supervisor.host.senses import Senses
 from supervisor.host.work import InstanceStatus, ModelSpec
@@ -99,12 +99,16 @@ class Box:
             log.error("%s (pid %d) of an earlier life cannot be ended; reboot to be rid of it", found.name, found.pid)
 
     def means(
-        self, verify: Callable[[ModelSpec], Awaitable[str]], reprobe: Callable[[ModelSpec], Awaitable[str]]
+        self,
+        verify: Callable[[ModelSpec], Awaitable[str]],
+        reprobe: Callable[[ModelSpec], Awaitable[str]],
+        witness: Witness,
     ) -> Means:
         """What the host works with."""
         return Means(
             verify=verify,
             room=self.room,
+            witness=witness,
             reprobe=reprobe,
             memory=Quarantines(self._state.quarantines),
             senses=Senses(vram_bytes=self.room.vram_bytes, gpu_share=self._gpu_share, gpus=self._evidence),

@@ -146,6 +146,10 @@ class Deciding:
         self._look_at_files(model)
         self.tell(fx.Wanted(model))
 
+    def unload(self, model: str, reason: str, *, again: bool) -> None:
+        """End all instances of a model, each after its last run; with `again` it is then loaded anew."""
+        self.tell(fx.Unload(model, reason, again))
+
     def queued(self, model: str) -> int:
         """Runs that wait for a model."""
         return len(self._waiting[model])

@@ -27,6 +27,7 @@ from supervisor.link.worker import Worker
 from supervisor.notices import Log
 from supervisor.observe.tally import Tally
 from supervisor.orders import Orders
+from supervisor.orders_engines import HostEngines
 from supervisor.orders_wiring import Around, complete
 from supervisor.reload import Outcome, Reloader
 from supervisor.served import Served
@@ -42,6 +43,7 @@ class Behind(NamedTuple):
         url: of the coordinator.
         path: of worker.toml, when it can be changed.
         nursery: for pulls; ends with the engines.
+        slow: why a model is slower than it was; "" when it is not.
     """
 
     settings: Callable[[], Settings]
@@ -58,6 +60,7 @@ class Behind(NamedTuple):
     notices: Log | None
     jobs: JobBook
     nursery: trio.Nursery
+    slow: Callable[[str], str]
 
 
 class Front:
@@ -129,6 +132,7 @@ class Front:
                 incidents=box.recent_incidents,
                 ends=box.ends,
                 refused=behind.served.refused,
+                slow=behind.slow,
                 drain_until=lambda: drain.until,
                 sights=lambda: (*box.pausing.sights(), *box.watch_holds.sights()),
                 coming=box.watch_holds.coming,
@@ -156,7 +160,7 @@ class Front:
             ending=lambda: behind.drain.ending,
             hurry=behind.drain.hurried.cancel,
             gpus=lambda: list(box.watch.readings()),
-            engines=None,
+            engines=HostEngines(behind.host, behind.attempts.stop_models, behind.served.why_not),
             attempts=behind.attempts,
             nursery=behind.nursery,
             spawn=box.spawn,

@@ -38,6 +38,11 @@ class Served:
         box = self._box
         return register.model_offers(self.specs, self._proofs, self.instances(), box.barred, box.cordons)
 
+    def why_not(self, model: str) -> str:
+        """Why a model is not served; "" when it is."""
+        state = self.states().get(model)
+        return "" if state is None or state.available else state.reason
+
     def refused(self) -> dict[str, str]:
         """Model -> why it is not served."""
         return {name: f"not served: {state.reason}" for name, state in self.states().items() if not state.available}

@@ -8,6 +8,7 @@ endpoint.json   where the embedded coordinator answers and where the client key 
 quarantines.json  models that are out of service, and until when
 gpus.json       GPUs that are out of service, and why
 peaks.json      GPU memory that models were seen to take
+paces.json      how fast models were seen to run
 holds.json      why no jobs are taken, and until when
 worker.db       claims and results that the coordinator has not acknowledged
 outbox/         files of these results
@@ -54,6 +55,7 @@ class StateFolder:
         self.quarantines = root / "quarantines.json"
         self.gpus = root / "gpus.json"
         self.peaks = root / "peaks.json"
+        self.paces = root / "paces.json"
         self.holds = root / "holds.json"
         self.records = root / "worker.db"
         self.outbox = root / "outbox"

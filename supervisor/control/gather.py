@@ -55,6 +55,7 @@ class Sources(NamedTuple):
         incidents: the newest bad ends, at most so many.
         ends: model -> cause -> count.
         refused: model -> why it is not offered to anybody (its proof failed, its GPU is out of service).
+        slow: why a model is slower than it was.
     """
 
     worker: str
@@ -73,6 +74,7 @@ class Sources(NamedTuple):
     incidents: Callable[[int], Sequence[IncidentView]] = lambda _count: ()
     ends: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     refused: Callable[[], Mapping[str, str]] = dict
+    slow: Callable[[str], str] = lambda _model: ""
 
 
 class Gathering:
@@ -121,6 +123,7 @@ class Gathering:
                 kinds=specs[one.model].model.kinds,
                 held_kinds=holds.kinds_held(specs[one.model].model.kinds, self._gpus_of(specs[one.model])),
                 reason=_reason(one, holds) or refused.get(one.model, ""),
+                slow=self._sources.slow(one.model),
                 unserved=refused.get(one.model, "").removeprefix("not served: "),
                 waits=waits.get(one.model, ""),
                 device=one.device or specs[one.model].model.device,

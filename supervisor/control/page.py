@@ -94,7 +94,13 @@ def models(items: Sequence[Mapping[str, Any]], paper: Paper) -> str:
         state = f"{model['state']} {span(idle)}" if idle is not None else model["state"]
         jobs = f"{model['running']}/{model['slots']}" + (f" +{model['queued']}" if model["queued"] else "")
         held = "; ".join(f"no {kind} jobs: {why}" for kind, why in model.get("held_kinds", {}).items())
-        why = next(filter(None, (model["waits"], held, model["reason"], model.get("unserved"), model["last_end"])), "")
+        why = next(
+            filter(
+                None,
+                (model["waits"], held, model.get("slow"), model["reason"], model.get("unserved"), model["last_end"]),
+            ),
+            "",
+        )
         cells = [model["name"], state, model["device"], jobs, gib(model["rss_bytes"]), gib(model["vram_bytes"])]
         rows.append(Row(cells, _sentence(why)))
     return table(("MODEL", "STATE", "DEVICE", "JOBS", "MEMORY", "GPU MEMORY"), rows, paper, right=(4, 5), state=1)

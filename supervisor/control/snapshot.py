@@ -24,6 +24,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
         kinds: task kinds that it serves; `held_kinds` says why some of them are not taken now (cordons).
         reason: why it does not serve, or what ended it last; "" when there is nothing to say.
         unserved: why it is not offered to anybody; "" when it is.
+        slow: why it is slower than it was; "" when it is not.
         waits: why it is not loaded yet although it is wanted; "" when it does not wait for room.
         gpus: UUIDs of its device set; empty means any GPU, or none when `device` is "cpu".
         on: UUIDs of the GPUs that its instance was started on; empty when that is not known or there is none.
@@ -38,6 +39,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     held_kinds: Mapping[str, str] = {}
     reason: str = ""
     unserved: str = ""
+    slow: str = ""
     waits: str = ""
     device: str = ""
     gpus: tuple[str, ...] = ()

@@ -57,6 +57,7 @@ class Child:
         self.pid = self._leash.pid
         self._ended = trio.Event()
         self._kill_asked = trio.Event()
+        self.force = ""  # the hardest that was used to end it: SIGTERM, SIGKILL, "unkillable"; "" for a word
         self._lines: collections.deque[str] = collections.deque(maxlen=spec.stderr_lines)
         # Shielded: a cancelled block still needs its reaper and its child's last words.
         self._background = trio.CancelScope(shield=True)
@@ -119,6 +120,7 @@ class Child:
             self._strike()
 
     def _strike(self) -> None:
+        self.force = "SIGKILL"
         if not self._leash.kill_family():
             self._leash.kill_members()
 
@@ -135,6 +137,7 @@ class Child:
         """
         with trio.CancelScope(shield=True):
             if self.exit is None and not self._kill_asked.is_set() and self._leash.terminate():
+                self.force = "SIGTERM"
                 await self._ended_within(grace_s)
             if self.exit is None and not self._kill_asked.is_set():
                 self._strike()
@@ -150,6 +153,7 @@ class Child:
             await self._ended_within(UNKILLABLE_AFTER_S)
         if self.exit is None:
             self.stuck_pid = self._leash.stuck_pid()
+            self.force = "unkillable"
             log.error("%s (pid %d) cannot be killed; its handle is abandoned", self.spec.name, self.stuck_pid)
             self._finish(Exit())
 

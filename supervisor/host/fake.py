@@ -44,6 +44,7 @@ class FakeChild:
         self.exit: Exit | None = None
         self.signals: list[int] = []
         self.killed_because = ""
+        self.force = ""
         self.stuck_pid = 0
         self.gone = trio.Event()
         self.on_late_death: Callable[[Exit], None] = lambda _how: None

@@ -107,9 +107,24 @@ class Host:
         for ticket in self._live:
             ticket.hasten(seconds, self._limits.cancel_grace_s)
 
+    def apply(self, limits: LimitsTable, models: Sequence[ModelSpec]) -> None:
+        """Go on with other limits, from the next wait on; jobs that run keep the deadline that they have.
+
+        Args:
+            models: the same as at the start, with another `stall_s`; the rest of them is not read.
+        """
+        self._limits = limits
+        for spec in models:
+            for lane in self._lanes.get(spec.name, ()):
+                lane.apply(limits, spec)
+
     def preload(self, model: str) -> None:
         """Load a model before anybody asks for it, as soon as there is room; nobody is ended for it."""
         self._deciding.want(model)
+
+    def unload(self, model: str, reason: str, *, again: bool) -> None:
+        """End all instances of a model, each after its last run; with `again` it is then loaded anew."""
+        self._deciding.unload(model, reason, again=again)
 
     @property
     def occupants(self) -> Sequence[Lane]:

@@ -108,6 +108,11 @@ class Instance:
         """How many runs the engine still works on, those that were given up included."""
         return len(self._session.open_runs)
 
+    def apply(self, limits: LimitsTable, spec: ModelSpec) -> None:
+        """Go on with other limits and another patience; what the process was given at its start stays."""
+        self.limits, self.spec = limits, spec
+        self.runs.apply(limits, spec)
+
     # ---- sending
 
     async def _send(self, message: wire.Down) -> None:
@@ -159,7 +164,7 @@ class Instance:
             self.ours = self.ours or End(why=Why.LOAD_REFUSED, note=fault.message)
             raise FaultError(fault)
         weak = [f"{layer}: {word}" for layer, word in self.ready.sandbox.items() if word not in ("verified", "claimed")]
-        log.info("%s is confined%s", self.spec.name, f", except {'; '.join(weak)}" if weak else " by every layer")
+        log.debug("%s is confined%s", self.spec.name, f", except {'; '.join(weak)}" if weak else " by every layer")
         return self.ready
 
     async def _until(self, event: trio.Event) -> None:

@@ -18,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 
+import msgspec
 import trio
 
 from protocol.faults import Fault, FaultError
@@ -198,6 +199,14 @@ class Lane:
         """trio time since when it has been loaded without work; None when it works or is not loaded."""
         return self._idle_since
 
+    def apply(self, limits: LimitsTable, spec: ModelSpec) -> None:
+        """Go on with other limits, and with the patience that `spec` has; see `Host.apply`."""
+        self.limits = limits
+        self.spec = msgspec.structs.replace(self.spec, stall_s=spec.stall_s)
+        self._standing.apply(limits)
+        if self._instance is not None:
+            self._instance.apply(limits, self.spec)
+
     # ---- the task
 
     async def run(self) -> None:
@@ -258,6 +267,7 @@ class Lane:
                         story.loaded_at = self._idle_since = trio.current_time()
                         self._reason = ""
                         self._step(Event.LOADED)
+                        self._tell_loaded(instance, story.loaded_at - began)
                         loaded = fx.LoadEnds(order.number, story.loaded_at - began, slots=instance.ready.slots)
                         await self._serve_all(order, instance, loaded)
                 except FaultError as error:
@@ -269,6 +279,8 @@ class Lane:
             if story.instance is not None:
                 story.end = story.instance.end()
                 story.succeeded = story.instance.runs.succeeded > 0
+                if force := story.instance.child.force:
+                    self._means.witness.forced(self.spec.name, self.spec.engine.name, force)
                 if story.end.why is Why.UNKILLABLE:
                     self._abandon(story.instance)
 
@@ -397,6 +409,18 @@ class Lane:
         where = f" It may still hold {', '.join(devices)}." if devices else ""
         return (
             f"Process {instance.child.stuck_pid} of engine {self.spec.engine.name} hangs and cannot be killed.{where}"
+        )
+
+    def _tell_loaded(self, instance: Instance, seconds: float) -> None:
+        ready, name = instance.ready, self.spec.name
+        assert ready is not None
+        self._means.witness.loaded(
+            name,
+            self.spec.engine.name,
+            seconds,
+            device=ready.device,
+            vram_bytes=ready.vram_bytes or self._means.senses.vram_bytes(name),
+            rss_bytes=instance.watch.rss_bytes or ready.peak_rss_bytes,
         )
 
     def _abandon(self, instance: Instance) -> None:

@@ -109,6 +109,30 @@ class EverybodyFits:
         return contextlib.nullcontext()
 
 
+class Witness(Protocol):
+    """Is told of loads and of ends by force, for the log and the numbers; decides nothing, raises nothing."""
+
+    def loaded(
+        self, model: str, engine: str, seconds: float, *, device: str, vram_bytes: int = 0, rss_bytes: int = 0
+    ) -> None:
+        """An instance is ready, so many seconds after its process was started."""
+
+    def forced(self, model: str, engine: str, force: str) -> None:
+        """An instance was ended by SIGTERM, by SIGKILL, or is "unkillable"."""
+
+
+class Nobody:
+    """Is told and says nothing."""
+
+    def loaded(
+        self, model: str, engine: str, seconds: float, *, device: str, vram_bytes: int = 0, rss_bytes: int = 0
+    ) -> None:
+        """See `Witness`."""
+
+    def forced(self, model: str, engine: str, force: str) -> None:
+        """See `Witness`."""
+
+
 class Memory(Protocol):
     """What outlives the supervisor: per model, the quarantine that it is in."""
 
@@ -153,6 +177,7 @@ class Means(NamedTuple):
     remove: Callable[[Path], Awaitable[None]] = remove_tree
     jitter: Callable[[], float] = random.random
     room: Room = EverybodyFits()
+    witness: Witness = Nobody()
     reprobe: Callable[[ModelSpec], Awaitable[str]] = trust
     memory: Memory = Forgetful()
     wall: Callable[[], float] = time.time

@@ -111,6 +111,10 @@ class Standing:
         longest = max(restart.LONGEST_QUARANTINE_S, self._table.reprobe_s)
         return min(max(0.0, kept.until - self._means.wall()), longest)  # somebody may have set the clock
 
+    def apply(self, limits: LimitsTable) -> None:
+        """Go on with other limits, from the next bad end on."""
+        self._limits, self._table = limits, limits.restart
+
     def bad_end(self, fault: Fault, *, well: bool, loading: bool) -> Next:
         """One more bad end; what follows."""
         jitter = self._means.jitter()

@@ -101,6 +101,10 @@ class Runs:
             for ticket in self.admitted
         )
 
+    def apply(self, limits: LimitsTable, spec: ModelSpec) -> None:
+        """Go on with other limits, from the next sign of each run on."""
+        self._limits, self._spec = limits, spec
+
     # ---- one run
 
     def admit(self, ticket: Ticket) -> Ticket:

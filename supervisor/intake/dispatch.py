@@ -161,7 +161,7 @@ class Dispatch:
             if any(uuid in (other.target or {}) for other in self.targets):
                 continue
             for instance in self.fleet.gpus[uuid].instances.values():
-                if instance.stage is Stage.DRAINING and not instance.barred:
+                if instance.stage is Stage.DRAINING and not (instance.barred or instance.ordered):
                     self.fleet.stays(instance)
                     self.serve(instance.model)
 

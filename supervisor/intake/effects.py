@@ -163,6 +163,17 @@ class Wanted(msgspec.Struct, frozen=True):
     model: str
 
 
+class Unload(msgspec.Struct, frozen=True):
+    """End all instances of a model, each after its last run; with `again` it is then loaded anew.
+
+    Without, a pin does not bring it back; the next job or `Wanted` does.
+    """
+
+    model: str
+    reason: str
+    again: bool = False
+
+
 class Copies(msgspec.Struct, frozen=True):
     """How many instances of a model can be had now. With none and a `problem`, whoever waits for it is refused."""
 
@@ -221,6 +232,7 @@ Event = (
     | Learned
     | Unread
     | Wanted
+    | Unload
     | Copies
     | Listed
     | Broken

@@ -28,8 +28,8 @@ class Instance:
     """One loaded model, or one that is being loaded or ended."""
 
     __slots__ = (
-        "alone", "barred", "closed", "id", "idle_since", "kept", "lost", "model", "ready_at", "refuses", "runs",
-        "shares", "stage", "why_ends",
+        "alone", "barred", "closed", "dismissed", "id", "idle_since", "kept", "lost", "model", "ordered", "ready_at",
+        "refuses", "runs", "shares", "stage", "why_ends",
     )  # fmt: skip
 
     def __init__(self, number: int, model: Model, shares: Place) -> None:
@@ -45,6 +45,8 @@ class Instance:
         self.refuses = False  # it is late to obey a cancel
         self.closed = False  # one of these two
         self.lost = False  # it ends by itself
+        self.ordered = False  # its owner wants it to end, whatever others need
+        self.dismissed = False  # and does not want its model back for its own sake
 
     @property
     def live(self) -> bool:

@@ -74,6 +74,7 @@ class Scheduler:
             fx.Learned: self._learned,
             fx.Unread: self._unread,
             fx.Wanted: self._wanted,
+            fx.Unload: self._unload,
             fx.Copies: self._copies,
             fx.Listed: self._listed,
             fx.Broken: self._broken,
@@ -255,7 +256,7 @@ class Scheduler:
         self._do.clock.unset(instance)
         model = instance.model
         model.lost -= instance.lost
-        model.wanted = model.wanted or (model.plan.pin and not model.live)
+        model.wanted = model.wanted or (model.plan.pin and not model.live and not instance.dismissed)
         self._answer_hopeless(model)
         self._do.want(model)
         self._do.room()
@@ -303,6 +304,14 @@ class Scheduler:
         if not model.live:
             model.wanted = True
             self._do.want(model)
+
+    def _unload(self, event: fx.Unload) -> None:
+        model = self._do.fleet.models[event.model]
+        model.wanted = event.again
+        for instance in list(model.instances.values()):
+            instance.ordered, instance.dismissed = True, not event.again
+            self._do.end(instance, event.reason)
+        self._do.want(model)
 
     def _copies(self, event: fx.Copies) -> None:
         model = self._do.fleet.models[event.model]

@@ -67,10 +67,12 @@ async def test_a_box_without_hope_drains_and_ends_with_the_code_that_is_not_rest
         def announce(self) -> None:
             pass
 
+        look = announce
+
     with hold_state(tmp_path / "state") as state:
         supervisor = app._Supervisor(Settings(), state)
-        supervisor._machine_changed(Hopeless(), Silent())
-        supervisor._machine_changed(Hopeless(), Silent())
-        assert supervisor._drain.is_set()
+        supervisor._machine_changed(Hopeless(), Silent(), Silent())
+        supervisor._machine_changed(Hopeless(), Silent(), Silent())
+        assert supervisor._drain.asked.is_set()
         assert isinstance(supervisor._refused, GpuUnkillable)
         assert supervisor._refused.exit_code == ExitCode.GPU_UNKILLABLE

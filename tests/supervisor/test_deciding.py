@@ -208,6 +208,21 @@ async def test_two_that_fit_stay_and_each_has_a_gpu(tmp_path, autojump_clock):
         assert it.host.snapshot()[0].gpus == (A,)
 
 
+async def test_its_owner_unloads_a_model_and_loads_another_anew(tmp_path, autojump_clock):
+    async with world(tmp_path, Gpus(a=24, b=24), spec("x", 20), spec("y", 20)) as it:
+        for name in "xy":
+            assert isinstance(await it.ask(name), Done)
+        await it.begin("x", "5")
+        it.host.unload("x", "its owner says so", again=False)
+        it.host.unload("y", "a new version", again=True)
+        await trio.sleep(4)
+        assert it.state("x") in ("busy", "draining"), "a job is not ended for it"
+        await trio.sleep(30)
+        assert (it.state("x"), it.state("y")) == ("cold", "ready")
+        assert [name for name, _devices, _options in it.loads] == ["x", "y", "y"]
+        assert isinstance(it.ends["x"], Done)
+
+
 async def test_two_that_do_not_fit_together_swap_and_say_why(tmp_path, autojump_clock):
     async with world(tmp_path, Gpus(a=24), spec("x", 20), spec("y", 20)) as it:
         for name in "xyx":

@@ -26,7 +26,6 @@ from supervisor.settings import HoldsTable, LimitsTable, LogTable, Settings
 from tests.supervisor.holds_world import World
 
 # Until the host has it, what needs it waits for a restart.
-needs_host = pytest.mark.skipif(not hasattr(Host, "apply"), reason="the host takes no other limits yet")
 MODEL = '[[models]]\nname = "synthetic-a"\nengine = "synthetic"\n'
 
 
@@ -131,7 +130,7 @@ async def silent(child: FakeChild) -> None:
     await trio.sleep_forever()
 
 
-@needs_host
+
 @pytest.mark.parametrize(
     ("line", "code", "within_s"),
     [("first_output_s = 2", "engine_hung", 3), ("job_s = 2", "deadline_exceeded", 3)],

@@ -245,6 +245,54 @@ def test_pinned_models_stay():
     assert "pinned" in drive.scheduler.why()["b"]
 
 
+def test_what_its_owner_unloads_ends_after_its_last_run_and_stays_away():
+    drive = Drive([model("a", 5, pin=True), model("b", 5, copies=2)], [gpu("g", 24)])
+    drive.tell(fx.Wanted("a"))
+    drive.job("a")
+    drive.settle()
+    drive.tell(fx.Unload("a", "its owner says so"))
+    assert drive.models() == {"a"}, "a run is not ended for it"
+    drive.end("1")
+    drive.settle()
+    drive.wait(1000)
+    assert drive.models() == set(), "nor does a pin bring it back"
+    drive.job("a")
+    drive.settle()
+    assert drive.started == ["1", "2"]
+
+
+def test_a_restart_ends_every_copy_and_loads_anew():
+    drive = Drive([model("a", 5, copies=2, load_s=0.1)], [gpu("g", 12), gpu("h", 12)])
+    for _ in range(9):
+        drive.job("a")
+    drive.settle()
+    drive.end("1")  # runs take a second, loads less
+    drive.wait(10)
+    drive.settle()
+    assert len(drive.ready) == 2
+    before = set(drive.ready)
+    drive.tell(fx.Unload("a", "a new version", again=True))
+    drive.finish(100)
+    drive.wait(10)
+    drive.settle()
+    assert drive.models() == {"a"}
+    assert not before & set(drive.ready)
+
+
+def test_what_is_being_unloaded_is_not_kept_for_a_swap_that_is_given_up():
+    drive = Drive([model("a", 20), model("b", 20)], [gpu("g", 24)])
+    drive.job("a")
+    drive.settle()
+    drive.now += 1000
+    rare = drive.job("b")
+    drive.wait(200)
+    drive.tell(fx.Unload("a", "its owner says so"))
+    drive.cancel(rare)
+    drive.end("1")
+    drive.settle()
+    assert drive.models() == set()
+
+
 def test_one_of_a_group_is_loaded():
     drive = Drive([model("a", 2, group="x"), model("b", 2, group="x")], [gpu("g", 24)])
     drive.job("a")
@@ -414,6 +462,7 @@ STEPS = st.lists(
         st.tuples(st.just("job"), st.integers(0, len(MODELS) - 1), st.integers(0, 1)),
         st.tuples(st.sampled_from(["end", "load", "fail", "gone", "cancel"]), st.integers(0, 9), st.just(0)),
         st.tuples(st.sampled_from(["hold", "lift", "unload"]), st.integers(0, 2), st.just(0)),
+        st.tuples(st.just("dismiss"), st.integers(0, len(MODELS) - 1), st.just(0)),
         st.tuples(st.just("foreign"), st.integers(0, 1), st.integers(0, 12)),
         st.tuples(st.just("wait"), st.sampled_from([1, 10, 150]), st.just(0)),
     ),
@@ -437,6 +486,8 @@ def play(drive: Drive, what: str, which: int, more: int) -> None:
         drive.gone(number)
     elif what == "cancel" and (job := pick(drive.waiting)) is not None:
         drive.cancel(job)
+    elif what == "dismiss":
+        drive.tell(fx.Unload(MODELS[which].name, "its owner says so"))
     elif what in ("hold", "unload"):
         drive.tell(fx.HoldPut(places[which], "a reason", unload=what == "unload"))
     elif what == "lift":
