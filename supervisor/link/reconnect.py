@@ -3,6 +3,8 @@
 A laptop that slept through ten pauses must not wake as a dead worker, so there is no last try. A coordinator
 that welcomes and then drops must not be hit every second, so only a session that stayed well for `stable_s`
 brings the pause back to its beginning. Without jitter a restarted coordinator would meet all its workers at once.
+A machine that has slept is mostly somewhere else, or has another network: what failed before says nothing then, and
+the pause is over.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from supervisor.link.session import SessionEnd
+from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
 
 FIRST_S = 1.0
 LAST_S = 64.0
 STABLE_S = 30.0
+SLEEP_LOOK_S = 5.0
 
 
 class Backoff:
@@ -50,9 +54,20 @@ class Backoff:
         self._failures += 1
         return whole * (0.5 + 0.5 * self._chance())
 
+    def forget(self) -> None:
+        """What failed until now says nothing about the next try."""
+        self._failures = 0
 
-async def keep_link(converse: Callable[[], Awaitable[SessionEnd]], backoff: Backoff) -> SessionEnd:
+
+async def keep_link(
+    converse: Callable[[], Awaitable[SessionEnd]], backoff: Backoff, clocks: Clocks | None = None
+) -> SessionEnd:
     """Hold one session after another; return only when the coordinator refused this worker for good.
+
+    Args:
+        converse: one session, until it ends.
+        backoff: the pauses between them.
+        clocks: by which a sleep of the machine is noticed; the system's unless told.
 
     Cancellation: ends the current session, or the pause.
     """
@@ -62,4 +77,21 @@ async def keep_link(converse: Callable[[], Awaitable[SessionEnd]], backoff: Back
             return end
         pause_s = backoff.pause_s(end.lasted_s)
         log.warning("%s; trying again in %.1f s", end.sentence, pause_s)
+        if await _slept_during(pause_s, clocks):
+            log.info("the machine slept; trying again now")
+            backoff.forget()
+
+
+async def _slept_during(pause_s: float, clocks: Clocks | None) -> bool:
+    """Wait; True, and sooner, when the machine slept meanwhile."""
+    slept: list[float] = []
+    async with trio.open_nursery() as nursery:
+
+        def woke(seconds: float) -> None:
+            slept.append(seconds)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(SleepWatch(woke, clocks=clocks, interval_s=SLEEP_LOOK_S).run)
         await trio.sleep(pause_s)
+        nursery.cancel_scope.cancel()
+    return bool(slept)

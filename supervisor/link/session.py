@@ -4,7 +4,9 @@ Theory of operation. `connect_s` covers name, TCP, TLS, upgrade, hello and welco
 in any of them is left. Then three loops share the span: the reader, which hands what it hears to the side; the
 writer, which sends what `post` was given; and the heart, which beats. Every beat is answered, so silence
 for three beats means that the connection is dead, whatever TCP thinks; the reader then leaves, and takes the other
-two with it. `LinkSession` judges every message in both directions before it counts.
+two with it. A peer that talks and answers no beat is left after six. After a sleep of the machine the connection is
+most often gone, and nobody has told us: it is asked at once, and has one beat to answer. `LinkSession` judges every
+message in both directions before it counts.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ from protocol import link_wire as wire
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from supervisor.link.turns import Turns
+from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
 
 SILENT_BEATS = 3
+UNANSWERED_BEATS = 6  # by a peer that is not silent: it may have much to do before it comes to them
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
+SLEEP_LOOK_S = 1.0
 CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone
 INBOX_MESSAGES = 64
 
@@ -153,12 +158,17 @@ class _Over(Exception):
         self.sentence = sentence
 
 
-async def converse(address: Address, side: Side) -> SessionEnd:
+async def converse(address: Address, side: Side, clocks: Clocks | None = None) -> SessionEnd:
     """Connect, greet and talk until the session ends; never raises for what the network or the peer does.
+
+    Args:
+        address: where to.
+        side: for whom.
+        clocks: by which a sleep of the machine is noticed; the system's unless told.
 
     Cancellation: the connection is closed properly, within `CLOSE_PATIENCE_S`.
     """
-    span = _Span(address, side)
+    span = _Span(address, side, clocks)
     try:
         async with trio.open_nursery() as nursery:
             await span.talk(nursery)
@@ -172,13 +182,17 @@ async def converse(address: Address, side: Side) -> SessionEnd:
 
 
 class _Span:
-    def __init__(self, address: Address, side: Side) -> None:
+    def __init__(self, address: Address, side: Side, clocks: Clocks | None) -> None:
         self._address = address
         self._side = side
+        self._clocks = clocks
         self._session = LinkSession(Role.WORKER)
         self._waiting = Turns()
         self._bell = trio.Event()
         self._beat_s = 5.0
+        self._beats = self._answered = 0
+        self._patience = trio.CancelScope()
+        self._sleepy = False  # it slept since we last heard anything
         self._opened_at: float | None = None
         self._stream: _Stream | None = None
 
@@ -198,7 +212,8 @@ class _Span:
             self._opened_at = trio.current_time()
             self._side.opened(self.post)
             nursery.start_soon(self._write, socket)
-            nursery.start_soon(self._beat)
+            nursery.start_soon(self._keep_beating)
+            nursery.start_soon(SleepWatch(self._slept, clocks=self._clocks, interval_s=SLEEP_LOOK_S).run)
             await self._read(socket)
         finally:
             if self._opened_at is not None:
@@ -267,19 +282,32 @@ class _Span:
         except ConnectionClosed:
             pass  # the reader learns the reason, and it leaves for both
 
-    async def _beat(self) -> None:
-        number = 0
+    async def _keep_beating(self) -> None:
         while True:
             await trio.sleep(self._beat_s)
-            number += 1
-            self.post(wire.Heartbeat(n=number, running=self._side.running, gpus=self._side.gpus()))
+            if self._beats - self._answered >= UNANSWERED_BEATS:
+                raise _Over(Why.LOST, f"{self._address.url} did not answer the last {UNANSWERED_BEATS} heartbeats")
+            self._beat()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self.post(wire.Heartbeat(n=self._beats, running=self._side.running, gpus=self._side.gpus()))
+
+    def _slept(self, seconds: float) -> None:
+        """The machine did; whatever was left of our patience was meant for a peer that heard us all the while."""
+        log.info("the machine slept for %.0f s; is the coordinator still there?", seconds)
+        self._beat()
+        self._sleepy = True
+        self._patience.deadline = min(self._patience.deadline, trio.current_time() + self._beat_s)
 
     async def _read(self, socket: WebSocketConnection) -> None:
         while True:
-            with trio.move_on_after(self._beat_s * SILENT_BEATS) as patience:
+            self._sleepy = False
+            with trio.move_on_after(self._beat_s * SILENT_BEATS) as self._patience:
                 envelope = await self._receive(socket)
-            if patience.cancelled_caught:
-                raise _Over(Why.LOST, f"{self._address.url} was silent for {self._beat_s * SILENT_BEATS:g} s")
+            if self._patience.cancelled_caught:
+                how = "after the machine slept" if self._sleepy else f"for {self._beat_s * SILENT_BEATS:g} s"
+                raise _Over(Why.LOST, f"{self._address.url} was silent {how}")
             self._hear(envelope)
 
     async def _receive(self, socket: WebSocketConnection) -> wire.Envelope:
@@ -304,6 +332,8 @@ class _Span:
         self._session.received(body, job, attempt)
         if isinstance(body, wire.Error):
             raise _Over(_BY_ERROR_CODE.get(body.code, Why.LOST), _said(body))
+        if isinstance(body, wire.HeartbeatAck):
+            self._answered = max(self._answered, body.n)
         if isinstance(body, wire.Ack):  # what still waits here for it is not wanted any more
             self._waiting.drop(job, attempt)
         self._side.heard(body, job, attempt)

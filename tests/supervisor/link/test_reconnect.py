@@ -7,6 +7,7 @@ import trio
 
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import SessionEnd, Why
+from supervisor.suspend import Clocks
 
 
 def test_pauses_double_up_to_a_ceiling_and_jitter_takes_up_to_half():
@@ -67,3 +68,26 @@ async def test_cancelling_ends_the_pause(autojump_clock):
         await keep_link(converse, Backoff(chance=lambda: 1.0))
     assert scope.cancelled_caught
     assert trio.current_time() == pytest.approx(0.4, abs=1e-6)
+
+
+async def test_a_pause_is_over_when_the_machine_has_slept_and_earlier_failures_are_forgotten(autojump_clock):
+    times: list[float] = []
+    slept_s = [0.0]
+
+    async def converse() -> SessionEnd:
+        times.append(trio.current_time())
+        if len(times) == 10:
+            return SessionEnd(Why.DELETED, "deleted")
+        return SessionEnd(Why.LOST, "lost")
+
+    async def sleep_through_the_long_pause() -> None:
+        await trio.sleep(140)
+        slept_s[0] = 3600
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sleep_through_the_long_pause)
+        await keep_link(converse, Backoff(chance=lambda: 1.0), Clocks(lambda: 0.0, lambda: slept_s[0]))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert gaps[:7] == pytest.approx([1, 2, 4, 8, 16, 32, 64])
+    assert gaps[7] < 64 - 40
+    assert gaps[8] == pytest.approx(1)

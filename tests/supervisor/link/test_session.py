@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from trio_websocket import ConnectionClosed
 
 from protocol import link_wire as wire
 from supervisor.link import session as subject
 from supervisor.link.session import Address, SessionEnd, Why, converse
+from supervisor.suspend import Clocks
 from supervisor.testing import FakeCoordinator, open_coordinator
 
 
@@ -51,13 +53,13 @@ class FakeSide:
 
 
 @contextlib.asynccontextmanager
-async def talking(side: FakeSide, coordinator: FakeCoordinator, **fields: Any):
+async def talking(side: FakeSide, coordinator: FakeCoordinator, clocks: Clocks | None = None, **fields: Any):
     """A session in the background; yields the list that gets its end."""
     ends: list[SessionEnd] = []
     over = trio.Event()
 
     async def talk() -> None:
-        ends.append(await converse(Address(url=coordinator.url, token="t0ken", **fields), side))
+        ends.append(await converse(Address(url=coordinator.url, token="t0ken", **fields), side, clocks))
         over.set()
 
     async def wait() -> SessionEnd:
@@ -190,6 +192,61 @@ async def test_silence_is_the_end_whatever_tcp_thinks(monkeypatch):
         assert ended.why is Why.LOST
         assert "silent for 0.3 s" in ended.sentence
         assert ended.lasted_s >= 0.3
+
+
+async def test_a_peer_that_talks_and_answers_no_heartbeat_is_left():
+    async with open_coordinator() as coordinator, talking(FakeSide(), coordinator) as end:
+        peer = await coordinator.session(heartbeat_ms=100)
+        peer.answers_heartbeats = False
+
+        async def talk() -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    await peer.send(wire.Cancel(), "job_1", 1)
+                    await trio.sleep(0.02)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(talk)
+            ended = await end()
+            nursery.cancel_scope.cancel()
+        assert (ended.why, "did not answer the last 6 heartbeats" in ended.sentence) == (Why.LOST, True)
+
+
+class Nap:
+    """Clocks of a machine that the test puts to sleep."""
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+        self.watched = trio.Event()
+
+    def always(self) -> float:
+        self.watched.set()
+        return self.slept_s
+
+    def clocks(self) -> Clocks:
+        return Clocks(lambda: 0.0, self.always)
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_after_a_sleep_the_peer_has_one_beat_to_answer(there, monkeypatch):
+    monkeypatch.setattr(subject, "SLEEP_LOOK_S", 0.02)
+    monkeypatch.setattr(subject, "CLOSE_PATIENCE_S", 0.05)
+    nap, side = Nap(), FakeSide()
+    async with open_coordinator() as coordinator, talking(side, coordinator, clocks=nap.clocks()) as end:
+        peer = await coordinator.session(heartbeat_ms=1000)
+        peer.answers_heartbeats = there
+        await nap.watched.wait()
+        nap.slept_s = 3600
+        if there:
+            with trio.move_on_after(0.8):
+                await peer.receive()
+            assert peer.heartbeats == 1, "asked before the next beat was due"
+            await peer.send(wire.Cancel(), "job_1", 1)
+            with trio.fail_after(5):
+                await side.heard_one.wait()
+        else:
+            ended = await end()
+            assert (ended.why, "silent after the machine slept" in ended.sentence) == (Why.LOST, True)
 
 
 async def test_a_body_that_cannot_be_read_costs_that_job_and_not_the_session():
