@@ -15,14 +15,14 @@ storage_full) and `StoreError` for what the operator has to see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
 from coordinator.records import JobRecord, StoredFile, Submission
 from coordinator.store.shelf import Shelf
-from protocol.faults import Fault
+from protocol.faults import Fault, FaultError
 
 FIRST_BACKOFF_MS = 250
 LONGEST_BACKOFF_MS = 30_000
@@ -30,6 +30,8 @@ LONGEST_BACKOFF_MS = 30_000
 CRASHES = frozenset({"engine_crashed", "engine_hung", "engine_protocol", "out_of_memory"})
 POISONED_AFTER = 2  # crashes while it ran alone
 SPARED_AT_MOST = 5  # tries that a neighbour's crash cost and that do not count
+SILENT_MS = 6000  # without a beat for so long, a coordinator is gone and others take over what it held
+LEFT_BEHIND = Fault("cancelled", "The coordinator that the client was connected to is gone.")
 
 
 class StoreError(Exception):
@@ -42,6 +44,10 @@ class StoreBusy(StoreError):
 
 class StoreTooNew(StoreError):
     """A later version of the coordinator wrote this store."""
+
+
+class StoreAway(FaultError, StoreError):
+    """The database cannot be reached now; it is asked again by itself. A client sees a 503 and may try again."""
 
 
 class Want(msgspec.Struct, frozen=True):
@@ -115,8 +121,36 @@ class Purged(msgspec.Struct, frozen=True):
     blobs: tuple[str, ...]
 
 
+class Beat(msgspec.Struct, frozen=True):
+    """What a beat of a coordinator found.
+
+    Attributes:
+        lapsed: it comes so late that others may have taken over what this coordinator held.
+        taken: so many open attempts of coordinators that are gone are held here now.
+        left: jobs that were cancelled because their clients hung on coordinators that are gone.
+    """
+
+    lapsed: bool = False
+    taken: int = 0
+    left: tuple[JobRecord, ...] = ()
+
+
 class Store(Shelf, Protocol):
-    """One implementation per database; all pass the same contract suite."""
+    """One implementation per database; all pass the same contract suite.
+
+    Several coordinators may share a database, each with a `Store` of its own. An open attempt is held by one of
+    them, which says by its beat that it lives.
+    """
+
+    @property
+    def parallel(self) -> int:
+        """How many threads may write at once without waiting for each other."""
+
+    def beat(self) -> Beat:
+        """Say that this coordinator lives (once a second), and take over from those that have not for `SILENT_MS`."""
+
+    def listen(self, ring: Callable[[], None]) -> None:
+        """From now on call `ring`, in a thread of the store's, when another coordinator has made work due."""
 
     def now_ms(self) -> int:
         """The store's clock, milliseconds since the epoch."""
@@ -147,7 +181,8 @@ class Store(Shelf, Protocol):
         """Newest first, without params and result."""
 
     def claim(self, wants: Sequence[Want]) -> list[Claimed]:
-        """Take due jobs (higher priority first, then older) as offered, each with a new attempt number.
+        """Take due jobs (higher priority first, then in fair turns of the tenants, then older) as offered, each with
+        a new attempt number.
 
         With each comes the time left until its deadline in ms, 0 when it has none.
         """
@@ -181,7 +216,7 @@ class Store(Shelf, Protocol):
         """A worker came back with an attempt: running (or offered, when the accept was lost) stays with it."""
 
     def open_attempts(self) -> list[OpenAttempt]:
-        """All rows that are offered or running."""
+        """All rows that are offered or running and held by this coordinator."""
 
     def leave_unattended(self, fault: Fault) -> list[JobRecord]:
         """To cancelled: all jobs whose clients waited on connections of an earlier life. For the start alone."""

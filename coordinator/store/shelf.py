@@ -48,7 +48,8 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One batch.
 
     Attributes:
-        input_file: id of the file whose lines are its requests.
+        input_file, input_blob: the file whose lines are its requests, and where its bytes are.
+        end: how a batch that is finalizing will have ended; "" before.
         moved: state -> when it was entered, by the store's clock.
         expires_ms: end of its window.
         total: lines of its file; 0 until they were counted.
@@ -63,8 +64,10 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     endpoint: str
     input_file: str
+    input_blob: str = ""
     key_id: str = ""
     state: BatchState = "validating"
+    end: str = ""
     created_ms: int = 0
     expires_ms: int = 0
     moved: dict[str, int] = {}

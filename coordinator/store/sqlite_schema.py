@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # `strftime('%s')` has whole seconds only and SQLite 3.40 (Debian 12) has no 'subsec'; a julian day as a double
 # resolves about 40 µs.
-NOW = "SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + (SELECT shift_ms FROM clock) AS now"
+CLOCK = "(CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) + (SELECT shift_ms FROM clock))"
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -111,5 +111,14 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (batch, n)
     ) WITHOUT ROWID;
     CREATE INDEX batch_items_by_job ON batch_items (job) WHERE job IS NOT NULL;
+    """,
+    """
+    ALTER TABLE jobs ADD COLUMN gateway TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN origin TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN vt INTEGER NOT NULL DEFAULT 0;
+    DROP INDEX jobs_waiting;
+    CREATE INDEX jobs_waiting ON jobs (model, priority DESC, vt, seq) WHERE state = 'queued';
+    CREATE INDEX jobs_turns ON jobs (model, priority, tenant, vt) WHERE state = 'queued';
+    CREATE TABLE gateways (id TEXT PRIMARY KEY, beat_ms INTEGER NOT NULL) WITHOUT ROWID;
     """,
 )

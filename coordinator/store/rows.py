@@ -1,10 +1,9 @@
-"""Between rows of the SQLite store and the structs that the rest of the coordinator sees."""
+"""Between rows of a store and the structs that the rest of the coordinator sees."""
 
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -13,8 +12,15 @@ from coordinator.store.base import Failing
 from protocol.faults import Fault, refuse
 
 T = TypeVar("T")
-Row = sqlite3.Row
 _pack = msgspec.msgpack.encode
+
+
+class Row(Protocol):
+    """A row by its columns' names, of whichever database."""
+
+    def __getitem__(self, name: str, /) -> Any:
+        """The value of a column."""
+
 
 # Columns of a listing: no params, no result, which may be megabytes.
 LIGHT = (
@@ -41,8 +47,8 @@ def same_request(row: Row, submission: Submission) -> JobRecord:
     return record(row)
 
 
-def columns(job_id: str, submission: Submission, now: int) -> dict[str, Any]:
-    """Column -> value of a new row."""
+def columns(job_id: str, submission: Submission, now: int, origin: str) -> dict[str, Any]:
+    """Column -> value of a new row; `origin` is the coordinator that its client asked."""
     return {
         "id": job_id,
         "tenant": submission.tenant,
@@ -59,6 +65,7 @@ def columns(job_id: str, submission: Submission, now: int) -> dict[str, Any]:
         "vram_gb_estimate": submission.vram_gb_estimate,
         "traceparent": submission.traceparent,
         "attended": int(submission.attended),
+        "origin": origin,
         "labels": _pack(submission.labels),
         "params": submission.params,
         "inputs": _pack(submission.inputs),

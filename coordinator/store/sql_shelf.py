@@ -1,42 +1,27 @@
-"""Files and batches in the SQLite store."""
+"""Files and batches of a store, in SQL that both databases understand."""
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import msgspec
 
 from coordinator.records import JobRecord
+from coordinator.store.rows import Row, record
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
-from coordinator.store.sqlite_rows import record
-from coordinator.store.sqlite_schema import NOW
+from coordinator.store.sql_steps import SqlSteps, whole
 from protocol.faults import Fault, refuse
 
-Row = sqlite3.Row
 _pack = msgspec.msgpack.encode
 _READERS = "SELECT id FROM batches WHERE ended_ms IS NULL AND input_file ="
 
 
-class SqliteShelf:
-    """Half of `SqliteStore`, which brings the transactions."""
-
-    def _transaction(self, *, synced: bool = True) -> AbstractContextManager[int]:
-        raise NotImplementedError
-
-    def _one(self, sql: str, **names: Any) -> Row | None:
-        raise NotImplementedError
-
-    def _all(self, sql: str, **names: Any) -> list[Row]:
-        raise NotImplementedError
-
-    def _read(self, sql: str, *values: Any) -> list[Row]:
-        raise NotImplementedError
+class SqlShelf(SqlSteps):
+    """The part of a store that keeps files and batches."""
 
     # ---- files ---------------------------------------------------------------------------------------------
 
+    @whole
     def add_file(self, file: FileRecord, keep_ms: int = 0) -> FileRecord:
         """Keep a file for `keep_ms`, or until it is deleted."""
         with self._transaction() as now:
@@ -59,9 +44,10 @@ class SqliteShelf:
     def get_file(self, file_id: str, tenant: str) -> FileRecord | None:
         """The tenant's file, unless its time has passed."""
         rows = self._read(
-            f"SELECT * FROM files WHERE id = ? AND tenant = ? AND (expires_ms = 0 OR expires_ms > ({NOW}))",
-            file_id,
-            tenant,
+            f"SELECT * FROM files WHERE id = :id AND tenant = :tenant "
+            f"AND (expires_ms = 0 OR expires_ms > {self.CLOCK})",
+            id=file_id,
+            tenant=tenant,
         )
         return _file(rows[0]) if rows else None
 
@@ -71,28 +57,29 @@ class SqliteShelf:
         """The tenant's files behind the one with the id `after`, newest first."""
         step, order = (">", "ASC") if oldest_first else ("<", "DESC")
         rows = self._read(
-            f"SELECT * FROM files WHERE tenant = ? AND (? = '' OR purpose = ?) "
-            f"AND (expires_ms = 0 OR expires_ms > ({NOW})) "
-            f"AND (? = '' OR seq {step} (SELECT seq FROM files AS last WHERE last.id = ? AND last.tenant = ?)) "
-            f"ORDER BY seq {order} LIMIT ?",
-            tenant,
-            purpose,
-            purpose,
-            after,
-            after,
-            tenant,
-            limit,
+            f"SELECT * FROM files WHERE tenant = :tenant AND (:purpose = '' OR purpose = :purpose) "
+            f"AND (expires_ms = 0 OR expires_ms > {self.CLOCK}) AND (:after = '' OR "
+            f"seq {step} (SELECT seq FROM files AS last WHERE last.id = :after AND last.tenant = :tenant)) "
+            f"ORDER BY seq {order} LIMIT :limit",
+            tenant=tenant,
+            purpose=purpose,
+            after=after,
+            limit=limit,
         )
         return [_file(row) for row in rows]
 
     def stored_bytes(self, tenant: str) -> int:
         """Sum of the sizes of the tenant's files."""
-        return int(self._read("SELECT coalesce(sum(size), 0) AS n FROM files WHERE tenant = ?", tenant)[0]["n"])
+        rows = self._read("SELECT coalesce(sum(size), 0) AS n FROM files WHERE tenant = :tenant", tenant=tenant)
+        return int(rows[0]["n"])
 
+    @whole
     def remove_file(self, file_id: str, tenant: str) -> FileRecord | None:
         """Forget a file."""
         with self._transaction():
             names = {"id": file_id, "tenant": tenant}
+            if self._one(f"SELECT id FROM files WHERE id = :id AND tenant = :tenant{self.LOCK}", **names) is None:
+                return None
             batch = self._one(f"{_READERS} :id AND tenant = :tenant LIMIT 1", **names)
             if batch is not None:
                 message = f"The batch {batch['id']} still reads this file; cancel it first, or wait for its end."
@@ -100,12 +87,13 @@ class SqliteShelf:
             row = self._one("DELETE FROM files WHERE id = :id AND tenant = :tenant RETURNING *", **names)
             return _file(row) if row is not None else None
 
+    @whole
     def purge_files(self, limit: int = 500) -> list[FileRecord]:
         """Forget files whose time has passed and that no open batch reads."""
         with self._transaction() as now:
             rows = self._all(
                 "DELETE FROM files WHERE seq IN (SELECT seq FROM files WHERE expires_ms > 0 AND expires_ms <= :now "
-                f"AND NOT EXISTS ({_READERS} files.id) ORDER BY expires_ms LIMIT :limit) RETURNING *",
+                f"AND NOT EXISTS ({_READERS} files.id) ORDER BY expires_ms LIMIT :limit{self.SKIP}) RETURNING *",
                 now=now,
                 limit=limit,
             )
@@ -113,11 +101,13 @@ class SqliteShelf:
 
     # ---- batches -------------------------------------------------------------------------------------------
 
+    @whole
     def add_batch(self, batch: BatchRecord, window_ms: int) -> BatchRecord:
         """Make a batch that expires in `window_ms`."""
         with self._transaction() as now:
             file = self._one(
-                "SELECT id FROM files WHERE id = :id AND tenant = :tenant AND (expires_ms = 0 OR expires_ms > :now)",
+                "SELECT id FROM files WHERE id = :id AND tenant = :tenant "
+                f"AND (expires_ms = 0 OR expires_ms > :now){self.LOCK}",
                 id=batch.input_file,
                 tenant=batch.tenant,
                 now=now,
@@ -129,7 +119,7 @@ class SqliteShelf:
             )
             self._one(
                 "INSERT INTO batches (id, tenant, input_file, state, ended_ms, version, body) "
-                "VALUES (:id, :tenant, :input_file, :state, NULL, 1, :body)",
+                "VALUES (:id, :tenant, :input_file, :state, NULL, 1, :body) RETURNING id",
                 id=made.id,
                 tenant=made.tenant,
                 input_file=made.input_file,
@@ -140,19 +130,18 @@ class SqliteShelf:
 
     def get_batch(self, batch_id: str, tenant: str) -> BatchRecord | None:
         """The tenant's batch."""
-        rows = self._read("SELECT body FROM batches WHERE id = ? AND tenant = ?", batch_id, tenant)
+        rows = self._read("SELECT body FROM batches WHERE id = :id AND tenant = :tenant", id=batch_id, tenant=tenant)
         return _batch(rows[0]) if rows else None
 
     def list_batches(self, tenant: str, limit: int, after: str = "") -> list[BatchRecord]:
         """The tenant's batches behind the one with the id `after`, newest first."""
         rows = self._read(
-            "SELECT body FROM batches WHERE tenant = ? AND (? = '' OR seq < "
-            "(SELECT seq FROM batches AS last WHERE last.id = ? AND last.tenant = ?)) ORDER BY seq DESC LIMIT ?",
-            tenant,
-            after,
-            after,
-            tenant,
-            limit,
+            "SELECT body FROM batches WHERE tenant = :tenant AND (:after = '' OR seq < "
+            "(SELECT seq FROM batches AS last WHERE last.id = :after AND last.tenant = :tenant)) "
+            "ORDER BY seq DESC LIMIT :limit",
+            tenant=tenant,
+            after=after,
+            limit=limit,
         )
         return [_batch(row) for row in rows]
 
@@ -160,13 +149,14 @@ class SqliteShelf:
         """All that have not ended, oldest first."""
         return [_batch(row) for row in self._read("SELECT body FROM batches WHERE ended_ms IS NULL ORDER BY seq")]
 
+    @whole
     def save_batch(self, batch: BatchRecord) -> BatchRecord | None:
         """Change a batch that still has the version which `batch` names."""
         with self._transaction() as now:
             moved = {batch.state: now, **batch.moved}
             saved = msgspec.structs.replace(batch, moved=moved, version=batch.version + 1)
             row = self._one(
-                "UPDATE batches SET state = :state, version = :version + 1, body = :body, ended_ms = :ended "
+                "UPDATE batches SET state = :state, version = version + 1, body = :body, ended_ms = :ended "
                 "WHERE id = :id AND version = :version AND ended_ms IS NULL RETURNING id",
                 id=batch.id,
                 version=batch.version,
@@ -177,16 +167,20 @@ class SqliteShelf:
             if row is None:
                 return None
             if saved.ended:
-                self._one("DELETE FROM batch_items WHERE batch = :id", id=batch.id)
+                self._all("DELETE FROM batch_items WHERE batch = :id RETURNING n", id=batch.id)
             return saved
 
+    @whole
     def note_items(self, batch_id: str, items: Sequence[BatchItem]) -> None:
         """Remember what became of lines."""
         with self._transaction():
+            is_open = f"SELECT id FROM batches WHERE id = :id AND ended_ms IS NULL{self.LOCK}"
+            if self._one(is_open, id=batch_id) is None:
+                return
             for item in items:
-                self._one(
-                    "INSERT OR IGNORE INTO batch_items (batch, n, job, fault) "
-                    "SELECT :batch, :n, :job, :fault FROM batches WHERE id = :batch AND ended_ms IS NULL",
+                self._all(
+                    "INSERT INTO batch_items (batch, n, job, fault) VALUES (:batch, :n, :job, :fault) "
+                    "ON CONFLICT DO NOTHING RETURNING n",
                     batch=batch_id,
                     n=item.n,
                     job=item.job or None,
@@ -197,10 +191,10 @@ class SqliteShelf:
         """Known lines from number `first` on, in their order, each with its job as it is now."""
         rows = self._read(
             "SELECT n, batch_items.job AS item_job, batch_items.fault AS item_fault, jobs.* FROM batch_items "
-            "LEFT JOIN jobs ON jobs.id = batch_items.job WHERE batch = ? AND n >= ? ORDER BY n LIMIT ?",
-            batch_id,
-            first,
-            limit,
+            "LEFT JOIN jobs ON jobs.id = batch_items.job WHERE batch = :id AND n >= :first ORDER BY n LIMIT :limit",
+            id=batch_id,
+            first=first,
+            limit=limit,
         )
         return [(_item(row), record(row) if row["id"] is not None else None) for row in rows]
 
@@ -209,17 +203,18 @@ class SqliteShelf:
         rows = self._read(
             "SELECT CASE WHEN batch_items.job IS NULL THEN 'refused' WHEN jobs.state = 'offered' THEN 'queued' "
             "ELSE coalesce(jobs.state, 'refused') END AS state, count(*) AS n FROM batch_items "
-            "LEFT JOIN jobs ON jobs.id = batch_items.job WHERE batch = ? GROUP BY 1",
-            batch_id,
+            "LEFT JOIN jobs ON jobs.id = batch_items.job WHERE batch = :id GROUP BY 1",
+            id=batch_id,
         )
         return {row["state"]: row["n"] for row in rows}
 
+    @whole
     def purge_batches(self, retention_ms: int, limit: int = 500) -> int:
         """Forget batches that ended more than `retention_ms` ago; how many."""
         with self._transaction() as now:
             rows = self._all(
                 "DELETE FROM batches WHERE seq IN (SELECT seq FROM batches WHERE ended_ms <= :before "
-                "ORDER BY ended_ms LIMIT :limit) RETURNING id",
+                f"ORDER BY ended_ms LIMIT :limit{self.SKIP}) RETURNING id",
                 before=now - retention_ms,
                 limit=limit,
             )

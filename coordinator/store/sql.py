@@ -1,0 +1,387 @@
+"""The store in SQL that SQLite and PostgreSQL both understand: every write is here once, and so is its meaning.
+
+A database's own module brings the connection, the transaction, and how due jobs are claimed. Statements name their
+parameters (`:id`); all times come from the clock that a transaction begins with. Where several coordinators write
+at once (`LOCK`, `SKIP`), what is looked at before it is changed is locked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from coordinator.records import JobRecord, Submission
+from coordinator.store.base import (
+    LEFT_BEHIND,
+    Adoption,
+    Beat,
+    Cancelled,
+    Claimed,
+    Ending,
+    Outcome,
+    Purged,
+    Want,
+    after_failure,
+    deadline_fault,
+)
+from coordinator.store.rows import Row, columns, failing, record, same_request
+from coordinator.store.sql_reads import SqlReads
+from coordinator.store.sql_shelf import SqlShelf
+from coordinator.store.sql_steps import whole
+from protocol.faults import Fault
+
+_pack = msgspec.msgpack.encode
+
+_THIS_ATTEMPT = "id = :id AND attempt = :attempt AND worker = :worker"
+_RUNNING = f"{_THIS_ATTEMPT} AND state = 'running'"
+_OPEN = "state IN ('offered', 'running')"
+_UNENDED = "state IN ('queued', 'offered', 'running')"
+_LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
+_FORGET_GATEWAY_MS = 3_600_000
+# Start-time fair queueing: a job stands behind its tenant's waiting jobs, and not before what is served next. So a
+# tenant with a thousand jobs does not make another wait for all of them. Relative to what waits, so it needs no
+# table that every submission would have to lock.
+_FAIR_TURN = (
+    "coalesce((SELECT max(vt) FROM jobs WHERE state = 'queued' AND model = :model AND priority = :priority "
+    "AND tenant = :tenant), (SELECT min(vt) FROM jobs WHERE state = 'queued' AND model = :model "
+    "AND priority = :priority), 0) + 1"
+)
+
+
+def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
+    """Claimed rows in the order they were due, with the time left; RETURNING has no order of its own."""
+    ordered = sorted(rows, key=lambda row: (-row["priority"], row["vt"], row["seq"]))
+    return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in ordered]
+
+
+class SqlStore(SqlShelf, SqlReads):
+    """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
+
+    ORPHANED = "attended = 1"  # whose client's coordinator is gone; with one coordinator: each, at its start
+
+    def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
+        raise NotImplementedError
+
+    def _due_now(self) -> None:
+        """There is work that was not claimed in the same breath: other coordinators may want to know."""
+
+    # ---- the queue -----------------------------------------------------------------------------------------
+
+    @whole
+    def insert(self, job_id: str, submission: Submission) -> tuple[JobRecord, bool]:
+        """Queue a job, or find the one that its idempotency key names."""
+        with self._transaction() as now:
+            row, created = self._insert(job_id, submission, now)
+        if created:
+            self._due_now()
+        return row, created
+
+    @whole
+    def insert_and_claim(
+        self, job_id: str, submission: Submission, wants: Sequence[Want]
+    ) -> tuple[JobRecord, bool, list[Claimed]]:
+        """`insert`, and when that made a row `claim`, in one transaction."""
+        with self._transaction() as now:
+            row, created = self._insert(job_id, submission, now)
+            claimed = self._claim(wants, now) if created else []
+        if created and all(job.id != job_id for job, _ in claimed):
+            self._due_now()
+        return row, created, claimed
+
+    def _insert(self, job_id: str, submission: Submission, now: int) -> tuple[JobRecord, bool]:
+        values = columns(job_id, submission, now, self.gateway)
+        names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+        statement = (
+            f"INSERT INTO jobs ({names}, vt) VALUES ({places}, {_FAIR_TURN}) "
+            "ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key <> '' DO NOTHING RETURNING *"
+        )
+        # A row that was in the way may be deleted before it is read; then there is nothing in the way any more.
+        while (row := self._one(statement, **values)) is None:
+            known = self._one(
+                "SELECT * FROM jobs WHERE tenant = :tenant AND idempotency_key = :key AND idempotency_key <> ''",
+                tenant=submission.tenant,
+                key=submission.idempotency_key,
+            )
+            if known is not None:
+                return same_request(known, submission), False
+        for file in submission.inputs:
+            self._all(
+                "INSERT INTO input_blobs (key, job) VALUES (:key, :job) ON CONFLICT DO NOTHING RETURNING key",
+                key=file.blob,
+                job=job_id,
+            )
+        return record(row), True
+
+    @whole
+    def claim(self, wants: Sequence[Want]) -> list[Claimed]:
+        """Take due jobs as offered, each with a new attempt number and its time left, in the order they are due."""
+        with self._transaction() as now:
+            return self._claim(wants, now)
+
+    @whole
+    def release(self, job_id: str, attempt: int, delay_ms: int = 0) -> bool:
+        """Offered back to queued; uncounted."""
+        with self._transaction() as now:
+            row = self._one(
+                "UPDATE jobs SET state = 'queued', run_after_ms = :due "
+                "WHERE id = :id AND attempt = :attempt AND state = 'offered' RETURNING id",
+                id=job_id,
+                attempt=attempt,
+                due=now + delay_ms if delay_ms else 0,
+            )
+        if row is not None and not delay_ms:
+            self._due_now()
+        return row is not None
+
+    @whole
+    def accept(self, job_id: str, attempt: int, worker: str) -> bool:
+        """Offered to running; counts a try. Not synced."""
+        with self._transaction(synced=False) as now:
+            row = self._one(
+                "UPDATE jobs SET state = 'running', worker = :worker, tries = tries + 1, started_ms = :now "
+                "WHERE id = :id AND attempt = :attempt AND state = 'offered' RETURNING id",
+                id=job_id,
+                attempt=attempt,
+                worker=worker,
+                now=now,
+            )
+            return row is not None
+
+    @whole
+    def mark_streamed(self, job_id: str, attempt: int, worker: str) -> bool:
+        """Note that a chunk is about to be forwarded; False when fenced."""
+        with self._transaction():
+            row = self._one(
+                f"UPDATE jobs SET streamed = 1 WHERE {_RUNNING} RETURNING id",
+                id=job_id,
+                attempt=attempt,
+                worker=worker,
+            )
+            return row is not None
+
+    @whole
+    def adopt(self, job_id: str, attempt: int, worker: str) -> Adoption:
+        """A worker came back with an attempt; from now on it is held here.
+
+        A row that waits for its next try is still this worker's as long as no new number was minted for it.
+        """
+        names = {"id": job_id, "attempt": attempt, "worker": worker}
+        with self._transaction() as now:
+            row = self._changed(
+                "UPDATE jobs SET tries = tries + CASE WHEN state = 'offered' THEN 1 ELSE 0 END, state = 'running', "
+                "    worker = :worker, gateway = :me, started_ms = coalesce(started_ms, :now) "
+                "WHERE id = :id AND attempt = :attempt AND ((state = 'offered' AND worker IN ('', :worker)) "
+                "    OR (state IN ('running', 'queued') AND worker = :worker)) RETURNING *",
+                now=now,
+                me=self.gateway,
+                **names,
+            )
+            if row is not None:
+                return Adoption("adopted", record(row))
+            row = self._one("SELECT * FROM jobs WHERE id = :id AND attempt = :attempt", id=job_id, attempt=attempt)
+        if row is None or row["worker"] not in ("", worker):
+            return Adoption("fenced")
+        if row["state"] == "succeeded":
+            return Adoption("stored", record(row))
+        return Adoption("cancelled" if row["state"] == "cancelled" else "fenced", record(row))
+
+    # ---- endings -------------------------------------------------------------------------------------------
+
+    @whole
+    def complete(self, job_id: str, attempt: int, worker: str, outcome: Outcome) -> Ending:
+        """Running to succeeded, with result, files and usage, in one transaction."""
+        names: dict[str, Any] = {"id": job_id, "attempt": attempt, "worker": worker, "usage": _pack(outcome.usage)}
+        with self._transaction() as now:
+            row = self._changed(
+                "UPDATE jobs SET state = 'succeeded', result = :result, files = :files, usage = :usage, "
+                f"finished_ms = :now, fault = NULL WHERE {_RUNNING} RETURNING *",
+                result=outcome.result,
+                files=_pack(outcome.files),
+                now=now,
+                **names,
+            )
+            if row is not None:
+                return Ending("stored", record(row))
+            # Cancelled while it ran: no result is kept, but the work was done and is counted, once.
+            row = self._one(
+                f"UPDATE jobs SET usage = :usage WHERE {_THIS_ATTEMPT} AND state = 'cancelled' AND usage IS NULL "
+                "RETURNING *",
+                **names,
+            )
+            return Ending("late", record(row)) if row is not None else self._not_ours(names, "succeeded")
+
+    @whole
+    def fail(self, job_id: str, attempt: int, worker: str, fault: Fault, streamed: bool = False) -> Ending:
+        """Running to queued or failed, as `after_failure` says."""
+        names = {"id": job_id, "attempt": attempt, "worker": worker}
+        with self._transaction() as now:
+            row = self._one(f"SELECT * FROM jobs WHERE {_RUNNING}{self.LOCK}", **names)
+            if row is None:
+                return self._not_ours(names, "failed")
+            decided = after_failure(failing(row, streamed=streamed), fault, now)
+            if isinstance(decided, Fault):
+                return Ending("stored", self._fail_row(job_id, decided, now))
+            row = self._one(
+                "UPDATE jobs SET state = 'queued', run_after_ms = :due, fault = :fault, alone = :alone, "
+                "crashes = :crashes, spared = :spared WHERE id = :id RETURNING *",
+                id=job_id,
+                due=now + decided.delay_ms,
+                fault=_pack(fault),
+                alone=int(decided.alone),
+                crashes=decided.crashes,
+                spared=decided.spared,
+            )
+            assert row is not None
+            return Ending("stored", record(row), requeued=True)
+
+    @whole
+    def end(self, job_id: str, attempt: int, fault: Fault) -> Ending:
+        """Offered or running to failed, without any retry."""
+        with self._transaction() as now:
+            row = self._one(
+                f"SELECT id FROM jobs WHERE id = :id AND attempt = :attempt AND {_OPEN}{self.LOCK}",
+                id=job_id,
+                attempt=attempt,
+            )
+            return Ending("stored", self._fail_row(job_id, fault, now)) if row is not None else Ending("fenced")
+
+    @whole
+    def cancel(self, job_id: str, tenant: str, fault: Fault) -> Cancelled | None:
+        """To cancelled from any state that is not terminal."""
+        with self._transaction() as now:
+            row = self._changed(
+                "UPDATE jobs SET state = 'cancelled', finished_ms = :now, fault = :fault WHERE id = :id "
+                f"AND tenant = :tenant AND {_UNENDED} RETURNING *",
+                id=job_id,
+                tenant=tenant,
+                now=now,
+                fault=_pack(fault),
+            )
+            if row is not None:
+                return Cancelled(record(row), won=True)
+            row = self._one("SELECT * FROM jobs WHERE id = :id AND tenant = :tenant", id=job_id, tenant=tenant)
+            return Cancelled(record(row), won=False) if row is not None else None
+
+    @whole
+    def leave_unattended(self, fault: Fault) -> list[JobRecord]:
+        """To cancelled: all jobs whose clients waited on connections of a coordinator that is gone."""
+        with self._transaction() as now:
+            return self._leave(fault, now)
+
+    def _leave(self, fault: Fault, now: int) -> list[JobRecord]:
+        rows = self._all(
+            f"SELECT id FROM jobs WHERE {self.ORPHANED} AND {_UNENDED}{self.SKIP}", now=now, silent=self.silent_ms
+        )
+        return [
+            record(row)
+            for found in rows
+            for row in self._all(
+                "UPDATE jobs SET state = 'cancelled', finished_ms = :now, fault = :fault WHERE id = :id RETURNING *",
+                id=found["id"],
+                now=now,
+                fault=_pack(fault),
+            )
+        ]
+
+    @whole
+    def expire(self, slack_ms: int) -> list[JobRecord]:
+        """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
+        with self._transaction() as now:
+            rows = self._all(
+                f"SELECT id FROM jobs WHERE deadline_at_ms > 0 AND deadline_at_ms <= :now AND {_UNENDED} "  # the index
+                "AND (state IN ('queued', 'offered') OR (state = 'running' AND deadline_at_ms + :slack <= :now))"
+                f"{self.SKIP}",
+                now=now,
+                slack=slack_ms,
+            )
+            return [self._fail_row(row["id"], deadline_fault(), now) for row in rows]
+
+    @whole
+    def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
+        """Delete jobs that ended more than `retention_ms` ago and that no open batch needs."""
+        with self._transaction() as now:
+            rows = self._all(
+                "SELECT id FROM jobs WHERE finished_ms <= :before AND NOT EXISTS "
+                f"(SELECT 1 FROM batch_items WHERE job = jobs.id) ORDER BY finished_ms LIMIT :limit{self.SKIP}",
+                before=now - retention_ms,
+                limit=limit,
+            )
+            return [self._delete(row["id"]) for row in rows]
+
+    @whole
+    def remove(self, job_id: str, tenant: str) -> Purged | None:
+        """Delete one job of the tenant's that has ended."""
+        with self._transaction():
+            row = self._one(
+                f"SELECT id FROM jobs WHERE id = :id AND tenant = :tenant AND finished_ms IS NOT NULL{self.LOCK}",
+                id=job_id,
+                tenant=tenant,
+            )
+            return self._delete(job_id) if row is not None else None
+
+    def _delete(self, job_id: str) -> Purged:
+        keys = self._all(
+            "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
+            "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
+            id=job_id,
+        )
+        self._all("DELETE FROM jobs WHERE id = :id RETURNING id", id=job_id)
+        return Purged(job_id, tuple(key["key"] for key in keys))
+
+    # ---- many coordinators ---------------------------------------------------------------------------------
+
+    @whole
+    def beat(self) -> Beat:
+        """Say that this coordinator lives, and take over what those that do not say so any more have held."""
+        with self._transaction() as now:
+            before = self._one("SELECT beat_ms FROM gateways WHERE id = :me", me=self.gateway)
+            self._all(
+                "INSERT INTO gateways (id, beat_ms) VALUES (:me, :now) "
+                "ON CONFLICT (id) DO UPDATE SET beat_ms = :now RETURNING id",
+                me=self.gateway,
+                now=now,
+            )
+            silent = {"now": now, "silent": self.silent_ms}
+            found = self._all(
+                f"SELECT id FROM jobs WHERE {_OPEN} AND gateway <> :me AND gateway NOT IN ({_LIVE}){self.SKIP}",
+                me=self.gateway,
+                **silent,
+            )
+            for row in found:
+                self._all("UPDATE jobs SET gateway = :me WHERE id = :id RETURNING id", me=self.gateway, id=row["id"])
+            self._all("DELETE FROM gateways WHERE beat_ms < :before RETURNING id", before=now - _FORGET_GATEWAY_MS)
+            left = self._leave(LEFT_BEHIND, now) if self.SKIP else []
+            lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
+            return Beat(lapsed, len(found), tuple(left))
+
+    @whole
+    def shift_clock(self, ms: int) -> None:
+        """Move the store's clock by `ms` from now on; for tests."""
+        with self._transaction():
+            self._all("UPDATE clock SET shift_ms = shift_ms + :ms RETURNING shift_ms", ms=ms)
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _not_ours(self, names: dict[str, Any], same_end: str) -> Ending:
+        """Judge an end that changed no row: an ack that was lost, a cancelled job, or a fenced attempt."""
+        row = self._one(
+            f"SELECT * FROM jobs WHERE {_THIS_ATTEMPT}",
+            id=names["id"],
+            attempt=names["attempt"],
+            worker=names["worker"],
+        )
+        if row is None:
+            return Ending("fenced")
+        return Ending("again" if row["state"] in (same_end, "cancelled") else "fenced", record(row))
+
+    def _fail_row(self, job_id: str, fault: Fault, now: int) -> JobRecord:
+        row = self._one(
+            "UPDATE jobs SET state = 'failed', finished_ms = :now, fault = :fault WHERE id = :id RETURNING *",
+            id=job_id,
+            now=now,
+            fault=_pack(fault),
+        )
+        assert row is not None
+        return record(row)

@@ -1,0 +1,80 @@
+"""What a store in SQL answers without changing anything. Reads see what was committed, and wait for nobody."""
+
+from __future__ import annotations
+
+from coordinator.records import JobRecord, Submission
+from coordinator.store.base import SILENT_MS, OpenAttempt
+from coordinator.store.rows import LIGHT, record, same_request
+from coordinator.store.sql_steps import SqlSteps
+
+
+class SqlReads(SqlSteps):
+    """The reading half of `Store`, for both databases.
+
+    Attributes:
+        gateway: this coordinator's name in the rows it holds.
+        parallel: how many threads may write at once.
+        silent_ms: a coordinator that has said nothing for so long is gone.
+    """
+
+    gateway: str = ""
+    parallel: int = 1
+    silent_ms: int = SILENT_MS
+
+    def now_ms(self) -> int:
+        """The store's clock, milliseconds since the epoch."""
+        return int(self._read(f"SELECT {self.CLOCK} AS now")[0]["now"])
+
+    def get(self, job_id: str, tenant: str | None = None) -> JobRecord | None:
+        """The row; with a tenant only when it is the tenant's."""
+        mine = "" if tenant is None else " AND tenant = :tenant"
+        rows = self._read(f"SELECT * FROM jobs WHERE id = :id{mine}", id=job_id, tenant=tenant or "")
+        return record(rows[0]) if rows else None
+
+    def by_key(self, submission: Submission) -> JobRecord | None:
+        """The job that the submission's idempotency key names."""
+        if not submission.idempotency_key:
+            return None
+        rows = self._read(
+            "SELECT * FROM jobs WHERE tenant = :tenant AND idempotency_key = :key AND idempotency_key <> ''",
+            tenant=submission.tenant,
+            key=submission.idempotency_key,
+        )
+        return same_request(rows[0], submission) if rows else None
+
+    def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
+        """Newest first, without params and result."""
+        inside = {None: "", "queued": " AND state IN ('queued', 'offered')"}.get(state, " AND state = :state")
+        rows = self._read(
+            f"SELECT {LIGHT} FROM jobs WHERE tenant = :tenant{inside} ORDER BY seq DESC LIMIT :limit",
+            tenant=tenant,
+            state=state or "",
+            limit=limit,
+        )
+        return [record(row, light=True) for row in rows]
+
+    def open_attempts(self) -> list[OpenAttempt]:
+        """All rows that are offered or running and held by this coordinator."""
+        rows = self._read(
+            "SELECT id, attempt, state, worker, kind, model, streamed FROM jobs "
+            "WHERE state IN ('offered', 'running') AND gateway = :me",
+            me=self.gateway,
+        )
+        return [
+            OpenAttempt(r["id"], r["attempt"], r["state"], r["worker"], r["kind"], r["model"], bool(r["streamed"]))
+            for r in rows
+        ]
+
+    def queued(self) -> dict[tuple[str, str], int]:
+        """(kind, model) -> jobs that wait."""
+        rows = self._read("SELECT kind, model, count(*) AS n FROM jobs WHERE state = 'queued' GROUP BY kind, model")
+        return {(row["kind"], row["model"]): row["n"] for row in rows}
+
+    def has_blob(self, key: str) -> bool:
+        """Whether a job's input or a kept file has this key."""
+        owners = "SELECT 1 AS found FROM input_blobs WHERE key = :key UNION ALL SELECT 1 FROM files WHERE blob = :key"
+        return bool(self._read(f"{owners} LIMIT 1", key=key))
+
+    def has_job(self, job_id: str) -> bool:
+        """Whether there is such a row."""
+        return bool(self._read("SELECT 1 AS found FROM jobs WHERE id = :id", id=job_id))
