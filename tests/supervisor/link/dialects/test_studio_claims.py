@@ -1,0 +1,272 @@
+"""What the suites do not reach: time that passes, answers that never come, results that are too large to be posted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from protocol import link_wire as wire
+from protocol.faults import Fault
+from supervisor.link.dialects import studio_frames as frames
+from supervisor.link.dialects.studio_claims import Claims
+from supervisor.link.dialects.studio_offers import Facts, Slip
+from tests.supervisor.link.dialects.studio_rig import RESULTS, TASKS
+
+MODELS = tuple(wire.ModelOffer(name="m", kinds=(kind,), engine="synthetic") for kind in TASKS)
+
+
+class FakeSide:
+    """Holds what it was offered until it is acknowledged."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, int], Any] = {}
+        self.acks: list[tuple[str, str, int]] = []
+        self.again: list[tuple[wire.Body, str, int]] = []
+        self.running = 0
+        self.post: Any = None
+
+    def hello(self) -> wire.Hello:
+        held = tuple(wire.Held(job=job, attempt=attempt) for job, attempt in self.held)
+        return wire.Hello(worker="w", low=1, high=1, capabilities=wire.Capabilities(models=MODELS), held=held)
+
+    def opened(self, post: Any) -> None:
+        self.post = post
+        for body, job, attempt in self.again:
+            if (job, attempt) in self.held:
+                post(body, job, attempt)
+
+    def heard(self, body: wire.Body, job: str, attempt: int) -> None:
+        if isinstance(body, wire.Ack):
+            self.acks.append((body.verdict, job, attempt))
+            self.held.pop((job, attempt), None)
+        else:
+            self.held[job, attempt] = body
+
+    def broken_offer(self, job: str, attempt: int, reason: str) -> None:
+        raise AssertionError
+
+    def closed(self) -> None:
+        self.post = None
+
+    def holds(self, job: str, attempt: int) -> bool:
+        return (job, attempt) in self.held
+
+
+class Desk:
+    """A side, its claims, and what a server would have read in each session."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.side = FakeSide()
+        self.sent: list[frames.Up] = []
+        self.claims = Claims(
+            Facts(machine="b", user=""), clock=lambda: self.now, utc=lambda: "now", aside_s=600.0, answer_s=5.0
+        )
+
+    def session(self) -> None:
+        self.sent = []
+        self.claims.begin(self.side, self.sent.append, self.side.hello())
+
+    def offer(self, job: str = "j", kind: str = "llm") -> None:
+        claim = {"jobId": job, "model": "m", "task": TASKS[kind], "modelSource": {"engine": "synthetic"}}
+        self.claims.hear(frames.read(json.dumps({"type": "offer", "claim": claim})))
+
+    def complete(self, job: str = "j", attempt: int = 1, kind: str = "llm") -> None:
+        end = wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode(RESULTS[kind])))
+        self.side.again.append((end, job, attempt))
+        if self.side.post:
+            self.side.post(end, job, attempt)
+
+    def away(self) -> None:
+        """A chat that was accepted, and ended while there was no session."""
+        self.session()
+        self.offer()
+        self.side.post(wire.Accept(), "j", 1)
+        self.claims.finish(violated=False)
+        self.complete()
+
+    def types(self) -> list[str]:
+        return [type(frame).__name__ for frame in self.sent]
+
+
+def test_what_waits_for_its_job_is_given_up_in_the_end():
+    desk = Desk()
+    desk.away()
+    desk.session()
+    assert desk.types() == ["CompleteJson"]
+    desk.claims.finish(violated=True)
+    desk.session()
+    assert desk.types() == []
+    desk.now += 599
+    desk.claims.tick()
+    assert desk.side.acks == []
+    desk.now += 1
+    desk.claims.tick()
+    assert desk.side.acks == [("fenced", "j", 1)]
+
+
+def test_a_lost_session_is_no_verdict_on_a_result():
+    desk = Desk()
+    desk.away()
+    for _ in range(3):
+        desk.session()
+        assert desk.types() == ["CompleteJson"]
+        desk.claims.finish(violated=False)
+    desk.session()
+    desk.claims.hear(frames.CompleteAck(job_id="j"))
+    assert desk.side.acks == [("stored", "j", 1)]
+
+
+def test_offers_wait_behind_a_result_of_an_earlier_session_but_not_for_ever():
+    desk = Desk()
+    desk.away()
+    desk.session()
+    desk.offer("k")
+    assert ("k", 1) not in desk.side.held, "nothing else is at stake while the session may break"
+    desk.now += 5
+    desk.claims.tick()
+    assert ("k", 1) in desk.side.held
+    desk.side.post(wire.Accept(), "k", 1)
+    desk.claims.hear(frames.CompleteAck(job_id="j"))  # late, and heard all the same
+    desk.claims.finish(violated=False)
+    desk.session()
+    assert "CompleteJson" not in desk.types()
+
+
+def test_several_results_are_told_one_after_the_other():
+    desk = Desk()
+    desk.away()
+    desk.side.held["i", 1] = None
+    desk.claims.large(Slip(job="i", attempt=1, kind="llm", model="m"), b"")
+    desk.complete("i")
+    desk.session()
+    assert [frame.job_id for frame in desk.sent] == ["j"]
+    desk.claims.hear(frames.CompleteAck(job_id="j"))
+    assert [frame.job_id for frame in desk.sent] == ["j", "i"]
+
+
+def test_a_result_of_an_earlier_life_waits_for_the_offer_that_says_what_it_was_for():
+    desk = Desk()
+    desk.side.held["j", 4] = None
+    desk.complete("j", 4)
+    desk.session()
+    assert desk.types() == []
+    desk.offer()
+    assert desk.types() == ["Accept", "CompleteJson"]
+    assert desk.sent[1].result["model"] == "m"
+    desk.claims.hear(frames.CompleteAck(job_id="j"))
+    assert desk.side.acks == [("stored", "j", 4)]
+
+
+def test_a_drain_waits_for_nothing_that_nobody_asks_for():
+    desk = Desk()
+    desk.side.held["j", 4] = None
+    desk.complete("j", 4)
+    desk.session()
+    desk.side.post(wire.Draining(), "", 0)
+    assert desk.side.acks == [("fenced", "j", 4)]
+    assert not desk.claims.capabilities.auto_enabled
+
+
+def test_a_failure_that_no_session_holds_is_nobodys():
+    desk = Desk()
+    desk.side.held["j", 4] = None
+    desk.side.again.append((wire.Fail(fault=Fault("worker_lost", "x")), "j", 4))
+    desk.session()
+    assert desk.types() == []
+    assert desk.side.acks == [("fenced", "j", 4)]
+    desk.offer()
+    assert ("j", 5) in desk.side.held, "a number of its own"
+
+
+def test_a_result_that_is_too_large_to_be_posted():
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Accept(), "j", 1)
+    slip = Slip.read(desk.side.held["j", 1].upload)
+    desk.claims.large(slip, msgspec.msgpack.encode({"content": "x" * 100_000}))
+    desk.side.post(wire.Complete(), "j", 1)
+    assert desk.sent[-1].result["choices"][0]["message"]["content"] == "x" * 100_000
+
+
+def test_a_result_that_is_not_of_its_kind_fails_the_job():
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Accept(), "j", 1)
+    desk.side.post(wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode([]))), "j", 1)
+    assert desk.types() == ["Accept", "Fail"]
+    desk.claims.hear(frames.FailAck(job_id="j"))
+    assert desk.side.acks == [("stored", "j", 1)]
+
+
+def test_the_next_offer_may_overtake_the_answer_to_an_upload():
+    desk = Desk()
+    desk.session()
+    desk.offer(kind="image")
+    desk.side.post(wire.Accept(), "j", 1)
+    slip = Slip.read(desk.side.held["j", 1].upload)
+    desk.claims.uploading(slip, True)
+    desk.offer("k", "image")
+    assert desk.types() == ["Accept"]
+    desk.side.post(wire.Complete(), "j", 1)
+    assert desk.side.acks == [("stored", "j", 1)]
+    assert ("k", 1) in desk.side.held
+
+
+def test_an_upload_that_did_not_succeed_leaves_no_offer_without_an_answer():
+    desk = Desk()
+    desk.session()
+    desk.offer(kind="image")
+    desk.side.post(wire.Accept(), "j", 1)
+    slip = Slip.read(desk.side.held["j", 1].upload)
+    desk.claims.uploading(slip, True)
+    desk.offer("k", "image")
+    desk.claims.uploading(slip, False)
+    assert desk.sent[-1] == frames.Reject(job_id="k", reason="worker already has an in-flight job", code="busy")
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_the_same_offer_twice_is_heard_once(accepted):
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    if accepted:
+        desk.side.post(wire.Accept(), "j", 1)
+    desk.offer()
+    assert "Reject" not in desk.types()
+    assert list(desk.side.held) == [("j", 1)]
+
+
+def test_work_of_an_earlier_session_keeps_others_away():
+    desk = Desk()
+    desk.session()
+    desk.side.running = 1
+    desk.offer()
+    assert desk.sent == [frames.Reject(job_id="j", reason="worker already has an in-flight job", code="busy")]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("busy", "busy"), ("paused", "paused"), ("draining", "paused"), ("unknown_model", msgspec.UNSET)],
+)
+def test_declining(code, told):
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Decline(code=code, reason="because"), "j", 1)
+    assert desk.sent == [frames.Reject(job_id="j", reason="because", code=told)]
+    desk.offer("k")
+    assert ("k", 1) in desk.side.held
+
+
+def test_what_a_studio_has_no_word_for_is_not_said():
+    desk = Desk()
+    desk.session()
+    for body in (wire.Started(), wire.Progress(n=1), wire.OrderDone(id="x", ok=True)):
+        desk.side.post(body, "j", 1)
+    assert desk.sent == []

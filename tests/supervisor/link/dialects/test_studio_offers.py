@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from protocol import link_wire as wire
+from protocol import work
+from supervisor.link.dialects import studio_frames as frames
+from supervisor.link.dialects import studio_offers as offers
+from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
+
+
+def claim(task: dict[str, Any], engine: str = "synthetic") -> frames.Claim:
+    given = {"jobId": "j", "model": "m", "vramGbEstimate": 2.5, "task": task, "modelSource": {"engine": engine}}
+    offered = frames.read(json.dumps({"type": "offer", "claim": given}))
+    assert isinstance(offered, frames.Offered)
+    assert offered.claim is not None, offered.reason
+    return offered.claim
+
+
+def taken(task: dict[str, Any]) -> tuple[Any, wire.Offer, Slip]:
+    """The parameters of our own, which have to pass their own check."""
+    offer, slip, _left = offers.offer(claim(task), 3)
+    return work.parse_params(offer.kind, offer.params), offer, slip
+
+
+def test_a_picture_with_all_that_it_may_say():
+    params, offer, slip = taken(
+        {
+            "kind": "image",
+            "prompt": "p",
+            "negativePrompt": "n",
+            "initImageUrl": "https://x/y.png",
+            "denoise": 0.5,
+            "cfgScale": 3.0,
+            "samplingMethod": "euler",
+            "width": 640,
+            "height": 0,
+            "steps": 30,
+            "seed": 2**64 - 1,
+            "ext": "jpg",
+        }
+    )
+    assert params == work.ImageParams(
+        prompt="p",
+        negative_prompt="n",
+        width=640,
+        height=512,
+        steps=30,
+        guidance=3.0,
+        seed=2**63 - 1,
+        strength=0.5,
+        format="jpeg",
+    )
+    assert offer.inputs == (wire.FileRef(name="image", url="https://x/y.png", size=0, sha256=""),)
+    assert (offer.kind, offer.model, offer.vram_gb_estimate) == ("image", "m", 2.5)
+    assert Slip.read(offer.upload) == slip
+    assert slip == Slip(job="j", attempt=3, kind="image", model="m", prompt="p", ext="jpg")
+
+
+def test_defaults_are_the_wires_and_twenty_steps_are_the_models_own():
+    params, _offer, _slip = taken({"kind": "image", "prompt": "p"})
+    assert params == work.ImageParams(prompt="p", format="webp")
+    assert params.steps is None
+
+
+def test_what_is_left_to_the_model_is_told():
+    _offer, _slip, left = offers.offer(claim({"kind": "image", "prompt": "p", "samplingMethod": "euler"}), 1)
+    assert "samplingMethod 'euler'" in left[0]
+
+
+def test_a_chat():
+    params, offer, slip = taken(
+        {
+            "kind": "llm",
+            "messages": [{"role": "user", "content": "hi"}],
+            "system": "be kind",
+            "stop": ["x"],
+            "topP": 0.5,
+            "jsonSchema": {"type": "object"},
+            "reasoning": False,
+            "chatTemplateKwargs": {"a": 1},
+        }
+    )
+    assert [(message.role, message.content) for message in params.messages] == [("system", "be kind"), ("user", "hi")]
+    assert (params.max_tokens, params.temperature, params.top_p, params.stop) == (512, 0.7, 0.5, ["x"])
+    assert params.json_schema == {"type": "object"}
+    assert params.chat_template_kwargs == {"a": 1, "enable_thinking": False}
+    assert slip.prompt == "system: be kind\nuser: hi"
+    assert not offer.stream
+
+
+@pytest.mark.parametrize(("said", "meant"), [("en-US", "en"), ("DE", "de"), ("auto", None), ("", None), (None, None)])
+def test_speech_and_its_languages(said, meant):
+    task = {"kind": "audio_stt", "inputUrl": "/goods/x", "language": said, "translate": True, "timestamps": "word"}
+    params, offer, _slip = taken(task)
+    assert (params.language, params.task, params.word_timestamps, params.vad) == (meant, "translate", True, False)
+    assert [file.name for file in offer.inputs] == ["audio"]
+
+
+def test_speaking_and_filming():
+    params, _offer, slip = taken({"kind": "audio_tts", "text": "t", "speed": 2, "language": "en", "ext": "mp3"})
+    assert params == work.TtsParams(text="t", speed=2, language="en", format="mp3")
+    assert slip.prompt == "t"
+    params, _offer, _slip = taken({"kind": "video", "prompt": "p", "fps": 24, "initImageUrl": "http://x/y"})
+    assert params == work.VideoParams(prompt="p", fps=24, width=512, height=512, format="mp4")
+
+
+@pytest.mark.parametrize(
+    ("task", "word"),
+    [
+        ({"kind": "image", "prompt": "p", "maskUrl": "https://x/y"}, "maskUrl"),
+        ({"kind": "image", "prompt": "p", "refImageUrl": "https://x/y"}, "refImageUrl"),
+        ({"kind": "image", "prompt": "p", "initImageUrl": "https://x/y", "denoise": 0}, "denoise"),
+        ({"kind": "image", "prompt": "p", "initImageUrl": "data:image/png;base64,AA"}, "initImageUrl"),
+        ({"kind": "audio_stt", "inputUrl": "file:///etc/passwd"}, "inputUrl"),
+        ({"kind": "audio_stt", "inputUrl": "x", "language": "klingon!"}, "language"),
+    ],
+)
+def test_what_cannot_be_done_here_names_the_field(task, word):
+    with pytest.raises(Unfit, match=word):
+        offers.offer(claim(task), 1)
+
+
+def test_engines_are_those_of_studios_and_ours():
+    task = {"kind": "audio_tts", "text": "t"}
+    with pytest.raises(Unfit, match="piper"):
+        offers.offer(claim(task, "piper"), 1)
+    offers.offer(claim(task, "piper"), 1, {"piper"})
+
+
+def test_results_in_the_shape_of_openai():
+    slip = Slip(job="j", attempt=1, kind="llm", model="m")
+    result = work.LlmResult(content=None, reasoning_content="because", finish_reason="length")
+    told = offers.json_result(slip, msgspec.msgpack.encode(result), {"prompt_tokens": 3, "completion_tokens": 4})
+    assert told["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "", "reasoning_content": "because"},
+            "finish_reason": "length",
+        }
+    ]
+    assert told["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert (told["object"], told["model"], told["elapsed_ms"]) == ("chat.completion", "m", 0)
+
+
+def test_a_body_of_another_kind_is_no_result():
+    with pytest.raises(msgspec.MsgspecError):
+        offers.json_result(Slip(job="j", attempt=1, kind="audio_stt", model="m"), msgspec.msgpack.encode({}), {})
+
+
+def test_a_slip_of_another_dialect_is_none():
+    with pytest.raises(ValueError, match="no slip"):
+        Slip.read("/v1/blobs/{name}")
+
+
+def native(**fields: Any) -> wire.Capabilities:
+    models = (
+        wire.ModelOffer(name="b", kinds=("llm", "embedding"), engine="llm"),
+        wire.ModelOffer(name="a", kinds=("llm", "image"), engine="image"),
+        wire.ModelOffer(name="c", kinds=("embedding",), engine="embed"),
+    )
+    gpus = (wire.Gpu(uuid="1", name="x", vram_bytes=24 * 2**30), wire.Gpu(uuid="2", name="x", vram_bytes=8 * 2**30))
+    return wire.Capabilities(models=models, gpus=gpus, version="1.2", **fields)
+
+
+def test_capabilities():
+    told = offers.capabilities(native(), Facts(machine="box", user="me"), draining=False)
+    assert (told.supported_models, told.task_kinds) == (["a", "b"], ["image", "llm"])
+    assert told.supported_models_per_kind == {"llm": ["b", "a"], "image": ["a"]}
+    assert (told.vram_total_gb, told.vram_threshold_gb) == (24, 24), "a model has to fit one GPU"
+    assert (told.machine_name, told.username, told.agent_version, told.auto_enabled) == ("box", "me", "1.2", True)
+    assert offers.capabilities(native(), Facts(machine="b", user="", threshold_gb=12), False).vram_threshold_gb == 12
+
+
+@pytest.mark.parametrize(("accepting", "draining"), [(False, False), (True, True)])
+def test_off_while_paused_and_while_draining(accepting, draining):
+    assert not offers.capabilities(native(accepting=accepting), Facts(machine="", user=""), draining).auto_enabled
+
+
+def test_lines_of_the_log():
+    line = wire.LogLine(ts="t", level="error", message="link.attempts: it broke: badly", job="j")
+    plain = wire.LogLine(ts="t", level="debug", message="no logger: said this")
+    batch = offers.log_batch(wire.LogBatch(lines=(line, plain), dropped=3), "now")
+    assert [(entry.level, entry.category, entry.message) for entry in batch.entries] == [
+        ("warn", "log", "3 lines of the log were lost before these"),
+        ("error", "attempts", "it broke: badly"),
+        ("info", "worker", "no logger: said this"),
+    ]
+    assert [entry.job_id for entry in batch.entries] == [msgspec.UNSET, "j", msgspec.UNSET]
