@@ -17,6 +17,7 @@ from supervisor.host.cgroups import Cgroups
 from supervisor.host.fake import Died, FakeChild, FakeEngines, fake_means, greet_and_load
 from supervisor.host.host import open_host
 from supervisor.host.incidents import Incident
+from supervisor.host.means import Nobody
 from supervisor.host.work import EngineSpec, Failed, ModelSpec, RunRequest
 from supervisor.intake.holds import Mode, Source
 from supervisor.machine.readings import GpuReading
@@ -117,7 +118,7 @@ async def test_nothing_is_hopeless_that_may_come_back_by_itself(box):
 
 
 async def test_evidence_and_use_are_those_of_the_models_own_gpus(box):
-    senses = box.means(None, None).senses
+    senses = box.means(None, None, Nobody()).senses
     assert [one["uuid"] for one in senses.gpus(spec("m", TWO))] == [TWO]
     assert senses.gpus(spec("m", device="cpu")) == ()
     box.watch._by_uuid[TWO] = GpuReading(uuid=TWO, busy=0.4)
@@ -163,7 +164,7 @@ async def test_holds_free_the_gpus_and_incidents_are_counted(box, tmp_path, auto
 
     freed: list[str] = []
     box.room.free = lambda reason, _gpus, cordons: freed.append(reason)
-    means = fake_means(FakeEngines(script), incidents=box.means(None, None).incidents)
+    means = fake_means(FakeEngines(script), incidents=box.means(None, None, Nobody()).incidents)
     async with open_host([spec("m", device="cpu")], LimitsTable(), tmp_path / "scratch", means=means) as host:
         box._host = host
         box._incidents.on_incident = box._incident
