@@ -16,7 +16,7 @@ from supervisor import notices
 from supervisor.config import build_models, load
 from supervisor.errors import ConfigError
 from supervisor.host.fake import FakeChild, FakeEngines, fake_means, greet_and_load
-from supervisor.host.host import Host, open_host
+from supervisor.host.host import open_host
 from supervisor.host.work import Failed, ModelSpec, RunRequest
 from supervisor.intake.holds import Source
 from supervisor.live_settings import Parts, appliers
