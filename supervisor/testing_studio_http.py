@@ -27,6 +27,12 @@ class Exchange(msgspec.Struct, kw_only=True):
         return self.headers.get("authorization", "").removeprefix("Bearer ")
 
 
+class Redirect(msgspec.Struct, frozen=True):
+    """Answers with a way to somewhere else."""
+
+    location: str
+
+
 class Replayed(trio.abc.Stream):
     """A stream whose beginning was read already."""
 
@@ -80,11 +86,14 @@ async def answer(stream: trio.SocketStream, asked: Exchange, exchange: Callable[
         body += piece
     asked.body = bytes(body[:size])
     status, value = exchange(asked)
+    more = ""
+    if isinstance(value, Redirect):
+        more, value = f"Location: {value.location}\r\n", b""
     if isinstance(value, bytes):
         kind, content = "application/octet-stream", value
     else:
         kind, content = "application/json", msgspec.json.encode(value)
-    first = f"HTTP/1.1 {status} x\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n\r\n"
+    first = f"HTTP/1.1 {status} x\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n{more}\r\n"
     await stream.send_all(first.encode() + content)
     return True
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import datetime
+import logging
+
+import pytest
+import trio
+
+from supervisor.link.dialects import studio_session as subject
+from supervisor.link.dialects.studio_register import Credentials, CredentialsFile, base_url
+from supervisor.link.dialects.studio_session import Door
+from supervisor.testing_studio import open_studio_server
+from tests.supervisor.link.dialects.studio_rig import open_bench
+
+NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize(
+    ("told", "skew_s"),
+    [
+        ("2026-01-01T00:00:04Z", 0),
+        ("2026-01-01T00:01:00.000Z", 60),
+        ("2025-12-31T23:00:00", 3600),
+        ("2026-01-01T01:00:00+01:00", 0),
+        ("yesterday", 0),
+        ("", 0),
+    ],
+)
+def test_clocks_that_differ(told, skew_s):
+    assert subject._skew_s(told, NOW) == skew_s
+
+
+def test_the_address_of_the_socket():
+    assert Door("https://x/graphics/api", "w/1", "t", None).url == "wss://x/graphics/api/workers/w%2F1/connect"
+    assert Door("http://x:1/graphics/api", "w", "t", None).url == "ws://x:1/graphics/api/workers/w/connect"
+
+
+async def test_clock_skew_is_told_and_harms_nothing(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    async with open_studio_server() as server:
+        server.approving, server.server_time = True, "2001-01-01T00:00:00Z"
+        async with open_bench(tmp_path, server.url):
+            session = await server.session()
+            await server.until(lambda: session.said("heartbeat"), "a heartbeat")
+    assert "clock and ours differ by" in caplog.text
+
+
+async def test_a_server_that_does_not_speak_this_protocol_is_the_end(tmp_path, monkeypatch):
+    async with open_studio_server() as server:
+        server.approving = True
+        monkeypatch.setattr(subject.frames, "SUBPROTOCOL", "studio-worker-v2")
+        monkeypatch.setattr("supervisor.testing_studio.SUBPROTOCOL", "studio-worker-v2")
+        original = subject.WebSocketConnection.subprotocol
+        monkeypatch.setattr(subject.WebSocketConnection, "subprotocol", property(lambda _self: None))
+        try:
+            async with open_bench(tmp_path, server.url) as bench:
+                assert "does not speak studio-worker-v2" in await bench.refused()
+        finally:
+            monkeypatch.setattr(subject.WebSocketConnection, "subprotocol", original)
+
+
+async def test_nobody_there_is_no_end(tmp_path):
+    nobody = "http://127.0.0.1:9"
+    known = Credentials(install_id="i", studio=base_url(nobody), worker_id="w", auth_token="t")
+    CredentialsFile(tmp_path / "studio").write(known)
+    async with open_bench(tmp_path, nobody) as bench:
+        with trio.fail_after(20):
+            while len(bench.ends) < 3:  # noqa: ASYNC110 - nothing tells of an end
+                await trio.sleep(0.01)
+    assert not any(end.final for end in bench.ends)
+    assert "cannot be reached" in bench.ends[-1].sentence
