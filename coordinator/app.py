@@ -22,11 +22,13 @@ from starlette.websockets import WebSocket
 
 from coordinator import jobs_api, metrics, workers_api
 from coordinator.access import Access, worker_scope
+from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
 from coordinator.blobs import Blobs
 from coordinator.dispatch import Dispatcher
 from coordinator.errors import EXCEPTION_HANDLERS, Json, RequestIds
 from coordinator.gateway import worker_endpoint
+from coordinator.kept_files import KeptFiles
 from coordinator.keys import FILE_NAME, Keys
 from coordinator.metrics import CountRequests, HttpCounters
 from coordinator.openai.routes import ROUTES as OPENAI_ROUTES
@@ -70,7 +72,17 @@ class Coordinator:
             raise
         dispatcher = Dispatcher(self._store, blobs)
         http = HttpCounters()
-        self.parts = Services(dispatcher, blobs, self.keys, http, ProgressBoard(dispatcher), limits or Limits())
+        files = KeptFiles(self._store, blobs)
+        self.parts = Services(
+            dispatcher,
+            blobs,
+            self.keys,
+            http,
+            ProgressBoard(dispatcher),
+            limits or Limits(),
+            files,
+            Batches(self._store, dispatcher, blobs, files),
+        )
         self.app = build_app(self.parts, worker_endpoint(dispatcher, self._authenticate), self._lifetime)
 
     def close(self) -> None:
@@ -91,6 +103,7 @@ class Coordinator:
         async with anyio.create_task_group() as group:
             group.start_soon(self._dispatch)
             group.start_soon(self.parts.progress.run)
+            group.start_soon(self.parts.batches.run)
             yield
             with anyio.move_on_after(LAST_WORDS_S):
                 await self.parts.http.wait_idle()

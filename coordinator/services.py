@@ -13,8 +13,10 @@ from coordinator.records import StoredInput, Submission
 from protocol.faults import refuse
 
 if TYPE_CHECKING:
+    from coordinator.batches import Batches
     from coordinator.blobs import Blobs
     from coordinator.dispatch import Dispatcher
+    from coordinator.kept_files import KeptFiles
     from coordinator.keys import Keys
     from coordinator.metrics import HttpCounters
     from coordinator.progress import ProgressBoard
@@ -50,6 +52,8 @@ class Services:
         http: HttpCounters,
         progress: ProgressBoard,
         limits: Limits,
+        files: KeptFiles,
+        batches: Batches,
     ) -> None:
         self.dispatcher = dispatcher
         self.blobs = blobs
@@ -57,6 +61,8 @@ class Services:
         self.http = http
         self.progress = progress
         self.limits = limits
+        self.files = files
+        self.batches = batches
         self.started_s = int(time.time())
         self.alive = True
 

@@ -87,7 +87,9 @@ class Form(msgspec.Struct, frozen=True):
     files: dict[str, StoredInput]
 
 
-class _Part(NamedTuple):
+class FormPart(NamedTuple):
+    """A part begins; `filename` is None where the client gave none."""
+
     name: str
     filename: str | None
 
@@ -97,7 +99,7 @@ class _End:
 
 
 _END = _End()
-_Event = _Part | bytes | _End
+FormEvent = FormPart | bytes | _End
 
 
 def is_multipart(request: Request) -> bool:
@@ -126,24 +128,25 @@ async def read_form(request: Request, blobs: BlobSink, files: Mapping[str, str] 
     fields: dict[str, list[str]] = {}
     stored: dict[str, StoredInput] = {}
     budget = FIELDS_BYTES
-    async with aclosing(_events(request, limit)) as events:
+    async with aclosing(form_events(request, limit)) as events:
         async for event in events:
-            assert isinstance(event, _Part)
+            assert isinstance(event, FormPart)
             if event.filename is not None or (files and event.name in files):
                 if event.name in stored:
                     raise refuse("invalid_parameter", f"{event.name}: Expected one file only.", event.name)
                 name = _input_name(event.name, files)
-                stored[event.name] = await store_stream(_pieces(events), name, event.name, blobs)
+                stored[event.name] = await store_stream(part_pieces(events), name, event.name, blobs)
                 continue
-            text = await _read_text(events, event.name, budget)
+            text = await read_text(events, event.name, budget)
             budget -= len(text)
-            fields.setdefault(event.name, []).append(_decoded(text, event.name))
+            fields.setdefault(event.name, []).append(decoded(text, event.name))
     return Form(fields, stored)
 
 
-async def _read_text(events: AsyncIterator[_Event], field: str, limit: int) -> bytes:
+async def read_text(events: AsyncIterator[FormEvent], field: str, limit: int) -> bytes:
+    """The part that just began, as bytes of a text. Raises FaultError(payload_too_large)."""
     text = bytearray()
-    async with aclosing(_pieces(events)) as pieces:
+    async with aclosing(part_pieces(events)) as pieces:
         async for piece in pieces:
             text += piece
             if len(text) > limit:
@@ -198,7 +201,7 @@ async def store_data_url(text: object, name: str, field: str, blobs: BlobSink) -
     return await store_stream(pieces(), name, field, blobs)
 
 
-async def _pieces(events: AsyncIterator[_Event]) -> AsyncGenerator[bytes, None]:
+async def part_pieces(events: AsyncIterator[FormEvent]) -> AsyncGenerator[bytes, None]:
     """Bytes of the part that just began."""
     async for event in events:
         if isinstance(event, _End):
@@ -207,7 +210,13 @@ async def _pieces(events: AsyncIterator[_Event]) -> AsyncGenerator[bytes, None]:
         yield event
 
 
-async def _events(request: Request, limit: int) -> AsyncGenerator[_Event, None]:
+async def form_events(request: Request, limit: int) -> AsyncGenerator[FormEvent, None]:
+    """What a form consists of, as it arrives: per part its `FormPart`, its bytes and its end.
+
+    Raises:
+        FaultError: invalid_request (broken form), payload_too_large beyond `limit` bytes.
+        ClientDisconnect: the client left while sending.
+    """
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if not 1 <= len(boundary) <= MAX_NAME_BYTES:
@@ -236,7 +245,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.complete = False
-        self._events: list[_Event] = []
+        self._events: list[FormEvent] = []
         self._name = bytearray()
         self._value = bytearray()
         self._disposition = b""
@@ -254,7 +263,7 @@ class _Collector:
             "on_end": self._finish,
         }
 
-    def take(self) -> list[_Event]:
+    def take(self) -> list[FormEvent]:
         events, self._events = self._events, []
         return events
 
@@ -277,14 +286,15 @@ class _Collector:
             raise refuse("invalid_request", "A part of the form has no name.")
         filename = options.get(b"filename")
         self._events.append(
-            _Part(_decoded(name, "name"), None if filename is None else filename.decode("utf-8", "replace"))
+            FormPart(decoded(name, "name"), None if filename is None else filename.decode("utf-8", "replace"))
         )
 
     def _finish(self) -> None:
         self.complete = True
 
 
-def _decoded(data: bytes, field: str) -> str:
+def decoded(data: bytes, field: str) -> str:
+    """The text of a field. Raises FaultError(invalid_parameter)."""
     try:
         return data.decode()
     except UnicodeDecodeError:

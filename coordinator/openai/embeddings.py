@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from array import array
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -29,17 +30,22 @@ _FLOAT_BYTES = 4
 
 async def create(request: Request) -> Response:
     """Embed a text, a batch of texts, a token list or a batch of token lists."""
-    passed, handled = FIELDS.pick(await read_json(request))
-    model = model_name(handled)
-    encoding = choice(handled, "encoding_format", ("float", "base64"), "float")
-    if "input" not in handled:
-        raise refuse("invalid_parameter", "input: The field is required.", "input")
-    params = work_params(Kind.EMBEDDING, {**passed, "input": to_batch(handled["input"])})
+    model, params, encoding = read(await read_json(request))
     record = await finished(request, submission(request, Kind.EMBEDDING, model, params))
     return Json(to_answer(record, result_of(record), encoding), headers=job_headers(record))
 
 
 ROUTES = [Route("/v1/embeddings", create, methods=["POST"])]
+
+
+def read(body: Mapping[str, Any]) -> tuple[str, Any, str]:
+    """Model, work parameters and encoding of a request. Raises FaultError naming the field."""
+    passed, handled = FIELDS.pick(body)
+    model = model_name(handled)
+    encoding = choice(handled, "encoding_format", ("float", "base64"), "float")
+    if "input" not in handled:
+        raise refuse("invalid_parameter", "input: The field is required.", "input")
+    return model, work_params(Kind.EMBEDDING, {**passed, "input": to_batch(handled["input"])}), encoding
 
 
 def to_batch(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -26,13 +27,7 @@ FIELDS = FieldTable(
 
 async def create(request: Request) -> Response:
     """Score documents against a query."""
-    passed, handled = FIELDS.pick(await read_json(request))
-    model = model_name(handled)
-    with_documents = flag(handled, "return_documents")
-    value = dict(passed)
-    if "documents" in handled:
-        value["documents"] = _texts(handled["documents"])
-    params = work_params(Kind.RERANK, value)
+    model, params, with_documents = read(await read_json(request))
     record = await finished(request, submission(request, Kind.RERANK, model, params))
     documents = params.documents if with_documents else None
     answer = to_answer(record, result_of(record), len(params.documents), documents)
@@ -40,6 +35,17 @@ async def create(request: Request) -> Response:
 
 
 ROUTES = [Route("/v1/rerank", create, methods=["POST"])]
+
+
+def read(body: Mapping[str, Any]) -> tuple[str, Any, bool]:
+    """Model, work parameters and whether documents come back. Raises FaultError naming the field."""
+    passed, handled = FIELDS.pick(body)
+    model = model_name(handled)
+    with_documents = flag(handled, "return_documents")
+    value = dict(passed)
+    if "documents" in handled:
+        value["documents"] = _texts(handled["documents"])
+    return model, work_params(Kind.RERANK, value), with_documents
 
 
 def _texts(documents: Any) -> Any:

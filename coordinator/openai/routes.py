@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from starlette.routing import Route
 
-from coordinator.openai import chat, completions, embeddings, images, models, rerank, speech, transcriptions, videos
+from coordinator.openai import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    images,
+    models,
+    rerank,
+    speech,
+    transcriptions,
+    videos,
+)
 
 ROUTES: list[Route] = [
     *chat.ROUTES,
@@ -15,5 +27,7 @@ ROUTES: list[Route] = [
     *speech.ROUTES,
     *images.ROUTES,
     *videos.ROUTES,
+    *files.ROUTES,
+    *batches.ROUTES,
     *models.ROUTES,
 ]
