@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 # Open to everybody: health says nothing secret, blob URLs carry a signature of their own.
 OPEN_PATHS = frozenset({"/healthz"})
 OPEN_PREFIXES = ("/v1/blobs/",)
+# Studio workers have no key of ours: each of these routes judges a secret, a token or a signature of its own. Their
+# base URL may have a path before it.
+OPEN_STUDIO = re.compile(
+    r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*){0,8}/graphics/api/"
+    r"(?:blobs/.+|workers/(?:register-request|register-requests/[^/]+|[^/]+/jobs/[^/]+/complete))"
+)
 CLIENT_SCOPES = frozenset({"client", "admin"})
 
 
@@ -33,7 +40,7 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         path = scope.get("path", "")
-        if scope["type"] != "http" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
+        if scope["type"] != "http" or is_open(path):
             await self._app(scope, receive, send)
             return
         fault = self._judge(scope)
@@ -53,6 +60,11 @@ class Access:
             return Fault("forbidden", f"A key of scope {key.scope} does not open this route; use a client key.")
         scope.setdefault("state", {})["key"] = key
         return None
+
+
+def is_open(path: str) -> bool:
+    """Whether a route needs no key of ours."""
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or OPEN_STUDIO.fullmatch(path) is not None
 
 
 def bearer(header: str) -> str:

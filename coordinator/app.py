@@ -6,7 +6,7 @@ RequestIds ► CountRequests ► Starlette(Access ► routes)
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
-from starlette.websockets import WebSocket
 
-from coordinator import jobs_api, metrics, workers_api
+from coordinator import jobs_api, metrics, studio_admin, workers_api
 from coordinator.access import Access, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
@@ -36,6 +35,10 @@ from coordinator.progress import ProgressBoard
 from coordinator.records import WorkerScope
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
+from coordinator.studio import Studio
+from coordinator.studio_claims import Sources
+from coordinator.studio_registry import Registrations
+from coordinator.studio_session import StudioSettings
 from protocol.faults import Fault, FaultError
 
 if TYPE_CHECKING:
@@ -57,8 +60,24 @@ class Coordinator:
         on_death: called once when the dispatcher fails; the server then ends.
     """
 
-    def __init__(self, state: Path, limits: Limits | None = None) -> None:
-        """Open everything. Raises StoreError, sqlite3.Error, OSError."""
+    def __init__(
+        self,
+        state: Path,
+        limits: Limits | None = None,
+        studio_models: Sources | None = None,
+        studio: StudioSettings | None = None,
+    ) -> None:
+        """Open everything.
+
+        Args:
+            state: the folder of everything that outlives a run.
+            limits: tunables of the HTTP half.
+            studio_models: where studio workers get their models' files, by model name.
+            studio: tunables of sessions with studio workers.
+
+        Raises:
+            StoreError, sqlite3.Error, OSError.
+        """
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.on_death: Callable[[], None] = lambda: None
         self._dispatching: anyio.CancelScope | None = None
@@ -66,6 +85,7 @@ class Coordinator:
         _leave_unattended(self._store)
         try:
             self.keys = Keys(state / FILE_NAME)
+            registrations = Registrations(state / FILE_NAME)
             blobs = Blobs(state / BLOB_FOLDER)
         except BaseException:
             self._store.close()
@@ -80,14 +100,20 @@ class Coordinator:
             http,
             ProgressBoard(dispatcher),
             limits or Limits(),
+            registrations,
             files,
             Batches(self._store, dispatcher, blobs, files),
         )
-        self.app = build_app(self.parts, worker_endpoint(dispatcher, self._authenticate), self._lifetime)
+        workers = [
+            WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate)),
+            *Studio(dispatcher, blobs, registrations, studio_models, studio).routes(),
+        ]
+        self.app = build_app(self.parts, workers, self._lifetime)
 
     def close(self) -> None:
         """Close the files; for a coordinator whose application never ran."""
         self.keys.close()
+        self.parts.registrations.close()
         self._store.close()
 
     def stop_dispatching(self) -> None:
@@ -134,14 +160,14 @@ def _leave_unattended(store: Store) -> None:
 
 def build_app(
     parts: Services,
-    worker: Callable[[WebSocket], Awaitable[None]],
+    workers: list[BaseRoute],
     lifespan: Callable[[Starlette], object] | None = None,
 ) -> ASGIApp:
     """The application over given parts.
 
     Args:
         parts: what the routes use.
-        worker: endpoint of the workers' WebSocket.
+        workers: routes by which workers come, in whatever protocol.
         lifespan: async context manager around the serving.
     """
     routes: list[BaseRoute] = [
@@ -150,8 +176,9 @@ def build_app(
         *OPENAI_ROUTES,
         *jobs_api.ROUTES,
         *workers_api.ROUTES,
+        *studio_admin.ROUTES,
         *blob_routes(parts.blobs, parts.dispatcher.wants_output),
-        WebSocketRoute("/v1/worker", worker),
+        *workers,
     ]
     app = Starlette(
         routes=routes,

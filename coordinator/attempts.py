@@ -285,6 +285,17 @@ class Attempts:
             await self._ended(await self._threads.write(self._store.fail, *key, worker.id, fault, held.streamed))
         self.abandon(worker, held, "The coordinator could not read a message about it.")
 
+    def let_go(self, worker: Worker, key: Key) -> None:
+        """The worker runs nothing, it says: an attempt that the row went on without takes no slot any more."""
+        held = worker.attempts.get(key)
+        if held is not None and held.state == "abandoned":
+            del worker.attempts[key]
+            self._freed()
+
+    def look_again(self) -> None:
+        """A worker is idle: see whether there is something for it, in case a doorbell was lost."""
+        self._ring(0)
+
     # ---- orphans -------------------------------------------------------------------------------------------
 
     async def reconcile(self, grace_s: float) -> None:

@@ -48,17 +48,23 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
             return fault_response(error.fault)
         return Response(headers={"upload-offset": str(count), "cache-control": "no-store"})
 
+    return [
+        Route(PREFIX + "/{job}/{attempt:int}/{name}", upload, methods=["PUT"]),
+        Route(PREFIX + "/{job}/{attempt:int}/{name}/received", received, methods=["GET"]),
+        download_route(PREFIX + "/{key:path}", blobs),
+    ]
+
+
+def download_route(path: str, blobs: Blobs) -> Route:
+    """The route by which files are fetched; `path` has the place `{key:path}`."""
+
     async def download(request: Request) -> Response:
         try:
             return _download(request, blobs)
         except FaultError as error:
             return fault_response(error.fault)
 
-    return [
-        Route(PREFIX + "/{job}/{attempt:int}/{name}", upload, methods=["PUT"]),
-        Route(PREFIX + "/{job}/{attempt:int}/{name}/received", received, methods=["GET"]),
-        Route(PREFIX + "/{key:path}", download, methods=["GET"]),
-    ]
+    return Route(path, download, methods=["GET"])
 
 
 async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Response:

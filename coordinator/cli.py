@@ -7,6 +7,7 @@ folder, 78 bad configuration.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sqlite3
@@ -21,6 +22,7 @@ from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.services import Limits
 from coordinator.store import StoreBusy, StoreError
+from coordinator.studio_registry import STATES, RegistrationRefusal, Registrations
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         return int(arguments.command(arguments))
-    except (Refusal, KeyRefusal) as error:
+    except (Refusal, KeyRefusal, RegistrationRefusal) as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return BAD_CONFIG
     except StoreBusy as error:
@@ -92,7 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     revoke = verbs.add_parser("revoke", parents=[shared], help="end a key; takes effect within a second")
     revoke.add_argument("prefix")
     revoke.set_defaults(command=_keys_revoke)
+    _registration_verbs(commands, shared)
     return parser
+
+
+def _registration_verbs(commands: Any, shared: argparse.ArgumentParser) -> None:
+    registrations = commands.add_parser("registrations", help="admit workers that speak the studio contract")
+    verbs = registrations.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    show = verbs.add_parser("list", parents=[shared], help="show requests to be admitted")
+    show.add_argument("--state-is", choices=STATES, help="only these")
+    show.set_defaults(command=_registrations_list)
+    approve = verbs.add_parser("approve", parents=[shared], help="admit a worker; it learns so within 30 s")
+    approve.add_argument("id")
+    approve.add_argument(
+        "--secret", default="", metavar="DIGITS", help="only while its secret's hash begins so, as the list shows it"
+    )
+    approve.set_defaults(command=_registrations_approve)
+    reject = verbs.add_parser("reject", parents=[shared], help="refuse a worker, or put out one that was admitted")
+    reject.add_argument("id")
+    reject.add_argument("--reason", default="", help="the worker's owner reads it")
+    reject.set_defaults(command=_registrations_reject)
 
 
 # ---- serve --------------------------------------------------------------------------------------------------
@@ -115,8 +136,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         # Imported here so that a refusal above costs no imports; starlette alone takes 40 ms.
         from coordinator.app import Coordinator
 
+        limits = Limits(job_s=settings.job_s)
         patience_s = PREDECESSOR_S if embedded else 0.0
-        coordinator = _patiently(lambda: Coordinator(state, Limits(job_s=settings.job_s)), patience_s)
+        coordinator = _patiently(lambda: Coordinator(state, limits, settings.studio_models), patience_s)
         try:
             _prepare_keys(coordinator.keys, state, arguments.worker_token_fd)
         except BaseException:
@@ -178,10 +200,14 @@ def _say_ready(url: str, client_key: Path, embedded: bool) -> None:
 # ---- keys ---------------------------------------------------------------------------------------------------
 
 
-def _open_keys(arguments: argparse.Namespace) -> Keys:
+def _keys_file(arguments: argparse.Namespace) -> Path:
     state = configuration.state_dir(configuration.merged(configuration.load(arguments.config), arguments))
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Keys(state / FILE_NAME)
+    return state / FILE_NAME
+
+
+def _open_keys(arguments: argparse.Namespace) -> Keys:
+    return Keys(_keys_file(arguments))
 
 
 def _keys_create(arguments: argparse.Namespace) -> int:
@@ -202,10 +228,14 @@ def _keys_list(arguments: argparse.Namespace) -> int:
         created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.created_ms / 1000))
         rows.append((key.prefix, key.scope, key.tenant, state, created, key.name or key.worker))
     keys.close()
+    _print_table(rows)
+    return OK
+
+
+def _print_table(rows: list[tuple[Any, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return OK
 
 
 def _keys_revoke(arguments: argparse.Namespace) -> int:
@@ -213,4 +243,39 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
     key = keys.revoke(arguments.prefix)
     keys.close()
     print(f"Revoked {key.prefix} ({key.scope}{', ' + key.name if key.name else ''}).")
+    return OK
+
+
+# ---- registrations ------------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    """What a stranger wrote, fit for a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:60]
+
+
+def _registrations_list(arguments: argparse.Namespace) -> int:
+    rows: list[tuple[Any, ...]] = [("ID", "STATE", "MACHINE", "USER", "ADDRESS", "SECRET", "ASKED", "WORKER")]
+    with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
+        for one in registrations.list(arguments.state_is):
+            asked = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.created_ms / 1000))
+            machine, user = _plain(one.machine), _plain(one.user)
+            rows.append(
+                (one.id, one.state, machine, user, one.address, one.secret_begins, asked, one.worker or one.reason)
+            )
+    _print_table(rows)
+    return OK
+
+
+def _registrations_approve(arguments: argparse.Namespace) -> int:
+    with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
+        one = registrations.approve(arguments.id, arguments.secret)
+    print(f"Admitted {_plain(one.machine) or one.install} as the worker {one.worker}.")
+    return OK
+
+
+def _registrations_reject(arguments: argparse.Namespace) -> int:
+    with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
+        one = registrations.reject(arguments.id, arguments.reason)
+    print(f"Rejected {_plain(one.machine) or one.install}.")
     return OK

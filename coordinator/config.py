@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from coordinator.server import Refusal
+from coordinator.studio_claims import Source
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
 LOOPBACK_PROXY = "127.0.0.1"
@@ -28,6 +29,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         behind_proxy: addresses of proxies that add TLS; their X-Forwarded-* headers are believed.
         drain_s: what running requests get at the end.
         job_s: deadline of jobs that bring none.
+        studio_models: where studio workers get the files of a model, and its engine there, by model name.
     """
 
     config_version: int = 1
@@ -38,6 +40,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     behind_proxy: list[str] = []
     drain_s: _Seconds = 30.0
     job_s: _Seconds = 3600.0
+    studio_models: dict[str, Source] = {}
 
 
 def load(path: Path | None) -> Config:

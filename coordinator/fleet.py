@@ -60,7 +60,13 @@ class HeldAttempt:
 
 @dataclasses.dataclass(eq=False)
 class Worker:
-    """One connected worker."""
+    """One connected worker.
+
+    Attributes:
+        protocol: what its session speaks.
+        at_once: how many jobs it takes at a time over all its models; None when only their slots count.
+        vram_gb: it takes no job that is reckoned to need more; None when it judges that itself.
+    """
 
     id: str
     port: Port
@@ -72,6 +78,15 @@ class Worker:
     orders: dict[str, Callable[[OrderDone], None]] = dataclasses.field(default_factory=dict)  # by id, who waits
     # Model -> no offer before this time; "" speaks of all models. A new announcement lifts them.
     blocked: dict[str, float] = dataclasses.field(default_factory=dict)
+    protocol: str = "native"
+    at_once: int | None = None
+    vram_gb: float | None = None
+
+    @property
+    def slots(self) -> int:
+        """Concurrent jobs over all its models."""
+        slots = sum(offer.slots for offer in self.capabilities.models)
+        return slots if self.at_once is None else min(slots, self.at_once)
 
     def offer_of(self, kind: str, model: str) -> ModelOffer | None:
         """Its announcement of this model for this kind."""
@@ -83,7 +98,8 @@ class Worker:
     def free(self, offer: ModelOffer) -> int:
         """Free slots of an announced model."""
         taken = sum(held.model == offer.name and held.kind in offer.kinds for held in self.attempts.values())
-        return max(0, offer.slots - taken)
+        free = offer.slots - taken
+        return max(0, free if self.at_once is None else min(free, self.at_once - len(self.attempts)))
 
     def open_to(self, model: str, now: float) -> bool:
         """Whether it takes offers of this model now."""
@@ -120,18 +136,21 @@ class Fleet:
     def place(self, record: JobRecord, now: float) -> Worker | None:
         """The worker for a claimed job; None when no slot is free.
 
-        One on which the job has not failed before one on which it has; loaded before cold; then the least busy.
+        One on which the job has not failed before one on which it has; loaded before cold; then the least busy, and of
+        several such the one that connected first.
         """
         avoided = self._avoid.get(record.id, {})
         shunned = self._shunned.get(record.id, set())
-        best: tuple[tuple[bool, bool, float, str], Worker] | None = None
+        best: tuple[tuple[bool, bool, float], Worker] | None = None
         for worker in self.workers.values():
             offer = worker.offer_of(record.kind, record.model)
             if offer is None or not worker.open_to(record.model, now) or not worker.free(offer):
                 continue
             if avoided.get(worker.id, 0.0) > now:
                 continue
-            rank = (worker.id in shunned, not offer.resident, _load(worker), worker.id)
+            if worker.vram_gb is not None and record.vram_gb_estimate > worker.vram_gb:
+                continue
+            rank = (worker.id in shunned, not offer.resident, _load(worker))
             if best is None or rank < best[0]:
                 best = (rank, worker)
         return best[1] if best else None
@@ -234,12 +253,13 @@ class Fleet:
                 accepting=worker.capabilities.accepting and not worker.draining,
                 reason="draining" if worker.draining else worker.capabilities.reason,
                 running=len(worker.attempts),
-                slots=sum(offer.slots for offer in worker.capabilities.models),
+                slots=worker.slots,
                 models=tuple(offer.name for offer in worker.capabilities.models),
                 version=worker.capabilities.version,
                 machine=worker.capabilities.machine,
                 labels=worker.capabilities.labels,
                 gpus=worker.gpus,
+                protocol=worker.protocol,
             )
             for _, worker in sorted(self.workers.items())
         ]
@@ -285,8 +305,7 @@ class Fleet:
 
 
 def _load(worker: Worker) -> float:
-    slots = sum(offer.slots for offer in worker.capabilities.models)
-    return len(worker.attempts) / max(1, slots)
+    return len(worker.attempts) / max(1, worker.slots)
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

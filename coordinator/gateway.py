@@ -101,9 +101,9 @@ def worker_endpoint(
     async def endpoint(websocket: WebSocket) -> None:
         scope = await _authenticated(websocket, authenticate)
         if scope is None:
-            await _deny(websocket, Fault("unauthorized", "The worker token is missing or not good."))
+            await deny(websocket, Fault("unauthorized", "The worker token is missing or not good."))
         elif LINK_SUBPROTOCOL not in websocket.scope.get("subprotocols", ()):
-            await _deny(websocket, Fault("invalid_request", f"Ask for the WebSocket subprotocol {LINK_SUBPROTOCOL}."))
+            await deny(websocket, Fault("invalid_request", f"Ask for the WebSocket subprotocol {LINK_SUBPROTOCOL}."))
         else:
             await websocket.accept(subprotocol=LINK_SUBPROTOCOL)
             await WorkerSession(websocket, dispatcher, scope, options).run()
@@ -119,7 +119,7 @@ async def _authenticated(websocket: WebSocket, authenticate: Authenticate) -> Wo
     return await answer if inspect.isawaitable(answer) else answer
 
 
-async def _deny(websocket: WebSocket, fault: Fault) -> None:
+async def deny(websocket: WebSocket, fault: Fault) -> None:
     """Refuse the upgrade: an HTTP response where the server can, else a close code."""
     if "websocket.http.response" in websocket.scope.get("extensions", {}):
         await websocket.send_denial_response(fault_response(fault))

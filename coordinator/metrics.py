@@ -93,7 +93,8 @@ async def metrics(request: Request) -> Response:
         *_family("jobs_waiting", "gauge", "Jobs in the queue."),
         sample("jobs_waiting", parts.dispatcher.waiting),
         *_worker_lines(
-            (worker.id, worker.accepting, worker.running, worker.slots) for worker in parts.dispatcher.workers()
+            (worker.id, worker.accepting, worker.running, worker.slots, worker.protocol)
+            for worker in parts.dispatcher.workers()
         ),
         *_sandbox_lines(parts.dispatcher.sandboxes()),
         *_family("model_slots", "gauge", "Concurrent jobs of a model over all workers."),
@@ -161,7 +162,7 @@ def _sandbox_lines(sandboxes: Iterable[tuple[str, str, Mapping[str, str]]]) -> I
             yield sample("model_sandbox", 1, labels)
 
 
-def _worker_lines(workers: Iterable[tuple[str, bool, int, int]]) -> Iterator[str]:
+def _worker_lines(workers: Iterable[tuple[str, bool, int, int, str]]) -> Iterator[str]:
     rows = sorted(workers)
     for name, text, column in (
         ("worker_accepting", "Whether a connected worker takes jobs.", 1),
@@ -170,6 +171,6 @@ def _worker_lines(workers: Iterable[tuple[str, bool, int, int]]) -> Iterator[str
     ):
         yield from _family(name, "gauge", text)
         for row in rows:
-            yield sample(name, int(row[column]), {"worker": row[0]})
+            yield sample(name, int(row[column]), {"worker": row[0], "protocol": row[4]})
     yield from _family("workers", "gauge", "Connected workers.")
     yield sample("workers", len(rows))

@@ -167,7 +167,10 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
-    """One connected worker, for health and metrics. `accepting` is false while it drains or is paused."""
+    """One connected worker, for health and metrics. `accepting` is false while it drains or is paused.
+
+    `protocol` is what its session speaks: native or studio.
+    """
 
     id: str
     accepting: bool
@@ -179,6 +182,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     machine: str = ""
     labels: dict[str, str] = {}
     gpus: tuple[GpuState, ...] = ()
+    protocol: str = "native"
 
 
 class WorkerScope(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coordinator.keys import Keys
     from coordinator.metrics import HttpCounters
     from coordinator.progress import ProgressBoard
+    from coordinator.studio_registry import Registrations
 
 IDEMPOTENCY_KEY = "idempotency-key"
 MAX_IDEMPOTENCY_CHARS = 200
@@ -52,6 +53,7 @@ class Services:
         http: HttpCounters,
         progress: ProgressBoard,
         limits: Limits,
+        registrations: Registrations,
         files: KeptFiles,
         batches: Batches,
     ) -> None:
@@ -63,6 +65,7 @@ class Services:
         self.limits = limits
         self.files = files
         self.batches = batches
+        self.registrations = registrations
         self.started_s = int(time.time())
         self.alive = True
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -23,6 +23,8 @@ from websockets.sync.client import ClientConnection, connect
 from coordinator.app import Coordinator
 from coordinator.server import Server, Serving, base_url, listen, uvicorn_config
 from coordinator.services import Limits
+from coordinator.studio_claims import Sources
+from coordinator.studio_session import StudioSettings
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault, FaultError
@@ -34,6 +36,7 @@ START_S = 10.0
 STOP_S = 10.0
 BEAT_S = 2.0
 TENANT = "default"
+T = TypeVar("T")
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -44,12 +47,18 @@ class Running(msgspec.Struct, frozen=True):
         key: secret of a client key of the tenant `TENANT`.
         worker_token: secret of a worker key.
         coordinator: the parts, for looking at; they belong to the server's thread.
+        loop: the event loop of that thread.
     """
 
     url: str
     key: str
     worker_token: str
     coordinator: Coordinator
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+        """Run a coroutine function of the parts where they live, for at most `START_S`."""
+        return asyncio.run_coroutine_threadsafe(function(*args), self.loop).result(START_S)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -58,9 +67,14 @@ class Running(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def running(state: Path, limits: Limits | None = None) -> Iterator[Running]:
+def running(
+    state: Path,
+    limits: Limits | None = None,
+    studio: StudioSettings | None = None,
+    studio_models: Sources | None = None,
+) -> Iterator[Running]:
     """Serve a real coordinator over `state` in a thread, on a free port of 127.0.0.1."""
-    coordinator = Coordinator(state, limits)
+    coordinator = Coordinator(state, limits, studio_models, studio)
     client = coordinator.keys.create("client", name="test", tenant=TENANT)
     token = coordinator.keys.create("worker", name="test")
     listener = listen("127.0.0.1:0")
@@ -68,9 +82,11 @@ def running(state: Path, limits: Limits | None = None) -> Iterator[Running]:
     started = threading.Event()
     server.on_started = started.set
     config = server.config
+    loops: list[asyncio.AbstractEventLoop] = []
 
     def serve() -> None:
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            loops.append(runner.get_loop())
             runner.run(server.serve(sockets=[listener]))
 
     thread = threading.Thread(target=serve, name="coordinator", daemon=True)
@@ -78,7 +94,7 @@ def running(state: Path, limits: Limits | None = None) -> Iterator[Running]:
     try:
         if not started.wait(START_S):
             raise TimeoutError(f"the coordinator did not start within {START_S} s")
-        yield Running(base_url(listener, secure=False), client, token, coordinator)
+        yield Running(base_url(listener, secure=False), client, token, coordinator, loops[0])
     finally:
         server.should_exit = True
         thread.join(STOP_S)

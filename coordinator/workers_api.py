@@ -44,11 +44,12 @@ class _Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 async def list_workers(request: Request) -> Response:
     """Every connected worker, by id; for an admin."""
-    _admin(request)
+    admin(request)
     return Json({"object": "list", "data": msgspec.to_builtins(services(request).dispatcher.workers())})
 
 
-async def _body(request: Request, type_: type[Any]) -> Any:
+async def body_of(request: Request, type_: type[Any]) -> Any:
+    """The body as this struct, by its defaults when there is none. Raises FaultError."""
     data = await read_json(request, MAX_BYTES) if request.headers.get("content-length", "0") != "0" else {}
     try:
         return msgspec.convert(data, type_)
@@ -56,7 +57,8 @@ async def _body(request: Request, type_: type[Any]) -> Any:
         raise refuse("invalid_parameter", f"The body is wrong: {error}.") from None
 
 
-def _admin(request: Request) -> None:
+def admin(request: Request) -> None:
+    """Refuse everybody else. Raises FaultError(forbidden)."""
     if caller(request).scope != "admin":
         cure = "make one with: coordinator keys create --scope admin"
         raise refuse("forbidden", f"Workers are seen and ordered about with an admin key; {cure}.")
@@ -64,7 +66,7 @@ def _admin(request: Request) -> None:
 
 def _worker(request: Request) -> Worker:
     """The worker of the path, for an admin. Raises FaultError."""
-    _admin(request)
+    admin(request)
     name = request.path_params["id"]
     worker = services(request).dispatcher.attempts.fleet.workers.get(name)
     if worker is None:
@@ -74,7 +76,7 @@ def _worker(request: Request) -> Worker:
 
 async def pause(request: Request) -> Response:
     """No new jobs, for a while or until `resume`."""
-    worker, order = _worker(request), await _body(request, _Pause)
+    worker, order = _worker(request), await body_of(request, _Pause)
     worker.port.send(wire.Pause(reason=order.reason, for_ms=int(order.for_s * 1000)))
     return Json({"worker": worker.id, "said": "pause"}, status_code=202)
 
@@ -95,14 +97,14 @@ async def drain(request: Request) -> Response:
 
 async def shutdown(request: Request) -> Response:
     """Drain, then end the supervisor."""
-    worker, order = _worker(request), await _body(request, _Reason)
+    worker, order = _worker(request), await body_of(request, _Reason)
     worker.port.send(wire.ShutdownWorker(reason=order.reason))
     return Json({"worker": worker.id, "said": "shutdown"}, status_code=202)
 
 
 async def order(request: Request) -> Response:
     """Give an order and wait for what became of it."""
-    worker, asked = _worker(request), await _body(request, _Order)
+    worker, asked = _worker(request), await body_of(request, _Order)
     done = await give(worker, asked.verb, asked.arguments)
     return Json(msgspec.to_builtins(done), status_code=200 if done.ok else 409)
 
@@ -116,7 +118,8 @@ async def give(worker: Worker, verb: str, arguments: dict[str, Any], patience_s:
     Cancellation: nobody waits any more; the worker carries it out all the same.
     """
     if worker.revision < ORDERS:
-        raise refuse("unsupported", f"The worker {worker.id} is too old to take orders; update it.")
+        why = "is too old to take orders; update it" if worker.protocol == "native" else "speaks studio, without orders"
+        raise refuse("unsupported", f"The worker {worker.id} {why}.")
     number, answers = secrets.token_hex(8), list[wire.OrderDone]()
     answered = anyio.Event()
 
