@@ -98,7 +98,7 @@ class Attempts:
         self._post = None
 
     def _tell(self, claim: Claim, body: wire.Body) -> None:
-        if self._post is not None:
+        if self._post is not None and not claim.forgotten:
             self._post(body, claim.job, claim.attempt)
 
     # ---- what the coordinator says
@@ -237,8 +237,7 @@ class Attempts:
     async def _end(self, claim: Claim, end: wire.Complete | wire.Fail | None) -> None:
         """Say how it ended: None means that it was stopped."""
         if claim.forgotten:
-            claim.watch.end("cancelled")
-            await self._keeping.forget(claim.job, claim.attempt)  # what was kept after the acknowledgement
+            await self._unwanted(claim)
             return
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
@@ -250,6 +249,9 @@ class Attempts:
         if isinstance(end, wire.Fail):
             end = msgspec.structs.replace(end, fault=_redacted(end.fault))
             await self._keeping.failed(claim.job, claim.attempt, end.fault, end.streamed)
+            if self.ledger.get(claim.job, claim.attempt) is not claim:
+                await self._unwanted(claim)
+                return
         claim.end = end
         _log_end(claim, end)
         if isinstance(end, wire.Complete):
@@ -258,6 +260,11 @@ class Attempts:
         else:
             claim.watch.end("cancelled" if end.fault.code == "cancelled" else "failed", end.fault.code)
         self._tell(claim, end)
+
+    async def _unwanted(self, claim: Claim) -> None:
+        """The coordinator has said that it wants no end, while one was on its way."""
+        claim.watch.end("cancelled")
+        await self._keeping.forget(claim.job, claim.attempt)  # what was kept after it said so
 
     async def _run(self, claim: Claim, folders: Attempt) -> wire.Complete | wire.Fail:
         claim.watch.enter("fetch")

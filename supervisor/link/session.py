@@ -26,13 +26,13 @@ from trio_websocket import (
     ConnectionRejected,
     HandshakeError,
     WebSocketConnection,
-    wrap_client_stream,
 )
 
 from protocol import link_wire as wire
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from supervisor.link.turns import Turns
+from supervisor.link.upgrade import Stream, open_stream, upgrade
 from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,8 @@ UNANSWERED_BEATS = 6  # by a peer that is not silent: it may have much to do bef
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
 SLEEP_LOOK_S = 1.0
 CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone
-INBOX_MESSAGES = 64
 
 Post = Callable[[wire.Body, str, int], None]
-_Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 _Error = TypeVar("_Error", bound=BaseException)
 
 
@@ -189,12 +187,13 @@ class _Span:
         self._session = LinkSession(Role.WORKER)
         self._waiting = Turns()
         self._bell = trio.Event()
+        self._mistake: LinkProtocolError | None = None
         self._beat_s = 5.0
         self._beats = self._answered = 0
         self._patience = trio.CancelScope()
         self._sleepy = False  # it slept since we last heard anything
         self._opened_at: float | None = None
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
 
     @property
     def lasted_s(self) -> float:
@@ -225,18 +224,11 @@ class _Span:
 
     async def _connect(self, nursery: trio.Nursery) -> WebSocketConnection:
         parts = urllib.parse.urlsplit(self._address.worker_url)
-        self._stream = await _open_stream(parts, self._address.tls)
-        socket = await wrap_client_stream(
-            nursery,
-            self._stream,
-            parts.netloc.rpartition("@")[2],
-            parts.path + (f"?{parts.query}" if parts.query else ""),
-            subprotocols=[LINK_SUBPROTOCOL],
-            extra_headers=[(b"Authorization", b"Bearer " + self._address.token.encode())],
-            max_message_size=wire.MAX_MESSAGE_BYTES,
-            message_queue_size=INBOX_MESSAGES,
-            receive_buffer_size=2**16,
-        )
+        self._stream = await open_stream(parts, self._address.tls)
+        token = self._address.token.encode()
+        socket = await upgrade(nursery, self._stream, parts, LINK_SUBPROTOCOL, [(b"Authorization", b"Bearer " + token)])
+        if socket is None:
+            raise _Over(Why.LOST, f"{self._address.url} closed the connection during the upgrade")
         if socket.closed is not None:
             raise _closed(socket.closed)
         if socket.subprotocol != LINK_SUBPROTOCOL:
@@ -267,14 +259,23 @@ class _Span:
     # ---- the three loops
 
     def post(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
-        """Queue a message; it is judged now, so that what was posted in order is legal in order."""
-        self._session.sending(body, job, attempt)
-        self._waiting.put(body, job, attempt)
+        """Queue a message; it is judged now, so that what was posted in order is legal in order.
+
+        One that is illegal is a mistake of ours: it costs this session, and not whoever posts.
+        """
+        try:
+            self._session.sending(body, job, attempt)
+        except LinkProtocolError as error:
+            self._mistake = self._mistake or error
+        else:
+            self._waiting.put(body, job, attempt)
         self._bell.set()
 
     async def _write(self, socket: WebSocketConnection) -> None:
         try:
             while True:
+                if self._mistake is not None:
+                    raise self._mistake
                 while self._waiting:
                     await socket.send_message(wire.encode(*self._waiting.take()))
                 await self._bell.wait()
@@ -349,22 +350,6 @@ class _Span:
     async def _close(self, socket: WebSocketConnection) -> None:
         with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_PATIENCE_S):
             await socket.aclose()
-
-
-async def _open_stream(parts: urllib.parse.SplitResult, tls: ssl.SSLContext | None) -> _Stream:
-    """TCP, and TLS with its handshake done, so that a bad certificate is told as what it is."""
-    host = parts.hostname or ""
-    secure = parts.scheme == "wss"
-    plain = await trio.open_tcp_stream(host, parts.port or (443 if secure else 80))
-    if not secure:
-        return plain
-    stream = trio.SSLStream(plain, tls or ssl.create_default_context(), server_hostname=host, https_compatible=True)
-    try:
-        await stream.do_handshake()
-    except BaseException:
-        await trio.aclose_forcefully(plain)
-        raise
-    return stream
 
 
 # ---- endings --------------------------------------------------------------------------------------------------

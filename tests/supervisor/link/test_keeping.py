@@ -198,6 +198,32 @@ async def test_a_claim_that_cannot_be_written_down_is_declined_until_it_can(tmp_
         await r.offered(peer, "job_2")
 
 
+async def test_a_fence_that_comes_while_a_failure_is_written_down_is_the_end_of_it(tmp_path):
+    async with life(tmp_path) as r:
+        peer = await r.session()
+        run = await r.offered(peer)
+        gate, writing, real = trio.Event(), trio.Event(), r.keeping.failed
+
+        async def slow(*args: object) -> None:
+            writing.set()
+            await gate.wait()
+            await real(*args)
+
+        r.keeping.failed = slow
+        run.fail("out_of_memory")
+        await writing.wait()
+        await peer.close()
+        second = await r.session()
+        await second.send(wire.Ack(verdict="fenced"), "job_1", 1)
+        with trio.fail_after(5):
+            await r.attempts.ledger.wait_empty()
+        gate.set()
+        await second.offer("job_2", 1, "llm", "chat", {"messages": [{"role": "user", "content": "hi"}]})
+        await second.expect(wire.Accept)  # the same session, which nothing illegal has ended
+    async with life(tmp_path) as r:
+        assert [held.job for held in (await later(r)).hello.held] == ["job_2"]
+
+
 async def test_a_result_that_cannot_be_kept_is_delivered_all_the_same(tmp_path, monkeypatch):
     async with life(tmp_path) as r:
 

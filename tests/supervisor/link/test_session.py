@@ -307,6 +307,17 @@ async def test_our_own_mistake_is_logged_and_ends_only_the_session(caplog):
     assert [record.levelno for record in caplog.records if "we broke" in record.message] == [logging.ERROR]
 
 
+async def test_our_own_mistake_costs_the_session_and_not_the_task_that_made_it():
+    side = FakeSide()
+    async with open_coordinator() as coordinator, talking(side, coordinator) as end:
+        peer = await coordinator.session()
+        await peer.send(wire.Resume())
+        with trio.fail_after(5):
+            await side.heard_one.wait()
+        side.post(wire.Complete(), "never_offered", 1)
+        assert (await end()).why is Why.PROTOCOL
+
+
 async def test_cancelling_closes_the_connection_properly():
     side = FakeSide()
     async with open_coordinator() as coordinator:

@@ -1,0 +1,35 @@
+"""The way to a WebSocket ends when the connection does. What it refuses, and how, is told in test_session.py."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import struct
+
+import pytest
+import trio
+
+from supervisor.link.session import Address, Why, converse
+from tests.supervisor.link.test_session import FakeSide
+
+
+@pytest.mark.parametrize("how", ["at once", "after the request", "in the answer", "with a reset"])
+async def test_a_connection_that_closes_during_the_upgrade_is_over_at_once(how):
+    """Not after `connect_s`: what a coordinator gives up of a worker that is away is decided in seconds."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        if how != "at once":
+            await stream.receive_some(2**16)
+        if how == "in the answer":
+            await stream.send_all(b"HTTP/1.1 101 Switching Prot")
+        if how == "with a reset":
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stream.socket.close()
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(functools.partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        with trio.fail_after(10):
+            url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}"
+            end = await converse(Address(url=url, token="t", connect_s=60), FakeSide())
+        assert (end.why, "closed the connection during the upgrade" in end.sentence) == (Why.LOST, True), end
+        nursery.cancel_scope.cancel()
