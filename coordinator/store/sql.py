@@ -337,12 +337,7 @@ class SqlStore(SqlShelf, SqlReads):
         """Say that this coordinator lives, and take over what those that do not say so any more have held."""
         with self._transaction() as now:
             before = self._one("SELECT beat_ms FROM gateways WHERE id = :me", me=self.gateway)
-            self._all(
-                "INSERT INTO gateways (id, beat_ms) VALUES (:me, :now) "
-                "ON CONFLICT (id) DO UPDATE SET beat_ms = :now RETURNING id",
-                me=self.gateway,
-                now=now,
-            )
+            self._say_alive(now)
             silent = {"now": now, "silent": self.silent_ms}
             found = self._all(
                 f"SELECT id FROM jobs WHERE {_OPEN} AND gateway <> :me AND gateway NOT IN ({_LIVE}){self.SKIP}",
@@ -355,6 +350,14 @@ class SqlStore(SqlShelf, SqlReads):
             left = self._leave(LEFT_BEHIND, now) if self.SKIP else []
             lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
             return Beat(lapsed, len(found), tuple(left))
+
+    def _say_alive(self, now: int) -> None:
+        self._all(
+            "INSERT INTO gateways (id, beat_ms) VALUES (:me, :now) "
+            "ON CONFLICT (id) DO UPDATE SET beat_ms = :now RETURNING id",
+            me=self.gateway,
+            now=now,
+        )
 
     @whole
     def shift_clock(self, ms: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -16,31 +15,11 @@ from coordinator.store import Store
 from coordinator.store.base import Outcome, Want
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
 from protocol.faults import Fault, FaultError
-from tests.coordinator.store.test_store import STORES
 
 DAY_MS = 86_400_000
 ANY = Want("chat", ("llm",), 100)
 WRONG = Fault("invalid_parameter", "n: Expected 1.", "n")
 _ids = itertools.count()
-
-
-@pytest.fixture(params=STORES)
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Store]]:
-    """Open the store; every call opens the same data again. All are closed with the test."""
-    opened: list[Store] = []
-
-    def open_store() -> Store:
-        opened.append(STORES[request.param](tmp_path))
-        return opened[-1]
-
-    yield open_store
-    for one in opened:
-        one.close()
-
-
-@pytest.fixture
-def store(make: Callable[[], Store]) -> Store:
-    return make()
 
 
 def file(store: Store, tenant: str = "a", keep_ms: int = 0, **more: Any) -> FileRecord:

@@ -1,24 +1,19 @@
-"""The contract of a store: every implementation passes these. A new database adds one line to `STORES`."""
+"""The contract of a store: every implementation passes these."""
 
 from __future__ import annotations
 
 import itertools
-import random
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
 from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
-from coordinator.store import SqliteStore, Store, StoreError
-from coordinator.store.base import Outcome, Purged, Want
+from coordinator.store import Store, StoreError
+from coordinator.store.base import SILENT_MS, Outcome, Purged, Want
 from protocol.faults import Fault, FaultError
-
-STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "jobs.sqlite")}
 
 CRASH = Fault("engine_crashed", "The engine crashed.")
 WRONG = Fault("invalid_parameter", "The grammar is wrong.", field="grammar")
@@ -28,25 +23,6 @@ DONE = Outcome(
 )
 ANY = Want("chat", ("llm",), 100)
 _ids = itertools.count()
-
-
-@pytest.fixture(params=STORES)
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Store]]:
-    """Open the store; every call opens the same data again. All are closed with the test."""
-    opened: list[Store] = []
-
-    def open_store() -> Store:
-        opened.append(STORES[request.param](tmp_path))
-        return opened[-1]
-
-    yield open_store
-    for one in opened:
-        one.close()
-
-
-@pytest.fixture
-def store(make: Callable[[], Store]) -> Store:
-    return make()
 
 
 def job(store: Store, **options: Any) -> JobRecord:
@@ -353,12 +329,16 @@ def test_cancel_ends_a_job_in_any_open_state(store: Store, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["queued", "offered", "running"])
-def test_jobs_whose_clients_hung_on_an_earlier_life_are_left(store: Store, state: str) -> None:
-    attended, kept = job(store, attended=True), job(store)
+def test_jobs_whose_clients_hung_on_an_earlier_life_are_left(make: Callable[[], Store], state: str) -> None:
+    before = make()
+    attended, kept = job(before, attended=True), job(before)
     if state != "queued":
-        claim(store)
+        claim(before)
     if state == "running":
-        store.accept(attended.id, 1, "w1")
+        before.accept(attended.id, 1, "w1")
+    before.shift_clock(SILENT_MS)
+    before.close()
+    store = make()
     (left,) = store.leave_unattended(CANCEL)
     assert (left.id, left.state, left.fault) == (attended.id, "cancelled", CANCEL)
     assert store.leave_unattended(CANCEL) == []
@@ -521,84 +501,50 @@ def test_everything_survives_a_restart(make: Callable[[], Store]) -> None:
     assert again.complete(held.id, 1, "w1", DONE).verdict == "stored"
 
 
-# ---- one effect per job, whatever interleaves --------------------------------------------------------------
+# ---- turns -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_job_has_at_most_one_terminal_effect(store: Store, seed: int) -> None:
-    """Eight threads claim, accept, complete, fail, lose, adopt, release, cancel and expire the same jobs at random.
+def test_a_tenant_with_a_long_queue_does_not_make_others_wait_for_all_of_it(store: Store) -> None:
+    big = [job(store, tenant="big").id for _ in range(40)]
+    late = [job(store, tenant="late").id for _ in range(3)]
+    one = job(store, tenant="one").id
+    first = [record.id for record in claim(store, Want("chat", ("llm",), 9))]
+    assert set(late) | {one} <= set(first)
+    assert [name for name in first if name in big] == big[:5]  # and each tenant's own jobs stay in their order
+    assert [name for name in first if name in late] == late
 
-    Each call says whether it won; at most one may have per job, and the row must agree with the winner.
-    """
-    jobs = [job(store, max_attempts=3, deadline_ms=0 if n % 3 else 600_000).id for n in range(30)]
-    wins: list[tuple[str, str]] = []
-    usage: Counter[str] = Counter()
-    lock = threading.Lock()
 
-    def won(job_id: str, state: str) -> None:
-        with lock:
-            wins.append((job_id, state))
+def test_turns_are_taken_within_a_priority_and_a_model(store: Store) -> None:
+    high = [job(store, tenant="big", priority=1).id for _ in range(5)]
+    job(store, tenant="big", model="other")
+    low = [job(store, tenant="other").id, job(store, tenant="big").id]
+    assert [record.id for record in claim(store)] == high + low
 
-    def work(number: int) -> None:
-        rng = random.Random(seed * 100 + number)
-        mine: list[tuple[str, int]] = []
-        worker = f"w{number % 3}"  # some workers are several threads: sessions that overlap
-        for _ in range(160):
-            step = rng.random()
-            if step < 0.25:
-                mine += [(r.id, r.attempt) for r in claim(store, Want("chat", ("llm",), rng.randint(1, 4)))]
-            elif step < 0.28:
-                if (cancelled := store.cancel(rng.choice(jobs), "default", CANCEL)) and cancelled.won:
-                    won(cancelled.record.id, "cancelled")
-            elif step < 0.30:
-                store.shift_clock(rng.choice([0, 300, 30_000]))
-                for record in store.expire(1000):
-                    won(record.id, "failed")
-            elif mine:
-                end_one(rng, worker, *rng.choice(mine))
 
-    def end_one(rng: random.Random, worker: str, job_id: str, attempt: int) -> None:
-        step = rng.random()
-        if step < 0.3:
-            store.accept(job_id, attempt, worker)
-        elif step < 0.4:
-            store.release(job_id, attempt)
-        elif step < 0.5:
-            store.adopt(job_id, attempt, worker)
-        elif step < 0.55:
-            store.mark_streamed(job_id, attempt, worker)
-        elif step < 0.8:
-            ending = store.complete(job_id, attempt, worker, Outcome(b"\x80", (), {"images": 1.0}))
-            with lock:
-                usage[job_id] += ending.verdict in ("stored", "late")
-            if ending.verdict == "stored":
-                won(job_id, "succeeded")
-        else:
-            ending = store.fail(job_id, attempt, worker, CRASH)
-            if ending.verdict == "stored" and not ending.requeued:
-                won(job_id, "failed")
+def test_a_tenant_that_was_served_is_not_in_debt(store: Store) -> None:
+    for _ in range(20):
+        job(store, tenant="busy")
+    claim(store)
+    first, second = job(store, tenant="busy"), job(store, tenant="new")
+    assert [record.id for record in claim(store)] == [first.id, second.id]
 
-    errors: list[BaseException] = []
 
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
+# ---- beats -------------------------------------------------------------------------------------------------
 
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors
-    effects = Counter(job_id for job_id, _ in wins)
-    assert effects
-    assert max(effects.values()) == 1
-    states = dict(wins)
-    for job_id in jobs:
-        record = row(store, job_id)
-        assert record.ended == (job_id in states)
-        assert not record.ended or record.state == states[job_id]
-        assert usage[job_id] == (1 if record.usage else 0)
-        assert record.tries <= record.max_attempts
+
+def test_a_beat_says_whether_it_comes_too_late(store: Store) -> None:
+    store.beat()
+    assert not store.beat().lapsed
+    store.shift_clock(SILENT_MS)
+    assert store.beat().lapsed
+    assert not store.beat().lapsed
+
+
+def test_what_an_earlier_life_held_is_held_again(make: Callable[[], Store]) -> None:
+    before = make()
+    held = running(before)
+    before.shift_clock(SILENT_MS)
+    before.close()
+    store = make()
+    store.beat()
+    assert [(one.job, one.state, one.worker) for one in store.open_attempts()] == [(held.id, "running", "w1")]

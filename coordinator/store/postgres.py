@@ -1,0 +1,180 @@
+"""The store in PostgreSQL 15 or later: many coordinators over one database, which does all the locking.
+
+What the statements mean is in `sql`; this file says how due jobs are claimed when several claim at once.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import psycopg
+
+from coordinator.store.base import SILENT_MS, Claimed, StoreError, StoreTooNew, Want
+from coordinator.store.doorbell import Doorbell
+from coordinator.store.postgres_link import Connection, PostgresLink
+from coordinator.store.postgres_schema import MIGRATIONS
+from coordinator.store.rows import Row
+from coordinator.store.sql import SqlStore, in_turn
+from coordinator.store.sql_steps import whole
+
+T = TypeVar("T")
+LEAST_VERSION = 150_000
+CONNECTIONS = 8
+_MIGRATING = 0x62756C6B  # of the advisory lock, so that coordinators that start together do not migrate together
+_BETWEEN = "\x1f"
+# One index walk per want, and none waits for rows that another coordinator claims just now. `kind = ANY` filters what
+# the walk finds; in the place of `model =` it would sort the whole queue. MATERIALIZED: it is run once, not per row.
+_CLAIM = """
+    WITH wants AS (
+        SELECT model, string_to_array(kinds, chr(31)) AS kinds, wanted
+        FROM unnest(:models::text[], :kinds::text[], :limits::int[]) AS want (model, kinds, wanted)
+    ), due AS MATERIALIZED (
+        SELECT picked.seq FROM wants CROSS JOIN LATERAL (
+            SELECT seq FROM jobs WHERE state = 'queued' AND model = wants.model AND kind = ANY (wants.kinds)
+            AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)
+            ORDER BY priority DESC, vt, seq LIMIT wants.wanted FOR UPDATE SKIP LOCKED
+        ) AS picked
+    )
+    UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '', gateway = :me
+    FROM due WHERE jobs.seq = due.seq RETURNING jobs.*
+"""
+
+
+class PostgresStore(SqlStore):
+    """`Store` over one database.
+
+    Args:
+        url: `postgres://user@host1,host2/database`; passwords are better kept in a pgpass file.
+        pooled: connections go through a pooler in transaction mode (PgBouncer): no doorbell, only the poll.
+        connections: at most so many; as many threads may write at once.
+        silent_ms: coordinators that were silent for so long are gone.
+
+    Raises:
+        StoreTooNew: its schema is newer than this program's.
+        StoreError: it cannot be reached, is too old, or a copy into it was not finished.
+    """
+
+    LOCK, SKIP, CLOCK = " FOR UPDATE", " FOR UPDATE SKIP LOCKED", "now_ms()"
+    ORPHANED = "attended = 1 AND origin NOT IN (SELECT id FROM gateways WHERE beat_ms > :now - :silent)"
+
+    def __init__(
+        self, url: str, *, pooled: bool = False, connections: int = CONNECTIONS, silent_ms: int = SILENT_MS
+    ) -> None:
+        self.gateway = f"gw_{secrets.token_hex(8)}"
+        self.parallel, self.silent_ms = connections, silent_ms
+        self._link = PostgresLink(url, pooled=pooled, connections=connections)
+        self._bell: Doorbell | None = None
+        try:
+            connection = self._link.connect()
+            try:
+                migrate(connection)
+                _check_copies(connection)
+            finally:
+                connection.close()
+            self._appear()
+        except BaseException:
+            self._link.close()
+            raise
+
+    @whole
+    def _appear(self) -> None:
+        """From its first claim on, nobody may think that this coordinator is gone."""
+        with self._transaction() as now:
+            self._say_alive(now)
+
+    def close(self) -> None:
+        """Release the connections; later calls raise StoreError. Calling it again does nothing."""
+        if self._bell is not None:
+            self._bell.close()
+        self._link.close()
+
+    def listen(self, ring: Callable[[], None]) -> None:
+        """Hear of work that other coordinators made; behind a pooler nothing is heard, and the poll finds it."""
+        if self._bell is None and not self._link.pooled:
+            self._bell = Doorbell(self._link.connect, self.gateway, ring)
+
+    def _due_now(self) -> None:
+        if self._bell is not None:
+            self._bell.ring()
+
+    def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
+        claimed: list[Row] = []
+        for round_ in _rounds(wants):
+            claimed += self._all(
+                _CLAIM,
+                models=[want.model for want in round_],
+                kinds=[_BETWEEN.join(want.kinds) for want in round_],
+                limits=[want.limit for want in round_],
+                me=self.gateway,
+                now=now,
+            )
+        return in_turn(claimed, now)
+
+    def _transaction(self, *, synced: bool = True) -> AbstractContextManager[int]:
+        return self._link.transaction(synced=synced)
+
+    def _to_the_end(self, call: Callable[[], T]) -> T:
+        return self._link.to_the_end(call)
+
+    def _hold(self, job_id: str) -> bool:
+        return self._one("SELECT id FROM jobs WHERE id = :id FOR UPDATE", id=job_id) is not None
+
+    def _all(self, sql: str, **names: Any) -> Sequence[Row]:
+        return self._link.all(sql, names)
+
+    def _read(self, sql: str, **names: Any) -> Sequence[Row]:
+        return self._link.to_the_end(lambda: self._link.read(sql, names))
+
+
+def _rounds(wants: Sequence[Want]) -> list[list[Want]]:
+    """The wants in rounds that name each model once: two walks of one statement would find the same rows."""
+    rounds: list[list[Want]] = []
+    for want in wants:
+        free = next((one for one in rounds if all(other.model != want.model for other in one)), None)
+        if free is None:
+            rounds.append(free := [])
+        free.append(want)
+    return rounds
+
+
+def migrate(connection: Connection) -> None:
+    """Bring the schema up to date, one transaction per step. Raises StoreTooNew, StoreError."""
+    if connection.info.server_version < LEAST_VERSION:
+        raise StoreError(
+            f"The database is PostgreSQL {connection.info.server_version // 10_000}; 15 or later is needed."
+        )
+    try:
+        while _step(connection):
+            pass
+    except psycopg.Error as error:
+        raise StoreError(f"The schema cannot be brought up to date: {str(error).strip()}") from None
+
+
+def _step(connection: Connection) -> bool:
+    """Take the next step; False when there is none left."""
+    with connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATING,))
+        connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
+        row = connection.execute("SELECT coalesce(max(version), 0) AS version FROM schema_version").fetchone()
+        version = int(row["version"]) if row else 0
+        if version > len(MIGRATIONS):
+            raise StoreTooNew(
+                f"A later version of the coordinator wrote this database (schema {version}, this program knows "
+                f"{len(MIGRATIONS)}); install that version again or use another database."
+            )
+        if version == len(MIGRATIONS):
+            return False
+        connection.execute(MIGRATIONS[version].encode(), prepare=False)
+        connection.execute("INSERT INTO schema_version VALUES (%s)", (version + 1,))
+        return True
+
+
+def _check_copies(connection: Connection) -> None:
+    row = connection.execute("SELECT source FROM copies WHERE NOT finished").fetchone()
+    if row is not None:
+        raise StoreError(
+            f"A copy of {row['source']} into this database was not finished; run `coordinator migrate` again first."
+        )
