@@ -113,6 +113,7 @@ class StudioServer(Approvals):
         refusing: how a wrong token is told: "401", or "error" after the upgrade.
         muted: heartbeats are not answered.
         stalling: that many upgrades are not answered.
+        conflicts: uploads that came without their claim.
         welcoming: set when hellos are answered.
         lenient: a result is taken from any session of the worker that had its job last.
         server_time: what `welcome` says, when it is not the truth.
@@ -129,7 +130,7 @@ class StudioServer(Approvals):
         self.logs: list[dict[str, Any]] = []
         self.goods: dict[str, bytes] = {}
         self.muted = self.lenient = False
-        self.stalling = 0
+        self.stalling = self.conflicts = 0
         self.welcoming = trio.Event()
         self.welcoming.set()
         self.uploads: collections.deque[int] = collections.deque()
@@ -398,6 +399,8 @@ class StudioServer(Approvals):
         if job is None:
             return 404, {"error": "unknown job"}
         if job.state != "claimed" or job.worker != worker:
+            self.conflicts += 1
+            self.tell()
             return 409, {"error": "not claimed by this worker"}
         fields, files = form(asked.headers.get("content-type", ""), asked.body)
         if "image" not in files or job.kind in JSON_KINDS:

@@ -74,6 +74,7 @@ class Studio:
             http,
             lambda: self._known,
             on_uploading=self._claims.uploading,
+            on_conflict=self._claims.taken_up,
             on_gone=self._claims.gone,
             on_large=self._claims.large,
             backoff=lambda: Backoff(*timing.upload_s),

@@ -1,4 +1,4 @@
-"""What one worker and a studio say about claims, over all sessions of one life. No I/O and no clock of its own.
+"""What one worker and a studio say about claims, over all sessions of one life. No I/O here.
 
 Theory of operation. A studio knows neither attempts nor resumption: a claim lives within one session, and dies with it
 (the job is queued again, or has failed). A frame about a job that the session does not hold is a violation that costs
@@ -7,7 +7,7 @@ the session. So each end is judged by whether this session holds its claim:
     held here               complete: `completeJson`, or nothing after an upload, which is the end itself
                             fail: `fail`; both leave the ledger when they are acknowledged
     not held, fail          nobody waits for it: forgotten
-    not held, a file        the upload has told the server, or was answered 409: forgotten
+    not held, a file        the upload tells the server, which may answer 409: then it waits as a result does
     not held, a result      told once, before any offer of that session is looked at and with nothing else at stake,
                             for the server may know better than its contract. When that costs the session, or is not
                             answered, the result is laid aside: it waits for its job to be offered here again, and
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
+import trio
 from msgspec import UNSET
 
 from protocol import link_wire as wire
@@ -80,6 +81,8 @@ class Claims:
         self._aside: dict[Key, float] = {}
         self._gone: set[Key] = set()
         self._uploading: set[Key] = set()
+        self._released: dict[Key, trio.Event] = {}
+        self._doubted: set[Key] = set()
         # Of this session.
         self._side: Side | None = None
         self._send: Send = lambda _frame: None
@@ -105,6 +108,8 @@ class Claims:
         if violated and self._told is not None:
             log.warning("the studio does not want this result now", extra={"job": self._told[0]})
             self._lay_aside(self._told)
+        if self._offered is not None:
+            self._slips.pop(self._offered, None)
         side, self._side = self._side, None
         self._send = lambda _frame: None
         self._offered = self._held = self._told = None
@@ -159,6 +164,28 @@ class Claims:
             self._uploading.discard(key)
             self._proceed()
 
+    async def taken_up(self, slip: Slip) -> bool:
+        """An upload was answered 409: wait until its job is offered here again; False when it is not.
+
+        Cancellation: at any moment.
+        """
+        key = slip.job, slip.attempt
+        if key == self._held:
+            # Said before the offer that we hold it by, perhaps: one more try tells. Else the server has ended its
+            # claim within this very session.
+            fresh = key not in self._doubted
+            self._doubted.add(key)
+            return fresh
+        event = self._released[key] = trio.Event()
+        self._proceed()
+        try:
+            with trio.move_on_after(self._aside_s):
+                await event.wait()
+                return key == self._held
+            return False
+        finally:
+            del self._released[key]
+
     def gone(self, slip: Slip) -> None:
         """The server says that this claim is not ours any more."""
         self._gone.add((slip.job, slip.attempt))
@@ -187,6 +214,8 @@ class Claims:
                 self._draining = True
                 for aside in list(self._aside):  # nothing is offered here again
                     self._forget(aside, "fenced")
+                for event in self._released.values():
+                    event.set()
                 self.on_change()
             case wire.LogBatch():
                 self._send(offers.log_batch(body, self._utc()))
@@ -255,8 +284,8 @@ class Claims:
         books: tuple[dict[Key, Any], ...] = (self._slips, self._large, self._results, self._aside)
         for book in books:
             book.pop(key, None)
-        self._gone.discard(key)
-        self._uploading.discard(key)
+        for marks in (self._gone, self._uploading, self._doubted):
+            marks.discard(key)
         self._held = None if self._held == key else self._held
         self._told = None if self._told == key else self._told
         if self._side is not None:
@@ -294,7 +323,7 @@ class Claims:
             self._reject(job, offered.reason)
         elif self._side.holds(*key):
             self._take_up(key, offered.claim)
-        elif self._side.running:
+        elif self._side.running > len(self._released):  # those only wait, as results that are laid aside
             self._reject(job, BUSY, "busy")
         else:
             self._begin(offered.claim)
@@ -311,6 +340,8 @@ class Claims:
         self._held = key
         self._aside.pop(key, None)
         self._send(frames.Accept(job_id=key[0]))
+        if key in self._released:
+            self._released[key].set()
         if key in self._results:
             self._tell(key)
 

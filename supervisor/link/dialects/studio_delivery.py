@@ -1,13 +1,15 @@
 """Files of a studio's jobs: inputs by address, results as multipart with the file in the field `image`.
 
 A studio says neither size nor sha256 of an input, so its size is bounded by what its kind may have. A result is sent
-again for as long as it takes: it has cost GPU time. Only the word that the claim is not ours any more (409, or a job or
-worker that is unknown) ends that.
+again for as long as it takes: it has cost GPU time. Only the word that the claim is not ours any more ends that. A job
+or worker that is unknown (404, 410) is such a word; a conflict (409) may only mean that the claim ended with its
+session, and that the same job is about to be offered here again.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import urllib.parse
@@ -30,6 +32,8 @@ from supervisor.link.transfer import Moved, Output
 if TYPE_CHECKING:
     import httpx
 
+log = logging.getLogger(__name__)
+
 PIECE_BYTES = 2**18
 FETCH_PATIENCE_S = 60.0
 UPLOAD_PATIENCE_S = 600.0  # of a result that could not be kept on disk
@@ -43,13 +47,18 @@ _MIME = {
     "mp3": "audio/mpeg",
     "mp4": "video/mp4",
 }
-_GONE = (404, 409, 410)
+_CONFLICT = 409
+_GONE = (404, 410)
 # The session says what a refused token means, and it may be another one by the next try.
 _AGAIN = (401, 403, 408, 425, 429)
 
 
 class _Again(Exception):
     """Worth another try."""
+
+
+class _Released(Exception):
+    """The claim is not ours now."""
 
 
 def _nobody(_count: int) -> None:
@@ -63,6 +72,7 @@ class StudioDelivery:
         base: {B}.
         credentials: those in force, or None before the registration.
         on_uploading: told that an upload is under way, and that one did not succeed.
+        on_conflict: waits until a claim that was answered 409 is ours again; returns whether it is.
         on_gone: told of claims that are not ours any more.
         on_large: told of the body of a JSON result that is too large to be posted.
     """
@@ -74,12 +84,14 @@ class StudioDelivery:
         credentials: Callable[[], Credentials | None],
         *,
         on_uploading: Callable[[Slip, bool], None],
+        on_conflict: Callable[[Slip], Awaitable[bool]],
         on_gone: Callable[[Slip], None],
         on_large: Callable[[Slip, bytes], None],
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 64.0),
     ) -> None:
         self._base, self._http, self._credentials = base, http, credentials
-        self._on_uploading, self._on_gone, self._on_large = on_uploading, on_gone, on_large
+        self._on_uploading, self._on_conflict, self._on_gone = on_uploading, on_conflict, on_gone
+        self._on_large = on_large
         self._backoff = backoff
 
     # ---- in
@@ -178,9 +190,21 @@ class StudioDelivery:
         if until is not None:
             patience_s = max(0.0, min(patience_s, until - trio.current_time()))
         try:
-            await self._with_retries(once, patience_s)
+            await self._until_released(slip, file, once, patience_s)
         except _Again as error:
             raise refuse("upload_failed", f"The output {file.name!r} cannot be delivered: {error}.") from None
+
+    async def _until_released(
+        self, slip: Slip, file: OutputFile, once: Callable[[], Awaitable[None]], patience_s: float
+    ) -> None:
+        while True:
+            try:
+                return await self._with_retries(once, patience_s)
+            except _Released:
+                log.info("the studio does not count this job as ours now", extra={"job": slip.job})
+            if not await self._on_conflict(slip):
+                self._on_gone(slip)
+                self._judge(_CONFLICT, "upload_failed", f"The output {file.name!r} cannot be delivered")
 
     async def _upload_once(self, slip: Slip, file: OutputFile, source: Output, moved: Moved) -> None:
         known = self._credentials()
@@ -207,6 +231,8 @@ class StudioDelivery:
         finally:
             if fd >= 0:
                 os.close(fd)
+        if response.status_code == _CONFLICT:
+            raise _Released
         if response.status_code in _GONE:
             self._on_gone(slip)
         if not response.is_success:

@@ -312,7 +312,7 @@ class StudioWorkerCases:
         self, server: StudioServer, start: Start, status: int
     ) -> None:
         server.approving = True
-        server.uploads.append(status)
+        server.uploads.extend([status] * 2)
         async with start(server) as worker:
             job = enqueue(server, "image")
             (await worker.next_run()).finish()
@@ -488,9 +488,26 @@ class StudioWorkerCases:
             await worker.empty()
         assert (job.state, job.ends, job.file) == ("done", 1, b"of the first life")
 
-    async def _finished_away(self, server: StudioServer, worker: WorkerUnderTest) -> Job:
-        """A chat whose run ends while there is no session; from then on nothing is offered by itself."""
-        job = enqueue(server, "llm")
+    async def test_a_file_that_was_made_while_the_claim_was_gone_waits_for_its_job(
+        self, server: StudioServer, start: Start
+    ) -> None:
+        server.approving = True
+        async with start(server) as worker:
+            job = await self._finished_away(server, worker, "image")
+            await server.until(lambda: server.conflicts, "an upload that is not wanted now")
+            job.not_before, server.offering = float("inf"), True
+            other = enqueue(server, "image")  # what waits is in nobody's way
+            (await worker.next_run()).finish(b"another")
+            await server.ended(other)
+            job.not_before = 0
+            await server.ended(job)  # without another run
+            await worker.empty()
+        assert (job.state, job.ends, job.file) == ("done", 1, b"file content")
+        assert len(server.past) == 2, "and no session was lost for it"
+
+    async def _finished_away(self, server: StudioServer, worker: WorkerUnderTest, kind: str = "llm") -> Job:
+        """A job whose run ends while there is no session; from then on nothing is offered by itself."""
+        job = enqueue(server, kind)
         run = await worker.next_run()
         await server.until(lambda: server.past[0].accepted, "accept")
         server.offering, server.stalling = False, 0

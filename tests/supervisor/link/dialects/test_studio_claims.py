@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 
 from protocol import link_wire as wire
 from protocol.faults import Fault
@@ -270,3 +272,36 @@ def test_what_a_studio_has_no_word_for_is_not_said():
     for body in (wire.Started(), wire.Progress(n=1), wire.OrderDone(id="x", ok=True)):
         desk.side.post(body, "j", 1)
     assert desk.sent == []
+
+
+async def test_a_conflict_that_the_offer_has_overtaken_is_asked_about_once_more():
+    desk = Desk()
+    desk.session()
+    desk.offer(kind="image")
+    desk.side.post(wire.Accept(), "j", 1)
+    slip = Slip.read(desk.side.held["j", 1].upload)
+    assert await desk.claims.taken_up(slip)
+    assert not await desk.claims.taken_up(slip)
+
+
+@pytest.mark.parametrize("drained", [True, False])
+async def test_a_conflict_waits_for_the_job_until_nobody_will_offer_it(drained, nursery, autojump_clock):
+    desk = Desk()
+    desk.side.held["j", 1] = None
+    desk.session()
+    verdicts: list[bool] = []
+
+    async def wait() -> None:
+        verdicts.append(await desk.claims.taken_up(Slip(job="j", attempt=1, kind="image", model="m")))
+
+    nursery.start_soon(wait)
+    await trio.testing.wait_all_tasks_blocked()
+    desk.side.running = 1
+    desk.offer("k")
+    assert ("k", 1) in desk.side.held, "it is in nobody's way"
+    if drained:
+        desk.side.post(wire.Draining(), "", 0)
+    else:
+        await trio.sleep(601)
+    await trio.testing.wait_all_tasks_blocked()
+    assert verdicts == [False]

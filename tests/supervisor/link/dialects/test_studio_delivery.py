@@ -62,6 +62,10 @@ class Told:
         self.gone: list[Slip] = []
         self.large: list[tuple[Slip, bytes]] = []
         self.uploading: list[bool] = []
+        self.verdicts: list[bool] = []
+
+    async def conflict(self, _slip: Slip) -> bool:
+        return self.verdicts.pop() if self.verdicts else False
 
 
 @contextlib.asynccontextmanager
@@ -74,6 +78,7 @@ async def delivering(base: str, known: bool = True):
             http,
             lambda: mine,
             on_uploading=lambda _slip, now: told.uploading.append(now),
+            on_conflict=told.conflict,
             on_gone=told.gone.append,
             on_large=lambda slip, body: told.large.append((slip, body)),
             backoff=lambda: Backoff(0.001, 0.002),
@@ -203,6 +208,15 @@ async def test_a_result_that_is_refused(status, gone, again):
         assert len(site.asked) == 1
     assert (caught.value.fault.code, caught.value.fault.may_retry) == ("upload_failed", again)
     assert told.gone == ([SLIP] if gone else [])
+
+
+async def test_a_job_that_is_offered_here_again_takes_its_result():
+    async with open_site() as site, delivering(site.url) as (delivery, told):
+        site.answers = [(409, b""), (503, b""), (200, b"")]
+        told.verdicts = [True]
+        await delivery.upload(SLIP.text(), output(b"c"), b"c")
+    assert told.gone == []
+    assert len(site.asked) == 3
 
 
 @pytest.mark.parametrize("known", [True, False])
