@@ -141,10 +141,10 @@ class Deciding:
         ticket.fail(fault)
         self.tell(fx.Cancelled(job))
 
-    def want(self, model: str) -> None:
-        """Load a model before anybody asks for it, once there is free room."""
+    def want(self, model: str, *, ordered: bool = False) -> None:
+        """Load a model before anybody asks for it: see `Wanted` of intake/effects.py."""
         self._look_at_files(model)
-        self.tell(fx.Wanted(model))
+        self.tell(fx.Wanted(model, ordered))
 
     def unload(self, model: str, reason: str, *, again: bool) -> None:
         """End all instances of a model, each after its last run; with `again` it is then loaded anew."""

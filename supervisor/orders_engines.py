@@ -22,8 +22,8 @@ class Instances(Protocol):
     def snapshot(self) -> Sequence[InstanceStatus]:
         """State of every instance; a model with several copies has several."""
 
-    def preload(self, model: str) -> None:
-        """Load a model before anybody asks for it."""
+    def preload(self, model: str, *, ordered: bool = False) -> None:
+        """Load a model before anybody asks for it; with `ordered`, models without work make room."""
 
     def unload(self, model: str, reason: str, *, again: bool) -> None:
         """End all its instances, each after its last run; with `again` it is then loaded anew."""
@@ -67,7 +67,7 @@ class HostEngines:
         status = self._status(model)
         if status.state in ("ready", "busy"):
             return f"{model} is loaded already."
-        self._host.preload(model)
+        self._host.preload(model, ordered=True)
         return f"{model} is being loaded."
 
     def unload(self, model: str, reason: str) -> str:
@@ -77,8 +77,11 @@ class HostEngines:
             Refused: it is being loaded for jobs that wait for it.
         """
         status = self._status(model)
-        if not status.pid:
+        if not (status.pid or status.queued):
+            self._host.unload(model, reason, again=False)  # an order to load it may be waiting for room
             return f"{model} is not loaded."
+        if not status.pid:
+            return f"{model} is not loaded; {_wait(status.queued)}."
         if status.queued and status.state not in LOADED:
             raise Refused(409, f"{model} is being loaded: {_wait(status.queued)}; cancel what waits, or pause first.")
         self._host.unload(model, reason, again=False)
@@ -91,7 +94,7 @@ class HostEngines:
         if now and (status.running or status.queued):
             self._stop_models({model}, Fault("worker_stopping", f"The engine is restarted: {reason}."))
         if not status.pid or (status.queued and not now and status.state not in LOADED):
-            self._host.preload(model)
+            self._host.preload(model, ordered=True)
             return f"{model} is being loaded."
         self._host.unload(model, reason, again=True)
         return f"{model} is loaded anew {_when(0 if now else status.running)}."

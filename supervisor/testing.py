@@ -111,7 +111,7 @@ class FakeHost:
             if self.heeds_cancel:
                 run.fail("cancelled", "The job was cancelled.")
 
-    def preload(self, model: str) -> None:
+    def preload(self, model: str, *, ordered: bool = False) -> None:
         """See `Host.preload`."""
         self.preloaded.append(model)
 

@@ -180,7 +180,7 @@ class Gathering:
 def _reason(one: InstanceStatus, holds: Holds) -> str:
     """Why it does not serve. A model that is merely not loaded waits for nothing, and owes nobody a reason."""
     past = one.state == "cold" and not one.blocked
-    if past and (one.reason.startswith("waits ") or one.last_end.startswith("ended to make room")):
+    if past and (one.reason.startswith("waits ") or one.last_end.startswith("unloaded")):
         return ""
     return _of_now(one.reason, holds)
 

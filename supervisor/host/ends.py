@@ -47,7 +47,7 @@ _UNCOUNTED = HARMLESS | {Why.STUCK_CANCEL}
 _PHRASES = {
     Why.ASKED: "ended as asked",
     Why.IDLE: "ended for want of work",
-    Why.EVICTED: "ended to make room",
+    Why.EVICTED: "unloaded",
     Why.RECYCLED: "replaced between two jobs",
     Why.OOM_KILLED: "killed by the kernel for want of memory",
     Why.NOT_STARTED: "not started",

@@ -118,9 +118,13 @@ class Host:
             for lane in self._lanes.get(spec.name, ()):
                 lane.apply(limits, spec)
 
-    def preload(self, model: str) -> None:
-        """Load a model before anybody asks for it, as soon as there is room; nobody is ended for it."""
-        self._deciding.want(model)
+    def preload(self, model: str, *, ordered: bool = False) -> None:
+        """Load a model before anybody asks for it, as soon as there is room.
+
+        Args:
+            ordered: its owner says so: models without work make room. Otherwise nobody is ended for it.
+        """
+        self._deciding.want(model, ordered=ordered)
 
     def unload(self, model: str, reason: str, *, again: bool) -> None:
         """End all instances of a model, each after its last run; with `again` it is then loaded anew."""

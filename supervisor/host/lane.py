@@ -232,6 +232,7 @@ class Lane:
         """One instance from start to end; failures are told in the story, never raised."""
         story = _Story()
         self._starts += 1
+        self._reason = ""  # what its model waited for is there
         self._step(Event.DEMAND)
         try:
             with order.wanted():

@@ -105,7 +105,7 @@ class Dispatch:
         self._leaves_line(model)
         instance = Instance(self.made, model, place)
         instance.kept = model.plan.pin or model.wanted
-        model.wanted = False
+        model.wanted = model.ordered = False
         self.fleet.add(instance)
         self.out.append(fx.Load(instance.id, model.plan.name, dict(place)))
 

@@ -158,9 +158,13 @@ class Unread(msgspec.Struct, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """Load a model though no job waits for it: into free memory only, it ends nobody. Once loaded it is forgotten."""
+    """Load a model though no job waits for it. Once loaded it is forgotten, and `Unload` takes it back.
+
+    Into free memory only, it ends nobody; unless `ordered` by the owner: then models without work make room.
+    """
 
     model: str
+    ordered: bool = False
 
 
 class Unload(msgspec.Struct, frozen=True):

@@ -107,13 +107,14 @@ class Model:
         target: the place being cleared for it; None when there is none.
         stuck: when last looked at, ending models of ours could not have helped it.
         wanted: to be loaded though no job waits.
+        ordered: so wanted that models without work make room.
         unread: its need is being found out.
         lost: instances that end by themselves, and are no copies any more only when they are gone.
     """
 
     __slots__ = (
-        "demand", "instances", "load_s", "lost", "places", "plan", "reach", "rooms", "run_s", "stuck", "target",
-        "unread", "waiting", "wanted", "why",
+        "demand", "instances", "load_s", "lost", "ordered", "places", "plan", "reach", "rooms", "run_s", "stuck",
+        "target", "unread", "waiting", "wanted", "why",
     )  # fmt: skip
 
     def __init__(self, plan: ModelPlan, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
@@ -125,7 +126,7 @@ class Model:
         self.load_s, self.run_s = plan.load_s, 0.0
         self.target: Place | None = None
         self.lost = 0
-        self.stuck = self.unread = self.wanted = False
+        self.stuck = self.unread = self.wanted = self.ordered = False
         self.why = ""
 
     def move(self, places: tuple[Place, ...], rooms: dict[str, int]) -> None:

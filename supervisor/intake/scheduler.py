@@ -303,11 +303,16 @@ class Scheduler:
         model = self._do.fleet.models[event.model]
         if not model.live:
             model.wanted = True
-            self._do.want(model)
+            model.ordered = model.ordered or event.ordered
+            model.stuck = False
+            if self._do.want(model):
+                self._do.clock.set(model, self._do.now)
 
     def _unload(self, event: fx.Unload) -> None:
         model = self._do.fleet.models[event.model]
-        model.wanted = event.again
+        model.wanted = model.ordered = event.again
+        if not (event.again or model.waiting):
+            self._do.give_up(model)
         for instance in list(model.instances.values()):
             instance.ordered, instance.dismissed = True, not event.again
             self._do.end(instance, event.reason)
@@ -318,7 +323,7 @@ class Scheduler:
         more = event.count > model.plan.copies
         model.plan = msgspec.structs.replace(model.plan, copies=event.count)
         if not event.count and event.problem:
-            model.wanted = False
+            model.wanted = model.ordered = False
             self._do.fail(model, "quarantined", event.problem)
             return
         model.wanted = model.wanted or (more and model.plan.pin and not model.live)

@@ -100,14 +100,42 @@ def look(model: Model, fleet: Fleet, view: Look) -> Turn:
     return _swap(model, places, rivals, fleet, view)
 
 
-def _unasked(model: Model, places: list[Place], fleet: Fleet, view: Look) -> Go | Later:
-    """Somebody wants it loaded, and no job waits for it: it takes what is free and ends nobody."""
+def _unasked(model: Model, places: list[Place], fleet: Fleet, view: Look) -> Turn:
+    """Somebody wants it loaded, and no job waits for it: it takes what is free and ends nobody.
+
+    An order of the owner ends others, but none that has work: its jobs are somebody's, and the order is nobody's job.
+    """
     if fleet.freeing and model.plan.gpu:
         return Later(f"waits for the end of a hold: {fleet.freeing}", LATEST_S, stuck=True)
     free = [place for place in places if _fits(place, fleet.gpus) and not any(fleet.gpus[uuid].shut for uuid in place)]
-    if not free or fleet.rivals(model):
+    rivals = fleet.rivals(model)
+    if model.ordered and (rivals or not free):
+        return _ordered(model, places, rivals, fleet, view.now)
+    if not free or rivals:
         return Later("waits until there is room, for nobody is ended for a preload", LATEST_S, stuck=True)
     return Go(min(free, key=lambda place: _rank(place, fleet.gpus, view.spread)))
+
+
+def _ordered(model: Model, places: list[Place], rivals: list[Instance], fleet: Fleet, now: float) -> Swap | Later:
+    """Clear the place that harms least of those where nobody has work."""
+    if any(each.model.plan.pin or each.stage is Stage.LOADING for each in rivals):
+        name = rivals[0].model.plan.name
+        return Later(f"only one model of the group {model.plan.group} may be loaded, and {name} is", 1.0, stuck=True)
+    best: Swap | None = None
+    least, works = math.inf, False
+    for place in places:
+        found = _clear(model, place, rivals, fleet, now)
+        if isinstance(found, float):
+            works = works or found < math.inf
+        elif any(fleet.instances[number].runs or fleet.instances[number].model.waiting for number in found[1]):
+            works = True
+        elif found[0] < least:
+            least, best = found[0], Swap(place, found[1])
+    if best is not None:
+        return best
+    if works:
+        return Later("waits until the models that hold the memory have no work", 1.0)
+    return Later("pinned models, other programs or loads hold the memory", LATEST_S, stuck=True)
 
 
 def overdue(model: Model, now: float) -> bool:

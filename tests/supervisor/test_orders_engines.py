@@ -25,7 +25,8 @@ class Host:
             InstanceStatus(**{"model": "chat", "engine": "e", **self.status}),
         ]
 
-    def preload(self, model: str) -> None:
+    def preload(self, model: str, *, ordered: bool = False) -> None:
+        assert ordered, "its owner says so: idle models make room"
         self.asked.append(("preload", model))
 
     def unload(self, model: str, reason: str, *, again: bool) -> None:
@@ -95,7 +96,8 @@ def test_load(status, asked, said):
 @pytest.mark.parametrize(
     ("status", "acts", "said"),
     [
-        ({}, False, "chat is not loaded."),
+        ({}, True, "chat is not loaded."),  # an order to load it may be waiting for room, and is taken back
+        ({"queued": 2}, False, "chat is not loaded; 2 jobs wait for it."),
         (LOADED, True, "chat ends now."),
         ({**LOADED, "running": 1}, True, "chat ends after 1 job."),
         (

@@ -135,8 +135,8 @@ EVICTED = InstanceStatus(
     model="chat",
     engine="llm",
     state="cold",
-    reason="It was ended to make room (held by the operator (a game)).",
-    last_end="ended to make room (held by the operator (a game))",
+    reason="It was unloaded (held by the operator (a game)).",
+    last_end="unloaded (held by the operator (a game))",
 )
 
 
@@ -145,7 +145,7 @@ async def test_a_hold_that_is_over_is_not_told_any_more(tmp_path):
     (during,) = shown(tmp_path, EVICTED, game).models
     assert during.last_end == EVICTED.last_end
     (after,) = shown(tmp_path, EVICTED).models
-    assert (after.reason, after.last_end) == ("", "ended to make room")
+    assert (after.reason, after.last_end) == ("", "unloaded")
 
 
 async def test_a_model_that_nobody_waits_for_any_more_does_not_wait(tmp_path):

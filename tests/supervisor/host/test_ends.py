@@ -20,7 +20,7 @@ JOB = "while it ran a job"
         (Exit(signal=9), None, False, Why.SIGNALLED, "killed by SIGKILL while it ran a job"),
         (Exit(signal=9), None, True, Why.OOM_KILLED, "killed by the kernel for want of memory while it ran a job"),
         (Exit(signal=9), End(why=Why.MEMORY), True, Why.MEMORY, "ended because it took too much memory"),
-        (Exit(code=0), End(why=Why.EVICTED, note="b needs it."), False, Why.EVICTED, "ended to make room (b needs it)"),
+        (Exit(code=0), End(why=Why.EVICTED, note="b needs it."), False, Why.EVICTED, "unloaded (b needs it)"),
         (None, None, False, Why.CLOSED_OUTPUT, "ended because it closed its output while it ran a job"),
         (
             Exit(),

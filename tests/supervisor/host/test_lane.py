@@ -339,7 +339,7 @@ async def test_eviction_ends_an_idle_instance_at_once_and_a_busy_one_when_it_is_
         assert lane.idle_since == 0.0
         it.host.deciding.tell(FREE)
         await trio.sleep(5)
-        assert (it.status.state, it.status.last_end) == ("cold", "ended to make room (the owner wants the memory)")
+        assert (it.status.state, it.status.last_end) == ("cold", "unloaded (the owner wants the memory)")
         assert "the owner wants the memory" in it.status.reason
         it.host.deciding.tell(fx.HoldLifted(""))
         await it.begin("5")
@@ -387,7 +387,7 @@ async def test_a_load_that_nobody_waits_for_any_more_is_cancelled(tmp_path, auto
         await trio.sleep(LIMITS.term_grace_s + 3)
         assert it.fault_of("1").code == "cancelled"
         assert it.fakes.children[0].exit is not None
-        assert (it.status.state, it.status.last_end) == ("cold", "ended to make room (nobody waits for it any more)")
+        assert (it.status.state, it.status.last_end) == ("cold", "unloaded (nobody waits for it any more)")
         assert isinstance(await it.host.run(ask(), lambda _event: None), Done)
         assert len(it.fakes.children) == 2
 

@@ -261,6 +261,44 @@ def test_what_its_owner_unloads_ends_after_its_last_run_and_stays_away():
     assert drive.started == ["1", "2"]
 
 
+def test_a_load_that_its_owner_orders_ends_models_without_work():
+    drive = Drive([model("a", 15), model("b", 15), model("c", 15, pin=True)], [gpu("g", 24)])
+    drive.job("a")
+    drive.settle()
+    drive.tell(fx.Wanted("b"))
+    drive.tell(fx.Wanted("b", ordered=True))
+    drive.wait(100)
+    assert drive.models() == {"a"}, "a run is not ended for it, nor does it wait for one"
+    assert drive.scheduler.why()["b"] == "waits until the models that hold the memory have no work"
+    drive.end("1")
+    drive.wait(10)
+    drive.settle()
+    assert drive.models() == {"b"}
+    drive.tell(fx.Wanted("a"))
+    drive.wait(1000)
+    assert drive.models() == {"b"}, "what only a preload wants ends nobody"
+    drive.tell(fx.Unload("a", "not any more"))
+    drive.tell(fx.Unload("b", "its owner says so"))
+    drive.settle()
+    drive.tell(fx.Wanted("c", ordered=True))
+    drive.wait(10)
+    drive.settle()
+    drive.tell(fx.Wanted("a", ordered=True))
+    drive.wait(100)
+    assert drive.models() == {"c"}, "a pinned model stays"
+    drive.tell(fx.Unload("a", "not any more"))
+    assert "a" not in drive.scheduler.why(), "an order is taken back"
+
+
+def test_one_of_a_group_makes_room_for_another_that_its_owner_orders():
+    drive = Drive([model("a", 5, group="art"), model("b", 5, group="art")], [gpu("g", 24)])
+    for name in ("a", "b"):
+        drive.tell(fx.Wanted(name, ordered=True))
+        drive.wait(10)
+        drive.settle()
+        assert drive.models() == {name}
+
+
 def test_a_restart_ends_every_copy_and_loads_anew():
     drive = Drive([model("a", 5, copies=2, load_s=0.1)], [gpu("g", 12), gpu("h", 12)])
     for _ in range(9):
