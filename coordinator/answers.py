@@ -2,6 +2,10 @@
 
 A job of a synchronous route lives as long as its client listens. The exception is a request that brought an
 idempotency key: its client means to come back for the answer, so the job goes on without it.
+
+Nobody waits in silence for a model that loads. After `Limits.begin_s`, or what the request's header
+`x-bulkhead-begin-s` says instead, a stream begins with comment lines that tell how far the load is; a plain request
+is answered 503 with Retry-After, and its job goes on waiting a little longer, so that the load is not given up.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -27,6 +32,11 @@ from protocol.work import RESULTS, FreeResult
 log = logging.getLogger(__name__)
 
 NO_NAMES: Mapping[str, str] = {}
+BEGIN_S = "x-bulkhead-begin-s"  # header of requests
+MAX_BEGIN_S = 3600.0
+LOADING = "model_loading"
+LOADING_RETRY_S = 5
+HOLD_S = 30.0  # a client that was told to come again in 5 s has come by then
 CANCEL_S = 5.0  # bound on telling the dispatcher that nobody listens any more
 
 T = TypeVar("T")
@@ -71,7 +81,10 @@ async def while_connected(receive: Receive, work: Callable[[], Awaitable[T]]) ->
 async def watched_job(
     parts: Services, submission: Submission
 ) -> AsyncIterator[tuple[JobRecord, AsyncIterator[JobEvent]]]:
-    """Submit and watch; a job that has not ended when the block is left is cancelled, shielded and bounded."""
+    """Submit and watch; a job that has not ended when the block is left is cancelled, shielded and bounded.
+
+    One whose client was told that its model is loading stays until the load is over, so that somebody waits for it.
+    """
     ended = False
     submission = msgspec.structs.replace(submission, attended=not submission.idempotency_key)
     async with parts.dispatcher.submit_and_watch(submission) as (record, events):
@@ -84,6 +97,11 @@ async def watched_job(
 
         try:
             yield record, noted()
+        except FaultError as error:
+            if error.fault.code == LOADING and not ended:
+                ended = True
+                parts.progress.hold(record.id, submission.tenant, HOLD_S)
+            raise
         finally:
             if not ended and not submission.idempotency_key:
                 with anyio.move_on_after(CANCEL_S, shield=True):
@@ -99,19 +117,73 @@ async def finished(request: Request, submission: Submission, names: Mapping[str,
         names: the engine's field names -> the route's, for refusals.
 
     Raises:
-        FaultError: the submission was refused, or the job's own fault.
+        FaultError: the submission was refused, or the job's own fault; model_loading when its model is still being
+            loaded after `patience_s`.
         ClientDisconnect: the client left; the job was cancelled.
     """
+    patience = patience_s(request.headers, services(request).limits.begin_s)
 
     async def work() -> JobRecord:
         async with watched_job(services(request), submission) as (record, events):
             request.scope["state"]["job"] = record.id
-            async for event in events:
-                if isinstance(event, JobEnded):
-                    return event.record
-        raise refuse("internal", "The job's events ended without its end.")
+            return await _end_of(events, patience)
 
     return succeeded(await while_connected(request.receive, work), names)
+
+
+async def _end_of(events: AsyncIterator[JobEvent], patience: float) -> JobRecord:
+    """The job's last row. Raises FaultError(model_loading) when it is known to wait for a load after `patience`."""
+    record: JobRecord | None = None
+    failure: FaultError | None = None
+    words, started = "", False
+    loading = anyio.Event()
+    async with anyio.create_task_group() as group:
+
+        async def lose_patience() -> None:
+            nonlocal failure
+            await anyio.sleep(patience)
+            await loading.wait()
+            if not started:
+                failure = refuse(LOADING, f"The model is not ready yet: {words}.", retry_after_s=LOADING_RETRY_S)
+                group.cancel_scope.cancel()
+
+        group.start_soon(lose_patience)
+        try:
+            async for event in events:
+                if isinstance(event, JobEnded):
+                    record = event.record
+                    break
+                if not isinstance(event, JobProgress):
+                    started = True
+                elif not started:
+                    words = loading_words(event)
+                    loading.set()
+        except FaultError as error:
+            failure = error
+        group.cancel_scope.cancel()
+    if record is not None:
+        return record
+    raise failure or refuse("internal", "The job's events ended without its end.")
+
+
+def patience_s(headers: Headers, default: float) -> float:
+    """How long the client waits in silence for its work to begin. Raises FaultError(invalid_parameter)."""
+    text = headers.get(BEGIN_S)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= MAX_BEGIN_S:
+        raise refuse("invalid_parameter", f"{BEGIN_S}: Expected seconds from 0 to {MAX_BEGIN_S:g}.", BEGIN_S)
+    return value
+
+
+def loading_words(event: JobProgress) -> str:
+    """Progress before the work began, as part of a sentence on one line."""
+    words = event.text or (f"{event.phase} {event.n} of {event.total}" if event.total else event.phase) or "it loads"
+    return " ".join(words.split()).rstrip(".")
 
 
 def succeeded(record: JobRecord, names: Mapping[str, str] = NO_NAMES) -> JobRecord:
@@ -198,7 +270,24 @@ class EventWriter:
         self._comment_s = comment_s
         self._lock = anyio.Lock()
         self._last = anyio.current_time()
+        self._waits_for = "its turn"
         self.started = False
+
+    async def begin_after(self, seconds: float) -> None:
+        """Begin when nothing was to be said for so long; from then on comment lines come."""
+        await anyio.sleep(seconds)
+        if not self.started:
+            await self._say_wait()
+
+    async def waits(self, words: str) -> None:
+        """What the work waits for, before it begins; said at once when the stream has begun and it is new."""
+        new = words != self._waits_for
+        self._waits_for = words
+        if new and self.started:
+            await self._say_wait()
+
+    async def _say_wait(self) -> None:
+        await self.write(f": waiting: {self._waits_for}\n\n".encode())
 
     async def write(self, *events: bytes) -> None:
         """Send events at once, as one write."""
@@ -241,8 +330,9 @@ class EventWriter:
 class JobStream(Response):
     """Answers a request with the events of a job.
 
-    The response begins when the job has started, so that refusals of the engine's validation are real 4xx.
-    A fault after that is one `{"error": …}` event and the stream ends without `[DONE]`.
+    The response begins when the job has started, so that refusals of the engine's validation are real 4xx, or when
+    the client's patience is over; then comment lines tell what it waits for. A fault after that is one
+    `{"error": …}` event and the stream ends without `[DONE]`.
     """
 
     def __init__(
@@ -258,11 +348,14 @@ class JobStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve; raises FaultError as long as nothing was sent."""
 
+        patience = patience_s(Headers(scope=scope), self._parts.limits.begin_s)
+
         async def work() -> None:
             async with watched_job(self._parts, self._submission) as (record, events):
                 writer = EventWriter(send, job_headers(record), self._parts.limits.comment_s)
                 async with anyio.create_task_group() as group:
                     group.start_soon(writer.comment_forever)
+                    group.start_soon(writer.begin_after, patience)
                     try:
                         await self._relay(record, events, writer)
                         failure = None
@@ -286,18 +379,23 @@ class JobStream(Response):
 
     async def _relay(self, record: JobRecord, events: AsyncIterator[JobEvent], writer: EventWriter) -> None:
         due = 0
+        begun = False
         async for event in events:
-            if isinstance(event, JobStarted) and not writer.started:
+            if isinstance(event, JobStarted) and not begun:
+                begun = True
                 await writer.write(*self._renderer.start(record))
+            elif isinstance(event, JobProgress) and not begun:
+                await writer.waits(loading_words(event))
             elif isinstance(event, JobChunk) and event.seq == due:
                 due += 1
-                begin = [] if writer.started else self._renderer.start(record)
+                begin = [] if begun else self._renderer.start(record)
+                begun = True
                 await writer.write(*begin, *self._renderer.chunk(event.data))
             elif isinstance(event, JobChunk):
                 due = -1  # joined in the middle (idempotency key used again): the end brings the rest
             elif isinstance(event, JobEnded):
                 succeeded(event.record, self._names)
-                begin = [] if writer.started else self._renderer.start(event.record)
+                begin = [] if begun else self._renderer.start(event.record)
                 await writer.write(*begin, *self._renderer.end(event.record, due > 0))
                 return
         raise refuse("internal", "The job's events ended without its end.")

@@ -48,11 +48,16 @@ class Json(Response):
 
 
 def fault_response(fault: Fault, status: int | None = None) -> Json:
-    """Return the response for a fault; 429 and retryable 503 say when to come again."""
+    """Return the response for a fault; 429 and retryable 503 say when to come again.
+
+    Official clients try again after every 409, 429 and 5xx; `x-should-retry` tells them when that cannot help.
+    """
     status = fault.http_status if status is None else status
     headers = {}
     if status in (429, 503) and fault.may_retry:
         headers["retry-after"] = str(int(fault.detail.get("retry_after_s", RETRY_AFTER_S)))
+    if status in (409, 429) or status >= 500:
+        headers["x-should-retry"] = "true" if fault.may_retry else "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return Json(fault.openai_error(), status_code=status, headers=headers)

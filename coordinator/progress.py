@@ -6,12 +6,19 @@ restart of the coordinator a running video shows 0 until the end.
 
 from __future__ import annotations
 
+import logging
+
 import anyio
 from anyio.abc import TaskGroup
 
 from coordinator.dispatch import Dispatcher
 from coordinator.records import JobEnded, JobProgress
+from coordinator.store import StoreError
 from protocol.faults import FaultError
+
+log = logging.getLogger(__name__)
+
+CANCEL_S = 5.0  # bound on telling the dispatcher
 
 
 class ProgressBoard:
@@ -34,6 +41,14 @@ class ProgressBoard:
             self._percent[job] = 0
             self._group.start_soon(self._follow, job)
 
+    def hold(self, job: str, tenant: str, patience_s: float) -> None:
+        """Let a job wait for its model on behalf of a client that was told to come again, then cancel it.
+
+        It is cancelled when its work begins, when `patience_s` have passed, and when this coordinator ends.
+        """
+        if self._group is not None:
+            self._group.start_soon(self._hold, job, tenant, patience_s)
+
     def percent(self, job: str) -> int:
         """0 to 99 of a job that has not ended; 0 when nothing is known."""
         return self._percent.get(job, 0)
@@ -50,3 +65,22 @@ class ProgressBoard:
             return  # the job is gone, or this reader fell behind: only the percentage is lost
         finally:
             self._percent.pop(job, None)
+
+    async def _hold(self, job: str, tenant: str, patience_s: float) -> None:
+        try:
+            with anyio.move_on_after(patience_s):
+                async with self._dispatcher.watch(job) as events:
+                    async for event in events:
+                        if not isinstance(event, JobProgress):
+                            break
+        except FaultError:
+            pass
+        finally:
+            with anyio.move_on_after(CANCEL_S, shield=True):
+                await self._cancel(job, tenant)
+
+    async def _cancel(self, job: str, tenant: str) -> None:
+        try:
+            await self._dispatcher.cancel(job, tenant, "its client was told to come again when the model is loaded")
+        except (StoreError, FaultError) as error:  # it runs for nobody, then
+            log.warning("The job %s could not be cancelled: %s", job, error)

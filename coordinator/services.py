@@ -31,13 +31,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Tunables of the HTTP half, in seconds.
 
     Attributes:
-        job_s: deadline of a job that brings none, queueing and model load included. Before the work starts
-            nothing can be sent to a streaming client, so this also bounds that silence.
+        job_s: deadline of a job that brings none, queueing and model load included.
+        begin_s: how long a client waits in silence for its work to begin; see `coordinator.answers`.
         comment_s: pause between comment lines that keep an event stream alive through proxies.
         blob_url_s: how long a signed download URL in an answer is good.
     """
 
     job_s: float = 3600.0
+    begin_s: float = 30.0
     comment_s: float = 15.0
     blob_url_s: float = 3600.0
 

@@ -74,6 +74,8 @@ CODES: dict[str, CodeInfo] = {
     "upload_failed": CodeInfo(Owner.WORKER, True, 502, _SRV),
     # the coordinator's
     "no_worker": CodeInfo(Owner.COORDINATOR, True, 503, _SRV),
+    # Its load goes on: who comes again finds it further.
+    "model_loading": CodeInfo(Owner.COORDINATOR, True, 503, _SRV),
     "overloaded": CodeInfo(Owner.COORDINATOR, True, 503, _SRV),
     "storage_full": CodeInfo(Owner.COORDINATOR, True, 507, _SRV),
     "internal": CodeInfo(Owner.COORDINATOR, False, 500, _SRV),
