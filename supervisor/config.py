@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ import msgspec
 from engines.catalog import CATALOG
 from protocol.engine_wire import Model
 from protocol.ids import is_safe_id
+from supervisor.config_goliat import check_goliat
 from supervisor.config_layers import ENV_PREFIX as ENV_PREFIX
 from supervisor.config_layers import Layers, Source, read_layers
 from supervisor.config_models import Finding, check_engine_options, check_models, warn_models
@@ -149,6 +150,8 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
         return msgspec.structs.replace(table, path=absolute(table.path), files=files)
 
     link = settings.coordinator
+    results = absolute(link.goliat.results_dir)
+    link = msgspec.structs.replace(link, goliat=msgspec.structs.replace(link.goliat, results_dir=results))
     return msgspec.structs.replace(
         settings,
         coordinator=msgspec.structs.replace(
@@ -212,6 +215,7 @@ def _check_quiet_hours(settings: Settings) -> Iterator[Finding]:
 
 def _crosscheck(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
     yield from _check_coordinator(settings.coordinator, environ)
+    yield from _WAYS[settings.coordinator.dialect].more(settings)
     if settings.worker.name and not is_safe_id(settings.worker.name):
         yield ("worker", "name"), "has characters other than letters, digits and _ . : - (at most 128, no mark first)"
     for name, table in settings.engines.items():
@@ -227,11 +231,13 @@ class _Way(NamedTuple):
     schemes: tuple[str, ...]
     token: bool
     embedded: bool
+    more: Callable[[Settings], Iterator[Finding]] = lambda _settings: iter(())
 
 
 _WAYS = {
     "native": _Way(("ws", "wss"), token=True, embedded=True),
     "studio": _Way(("https", "wss", "http", "ws"), token=False, embedded=False),
+    "goliat": _Way(("https", "http"), token=False, embedded=False, more=check_goliat),
 }
 
 

@@ -32,6 +32,37 @@ class StudioTable(Table, frozen=True):
     vram_gb: _Gigabytes = 0.0
 
 
+class GoliatTable(Table, frozen=True):
+    """What only the dialect "goliat" asks for.
+
+    Attributes:
+        protocol: "planned": the dashboard gives assignments; "shipped": the worker claims those of one super-study.
+        machine_id: what the dashboard calls this machine; "" takes the worker's name.
+        model: the model of the engine command that runs studies.
+        study: name of the super-study (protocol "shipped").
+        heartbeat_s: between two heartbeats; 0 takes the protocol's own: 5 planned, 30 shipped.
+        poll_s: between two questions for an assignment while there is none.
+        updates_per_s: most messages a second about a running study.
+        env: what studies are told by environment variables; the model's options.env_allow has to name them.
+        reupload: studies are told to upload results again that they find done.
+        results_dir: where results stay that the dashboard has no place for; "" means goliat/results in the state
+            folder. Nothing is ever removed from there.
+    """
+
+    protocol: Literal["planned", "shipped"] = "shipped"
+    machine_id: Annotated[str, Meta(max_length=200)] = ""
+    model: str = ""
+    study: str = ""
+    heartbeat_s: _SecondsOrNever = 0.0
+    poll_s: _Seconds = 10.0
+    updates_per_s: Annotated[float, Meta(gt=0, le=5)] = 5.0
+    env: list[Literal["GOLIAT_ASSIGNMENT_ID", "GOLIAT_REUPLOAD_RESULTS"]] = msgspec.field(
+        default_factory=lambda: ["GOLIAT_ASSIGNMENT_ID", "GOLIAT_REUPLOAD_RESULTS"]
+    )
+    reupload: bool = False
+    results_dir: str = ""
+
+
 class CoordinatorTable(Table, frozen=True):
     """Where jobs come from.
 
@@ -45,11 +76,12 @@ class CoordinatorTable(Table, frozen=True):
         allow: keys of this file that the coordinator may change, such as "worker.labels" or "limits.*".
         connect_s: deadline over TCP + TLS + upgrade + welcome as a whole.
         studio: what only the dialect "studio" asks for.
+        goliat: what only the dialect "goliat" asks for.
     """
 
     url: str = "embedded"
     listen: str = "127.0.0.1:8080"
-    dialect: Literal["native", "studio"] = "native"
+    dialect: Literal["native", "studio", "goliat"] = "native"
     token_file: str = ""
     tls_cert: str = ""
     tls_key: str = ""
@@ -57,6 +89,7 @@ class CoordinatorTable(Table, frozen=True):
     allow: list[str] = []
     connect_s: _Seconds = 15.0
     studio: StudioTable = StudioTable()
+    goliat: GoliatTable = GoliatTable()
 
 
 class WorkerTable(Table, frozen=True):

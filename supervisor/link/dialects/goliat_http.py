@@ -1,0 +1,191 @@
+"""The HTTP client of the GOLIAT dialect: every request bounded in time and size, every trouble of one kind.
+
+httpx costs 0.3 s of import, so it is imported in a thread at the first use, or by `client`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import ssl
+import urllib.parse
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+if TYPE_CHECKING:
+    import httpx
+
+REQUEST_S = 10.0
+CONFIG_S = 30.0
+MAX_REPLY_BYTES = 32 * 2**20  # a study lists its assignments with all their configs
+MAX_CONFIG_BYTES = 16 * 2**20
+LONGEST_RETRY_AFTER_S = 600.0
+_AGAIN = (408, 425, 429)
+
+
+class Trouble(Exception):
+    """A request that came to nothing.
+
+    Attributes:
+        status: of the answer; 0 when there was none.
+        again: the same request may succeed later.
+        away: nobody sensible answered: no connection, a failing server, words that are not the dashboard's.
+        retry_after_s: what the dashboard asked for.
+    """
+
+    def __init__(self, sentence: str, *, status: int = 0, again: bool = True, retry_after_s: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.status, self.again, self.retry_after_s = status, again, retry_after_s
+
+    @property
+    def away(self) -> bool:
+        """See the class."""
+        return self.again and self.status not in _AGAIN
+
+
+class Http:
+    """An async context manager. There is no authentication: nothing that is secret may be sent.
+
+    Args:
+        base: URL of the dashboard, with or without a path.
+    """
+
+    def __init__(self, base: str, tls: ssl.SSLContext | None = None, request_s: float = REQUEST_S) -> None:
+        self._base = base.rstrip("/") + "/"
+        self._tls, self._request_s = tls, request_s
+        self._client: httpx.AsyncClient | None = None
+        self._opening = trio.Lock()
+
+    async def __aenter__(self) -> Http:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await self._client.aclose()
+
+    async def client(self) -> httpx.AsyncClient:
+        """The client; opened at the first call."""
+        async with self._opening:
+            if self._client is None:
+                module: Any = await trio.to_thread.run_sync(importlib.import_module, "httpx")
+                self._client = module.AsyncClient(
+                    verify=self._tls if self._tls is not None else True,
+                    timeout=30.0,  # without a byte
+                    trust_env=False,  # a proxy of the environment must not stand before a dashboard on loopback
+                    follow_redirects=False,
+                )
+            return self._client
+
+    def url(self, path: str) -> str:
+        """An address below the dashboard's; one with a scheme stays as it is."""
+        return path if urllib.parse.urlsplit(path).scheme else self._base + path.lstrip("/")
+
+    async def json(self, method: str, path: str, *, body: object = None, query: Mapping[str, str] | None = None) -> Any:
+        """Send JSON, if there is any, and return the answer's. Raises Trouble."""
+        content = None if body is None else msgspec.json.encode(body)
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        where = self.url(path) + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        client = await self.client()
+        request = client.build_request(method, where, headers=headers, content=content)
+        _hold(request, content or b"")
+        return self.answer(await self._sent(request, MAX_REPLY_BYTES, self._request_s))
+
+    async def config(self, url: str) -> bytes:
+        """Download a config file. Raises Trouble: also when it is larger than `MAX_CONFIG_BYTES`."""
+        client = await self.client()
+        import httpx
+
+        try:
+            request = client.build_request("GET", self.url(url))
+        except (httpx.InvalidURL, ValueError) as error:
+            raise Trouble(f"the address of its config is none: {error}", again=False) from None
+        if request.url.scheme not in ("http", "https") or not request.url.host:
+            raise Trouble("the address of its config is neither http nor https", again=False)
+        _hold(request, b"")
+        return await self._sent(request, MAX_CONFIG_BYTES, CONFIG_S)
+
+    async def send(self, request: httpx.Request) -> Any:
+        """Send what was built with `client`; no bound but that bytes have to move. Raises Trouble."""
+        return self.answer(await self._sent(request, MAX_REPLY_BYTES, math.inf))
+
+    async def _sent(self, request: httpx.Request, most: int, within_s: float) -> bytes:
+        client = await self.client()
+        import httpx
+
+        try:
+            with trio.fail_after(within_s):
+                response = await client.send(request, stream=True)
+                try:
+                    body = await _body(response, most)
+                finally:
+                    with trio.CancelScope(shield=True), trio.move_on_after(1):
+                        await response.aclose()
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, trio.TooSlowError) as error:
+            name = "no answer in time" if isinstance(error, trio.TooSlowError) else type(error).__name__
+            raise Trouble(f"the dashboard cannot be reached: {name}: {error}".rstrip(": ")) from None
+        if body is None:
+            raise Trouble(f"the answer has more than {most // 2**20} MiB", status=response.status_code, again=False)
+        if not response.is_success:
+            raise _refusal(response, body)
+        return body
+
+    def answer(self, body: bytes) -> Any:
+        """The JSON of a good answer. Raises Trouble: it is none, or says that nothing was done."""
+        try:
+            answer = msgspec.json.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Trouble(f"the dashboard's answer cannot be read: {error}") from None
+        if isinstance(answer, Mapping) and answer.get("success") is False:
+            raise Trouble(f"the dashboard says that it failed{_reason(answer)}")
+        return answer
+
+
+def _hold(request: httpx.Request, content: bytes) -> None:
+    """Give it a body that is no generator: nobody closes one when the connection breaks."""
+    from supervisor.link.pieces import Held  # with httpx, which is here by now
+
+    request.stream = Held(content, lambda _count: None)
+
+
+async def _body(response: httpx.Response, most: int) -> bytes | None:
+    """What came; None when it is too much."""
+    pieces, size = [], 0
+    # httpx iterates by generators within generators, which only end well from inside: so no `break`, no error and no
+    # cancellation may happen between two pieces.
+    with trio.CancelScope() as enough:
+        async for piece in response.aiter_bytes(2**18):
+            size += len(piece)
+            if size > most:
+                enough.cancel()
+            else:
+                pieces.append(piece)
+    return None if size > most else b"".join(pieces)
+
+
+def _refusal(response: httpx.Response, body: bytes) -> Trouble:
+    status = response.status_code
+    try:
+        told = _reason(msgspec.json.decode(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        told = ""
+    after = response.headers.get("retry-after", "")
+    return Trouble(
+        f"the dashboard answered HTTP {status}{told}",
+        status=status,
+        again=status >= 500 or status in _AGAIN,
+        retry_after_s=min(float(after), LONGEST_RETRY_AFTER_S) if after.isascii() and after.isdecimal() else 0.0,
+    )
+
+
+def _reason(answer: object) -> str:
+    if not isinstance(answer, Mapping):
+        return ""
+    words = [str(answer[name])[:200] for name in ("code", "error", "details") if answer.get(name)]
+    return f": {', '.join(words)}" if words else ""
