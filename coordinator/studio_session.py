@@ -135,15 +135,16 @@ class StudioSession:
     # ---- Port ----------------------------------------------------------------------------------------------
 
     def send(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
-        """Say it in the words that there are. Does nothing once the session is over."""
+        """Say it in the words that there are. Once the session is over, only what became of a result is heard."""
         worker = self._worker
+        if isinstance(body, wire.Ack) and self._jobs is not None:
+            self._jobs.ended((job, attempt), body.verdict)
+            return
         if self._ending is not None or self._gone or worker is None:
             return
         match body:
             case wire.Offer():
                 self._offer(body, (job, attempt))
-            case wire.Ack():
-                self.jobs.ended((job, attempt), body.verdict)
             case wire.Drain():
                 worker.draining = True
             case wire.Pause():
@@ -174,6 +175,8 @@ class StudioSession:
             self._steps_in.send_nowait(lambda: self.jobs.refuse(key, fault))
 
     def _say(self, text: str) -> None:
+        if self._ending is not None or self._gone:
+            return
         try:
             self._outbox_in.send_nowait(text)
         except (anyio.WouldBlock, anyio.ClosedResourceError, anyio.BrokenResourceError):

@@ -13,6 +13,7 @@ import pytest
 from coordinator.services import Limits
 from coordinator.testing import FakeWorker, Running, Script, running
 from protocol.link_wire import ModelOffer
+from tests.coordinator.studio_rig import FAST, House, opened
 
 _numbers = itertools.count(1)
 
@@ -50,3 +51,17 @@ def serve(served: Running) -> Iterator[Serve]:
             return stack.enter_context(FakeWorker(served, (offer,), script, f"fake-{next(_numbers)}"))
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A coordinator whose sessions with studio workers have fast times."""
+    with running(tmp_path_factory.mktemp("studio"), studio=FAST) as it:
+        yield it
+
+
+@pytest.fixture
+def house(there: Running) -> Iterator[House]:
+    """The same for one test, with names of models of its own."""
+    with opened(there) as it:
+        yield it

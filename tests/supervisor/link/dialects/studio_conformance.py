@@ -7,6 +7,7 @@ What every worker has to do is in studio_worker_conformance.py.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import urllib.parse
@@ -23,6 +24,8 @@ PATIENCE_S = 15.0
 SUBPROTOCOL = "studio-worker-v1"
 CHAT = {"kind": "llm", "messages": [{"role": "user", "content": "hi"}]}
 PICTURE = {"kind": "image", "prompt": "a red square", "ext": "png"}
+# One pixel: a server may look at what it gets.
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 MODELS = {"llm": ["chat"], "image": ["paint"]}
 ANSWER = {
     "object": "chat.completion",
@@ -181,7 +184,7 @@ async def settled(studio: StudioUnderTest, job: str, *states: str) -> JobSeen:
     return seen
 
 
-async def uploaded(studio: StudioUnderTest, worker: str, token: str, job: str, content: bytes = b"PNG") -> int:
+async def uploaded(studio: StudioUnderTest, worker: str, token: str, job: str, content: bytes = PNG) -> int:
     """Upload a result; returns the status."""
     url = f"{studio.url}/graphics/api/workers/{worker}/jobs/{job}/complete"
     async with httpx.AsyncClient(trust_env=False) as client:
@@ -347,7 +350,7 @@ class StudioServerCases:
             await raw.nothing(0.3)  # one at a time
             assert 200 <= await uploaded(studio, worker, token, job) < 300
             assert (await raw.expect("offer"))["claim"]["jobId"] == second
-        assert (await settled(studio, job, "done")).file == b"PNG"
+        assert (await settled(studio, job, "done")).file == PNG
 
     async def test_an_upload_without_the_claim_is_a_conflict(self, studio: StudioUnderTest) -> None:
         worker, token = await studio.admit()
