@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 child_log = logging.getLogger("coordinator")
 _LOG_LINE = re.compile(r"\S+ \S+ (?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) (?P<name>\S+): (?P<text>.*)")
 
+OF_WORKERS = "coordinator.worker"  # the coordinator's logger of what workers send it of their logs
 READY_S = 60.0  # a cold disk and a busy machine: imports alone may take seconds
 STOP_S = 4.0  # after the end of its stdin; it closes connections for up to 2 s
 TERM_GRACE_S = 3.0
@@ -218,8 +219,13 @@ def _end_of(child: Child) -> SupervisorError:
 
 
 def _pass_on(line: str) -> None:
-    """Put a line of the child's log into ours, with its own level; tracebacks and the like come as they are."""
+    """Put a line of the child's log into ours, with its own level; tracebacks and the like come as they are.
+
+    What it was told by workers is left out: it is our own log, and would go to the coordinator and back for ever.
+    """
     if found := _LOG_LINE.match(line):
+        if found["name"] == OF_WORKERS:
+            return
         logging.getLogger(found["name"]).log(logging.getLevelNamesMapping()[found["level"]], "%s", found["text"])
     else:
         child_log.info("%s", line)

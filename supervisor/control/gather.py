@@ -21,6 +21,8 @@ from supervisor.version import version
 
 # Incidents that `status` shows.
 RECENT = 5
+# Of a model whose load is decided and has not begun: the engine before it is just going.
+_ORDERED = "it is about to be loaded"
 # How an instance ended for a hold: the end stays true when the hold is over, the hold does not.
 _FOR_A_HOLD = re.compile(r" \((held .*)\)")
 
@@ -115,6 +117,7 @@ class Gathering:
         specs = {spec.name: spec for spec in self._sources.specs}
         refused = self._sources.refused()
         waits, held, ends = self._sources.room.waiting(), self._sources.room.held(), self._sources.ends()
+        begun = {one.model for one in instances if one.state != "cold" or one.blocked}
         return tuple(
             ModelView(
                 name=one.model,
@@ -125,7 +128,7 @@ class Gathering:
                 reason=_reason(one, holds) or refused.get(one.model, ""),
                 slow=self._sources.slow(one.model),
                 unserved=refused.get(one.model, "").removeprefix("not served: "),
-                waits=waits.get(one.model, ""),
+                waits=waits.get(one.model, "") or (_ORDERED if one.queued and one.model not in begun else ""),
                 device=one.device or specs[one.model].model.device,
                 gpus=specs[one.model].model.devices,
                 on=one.gpus if one.pid else (),

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 import trio
@@ -120,6 +121,22 @@ async def test_the_token_travels_through_the_pipe_alone(monkeypatch, tmp_path, c
     lines = {(record.name, record.levelname, record.message) for record in caplog.records}
     assert ("coordinator.x", "WARNING", "token 43") in lines, "a log line keeps its level and name"
     assert ("coordinator", "INFO", "no log line False") in lines
+
+
+def test_what_workers_log_is_not_logged_again(caplog):
+    with caplog.at_level("INFO"):
+        subject._pass_on("2026-01-01 00:00:00.000 WARNING coordinator.worker: box 'app: a warning of ours' ")
+        subject._pass_on("2026-01-01 00:00:00.000 WARNING coordinator.gateway: a warning of its own")
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("coordinator.gateway", "a warning of its own")
+    ]
+
+
+def test_the_coordinator_logs_what_workers_log_by_that_name():
+    assert (
+        f'getLogger("{subject.OF_WORKERS}")'
+        in (Path(subject.__file__).parents[1] / "coordinator/gateway.py").read_text()
+    )
 
 
 async def test_one_that_dies_is_started_again_on_the_same_port_with_the_same_token(monkeypatch, tmp_path, caplog):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from supervisor.control.client import NotRunning, RequestFailed
 from supervisor.control.commands.asking import as_json, ask
 from supervisor.control.commands.layout import count, paper_of, say, until
 from supervisor.errors import ExitCode
 
+if TYPE_CHECKING:
+    import psutil
+
 EVERY_S = 0.5
+SOON_S = 0.05
+GOING_S = 30.0  # from the end of the socket to that of the process: its coordinator is ended meanwhile
 MUTE_S = 60.0  # a supervisor that ends may be too busy for an answer, but not this long
 
 
@@ -25,6 +30,7 @@ def drained(arguments: argparse.Namespace, seen: Any) -> int:
     Cancellation: Ctrl-C ends the wait, not the drain.
     """
     pid, line = seen["pid"], _Line()
+    process = _process(pid)
     answered = time.monotonic()
     while True:
         line.show(progress(seen))
@@ -41,6 +47,8 @@ def drained(arguments: argparse.Namespace, seen: Any) -> int:
         if found["pid"] != pid:
             break  # it has been started again
         seen = found
+    if process is not None:
+        _gone(process)
     line.clear()
     if arguments.json:
         say(as_json({"ended": True, "pid": pid}))
@@ -55,6 +63,31 @@ def progress(seen: Any) -> str:
     if seen["jobs"] and seen.get("drain_until"):
         left += f", ended {until(seen['drain_until'], seen['now'], '')} at the latest"
     return left
+
+
+def _process(pid: int) -> psutil.Process | None:
+    """The supervisor; None when it is seen by another number here, as from a container."""
+    import psutil
+
+    try:
+        return psutil.Process(pid)
+    except psutil.Error:
+        return None
+
+
+def _gone(process: psutil.Process) -> None:
+    """Wait until nothing of it runs: it closes its socket first, and holds its state folder to the end.
+
+    A process that only waits for its parent to ask for its exit code has ended.
+    """
+    import psutil
+
+    end = time.monotonic() + GOING_S
+    try:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+            time.sleep(SOON_S)
+    except psutil.Error:
+        return
 
 
 class _Line:

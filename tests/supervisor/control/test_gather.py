@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import trio
 
 from protocol import engine_wire as wire
@@ -155,6 +156,13 @@ async def test_a_model_that_nobody_waits_for_any_more_does_not_wait(tmp_path):
     failed = InstanceStatus(model="chat", engine="llm", state="cold", blocked=True, reason="waits for no one")
     (model,) = shown(tmp_path, failed).models
     assert model.reason == "waits for no one"
+
+
+async def test_a_model_whose_load_is_decided_and_not_begun_says_so(tmp_path):
+    (model,) = shown(tmp_path, msgspec.structs.replace(EVICTED, queued=2)).models
+    assert model.waits == "it is about to be loaded"
+    (model,) = shown(tmp_path, msgspec.structs.replace(EVICTED, state="starting", queued=2)).models
+    assert model.waits == ""
 
 
 async def test_what_is_cordoned_and_what_is_not_served_is_told(tmp_path):

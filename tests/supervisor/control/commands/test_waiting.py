@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,8 @@ from supervisor.control.client import NotRunning, RequestFailed
 from supervisor.control.commands import waiting
 from supervisor.control.commands.waiting import drained, progress
 
-FIRST = {"pid": 7, "jobs": 2, "now": 100.0, "drain_until": 160.0}
+NOBODY = 2**22  # above the highest pid that Linux gives
+FIRST = {"pid": NOBODY, "jobs": 2, "now": 100.0, "drain_until": 160.0}
 
 
 def arguments(**more: Any) -> argparse.Namespace:
@@ -51,6 +55,20 @@ def test_until_it_has_ended(answers, capsys):
     ]
 
 
+def test_the_process_is_waited_for_that_has_closed_its_socket(answers, capsys):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        answers(NotRunning("nobody"))
+        ended: list[int] = []
+        waits = threading.Thread(target=lambda: ended.append(drained(arguments(), {**FIRST, "pid": process.pid})))
+        waits.start()
+        waits.join(0.3)
+        assert not ended, "it said that a process has ended that runs"
+        assert process.stdin is not None
+        process.stdin.close()  # it ends, and nobody has asked for its exit code yet
+        waits.join(20)
+        assert ended == [0]
+
+
 def test_until_another_one_is_there(answers, capsys):
     answers({**FIRST, "pid": 8})
     assert drained(arguments(restart=True), FIRST) == 0
@@ -60,7 +78,7 @@ def test_until_another_one_is_there(answers, capsys):
 def test_for_programs(answers, capsys):
     answers(NotRunning("nobody"))
     assert drained(arguments(json=True), FIRST) == 0
-    assert json.loads(capsys.readouterr().out) == {"ended": True, "pid": 7}
+    assert json.loads(capsys.readouterr().out) == {"ended": True, "pid": NOBODY}
 
 
 def test_one_that_falls_silent(answers, monkeypatch):
