@@ -13,7 +13,7 @@ from supervisor.control.commands.layout import count, paper_of, say, until
 from supervisor.errors import ExitCode
 
 if TYPE_CHECKING:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
 EVERY_S = 0.5
 SOON_S = 0.05
