@@ -1,4 +1,4 @@
-"""From a submission to an HTTP answer: wait for the end, or stream events, and cancel when the client leaves.
+"""From a submission to an HTTP answer: wait for the end, and cancel when the client leaves.
 
 A job of a synchronous route lives as long as its client listens. The exception is a request that brought an
 idempotency key: its client means to come back for the answer, so the job goes on without it.
@@ -11,20 +11,19 @@ is answered 503 with Retry-After, and its job goes on waiting a little longer, s
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from coordinator.bodies import in_callers_words
-from coordinator.errors import JOB_ID, fault_response
-from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted, Submission
+from coordinator.errors import JOB_ID
+from coordinator.records import JobEnded, JobEvent, JobProgress, JobRecord, Submission
 from coordinator.services import Services, services
 from protocol.faults import Fault, FaultError, refuse
 from protocol.work import RESULTS, FreeResult
@@ -98,7 +97,7 @@ async def watched_job(
         try:
             yield record, noted()
         except FaultError as error:
-            if error.fault.code == LOADING and not ended:
+            if error.fault.code == LOADING and not ended and not submission.idempotency_key:
                 ended = True
                 parts.progress.hold(record.id, submission.tenant, HOLD_S)
             raise
@@ -121,14 +120,39 @@ async def finished(request: Request, submission: Submission, names: Mapping[str,
             loaded after `patience_s`.
         ClientDisconnect: the client left; the job was cancelled.
     """
+    [record] = await all_finished(request, [submission], names)
+    return record
+
+
+async def all_finished(
+    request: Request, submissions: Sequence[Submission], names: Mapping[str, str] = NO_NAMES
+) -> list[JobRecord]:
+    """`finished` for several jobs side by side; the first fault ends all of them. Their records, in order."""
     patience = patience_s(request.headers, services(request).limits.begin_s)
 
-    async def work() -> JobRecord:
-        async with watched_job(services(request), submission) as (record, events):
-            request.scope["state"]["job"] = record.id
-            return await _end_of(events, patience)
+    async def work() -> list[JobRecord]:
+        records: dict[int, JobRecord] = {}
+        failure: FaultError | None = None
+        async with anyio.create_task_group() as group:
 
-    return succeeded(await while_connected(request.receive, work), names)
+            async def one(index: int, submission: Submission) -> None:
+                nonlocal failure
+                try:
+                    async with watched_job(services(request), submission) as (record, events):
+                        if index == 0:
+                            request.scope["state"]["job"] = record.id
+                        records[index] = succeeded(await _end_of(events, patience), names)
+                except FaultError as error:
+                    failure = failure or error
+                    group.cancel_scope.cancel()
+
+            for index, submission in enumerate(submissions):
+                group.start_soon(one, index, submission)
+        if failure is not None:
+            raise failure
+        return [records[index] for index in range(len(submissions))]
+
+    return await while_connected(request.receive, work)
 
 
 async def _end_of(events: AsyncIterator[JobEvent], patience: float) -> JobRecord:
@@ -215,9 +239,10 @@ def result_of(record: JobRecord) -> Any:
         raise refuse("engine_protocol", f"The worker's result is not one of kind {record.kind}: {error}.") from None
 
 
-def usage_tokens(record: JobRecord) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    prompt, completion = (int(record.usage.get(name, 0)) for name in ("prompt_tokens", "completion_tokens"))
+def usage_tokens(record: JobRecord, *others: JobRecord) -> dict[str, Any]:
+    """OpenAI's usage object; of several answers to one prompt the prompt counts once."""
+    prompt = int(record.usage.get("prompt_tokens", 0))
+    completion = sum(int(one.usage.get("completion_tokens", 0)) for one in (record, *others))
     usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -231,176 +256,3 @@ def usage_tokens(record: JobRecord) -> dict[str, Any]:
 def job_headers(record: JobRecord) -> dict[str, str]:
     """Headers that name the job behind an answer."""
     return {JOB_ID: record.id}
-
-
-# ---- streaming ----------------------------------------------------------------------------------------------
-
-
-class Renderer(Protocol):
-    """Turns a job's events into server-sent events of one route. Raises FaultError on data that does not fit."""
-
-    def start(self, record: JobRecord) -> list[bytes]:
-        """Events that go out at once when the work has begun."""
-        ...
-
-    def chunk(self, data: bytes) -> list[bytes]:
-        """Events of one chunk (msgpack)."""
-        ...
-
-    def end(self, record: JobRecord, complete: bool) -> list[bytes]:
-        """Events of the successful end; `complete` tells whether every chunk was rendered."""
-        ...
-
-
-def sse(value: Any, event: str = "") -> bytes:
-    """One server-sent event with JSON data."""
-    head = f"event: {event}\n".encode() if event else b""
-    return head + b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"
-
-
-class EventWriter:
-    """The body of one event stream: headers at the first event, comment lines in every long pause."""
-
-    def __init__(self, send: Send, headers: Mapping[str, str], comment_s: float) -> None:
-        self._send = send
-        self._headers = headers
-        self._comment_s = comment_s
-        self._lock = anyio.Lock()
-        self._last = anyio.current_time()
-        self._waits_for = "its turn"
-        self.started = False
-
-    async def begin_after(self, seconds: float) -> None:
-        """Begin when nothing was to be said for so long; from then on comment lines come."""
-        await anyio.sleep(seconds)
-        if not self.started:
-            await self._say_wait()
-
-    async def waits(self, words: str) -> None:
-        """What the work waits for, before it begins; said at once when the stream has begun and it is new."""
-        new = words != self._waits_for
-        self._waits_for = words
-        if new and self.started:
-            await self._say_wait()
-
-    async def _say_wait(self) -> None:
-        await self.write(f": waiting: {self._waits_for}\n\n".encode())
-
-    async def write(self, *events: bytes) -> None:
-        """Send events at once, as one write."""
-        async with self._lock:
-            await self._start()
-            if data := b"".join(events):
-                await self._send({"type": "http.response.body", "body": data, "more_body": True})
-            self._last = anyio.current_time()
-
-    async def close(self) -> None:
-        """End the body."""
-        async with self._lock:
-            await self._start()
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def comment_forever(self) -> None:
-        """Keep proxies from closing a silent stream, once it has begun."""
-        while True:
-            await anyio.sleep_until(self._last + self._comment_s)
-            if anyio.current_time() >= self._last + self._comment_s:
-                if self.started:
-                    await self.write(b": still working\n\n")
-                else:
-                    self._last = anyio.current_time()
-
-    async def _start(self) -> None:
-        if self.started:
-            return
-        self.started = True
-        headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-store",
-            "x-accel-buffering": "no",
-            **self._headers,
-        }
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-
-
-class JobStream(Response):
-    """Answers a request with the events of a job.
-
-    The response begins when the job has started, so that refusals of the engine's validation are real 4xx, or when
-    the client's patience is over; then comment lines tell what it waits for. A fault after that is one
-    `{"error": …}` event and the stream ends without `[DONE]`.
-    """
-
-    def __init__(
-        self, parts: Services, submission: Submission, renderer: Renderer, names: Mapping[str, str] = NO_NAMES
-    ) -> None:
-        """`names`: the engine's field names -> the route's, for refusals."""
-        self._parts = parts
-        self._submission = submission
-        self._renderer = renderer
-        self._names = names
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve; raises FaultError as long as nothing was sent."""
-
-        patience = patience_s(Headers(scope=scope), self._parts.limits.begin_s)
-
-        async def work() -> None:
-            async with watched_job(self._parts, self._submission) as (record, events):
-                writer = EventWriter(send, job_headers(record), self._parts.limits.comment_s)
-                async with anyio.create_task_group() as group:
-                    group.start_soon(writer.comment_forever)
-                    group.start_soon(writer.begin_after, patience)
-                    try:
-                        await self._relay(record, events, writer)
-                        failure = None
-                    except FaultError as error:
-                        failure = error.fault
-                    group.cancel_scope.cancel()
-                if failure is None:
-                    await writer.write(DONE)
-                elif writer.started:
-                    await writer.write(sse(failure.openai_error()))
-                else:
-                    refusal = fault_response(failure)
-                    refusal.headers.update(job_headers(record))
-                    await refusal(scope, receive, send)
-                    return
-                await writer.close()
-
-        # The job was cancelled on the way out; there is nobody left to tell.
-        with suppress(ClientDisconnect):
-            await while_connected(receive, work)
-
-    async def _relay(self, record: JobRecord, events: AsyncIterator[JobEvent], writer: EventWriter) -> None:
-        due = 0
-        begun = False
-        async for event in events:
-            if isinstance(event, JobStarted) and not begun:
-                begun = True
-                await writer.write(*self._renderer.start(record))
-            elif isinstance(event, JobProgress) and not begun:
-                await writer.waits(loading_words(event))
-            elif isinstance(event, JobChunk) and event.seq == due:
-                due += 1
-                begin = [] if begun else self._renderer.start(record)
-                begun = True
-                await writer.write(*begin, *self._renderer.chunk(event.data))
-            elif isinstance(event, JobChunk):
-                due = -1  # joined in the middle (idempotency key used again): the end brings the rest
-            elif isinstance(event, JobEnded):
-                succeeded(event.record, self._names)
-                begin = [] if begun else self._renderer.start(event.record)
-                await writer.write(*begin, *self._renderer.end(event.record, due > 0))
-                return
-        raise refuse("internal", "The job's events ended without its end.")
-
-
-def progress_fields(event: JobProgress) -> dict[str, Any]:
-    """A progress event as JSON."""
-    return {"n": event.n, "total": event.total, "phase": event.phase, "text": event.text}

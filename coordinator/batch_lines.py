@@ -14,7 +14,7 @@ import msgspec
 from coordinator.answers import result_of, succeeded
 from coordinator.bodies import JSON_BYTES, decode_object, model_name
 from coordinator.openai import chat, completions, embeddings, rerank
-from coordinator.openai.sampling import stream_wish
+from coordinator.openai.sampling import answers_wanted, stream_wish
 from coordinator.records import JobRecord
 from coordinator.store.shelf import BatchItem, BatchState
 from protocol.faults import Fault, FaultError, refuse
@@ -105,7 +105,7 @@ def _chat(body: Mapping[str, Any]) -> Planned:
         model_name(handled),
         params,
         chat.field_names(handled),
-        lambda record: chat.to_answer(record, result_of(record)),
+        chat.to_answer,
     )
 
 
@@ -118,7 +118,7 @@ def _completion(body: Mapping[str, Any]) -> Planned:
         model_name(handled),
         params,
         {},
-        lambda record: completions.to_answer(record, result_of(record)),
+        completions.to_answer,
     )
 
 
@@ -126,6 +126,8 @@ def _whole(handled: Mapping[str, Any]) -> None:
     stream, _ = stream_wish(handled)
     if stream:
         raise refuse("unsupported", "stream: Nobody reads along in a batch; leave the field out.", "stream")
+    if answers_wanted(handled) > 1:
+        raise refuse("unsupported", "n: One answer per line of a batch; write more lines.", "n")
 
 
 def _embedding(body: Mapping[str, Any]) -> Planned:

@@ -15,16 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from coordinator.answers import (
-    DONE,
-    EventWriter,
-    job_headers,
-    progress_fields,
-    result_of,
-    sse,
-    succeeded,
-    while_connected,
-)
+from coordinator.answers import job_headers, result_of, succeeded, while_connected
 from coordinator.bodies import (
     JSON_WITH_FILES_BYTES,
     FieldTable,
@@ -48,6 +39,7 @@ from coordinator.records import (
     Submission,
 )
 from coordinator.services import Services, caller, idempotency_key, services, submission
+from coordinator.streams import DONE, EventWriter, progress_fields, sse
 from coordinator.uploads import is_multipart, read_form, store_data_url, uploads
 from protocol.faults import FaultError, refuse
 from protocol.ids import is_safe_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -10,12 +11,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.answers import JobStream, finished, job_headers, result_of, sse, usage_tokens
+from coordinator.answers import all_finished, job_headers, result_of, usage_tokens
 from coordinator.bodies import JSON_BYTES, FieldTable, model_name, read_json, work_params
 from coordinator.errors import Json
-from coordinator.openai.sampling import HANDLED, IGNORED, SAMPLING, shared, stream_wish
+from coordinator.openai.sampling import (
+    HANDLED,
+    IGNORED,
+    SAMPLING,
+    answers_wanted,
+    each_answer,
+    shared,
+    stream_wish,
+)
 from coordinator.records import JobRecord
 from coordinator.services import services, submission
+from coordinator.streams import JobStream, sse
 from protocol.faults import refuse
 from protocol.work import Kind, LlmChunk, LlmResult
 
@@ -45,12 +55,15 @@ async def create(request: Request) -> Response:
     model = model_name(handled)
     stream, include_usage = stream_wish(handled)
     params = to_params(passed, handled)
-    job = submission(request, Kind.LLM, model, params, stream=stream)
+    n = answers_wanted(handled)
+    jobs = each_answer(submission(request, Kind.LLM, model, params, stream=stream), params, n)
     names = field_names(handled)
     if stream:
-        return JobStream(services(request), job, ChatStream(model, include_usage), names)
-    record = await finished(request, job, names)
-    return Json(to_answer(record, result_of(record)), headers=job_headers(record))
+        streams = [ChatStream(model, include_usage, index) for index in range(n)]
+        pairs = list(zip(jobs, streams, strict=True))
+        return JobStream(services(request), pairs, names, streams[0].usage if include_usage else None)
+    records = await all_finished(request, jobs, names)
+    return Json(to_answer(*records), headers=job_headers(records[0]))
 
 
 ROUTES = [Route("/v1/chat/completions", create, methods=["POST"])]
@@ -144,33 +157,37 @@ def chat_id(job: str) -> str:
     return f"chatcmpl-{job}"
 
 
-def to_answer(record: JobRecord, result: LlmResult) -> dict[str, Any]:
-    """OpenAI's chat.completion object."""
-    message: dict[str, Any] = {"role": "assistant", "content": result.content, "refusal": None}
-    if result.reasoning_content is not None:
-        message["reasoning_content"] = result.reasoning_content
-    if result.tool_calls:
-        message["tool_calls"] = result.tool_calls
-    choice = {
-        "index": 0,
-        "message": message,
-        "logprobs": result.logprobs,
-        "finish_reason": result.finish_reason,
-    }
+def to_answer(record: JobRecord, *others: JobRecord) -> dict[str, Any]:
+    """OpenAI's chat.completion object; one choice per job."""
     return {
         "id": chat_id(record.id),
         "object": "chat.completion",
         "created": record.created_ms // 1000,
         "model": record.model,
-        "choices": [choice],
-        "usage": usage_tokens(record),
+        "choices": [_choice(index, result_of(one)) for index, one in enumerate((record, *others))],
+        "usage": usage_tokens(record, *others),
+    }
+
+
+def _choice(index: int, result: LlmResult) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": result.content, "refusal": None}
+    if result.reasoning_content is not None:
+        message["reasoning_content"] = result.reasoning_content
+    if result.tool_calls:
+        message["tool_calls"] = result.tool_calls
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": result.logprobs,
+        "finish_reason": result.finish_reason,
     }
 
 
 class ChatStream:
-    """Renders chunks as chat.completion.chunk objects."""
+    """Renders chunks of choice `index` as chat.completion.chunk objects."""
 
-    def __init__(self, model: str, include_usage: bool) -> None:
+    def __init__(self, model: str, include_usage: bool, index: int = 0) -> None:
+        self._index = index
         self._model = model
         self._include_usage = include_usage
         self._base: dict[str, Any] = {}
@@ -200,16 +217,18 @@ class ChatStream:
         return [self._chunk(delta, chunk.finish_reason, chunk.logprobs)]
 
     def end(self, record: JobRecord, complete: bool) -> list[bytes]:
-        """What was not streamed yet, the reason of the end, the usage."""
+        """What was not streamed yet, and the reason of the end."""
         result: LlmResult = result_of(record)
         events = []
         if not complete and (rest := self._rest(result)):
             events.append(self._chunk(rest))
         if self._finish_reason is None:
             events.append(self._chunk({}, result.finish_reason))
-        if self._include_usage:
-            events.append(sse({**self._base, "choices": [], "usage": usage_tokens(record)}))
         return events
+
+    async def usage(self, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:
+        """The last chunk, after the ends of all choices."""
+        yield sse({**self._base, "choices": [], "usage": usage_tokens(*records)})
 
     def _rest(self, result: LlmResult) -> dict[str, Any]:
         rest: dict[str, Any] = {}
@@ -224,7 +243,7 @@ class ChatStream:
     def _chunk(
         self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._include_usage else {}
         return sse({**self._base, "choices": [choice], **usage})
 

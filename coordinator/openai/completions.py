@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.answers import JobStream, finished, job_headers, result_of, sse, usage_tokens
+from coordinator.answers import all_finished, job_headers, result_of, usage_tokens
 from coordinator.bodies import FieldTable, model_name, read_json, work_params
 from coordinator.errors import Json
 from coordinator.openai.chat import decode_chunk
-from coordinator.openai.sampling import HANDLED, IGNORED, SAMPLING, shared, stream_wish
+from coordinator.openai.sampling import (
+    HANDLED,
+    IGNORED,
+    SAMPLING,
+    answers_wanted,
+    each_answer,
+    shared,
+    stream_wish,
+)
 from coordinator.records import JobRecord
 from coordinator.services import services, submission
+from coordinator.streams import JobStream, sse
 from protocol.faults import refuse
 from protocol.work import Kind, LlmResult
 
@@ -35,11 +45,14 @@ async def create(request: Request) -> Response:
     model = model_name(handled)
     stream, include_usage = stream_wish(handled)
     params = to_params(passed, handled)
-    job = submission(request, Kind.LLM, model, params, stream=stream)
+    n = answers_wanted(handled)
+    jobs = each_answer(submission(request, Kind.LLM, model, params, stream=stream), params, n)
     if stream:
-        return JobStream(services(request), job, CompletionStream(model, include_usage))
-    record = await finished(request, job)
-    return Json(to_answer(record, result_of(record)), headers=job_headers(record))
+        streams = [CompletionStream(include_usage, index) for index in range(n)]
+        pairs = list(zip(jobs, streams, strict=True))
+        return JobStream(services(request), pairs, closing=streams[0].usage if include_usage else None)
+    records = await all_finished(request, jobs)
+    return Json(to_answer(*records), headers=job_headers(records[0]))
 
 
 ROUTES = [Route("/v1/completions", create, methods=["POST"])]
@@ -62,20 +75,20 @@ def to_params(passed: dict[str, Any], handled: dict[str, Any]) -> Any:
     return work_params(Kind.LLM, value)
 
 
-def to_answer(record: JobRecord, result: LlmResult) -> dict[str, Any]:
-    """OpenAI's text_completion object."""
-    return {
-        **_base(record),
-        "choices": [_choice(result.content or "", result.finish_reason, result.logprobs)],
-        "usage": usage_tokens(record),
-    }
+def to_answer(record: JobRecord, *others: JobRecord) -> dict[str, Any]:
+    """OpenAI's text_completion object; one choice per job."""
+    choices = []
+    for index, one in enumerate((record, *others)):
+        result: LlmResult = result_of(one)
+        choices.append(_choice(index, result.content or "", result.finish_reason, result.logprobs))
+    return {**_base(record), "choices": choices, "usage": usage_tokens(record, *others)}
 
 
 class CompletionStream:
-    """Renders chunks as text_completion objects."""
+    """Renders chunks of choice `index` as text_completion objects."""
 
-    def __init__(self, model: str, include_usage: bool) -> None:
-        self._model = model
+    def __init__(self, include_usage: bool, index: int = 0) -> None:
+        self._index = index
         self._include_usage = include_usage
         self._base: dict[str, Any] = {}
         self._sent = ""
@@ -92,22 +105,27 @@ class CompletionStream:
         text = chunk.delta.content or ""
         self._sent += text
         self._finish_reason = self._finish_reason or chunk.finish_reason
-        return [self._event(_choice(text, chunk.finish_reason, chunk.logprobs, len(self._sent) - len(text)))]
+        return [self._event(text, chunk.finish_reason, chunk.logprobs, len(self._sent) - len(text))]
 
     def end(self, record: JobRecord, complete: bool) -> list[bytes]:
-        """What was not streamed yet, the reason of the end, the usage."""
+        """What was not streamed yet, and the reason of the end."""
         result: LlmResult = result_of(record)
         whole = result.content or ""
         rest = whole[len(self._sent) :] if not complete and whole.startswith(self._sent) else ""
         events = []
         if rest or self._finish_reason is None:
             reason = result.finish_reason if self._finish_reason is None else None
-            events.append(self._event(_choice(rest, reason, None)))
-        if self._include_usage:
-            events.append(sse({**self._base, "choices": [], "usage": usage_tokens(record)}))
+            events.append(self._event(rest, reason))
         return events
 
-    def _event(self, choice: dict[str, Any]) -> bytes:
+    async def usage(self, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:
+        """The last chunk, after the ends of all choices."""
+        yield sse({**self._base, "choices": [], "usage": usage_tokens(*records)})
+
+    def _event(
+        self, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None = None, offset: int = 0
+    ) -> bytes:
+        choice = _choice(self._index, text, finish_reason, logprobs, offset)
         usage = {"usage": None} if self._include_usage else {}
         return sse({**self._base, "choices": [choice], **usage})
 
@@ -121,9 +139,11 @@ def _base(record: JobRecord) -> dict[str, Any]:
     }
 
 
-def _choice(text: str, finish_reason: str | None, logprobs: dict[str, Any] | None, offset: int = 0) -> dict[str, Any]:
+def _choice(
+    index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None, offset: int = 0
+) -> dict[str, Any]:
     return {
-        "index": 0,
+        "index": index,
         "text": text,
         "logprobs": legacy_logprobs(logprobs, offset),
         "finish_reason": finish_reason,

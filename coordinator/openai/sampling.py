@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from coordinator.bodies import flag
+from coordinator.records import Submission
 from protocol.faults import refuse
+
+MAX_N = 16
+SEEDS = 2**63
 
 # Ours beyond OpenAI: top_k, min_p, grammar.
 SAMPLING = frozenset(
@@ -42,20 +48,35 @@ def shared(handled: Mapping[str, Any]) -> dict[str, Any]:
     """Work parameters from the handled fields that both routes have.
 
     Raises:
-        FaultError: unsupported (`n` above 1), invalid_parameter.
+        FaultError: invalid_parameter.
     """
     params: dict[str, Any] = {}
-    n = handled.get("n", 1)
-    if type(n) is not int or n < 1:
-        raise refuse("invalid_parameter", "n: Expected 1.", "n")
-    if n > 1:
-        raise refuse("unsupported", "n: One answer per request; send the request again for more.", "n")
     stop = handled.get("stop")
     if stop is not None:
         params["stop"] = [stop] if isinstance(stop, str) else stop
     if "max_tokens" in handled:
         params["max_tokens"] = handled["max_tokens"]
     return params
+
+
+def answers_wanted(handled: Mapping[str, Any]) -> int:
+    """The field `n`. Raises FaultError(invalid_parameter)."""
+    n = handled.get("n", 1)
+    if type(n) is not int or not 1 <= n <= MAX_N:
+        raise refuse("invalid_parameter", f"n: Expected a number from 1 to {MAX_N}.", "n")
+    return n
+
+
+def each_answer(job: Submission, params: Any, n: int) -> list[Submission]:
+    """One job per answer. A given seed counts up from answer to answer, so that they differ and can be repeated."""
+    jobs = [job]
+    for index in range(1, n):
+        more = params
+        if params.seed is not None:
+            more = msgspec.structs.replace(params, seed=(params.seed + index) % SEEDS)
+        key = f"{job.idempotency_key}/{index}" if job.idempotency_key else ""
+        jobs.append(msgspec.structs.replace(job, params=msgspec.msgpack.encode(more), idempotency_key=key))
+    return jobs
 
 
 def stream_wish(handled: Mapping[str, Any]) -> tuple[bool, bool]:

@@ -9,12 +9,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from coordinator.answers import JobStream, finished, job_headers, result_of, sse
+from coordinator.answers import finished, job_headers, result_of
 from coordinator.bodies import FieldTable, choice, flag, model_name, work_params
 from coordinator.errors import Json
 from coordinator.forms import form_values
 from coordinator.records import JobRecord
 from coordinator.services import services, submission
+from coordinator.streams import JobStream, sse
 from coordinator.uploads import is_multipart, read_form, uploads
 from protocol.faults import refuse
 from protocol.transcript import to_srt, to_verbose_json, to_vtt
@@ -73,7 +74,7 @@ async def _answer(request: Request, task: str) -> Response:
         inputs = (form.files["file"],)
         job = submission(request, Kind.AUDIO_STT, model, params, inputs=inputs, stream=wish.stream)
         if wish.stream:
-            return JobStream(parts, job, TranscriptStream(), NAMES)
+            return JobStream(parts, [(job, TranscriptStream())], NAMES)
         record = await finished(request, job, NAMES)
         return to_response(record, result_of(record), wish)
 

@@ -11,7 +11,7 @@ import trio
 import trio.lowlevel
 from starlette.requests import ClientDisconnect
 
-from coordinator.answers import EventWriter, ending_fault, result_of, sse, usage_tokens, while_connected
+from coordinator.answers import ending_fault, result_of, usage_tokens, while_connected
 from coordinator.records import JobRecord
 from protocol.faults import Fault, FaultError, refuse
 from protocol.work import FreeResult
@@ -55,30 +55,6 @@ async def test_a_client_that_leaves_cancels_the_work() -> None:
     with pytest.raises(ClientDisconnect):
         await while_connected(receive, work)
     assert cancelled.is_set()
-
-
-async def test_comment_lines_come_only_after_the_headers(autojump_clock: trio.testing.MockClock) -> None:
-    sent: list[tuple[float, bytes]] = []
-
-    async def send(message: Any) -> None:
-        sent.append((trio.current_time(), message.get("body", b"start")))
-
-    writer = EventWriter(send, {}, comment_s=15)
-    begin = trio.current_time()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(writer.comment_forever)
-        await trio.sleep(100)
-        assert sent == []
-        await writer.write(sse({"a": 1}))
-        await trio.sleep(31)
-        nursery.cancel_scope.cancel()
-    times = [round(at - begin) for at, body in sent if body.startswith(b":")]
-    assert times == [115, 130]
-    assert sent[1][1] == b'data: {"a":1}\n\n'
-
-
-def test_events() -> None:
-    assert sse([1], "x") == b"event: x\ndata: [1]\n\n"
 
 
 def test_results_are_not_trusted() -> None:

@@ -34,7 +34,6 @@ def test_a_prompt_may_stand_in_a_list_and_16_tokens_are_the_default() -> None:
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 6}, "logprobs"),
         ({"messages": []}, "messages"),
-        ({"n": 3}, "n"),
     ],
 )
 def test_refusals_name_the_field(body: dict[str, Any], field: str) -> None:

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from protocol.faults import Fault, FaultError
 from protocol.work import Delta, EmbeddingResult, LlmChunk, LlmResult
 
 USER = {"role": "user", "content": "hi"}
@@ -17,9 +18,10 @@ WAIT_S = 10.0
 
 
 class Loading:
-    """A worker whose model takes as long to load as the test says."""
+    """A worker whose model takes as long to load as the test says, and whose work takes `work_s` unless cancelled."""
 
-    def __init__(self, serve: Any, model: str) -> None:
+    def __init__(self, serve: Any, model: str, work_s: float = 0.0) -> None:
+        self.work_s = work_s
         self.loaded = threading.Event()
         self.offered = threading.Event()
         self.worker = serve(self.script, model, "llm", "embedding")
@@ -29,6 +31,8 @@ class Loading:
         self.offered.set()
         assert self.loaded.wait(WAIT_S)
         job.started()
+        if self.work_s and job.cancelled.wait(self.work_s):
+            raise FaultError(Fault("cancelled", "Cancelled."))
         if job.offer.kind == "embedding":
             job.complete(EmbeddingResult(count=1, dimensions=1, vectors=b"\0\0\x80\x3f"))
             return
@@ -84,7 +88,7 @@ def test_who_was_told_to_come_again_does_not_run(http: httpx.Client, serve: Any)
 
 
 def test_with_an_idempotency_key_the_answer_waits(http: httpx.Client, serve: Any) -> None:
-    model = Loading(serve, "slow-key")
+    model = Loading(serve, "slow-key", work_s=0.3)
     body = {"model": "slow-key", "messages": [USER]}
     headers = {"idempotency-key": "load-1"}
     first = http.post("/v1/chat/completions", json=body, headers={**headers, **AT_ONCE})
