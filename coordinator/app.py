@@ -66,6 +66,7 @@ class Coordinator:
         limits: Limits | None = None,
         studio_models: Sources | None = None,
         studio: StudioSettings | None = None,
+        open_store: Callable[[], Store] | None = None,
     ) -> None:
         """Open everything.
 
@@ -74,6 +75,7 @@ class Coordinator:
             limits: tunables of the HTTP half.
             studio_models: where studio workers get their models' files, by model name.
             studio: tunables of sessions with studio workers.
+            open_store: opens the store that is used; without it, a SQLite file in the folder.
 
         Raises:
             StoreError, sqlite3.Error, OSError.
@@ -81,7 +83,7 @@ class Coordinator:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.on_death: Callable[[], None] = lambda: None
         self._dispatching: anyio.CancelScope | None = None
-        self._store: Store = SqliteStore(state / STORE_FILE)
+        self._store: Store = open_store() if open_store is not None else SqliteStore(state / STORE_FILE)
         _leave_unattended(self._store)
         try:
             self.keys = Keys(state / FILE_NAME)

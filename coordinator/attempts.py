@@ -315,6 +315,14 @@ class Attempts:
             elif orphan.until <= now and not self.joining.locked():
                 await self.lose(rows[key])
 
+    async def hold_again(self) -> None:
+        """We were silent so long that others may have taken over what is held here: claim back what still goes on."""
+        for worker, held in list(self.fleet.all_attempts()):
+            if held.state == "running" and held.key in worker.attempts:
+                adoption = await self._threads.write(self._store.adopt, *held.key, worker.id)
+                if adoption.verdict != "adopted" and held.key in worker.attempts:
+                    self.abandon(worker, held, "The coordinator was silent too long; the job went on without it.")
+
     async def lose(self, row: OpenAttempt) -> None:
         """Nobody holds the attempt any more."""
         self._orphans.pop((row.job, row.attempt), None)

@@ -1,4 +1,4 @@
-"""The `coordinator` command: serve, and keys.
+"""The `coordinator` command: serve, keys, registrations, and migrate.
 
 Exit codes: 0 done or stopped as asked, 1 failed, 64 usage, 70 internal, 73 another coordinator has this state
 folder, 78 bad configuration.
@@ -21,7 +21,8 @@ from coordinator import config as configuration
 from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys, secret_file
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.services import Limits
-from coordinator.store import StoreBusy, StoreError
+from coordinator.store import Store, StoreBusy, StoreError
+from coordinator.store.opening import SQLITE, check_address, is_postgres, open_store, require_psycopg
 from coordinator.studio_registry import STATES, RegistrationRefusal, Registrations
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ CLIENT_KEY_FILE = "client.key"
 WORKER_TOKEN_FILE = "worker.token"
 MAX_TOKEN_BYTES = 4096
 PREDECESSOR_S = 4.0
+STORE_VARIABLE = "COORDINATOR_STORE"  # a URL with a password is nothing for a command line
 T = TypeVar("T")
 
 
@@ -81,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(command=_serve)
 
+    serve.add_argument(
+        "--store",
+        metavar="URL",
+        help=f"where jobs live: postgres://… or sqlite:PATH (also {STORE_VARIABLE}); default: in the state folder",
+    )
+    serve.add_argument("--store-pooled", action="store_true", help="PgBouncer in transaction mode is in between")
+
     keys = commands.add_parser("keys", help="make, list and revoke API keys")
     verbs = keys.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     create = verbs.add_parser("create", parents=[shared], help="make a key and print it once")
@@ -95,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     revoke.add_argument("prefix")
     revoke.set_defaults(command=_keys_revoke)
     _registration_verbs(commands, shared)
+    migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
+    migrate.add_argument(
+        "--from", dest="source", required=True, metavar="sqlite:PATH", help="no coordinator may use it"
+    )
+    migrate.add_argument("--to", dest="target", metavar="URL", help=f"postgres://… (also {STORE_VARIABLE}); empty")
+    migrate.set_defaults(command=_migrate)
     return parser
 
 
@@ -123,6 +138,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.behind_proxy == []:
         arguments.behind_proxy = [configuration.LOOPBACK_PROXY]
     settings = configuration.merged(configuration.load(arguments.config), arguments)
+    where = settings.store or os.environ.get(STORE_VARIABLE, "")
+    _check_store(where)
     embedded = arguments.fd is not None
     if embedded != (arguments.worker_token_fd is not None):
         raise Refusal("--fd and --worker-token-fd belong together; both come from the supervisor.")
@@ -134,11 +151,17 @@ def _serve(arguments: argparse.Namespace) -> int:
         check_exposure(listener, tls=cert is not None, behind_proxy=bool(settings.behind_proxy))
         state = configuration.state_dir(settings)
         # Imported here so that a refusal above costs no imports; starlette alone takes 40 ms.
-        from coordinator.app import Coordinator
+        from coordinator.app import STORE_FILE, Coordinator
 
         limits = Limits(job_s=settings.job_s)
         patience_s = PREDECESSOR_S if embedded else 0.0
-        coordinator = _patiently(lambda: Coordinator(state, limits, settings.studio_models), patience_s)
+
+        def store() -> Store:
+            return open_store(where, state / STORE_FILE, pooled=settings.store_pooled)
+
+        coordinator = _patiently(
+            lambda: Coordinator(state, limits, settings.studio_models, open_store=store), patience_s
+        )
         try:
             _prepare_keys(coordinator.keys, state, arguments.worker_token_fd)
         except BaseException:
@@ -154,6 +177,16 @@ def _serve(arguments: argparse.Namespace) -> int:
             ready=lambda url: _say_ready(url, client_key, embedded),
         )
         return run(coordinator, listener, serving)
+
+
+def _check_store(where: str) -> None:
+    """Raises Refusal before anything is opened."""
+    try:
+        check_address(where)
+        if is_postgres(where):
+            require_psycopg()
+    except StoreError as error:
+        raise Refusal(str(error)) from None
 
 
 def _patiently(opening: Callable[[], T], patience_s: float) -> T:
@@ -195,6 +228,23 @@ def _say_ready(url: str, client_key: Path, embedded: bool) -> None:
         print(ready_line(url, client_key), flush=True)
     else:
         print(f"Serving {url}/v1 with the client key in {client_key}", flush=True)
+
+
+# ---- migrate ------------------------------------------------------------------------------------------------
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    target = arguments.target or os.environ.get(STORE_VARIABLE, "")
+    if not arguments.source.startswith(SQLITE):
+        raise Refusal("--from: Expected sqlite:PATH, the file coordinator.sqlite of a state folder.")
+    if not is_postgres(target):
+        raise Refusal("--to: Expected postgres://USER@HOST/DATABASE.")
+    _check_store(target)
+    from coordinator.store.moving import move
+
+    counts = move(Path(arguments.source.removeprefix(SQLITE)), target, lambda text: print(text, file=sys.stderr))
+    print(", ".join(f"{count} {table}" for table, count in counts.items()), "copied and counted on both sides.")
+    return OK
 
 
 # ---- keys ---------------------------------------------------------------------------------------------------

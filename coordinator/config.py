@@ -25,6 +25,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         listen: HOST:PORT; port 0 takes a free one.
         state: folder of everything that outlives a run; "" means the default place.
+        store: where jobs live, postgres://… or sqlite:PATH; "" means a SQLite file in the state folder.
+        store_pooled: a pooler in transaction mode (PgBouncer) is in between; work of others is then found by the poll.
         tls_cert, tls_key: PEM files; relative paths belong to the file's folder.
         behind_proxy: addresses of proxies that add TLS; their X-Forwarded-* headers are believed.
         drain_s: what running requests get at the end.
@@ -35,6 +37,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     config_version: int = 1
     listen: str = DEFAULT_LISTEN
     state: str = ""
+    store: str = ""
+    store_pooled: bool = False
     tls_cert: str = ""
     tls_key: str = ""
     behind_proxy: list[str] = []

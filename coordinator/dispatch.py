@@ -24,7 +24,7 @@ from coordinator.fleet import HeldAttempt, Worker
 from coordinator.records import JobEnded, JobEvent, JobRecord, ServedModel, Submission, WorkerView
 from coordinator.store import Store, StoreError
 from coordinator.store.base import Claimed
-from coordinator.store.threads import StoreThreads
+from coordinator.store.threads import StoreThreads, hear
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError, refuse
 from protocol.ids import RANDOM_BYTES, new_id
@@ -85,7 +85,7 @@ class Dispatcher:
         self.settings = settings or DispatchSettings()
         self._store, self._blobs = store, blobs
         self._bus: Bus = bus or LocalBus()
-        self._threads = StoreThreads()
+        self._threads = StoreThreads(writers=store.parallel)
         self.attempts = Attempts(store, self._threads, blobs, self._bus, ring=self._ring, freed=self._slot_freed)
         self._accepting = True
         self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
@@ -298,6 +298,7 @@ class Dispatcher:
             await self._guarded(self._reconcile_first)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._dispatch_loop)
+                tasks.start_soon(hear, self._store, lambda: self._ring(0))
                 tasks.start_soon(self._repeat, self._sweep, self.settings.sweep_s)
                 tasks.start_soon(self._repeat, self._purge, self.settings.purge_s)
                 tasks.start_soon(self._repeat, self._sweep_blobs, self.settings.orphan_sweep_s)
@@ -395,6 +396,11 @@ class Dispatcher:
         await self.attempts.reconcile(self.settings.startup_grace_s)
 
     async def _sweep(self) -> None:
+        beat = await self._threads.write(self._store.beat)
+        for record in beat.left:
+            self.attempts.stop(record, "Its client is gone.")
+        if beat.lapsed:
+            await self.attempts.hold_again()
         for record in await self._threads.write(self._store.expire, int(self.settings.deadline_slack_s * 1000)):
             self.attempts.stop(record, "The job's deadline has passed.")
         await self.attempts.give_up_offers(self.settings.offer_s)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from coordinator.store.base import SILENT_MS, Claimed, StoreError, StoreTooNew, Want
+from coordinator.store.base import LEFT_BEHIND, SILENT_MS, Beat, Claimed, StoreError, StoreTooNew, Want
 from coordinator.store.doorbell import Doorbell
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.postgres_schema import MIGRATIONS
@@ -25,6 +25,8 @@ LEAST_VERSION = 150_000
 CONNECTIONS = 8
 _MIGRATING = 0x62756C6B  # of the advisory lock, so that coordinators that start together do not migrate together
 _BETWEEN = "\x1f"
+_FORGET_GATEWAY_MS = 3_600_000
+_LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
 # One index walk per want, and none waits for rows that another coordinator claims just now. `kind = ANY` filters what
 # the walk finds; in the place of `model =` it would sort the whole queue. MATERIALIZED: it is run once, not per row.
 _CLAIM = """
@@ -58,7 +60,7 @@ class PostgresStore(SqlStore):
     """
 
     LOCK, SKIP, CLOCK = " FOR UPDATE", " FOR UPDATE SKIP LOCKED", "now_ms()"
-    ORPHANED = "attended = 1 AND origin NOT IN (SELECT id FROM gateways WHERE beat_ms > :now - :silent)"
+    ORPHANED = f"attended = 1 AND origin NOT IN ({_LIVE})"
 
     def __init__(
         self, url: str, *, pooled: bool = False, connections: int = CONNECTIONS, silent_ms: int = SILENT_MS
@@ -78,6 +80,36 @@ class PostgresStore(SqlStore):
         except BaseException:
             self._link.close()
             raise
+
+    # ---- many coordinators ---------------------------------------------------------------------------------
+
+    @whole
+    def beat(self) -> Beat:
+        """Say that this coordinator lives, and take over what those that do not say so any more have held."""
+        with self._transaction() as now:
+            before = self._one("SELECT beat_ms FROM gateways WHERE id = :me", me=self.gateway)
+            self._say_alive(now)
+            silent = {"now": now, "silent": self.silent_ms}
+            found = self._all(
+                "SELECT id FROM jobs WHERE state IN ('offered', 'running') AND gateway <> :me "
+                f"AND gateway NOT IN ({_LIVE}){self.SKIP}",
+                me=self.gateway,
+                **silent,
+            )
+            for row in found:
+                self._all("UPDATE jobs SET gateway = :me WHERE id = :id RETURNING id", me=self.gateway, id=row["id"])
+            self._all("DELETE FROM gateways WHERE beat_ms < :before RETURNING id", before=now - _FORGET_GATEWAY_MS)
+            left = self._leave(LEFT_BEHIND, now)
+            lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
+            return Beat(lapsed, len(found), tuple(left))
+
+    def _say_alive(self, now: int) -> None:
+        self._all(
+            "INSERT INTO gateways (id, beat_ms) VALUES (:me, :now) "
+            "ON CONFLICT (id) DO UPDATE SET beat_ms = :now RETURNING id",
+            me=self.gateway,
+            now=now,
+        )
 
     @whole
     def _appear(self) -> None:

@@ -14,9 +14,7 @@ import msgspec
 
 from coordinator.records import JobRecord, Submission
 from coordinator.store.base import (
-    LEFT_BEHIND,
     Adoption,
-    Beat,
     Cancelled,
     Claimed,
     Ending,
@@ -38,8 +36,6 @@ _THIS_ATTEMPT = "id = :id AND attempt = :attempt AND worker = :worker"
 _RUNNING = f"{_THIS_ATTEMPT} AND state = 'running'"
 _OPEN = "state IN ('offered', 'running')"
 _UNENDED = "state IN ('queued', 'offered', 'running')"
-_LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
-_FORGET_GATEWAY_MS = 3_600_000
 # Start-time fair queueing: a job stands behind its tenant's waiting jobs, and not before what is served next. So a
 # tenant with a thousand jobs does not make another wait for all of them. Relative to what waits, so it needs no
 # table that every submission would have to lock.
@@ -329,35 +325,6 @@ class SqlStore(SqlShelf, SqlReads):
         )
         self._all("DELETE FROM jobs WHERE id = :id RETURNING id", id=job_id)
         return Purged(job_id, tuple(key["key"] for key in keys))
-
-    # ---- many coordinators ---------------------------------------------------------------------------------
-
-    @whole
-    def beat(self) -> Beat:
-        """Say that this coordinator lives, and take over what those that do not say so any more have held."""
-        with self._transaction() as now:
-            before = self._one("SELECT beat_ms FROM gateways WHERE id = :me", me=self.gateway)
-            self._say_alive(now)
-            silent = {"now": now, "silent": self.silent_ms}
-            found = self._all(
-                f"SELECT id FROM jobs WHERE {_OPEN} AND gateway <> :me AND gateway NOT IN ({_LIVE}){self.SKIP}",
-                me=self.gateway,
-                **silent,
-            )
-            for row in found:
-                self._all("UPDATE jobs SET gateway = :me WHERE id = :id RETURNING id", me=self.gateway, id=row["id"])
-            self._all("DELETE FROM gateways WHERE beat_ms < :before RETURNING id", before=now - _FORGET_GATEWAY_MS)
-            left = self._leave(LEFT_BEHIND, now) if self.SKIP else []
-            lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
-            return Beat(lapsed, len(found), tuple(left))
-
-    def _say_alive(self, now: int) -> None:
-        self._all(
-            "INSERT INTO gateways (id, beat_ms) VALUES (:me, :now) "
-            "ON CONFLICT (id) DO UPDATE SET beat_ms = :now RETURNING id",
-            me=self.gateway,
-            now=now,
-        )
 
     @whole
     def shift_clock(self, ms: int) -> None:

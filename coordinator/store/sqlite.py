@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.store.base import Claimed, StoreError, Want
+from coordinator.store.base import Beat, Claimed, StoreError, Want
 from coordinator.store.sql import SqlStore, in_turn
 from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
 from coordinator.store.sqlite_schema import CLOCK
@@ -58,6 +58,10 @@ class SqliteStore(SqlStore):
             self._reader.close()
             os.close(self._lock_file)
             self._lock_file = -1
+
+    def beat(self) -> Beat:
+        """Nobody else has this file, so nobody needs to be told; an idle coordinator writes nothing."""
+        return Beat()
 
     def listen(self, ring: Callable[[], None]) -> None:
         """Nobody else writes to this file, so `ring` is never called."""

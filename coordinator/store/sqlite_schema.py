@@ -119,6 +119,5 @@ MIGRATIONS: tuple[str, ...] = (
     DROP INDEX jobs_waiting;
     CREATE INDEX jobs_waiting ON jobs (model, priority DESC, vt, seq) WHERE state = 'queued';
     CREATE INDEX jobs_turns ON jobs (model, priority, tenant, vt) WHERE state = 'queued';
-    CREATE TABLE gateways (id TEXT PRIMARY KEY, beat_ms INTEGER NOT NULL) WITHOUT ROWID;
     """,
 )

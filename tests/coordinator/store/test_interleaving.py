@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.records import Submission
 from coordinator.store import SqliteStore, Store
-from coordinator.store.base import Outcome, Want
+from coordinator.store.base import SILENT_MS, Outcome, Want
 from protocol.faults import Fault
 
 CRASH = Fault("engine_crashed", "The engine crashed.")
@@ -26,9 +26,10 @@ _LEDGER = """
             AS ended,
         sum(CASE WHEN state = 'queued' AND finished_ms IS NULL THEN 1 ELSE 0 END) AS queued,
         sum(CASE WHEN state IN ('offered', 'running') AND finished_ms IS NULL
-            AND gateway IN (SELECT id FROM gateways) THEN 1 ELSE 0 END) AS held
+            AND {live} THEN 1 ELSE 0 END) AS held
     FROM jobs
 """
+_LIVE = f"gateway IN (SELECT id FROM gateways WHERE beat_ms > now_ms() - {SILENT_MS})"
 
 
 class Chaos:
@@ -156,7 +157,7 @@ def _of_sqlite(path: Path) -> dict[str, Any]:
     connection = sqlite3.connect(path)
     connection.row_factory = sqlite3.Row
     try:
-        return dict(connection.execute(_LEDGER).fetchone())
+        return dict(connection.execute(_LEDGER.format(live="gateway = ''")).fetchone())
     finally:
         connection.close()
 
@@ -166,6 +167,6 @@ def _of_postgres(url: str) -> dict[str, Any]:
     from psycopg.rows import dict_row
 
     with psycopg.connect(url, row_factory=dict_row) as connection:
-        row = connection.execute(_LEDGER).fetchone()
+        row = connection.execute(_LEDGER.format(live=_LIVE)).fetchone()
         assert row is not None
         return row

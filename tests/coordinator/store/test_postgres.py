@@ -75,6 +75,14 @@ def test_each_sees_what_it_holds_and_takes_over_from_the_silent(open_store: Open
     assert second.fail("job_1", 1, "w1", CRASH).verdict == "fenced"
 
 
+def test_a_beat_says_whether_it_comes_too_late(open_store: Open) -> None:
+    store = open_store()
+    assert not store.beat().lapsed
+    store.shift_clock(SILENT_MS)
+    assert store.beat().lapsed
+    assert not store.beat().lapsed
+
+
 def test_a_worker_that_comes_to_another_coordinator_is_held_there(open_store: Open) -> None:
     first, second = open_store(), open_store()
     running(first, "job_1")

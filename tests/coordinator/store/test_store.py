@@ -532,14 +532,6 @@ def test_a_tenant_that_was_served_is_not_in_debt(store: Store) -> None:
 # ---- beats -------------------------------------------------------------------------------------------------
 
 
-def test_a_beat_says_whether_it_comes_too_late(store: Store) -> None:
-    store.beat()
-    assert not store.beat().lapsed
-    store.shift_clock(SILENT_MS)
-    assert store.beat().lapsed
-    assert not store.beat().lapsed
-
-
 def test_what_an_earlier_life_held_is_held_again(make: Callable[[], Store]) -> None:
     before = make()
     held = running(before)
