@@ -35,7 +35,7 @@ FAST = Timing(
     poll_s=0.05,
     aside_s=30.0,
     answer_s=5.0,
-    duplicate_s=(0.3, 0.3),
+    duplicate_s=(4.0, 4.0),
     upload_s=(0.01, 0.02),
 )
 
