@@ -279,6 +279,8 @@ IMAGE_MIME: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": 
 class ImageParams(Params, frozen=True):
     """Text to image; with an input named "image" it is the start of the diffusion, weighted by `strength`.
 
+    With an input named "mask", of the image's size, only its fully transparent places change.
+
     Sizes are in pixels and multiples of 8, as latent diffusion needs them. `steps` and `guidance` None mean the
     model's own defaults.
     """
@@ -417,7 +419,7 @@ RESULTS: dict[str, type[msgspec.Struct]] = {
 # Input files by kind: name -> required.
 INPUTS: dict[str, dict[str, bool]] = {
     Kind.AUDIO_STT: {"audio": True},
-    Kind.IMAGE: {"image": False},
+    Kind.IMAGE: {"image": False, "mask": False},
     Kind.VIDEO: {"image": False},
 }
 
@@ -433,6 +435,14 @@ USAGE_KEYS = (
     "documents",
     "compute_ms",
 )
+
+
+# Made before there is a second thread: msgspec finds out about a struct when it is first decoded, and two threads that
+# do so at once may crash the process (SIGSEGV in 0.22; two runs of an engine that had just loaded).
+_DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(params) for kind, params in PARAMS.items()
+}
+_FREE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(dict[str, Any])
 
 
 def is_free_kind(kind: str) -> bool:
@@ -457,11 +467,9 @@ def parse_params(kind: str, value: Any) -> Any:
     """
     if not is_kind(kind):
         raise refuse("unsupported", f"There is no task kind named {kind!r}.", "kind")
-    type_: Any = dict[str, Any] if is_free_kind(kind) else PARAMS[kind]
+    decoder = _FREE if is_free_kind(kind) else _DECODERS[kind]
     try:
-        if isinstance(value, msgspec.Raw):
-            return msgspec.msgpack.decode(value, type=type_)
-        return msgspec.convert(value, type=type_)
+        return decoder.decode(value) if isinstance(value, msgspec.Raw) else msgspec.convert(value, type=decoder.type)
     except msgspec.MsgspecError as error:
         raise _named(str(error)) from None
     except RecursionError:

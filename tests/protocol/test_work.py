@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,6 +17,7 @@ from protocol import work
 from protocol.engine_wire import pack
 from protocol.faults import CODES, FaultError, Owner
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = [
     ("llm", {"prompt": ""}),
     ("llm", {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "seed": 2**63 - 1}),
@@ -169,3 +173,38 @@ def test_the_frames_of_a_video(seconds, fps):
         assert not 1 <= round(seconds * fps) <= work.MAX_VIDEO_FRAMES
     else:
         assert params.frames == round(seconds * fps)
+
+
+_AT_ONCE = """
+import os, sys, threading
+import msgspec
+from protocol import work
+
+def parse(barrier, kind, raw):
+    barrier.wait()
+    work.parse_params(kind, raw)
+
+sys.setswitchinterval(1e-6)
+llm = msgspec.Raw(msgspec.msgpack.encode({"messages": [{"role": "user", "content": "x"}]}))
+image = msgspec.Raw(msgspec.msgpack.encode({"prompt": "x"}))
+for _ in range(30):
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1] == 0
+        continue
+    barrier = threading.Barrier(8)
+    threads = [
+        threading.Thread(target=parse, args=(barrier, *work_)) for work_ in [("llm", llm), ("image", image)] * 4
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each round is a fork")
+def test_the_first_two_runs_of_an_engine_may_be_parsed_at_once():
+    """msgspec 0.22 crashes when two threads find out about the same struct at once."""
+    found = subprocess.run([sys.executable, "-c", _AT_ONCE], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (found.returncode, found.stderr) == (0, "")
