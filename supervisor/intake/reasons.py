@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supervisor.intake.fleet import Fleet, Gpu, Instance, Model, Stage
+from supervisor.intake.fleet import Fleet, Instance, Model, Stage
 from supervisor.intake.placement import Place
 from supervisor.intake.residency import gib, short
 
@@ -58,12 +58,17 @@ def _lacking(model: Model, place: Place, fleet: Fleet) -> str:
     missing = _missing(place, fleet, own=model.target is not None)
     if not missing:
         return "waits until its place is free"
-    wants = " and ".join(f"{gib(lack)} on {short(uuid)}" for uuid, lack in missing.items())
-    return f"waits for {wants}: {'; '.join(_who(model, fleet.gpus[uuid], lack) for uuid, lack in missing.items())}"
+    wants = " and ".join(f"{gib(min(lack, place[uuid]))} on {short(uuid)}" for uuid, lack in missing.items())
+    who = "; ".join(_who(model, fleet, uuid, lack) for uuid, lack in missing.items())
+    return f"waits for {wants}: {who}"
 
 
-def _who(model: Model, gpu: Gpu, lack: int) -> str:
+def _who(model: Model, fleet: Fleet, uuid: str, lack: int) -> str:
     """Who holds what is missing of a device, those that end first."""
+    gpu = fleet.gpus[uuid]
+    if gpu.reserved and model.target is None:
+        ahead = sorted(each.plan.name for each in fleet.models.values() if uuid in (each.target or {}))
+        return _are(ahead, "next there")
     others = [each for each in gpu.instances.values() if each.model is not model]
     ending = sorted({each.model.plan.name for each in others if not each.live and not each.runs})
     working = sorted({each.model.plan.name for each in others if each.runs})

@@ -245,6 +245,18 @@ def test_pinned_models_stay():
     assert "pinned" in drive.scheduler.why()["b"]
 
 
+def test_whose_turn_it_is_is_told_to_those_behind():
+    drive = Drive([model("a", 20), model("b", 20), model("c", 20)], [gpu("g", 24)])
+    drive.job("a")
+    drive.settle()
+    drive.end("1")
+    drive.job("b")
+    drive.wait(1)
+    assert drive.leaving, "a is ending, and its place is b's"
+    drive.job("c")
+    assert drive.scheduler.why()["c"] == "waits for 20.0 GiB on g: b is next there"
+
+
 def test_what_its_owner_unloads_ends_after_its_last_run_and_stays_away():
     drive = Drive([model("a", 5, pin=True), model("b", 5, copies=2)], [gpu("g", 24)])
     drive.tell(fx.Wanted("a"))
