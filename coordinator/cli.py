@@ -305,14 +305,13 @@ def _plain(text: str) -> str:
 
 
 def _registrations_list(arguments: argparse.Namespace) -> int:
-    rows: list[tuple[Any, ...]] = [("ID", "STATE", "MACHINE", "USER", "ADDRESS", "SECRET", "ASKED", "WORKER")]
+    rows: list[tuple[Any, ...]] = [("ID", "STATE", "MACHINE", "USER", "ADDRESS", "SECRET", "ASKED", "WORKER OR REASON")]
     with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
         for one in registrations.list(arguments.state_is):
             asked = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.created_ms / 1000))
             machine, user = _plain(one.machine), _plain(one.user)
-            rows.append(
-                (one.id, one.state, machine, user, one.address, one.secret_begins, asked, one.worker or one.reason)
-            )
+            end = _plain(one.reason) if one.state == "rejected" else one.worker or ""
+            rows.append((one.id, one.state, machine, user, one.address, one.secret_begins, asked, end))
     _print_table(rows)
     return OK
 

@@ -43,7 +43,7 @@ MAX_ADDRESSES = 10_000
 
 class _Request(msgspec.Struct, frozen=True, rename="camel"):
     install_id: str
-    registration_secret_hash: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")]
+    registration_secret_hash: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{64}\Z")]
     capabilities: Capabilities
     user_agent: Annotated[str, Meta(max_length=500)] = ""
 

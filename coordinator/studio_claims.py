@@ -19,7 +19,7 @@ from protocol.work import ImageParams, Kind, LlmParams, Message, SttParams, TtsP
 
 _Name = Annotated[str, Meta(min_length=1, max_length=200)]
 _Url = Annotated[str, Meta(pattern=r"^https?://", max_length=4000)]
-_Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+_Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class SourceFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

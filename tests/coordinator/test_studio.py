@@ -13,7 +13,7 @@ from msgspec import structs
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from coordinator.testing import running
-from tests.coordinator.studio_rig import ANSWER, CHAT, FAST, House, opened
+from tests.coordinator.studio_rig import ANSWER, CHAT, FAST, House, opened, until
 
 # ---- 1: who may connect ------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ def test_rule_6_what_a_session_does_not_hold_is_4002(house: House, frame: str, f
         assert holder.claim()["jobId"] == job
         other.send(frame, jobId=job, **fields)
         assert other.ending() == ("protocol_violation", 4002)
-        assert house.job(job)["state"] == "running"
+        until(lambda: house.job(job)["state"] == "running")
         holder.send("completeJson", jobId=job, result=ANSWER)
         holder.expect("completeAck")
     assert house.result(job)["content"] == "Hello you"

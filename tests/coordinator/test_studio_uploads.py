@@ -127,7 +127,7 @@ def test_a_job_of_another_worker_or_of_nobody_is_a_conflict(house: House) -> Non
         assert other.worker.upload(job, png(), headers=holder.worker.headers).status_code == 401
         assert other.worker.upload(job, png(), headers={"authorization": "Bearer wrong"}).status_code == 401
         assert other.worker.upload(job, png(), headers={"x-nothing": "1"}).status_code == 401
-        assert house.job(job)["state"] == "running"
+        until(lambda: house.job(job)["state"] == "running")
         assert holder.worker.upload(job, png()).is_success
         assert holder.worker.upload(job, png()).status_code == 409  # it is done, and stays what it is
 
@@ -166,7 +166,7 @@ def test_what_is_no_result_is_refused_and_the_job_stays_with_its_worker(house: H
             request = {**request, "headers": {**it.worker.headers, **request.get("headers", {})}}
             answer = it.worker.post(job, **request)
             assert answer.status_code == status, (request.get("files"), answer.text)
-        assert house.job(job)["state"] == "running"
+        until(lambda: house.job(job)["state"] == "running")
         assert it.worker.upload(job, png()).is_success
     assert house.job(job)["files"][0]["name"] == "image-0.png"
 
