@@ -50,6 +50,8 @@ def check_input(name: str, mime: str, field: str) -> None:
     Raises:
         FaultError: unsupported_media_type.
     """
+    if name == "mask" and mime != "image/png":
+        raise refuse("unsupported_media_type", f"{field}: Expected a PNG image with transparent places.", field)
     if name == "image" and mime not in START_IMAGES:
         found = "its content is of an unknown type" if mime == UNKNOWN else f"its content is {mime}"
         raise refuse("unsupported_media_type", f"{field}: Expected a PNG, JPEG or WebP image, but {found}.", field)

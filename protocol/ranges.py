@@ -18,7 +18,7 @@ MAX_SIDE = 4096
 MIN_SIDE = 16
 MAX_PIXELS = 4096 * 4096
 MAX_VIDEO_FRAMES = 3600
-MAX_INPUT_BYTES: dict[str, int] = {"audio": MAX_AUDIO_BYTES, "image": MAX_IMAGE_BYTES}
+MAX_INPUT_BYTES: dict[str, int] = {"audio": MAX_AUDIO_BYTES, "image": MAX_IMAGE_BYTES, "mask": MAX_IMAGE_BYTES}
 
 
 def finite(params: object, *names: str) -> None:

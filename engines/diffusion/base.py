@@ -16,6 +16,7 @@ from protocol import work
 from protocol.faults import refuse
 
 if TYPE_CHECKING:
+    from engines.diffusion.pictures import Pixels
     from engines.diffusion.pipeline import Latents, Pipeline
 
 SEEDS = 2**63
@@ -100,14 +101,18 @@ class DiffusionEngine(Engine):
 
     def _start_latents(self, job: Job, stop: ort.Terminator) -> Latents | None:
         """Latents of the input file named "image"; None when there is none."""
+        pixels = self._start_pixels(job)
+        return None if pixels is None else self._pipeline.encode(pixels, stop)
+
+    def _start_pixels(self, job: Job) -> Pixels | None:
+        """The input file named "image" in the size that is asked for; None when there is none."""
         if "image" not in job.inputs:
             return None
         if not self._pipeline.can_start_from_image:
             raise refuse("unsupported", "image: this model has no VAE encoder and cannot begin from an image.", "image")
         from engines.diffusion.pictures import open_start
 
-        pixels = open_start(job.inputs["image"], job.params.width, job.params.height)
-        return self._pipeline.encode(pixels, stop)
+        return open_start(job.inputs["image"], job.params.width, job.params.height)
 
     def _limits(self) -> dict[str, Any]:
         scheduler = self._pipeline.layout.scheduler

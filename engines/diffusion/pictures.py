@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+    Mask = NDArray[np.bool_]  # (height, width), true where a picture may change
 
 # Content decides, never the file name. Pillow knows more formats; some start other programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -49,13 +52,58 @@ def open_start(path: Path, width: int, height: int, field: str = "image") -> Pix
         FaultError: `payload_too_large`, or `invalid_input_file` for what is no picture, is broken, or is a
             decompression bomb; `field` is named.
     """
+    with _opened(path, field) as image:
+        return _fit(image, width, height, field)
+
+
+def open_mask(path: Path, start: Path, width: int, height: int) -> Mask:
+    """Decode a mask: its fully transparent places are where the start image may change; fitted as that image is.
+
+    Raises:
+        FaultError: as `open_start`, naming "mask"; `invalid_input_file` when it has another size than the start
+            image, no transparency, or no place that is fully transparent.
+    """
+    import numpy as np
+
+    with _opened(start, "image") as image:
+        size = ImageOps.exif_transpose(image).size
+    with _opened(path, "mask") as mask:
+        if mask.width * mask.height > MAX_START_PIXELS:
+            raise _too_many_pixels("mask")
+        mask.load()
+        if not mask.has_transparency_data:
+            raise refuse("invalid_input_file", "mask: nothing of it is transparent, so nothing may change.", "mask")
+        upright = ImageOps.exif_transpose(mask)
+        if upright.size != size:
+            sizes = f"{upright.width} x {upright.height}, and the image has {size[0]} x {size[1]}"
+            raise refuse("invalid_input_file", f"mask: it has {sizes} pixels; they must be the same.", "mask")
+        alpha = upright.convert("RGBA").getchannel("A")
+        fitted = ImageOps.fit(alpha, (width, height), Image.Resampling.NEAREST)
+        found: Mask = np.asarray(fitted) == 0
+    if not found.any():
+        raise refuse("invalid_input_file", "mask: nothing of it is fully transparent, so nothing may change.", "mask")
+    return found
+
+
+def latent_mask(mask: Mask) -> NDArray[np.float32]:
+    """The mask at the size of latents, (1, 1, height / 8, width / 8): 1 where any pixel of a place may change."""
+    import numpy as np
+
+    height, width = mask.shape
+    blocks = mask.reshape(height // 8, 8, width // 8, 8).any(axis=(1, 3))
+    return np.asarray(blocks, np.float32).reshape(1, 1, height // 8, width // 8)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, field: str) -> Iterator[Image.Image]:
+    """A picture file of a stranger. Raises FaultError as `open_start` says, also for what the block meets."""
     if path.stat().st_size > work.MAX_IMAGE_BYTES:
         raise refuse("payload_too_large", f"{field}: the file exceeds {work.MAX_IMAGE_BYTES} bytes.", field)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                return _fit(image, width, height, field)
+                yield image
     except (FaultError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -103,6 +103,7 @@ class Pipeline:
         noise: Latents,
         *,
         start: Latents | None = None,
+        edited: Latents | None = None,
         on_step: OnStep = lambda: None,
         stop: Terminator | None = None,
     ) -> Latents:
@@ -111,6 +112,7 @@ class Pipeline:
         Args:
             noise: unit noise, from `noise`.
             start: latents of a start image, from `encode`; the schedule's strength says how much of it stays.
+            edited: with `start`: 1 where the picture may change and 0 where it stays, (1, 1, height / 8, width / 8).
             on_step: called after each step.
             stop: ends the network run in flight, between two of its nodes.
 
@@ -122,6 +124,9 @@ class Pipeline:
         for index, time in enumerate(schedule.timesteps):
             seen = schedule.network_input(latents, index)
             latents = schedule.step(latents, self._guided(seen, time, conditioning, stop), index)
+            if start is not None and edited is not None:
+                kept = schedule.noised_after(start, noise, index)
+                latents = np.asarray(edited * latents + (1 - edited) * kept, np.float32)
             on_step()
         return latents
 

@@ -182,6 +182,10 @@ class Schedule(abc.ABC):
     def noised(self, clean: Latents, noise: Latents) -> Latents:
         """A start image's latents as they stand before the first step; `noise` has unit variance."""
 
+    @abc.abstractmethod
+    def noised_after(self, clean: Latents, noise: Latents, index: int) -> Latents:
+        """The same as they stand after step `index`; after the last one they are clean."""
+
 
 def make_schedule(config: SchedulerConfig, steps: int, strength: float = 1.0) -> Schedule:
     """Plan `steps` steps.
@@ -257,6 +261,12 @@ class _Ddim(Schedule):
         share = self._now[0]
         return sqrt(share) * clean + sqrt(1 - share) * noise
 
+    def noised_after(self, clean: Latents, noise: Latents, index: int) -> Latents:
+        if index + 1 == len(self.timesteps):
+            return clean
+        share = self._after[index]
+        return sqrt(share) * clean + sqrt(1 - share) * noise
+
 
 class _Euler(Schedule):
     """Euler steps over the probability-flow equation (Karras et al. 2022, algorithm 2 without churn)."""
@@ -295,3 +305,6 @@ class _Euler(Schedule):
 
     def noised(self, clean: Latents, noise: Latents) -> Latents:
         return clean + self._sigmas[0] * noise
+
+    def noised_after(self, clean: Latents, noise: Latents, index: int) -> Latents:
+        return clean + self._sigmas[index + 1] * noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -12,6 +12,10 @@ from engines.diffusion.base import DiffusionEngine, first_seed, later_seed
 from engines.diffusion.checks import wrong_file
 from engines.runtime.contract import Case, Fixture, Job, Model, Outcome
 from protocol import work
+from protocol.faults import refuse
+
+if TYPE_CHECKING:
+    from engines.diffusion.pictures import Mask
 
 FIXTURE = Path(__file__).parent / "fixture" / "tiny-sd-onnx"
 
@@ -44,7 +48,7 @@ class ImageEngine(DiffusionEngine):
 
     def run(self, job: Job) -> Outcome:
         """One picture after the other; progress and cancel per step."""
-        from engines.diffusion.pictures import encode
+        from engines.diffusion.pictures import encode, latent_mask
         from engines.diffusion.schedulers import make_schedule
 
         params: work.ImageParams = job.params
@@ -52,20 +56,38 @@ class ImageEngine(DiffusionEngine):
         seed = first_seed(params.seed)
         seeds = [later_seed(seed, index) for index in range(params.n)]
         with self._stoppable(job) as stop:
-            start = self._start_latents(job, stop)
+            original = self._start_pixels(job)
+            mask = self._mask(job)
+            start = None if original is None else pipeline.encode(original, stop)
+            edited = None if mask is None else latent_mask(mask)
             strength = 1.0 if start is None else params.strength
             schedule = make_schedule(pipeline.layout.scheduler, self._steps(params), strength)
             steer = pipeline.embed(params.prompt, params.negative_prompt, self._guidance(params), stop)
             advance = self._counter(job, params.n * (len(schedule) + 1))
             for index, own in enumerate(seeds):
                 noise = pipeline.noise(own, params.width, params.height)
-                latents = pipeline.denoise(steer, schedule, noise, start=start, on_step=advance, stop=stop)
+                latents = pipeline.denoise(
+                    steer, schedule, noise, start=start, edited=edited, on_step=advance, stop=stop
+                )
                 pixels = pipeline.decode(latents, stop)
+                if original is not None and mask is not None:
+                    pixels[~mask] = original[~mask]  # to the pixel: the VAE alone would change it
                 data = encode(pixels, params.format, params.quality)
                 job.save(f"image-{index}.{params.format}", work.IMAGE_MIME[params.format], data)
                 advance()
         body = work.ImageResult(width=params.width, height=params.height, format=params.format, seeds=seeds)
         return Outcome(body=body, usage={"images": params.n})
+
+    @staticmethod
+    def _mask(job: Job) -> Mask | None:
+        """Where the input file named "mask" lets the start image change; None when there is none."""
+        if "mask" not in job.inputs:
+            return None
+        if "image" not in job.inputs:
+            raise refuse("invalid_parameter", "mask: it belongs to an image, and none came.", "mask")
+        from engines.diffusion.pictures import open_mask
+
+        return open_mask(job.inputs["mask"], job.inputs["image"], job.params.width, job.params.height)
 
 
 def _case(prompt: str, colour: str, shape: str, **params: Any) -> Case:

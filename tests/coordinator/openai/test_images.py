@@ -72,10 +72,18 @@ def test_options_reach_the_engine(ai: openai.OpenAI, worker: Any) -> None:
         ({"background": "transparent"}, "background"),
         ({"style": "vivid"}, "style"),
         ({"steps": 501}, "steps"),
-        ({"stream": True}, "stream"),
+        ({"stream": True, "partial_images": 2}, "partial_images"),
+        ({"stream": True, "response_format": "url"}, "response_format"),
     ],
 )
 def test_refusals_name_the_field(http: Any, body: dict[str, Any], field: str) -> None:
     answer = http.post("/v1/images/generations", json={"model": "paint", "prompt": "red", **body})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
+
+
+def test_a_stream_brings_each_picture_when_all_are_made(ai: openai.OpenAI, worker: Any) -> None:
+    events: Any = list(ai.images.generate(model="paint", prompt="red", n=2, size="64x48", stream=True))
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    assert [base64.b64decode(event.b64_json) for event in events] == [PNG + b"\0", PNG + b"\1"]
+    assert (events[1].size, events[1].output_format, events[1].model_extra["seed"]) == ("64x48", "png", 1)

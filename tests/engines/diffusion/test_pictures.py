@@ -131,3 +131,42 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(FaultError) as caught:
         pictures.open_start(path, 64, 64)
     assert caught.value.fault.code == "payload_too_large"
+
+
+def masked(tmp_path: Path, size: tuple[int, int], hole: tuple[int, int, int, int]) -> tuple[Path, Path]:
+    """A start image and a mask with a transparent hole."""
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.new("RGB", size, "blue").save(start)
+    alpha = Image.new("RGBA", size, (0, 0, 0, 255))
+    alpha.paste((0, 0, 0, 0), hole)
+    alpha.save(mask)
+    return start, mask
+
+
+def test_a_mask_is_fitted_as_its_image_is(tmp_path: Path) -> None:
+    start, mask = masked(tmp_path, (128, 64), (32, 0, 64, 64))  # 64 x 64 of it stays: columns 32 to 95
+    found = pictures.open_mask(mask, start, 64, 64)
+    assert found[:, :32].all()
+    assert not found[:, 32:].any()
+    assert pictures.latent_mask(found).tolist() == [[[[1.0] * 4 + [0.0] * 4] * 8]]
+
+
+def test_a_place_of_latents_changes_with_any_of_its_pixels() -> None:
+    mask = np.zeros((16, 16), np.bool_)
+    mask[15, 0] = True
+    assert pictures.latent_mask(mask).tolist() == [[[[0.0, 0.0], [1.0, 0.0]]]]
+
+
+def test_masks_that_are_none(tmp_path: Path) -> None:
+    start, mask = masked(tmp_path, (64, 64), (0, 0, 8, 8))
+    other, _ = tmp_path / "other.png", Image.new("RGB", (32, 64)).save(tmp_path / "other.png")
+    opaque = tmp_path / "opaque.png"
+    Image.new("RGBA", (64, 64), (0, 0, 0, 255)).save(opaque)
+    for path, image, words in (
+        (mask, other, "32 x 64"),
+        (opaque, start, "transparent"),
+        (start, start, "transparent"),
+    ):
+        with pytest.raises(FaultError, match=words) as refused:
+            pictures.open_mask(path, image, 64, 64)
+        assert (refused.value.fault.code, refused.value.fault.field) == ("invalid_input_file", "mask")

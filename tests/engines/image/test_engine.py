@@ -85,6 +85,30 @@ def test_the_last_seed_wraps(spawn: Spawn) -> None:
     assert child.run("image", {"prompt": "red", "n": 2, "seed": 2**63 - 1, **SMALL}).body.seeds == [2**63 - 1, 0]
 
 
+def test_only_the_transparent_places_of_a_mask_change(spawn: Spawn, tmp_path: Path) -> None:
+    """The left half is made anew; the right half stays to the pixel."""
+    import numpy as np
+    from PIL import Image
+
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    rows = np.zeros((128, 128, 3), np.uint8)
+    rows[..., 2] = np.arange(128)[:, None] + 100
+    Image.fromarray(rows).save(start)
+    alpha = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    alpha.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    alpha.save(mask)
+    child = started(spawn)
+    asked = {"prompt": "red", "width": 128, "height": 128, "steps": 8, "seed": 3, "strength": 1.0}
+    answer = child.run("image", asked, inputs={"image": start, "mask": mask})
+    made = np.asarray(Image.open(answer.files[0]).convert("RGB"))
+    assert np.array_equal(made[:, 64:], rows[:, 64:])
+    left = made[:, :48].reshape(-1, 3).mean(axis=0)
+    assert left[0] > left[2] + 60, f"the left half is not red: {left}"
+    refused = child.run("image", {"prompt": "red", **SMALL}, inputs={"mask": mask})
+    assert (refused.fault.code, refused.fault.field) == ("invalid_parameter", "mask")
+    assert child.run("image", {"prompt": "red", **SMALL}, inputs={"image": start}).files
+
+
 def test_a_start_image_gives_its_colour(spawn: Spawn, tmp_path: Path) -> None:
     child = started(spawn)
     asked = {"prompt": "a circle", "width": 128, "height": 128, "steps": 10, "strength": 0.2, "seed": 1}
