@@ -40,7 +40,7 @@ from supervisor.intake.holds import Source
 from supervisor.link import register
 from supervisor.link.attempts import Attempts
 from supervisor.link.dialects import DIALECTS
-from supervisor.link.dialects.base import Home, Spoken
+from supervisor.link.dialects.base import Features, Home, Spoken
 from supervisor.link.keeping import OnDisk
 from supervisor.link.outbox import Outbox
 from supervisor.link.reconnect import Backoff, keep_link
@@ -411,7 +411,7 @@ class _Supervisor:
 
     async def _link(self, spoken: Spoken, worker: Worker) -> None:
         end = await keep_link(lambda: spoken.converse(worker), Backoff())
-        self._refused = _refusal(end)
+        self._refused = _refusal(end, DIALECTS[self._settings.coordinator.dialect].features)
         self._drain.ask(end.sentence)
 
     async def _drained(
@@ -433,13 +433,14 @@ class _Supervisor:
 def _address(table: CoordinatorTable) -> Address:
     try:
         token = secret(TOKEN, table.token_file) if DIALECTS[table.dialect].features.token else ""
-        tls = ssl.create_default_context(cafile=table.tls_ca or None) if table.url.startswith("wss:") else None
+        secure = table.url.startswith(("wss:", "https:"))
+        tls = ssl.create_default_context(cafile=table.tls_ca or None) if secure else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"[coordinator]: the token or the certificates cannot be read: {error}"]) from None
     return Address(url=table.url, token=token, connect_s=table.connect_s, tls=tls)
 
 
-def _refusal(end: SessionEnd) -> SupervisorError:
+def _refusal(end: SessionEnd, features: Features) -> SupervisorError:
     if end.why is Why.DUPLICATE:
         return IdentityHeld(f"Another supervisor works under this worker id: {end.sentence}.")
     cures = {
@@ -447,7 +448,9 @@ def _refusal(end: SessionEnd) -> SupervisorError:
         Why.DELETED: "register this worker again",
         Why.REVISION: "update the older of the two",
     }
-    return LinkRefused(f"The coordinator refused this worker: {end.sentence}; {cures[end.why]}.")
+    # Dialects that bring their own way in name the cure themselves.
+    cure = f"; {cures[end.why]}" if features.token else ""
+    return LinkRefused(f"The coordinator refused this worker: {end.sentence.rstrip('.')}{cure}.")
 
 
 def _plain(error: BaseException) -> BaseException:

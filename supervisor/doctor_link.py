@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from supervisor.doctor import Finding, Patient, fail, ok, warn
 from supervisor.errors import ConfigError
+from supervisor.link.dialects import DIALECTS
 from supervisor.secrets import TOKEN, secret
 from supervisor.settings import CoordinatorTable
 
@@ -37,7 +38,8 @@ def coordinator(patient: Patient) -> Iterator[Finding]:
             yield fail("coordinator", f"Not connected: {link.get('reason') or 'it does not answer'}.", cure)
     if table.url == "embedded":
         return
-    yield from _token(patient, table)
+    if DIALECTS[table.dialect].features.token:
+        yield from _token(patient, table)
     yield from _reached(table)
 
 
@@ -54,7 +56,7 @@ def _token(patient: Patient, table: CoordinatorTable) -> Iterator[Finding]:
 def _reached(table: CoordinatorTable) -> Iterator[Finding]:
     """One plain HTTP request: any answer will do, the Date of it tells the other clock."""
     parts = urlsplit(table.url)
-    host, secure = parts.hostname or "", parts.scheme == "wss"
+    host, secure = parts.hostname or "", parts.scheme in ("wss", "https")
     port = parts.port or (443 if secure else 80)
     try:
         date, certificate = _asked(host, port, parts.path.rstrip("/") + "/v1/worker", table if secure else None)

@@ -7,6 +7,7 @@ import pytest
 from supervisor import app
 from supervisor.config import load
 from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused
+from supervisor.link.dialects.native import NATIVE
 from supervisor.link.session import SessionEnd, Why
 from supervisor.settings import Settings
 from supervisor.state import hold_state
@@ -22,7 +23,7 @@ from supervisor.state import hold_state
     ],
 )
 def test_each_final_ending_of_the_link_has_its_exit_code_and_cure(why, type_, code, cure):
-    error = app._refusal(SessionEnd(why, "the coordinator said no"))
+    error = app._refusal(SessionEnd(why, "the coordinator said no"), NATIVE.features)
     assert type(error) is type_
     assert error.exit_code == code
     assert cure in str(error)
