@@ -13,6 +13,8 @@ from supervisor.intake.placement import Place
 from supervisor.intake.queues import Clock
 from supervisor.intake.turns import SOONEST_S, Go, Later, Look, Swap, look
 
+_READY = Stage.READY  # naming an enum's member costs a call in Python 3.11, and `_slot` asks at every event
+
 
 class Dispatch:
     """See the module. `out` collects the effects of one step, `now` is its time.
@@ -50,7 +52,7 @@ class Dispatch:
             return None
         best, least = None, float(model.plan.slots)
         for each in model.instances.values():
-            if each.runs < least and each.stage is Stage.READY and not each.barred and not each.closed:
+            if each.runs < least and each.stage is _READY and not each.barred and not each.closed:
                 best, least = each, each.runs
         return best
 
@@ -65,7 +67,7 @@ class Dispatch:
         live = model.live
         if live + model.lost >= model.plan.copies or (live and not model.waiting):
             return False
-        if not live and model.waiting and not model.stuck:
+        if not live and not model.stuck and model.waiting:
             self.line.set(model, model.waiting.urgency())
         if self.clock.time_of(model) is None:
             self.clock.set(model, self.now + SOONEST_S * bool(live))
@@ -185,7 +187,7 @@ class Dispatch:
     def keep_alive(self, instance: Instance) -> None:
         """End it if it has had no work for as long as its model is kept."""
         limit = instance.model.plan.keep_alive_s
-        if instance.stage is not Stage.READY or instance.runs:
+        if instance.stage is not _READY or instance.runs:
             return
         if self.now < instance.idle_since + limit:
             self.clock.set(instance, instance.idle_since + limit)
@@ -196,7 +198,7 @@ class Dispatch:
         """End it after its last run; its queue may go elsewhere."""
         if instance.stage is Stage.LOADING:
             self.cancel_load(instance, reason)
-        elif instance.stage is Stage.READY:
+        elif instance.stage is _READY:
             self.fleet.ends(instance, Stage.DRAINING)
             instance.why_ends = reason
             if not instance.runs:

@@ -24,7 +24,7 @@ DEMAND_S = 300.0
 UNLOAD_S = 2.0
 
 
-class Demand(msgspec.Struct, frozen=True):
+class Demand(msgspec.Struct, frozen=True, gc=False):
     """How often a model was asked for lately: jobs per second at `at`, decaying with `DEMAND_S`."""
 
     per_s: float = 0.0
@@ -51,7 +51,7 @@ def harm(*, queued: int, per_s: float, swap_s: float, copies: int = 1) -> float:
     return (queued + per_s * swap_s / 2) * swap_s / max(1, copies)
 
 
-class Tenant(msgspec.Struct, frozen=True):
+class Tenant(msgspec.Struct, frozen=True, gc=False):
     """A loaded model that may be ended. Put the least recently used first.
 
     Attributes:

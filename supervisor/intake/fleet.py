@@ -24,6 +24,10 @@ class Stage(enum.Enum):
     LEAVING = "leaving"  # told to end
 
 
+# Naming an enum's member costs a call in Python 3.11, and these are asked at every event.
+_READY, _LOADING = Stage.READY, Stage.LOADING
+
+
 class Instance:
     """One loaded model, or one that is being loaded or ended."""
 
@@ -34,7 +38,7 @@ class Instance:
 
     def __init__(self, number: int, model: Model, shares: Place) -> None:
         self.id, self.model, self.shares = number, model, dict(shares)
-        self.stage = Stage.LOADING
+        self.stage = _LOADING
         self.runs = 0
         self.ready_at = 0.0
         self.idle_since = 0.0
@@ -51,7 +55,7 @@ class Instance:
     @property
     def live(self) -> bool:
         """Whether it serves, or is going to, as far as its own life goes; a hold may bar it from that."""
-        return self.stage is Stage.READY or self.stage is Stage.LOADING
+        return self.stage is _READY or self.stage is _LOADING
 
 
 class Gpu:
@@ -103,6 +107,7 @@ class Model:
     Attributes:
         places: where it could lie on an empty box.
         reach: devices of these places.
+        least: the smallest share that any of them takes of a device; 0 when they take none.
         rooms: device it may use -> what that has for models when empty.
         target: the place being cleared for it; None when there is none.
         stuck: when last looked at, ending models of ours could not have helped it.
@@ -113,8 +118,8 @@ class Model:
     """
 
     __slots__ = (
-        "demand", "instances", "load_s", "lost", "ordered", "places", "plan", "reach", "rooms", "run_s", "stuck",
-        "target", "unread", "waiting", "wanted", "why",
+        "demand", "instances", "least", "load_s", "lost", "ordered", "places", "plan", "reach", "rooms", "run_s",
+        "stuck", "target", "unread", "waiting", "wanted", "why",
     )  # fmt: skip
 
     def __init__(self, plan: ModelPlan, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
@@ -133,13 +138,14 @@ class Model:
         """From now on it could lie here; what is loaded stays where it is."""
         self.places, self.rooms = places, rooms
         self.reach = frozenset(uuid for place in places for uuid in place)
+        self.least = min((share for place in places for share in place.values()), default=0)
 
     @property
     def live(self) -> int:
         """Instances that serve or are going to."""
         count = 0
         for each in self.instances.values():
-            count += not each.barred and (each.stage is Stage.READY or each.stage is Stage.LOADING)
+            count += not each.barred and (each.stage is _READY or each.stage is _LOADING)
         return count
 
     @property
@@ -147,13 +153,13 @@ class Model:
         """Instances that serve."""
         count = 0
         for each in self.instances.values():
-            count += each.stage is Stage.READY and not each.barred
+            count += each.stage is _READY and not each.barred
         return count
 
     @property
     def loading(self) -> bool:
         """Whether an instance is on its way."""
-        return any(each.stage is Stage.LOADING and not each.barred for each in self.instances.values())
+        return any(each.stage is _LOADING and not each.barred for each in self.instances.values())
 
 
 class Fleet:
@@ -171,9 +177,19 @@ class Fleet:
             if model.plan.group:
                 self.groups.setdefault(model.plan.group, []).append(model)
 
+    def free(self) -> dict[str, int]:
+        """Device -> bytes for a new load now (`Gpu.free`, spelled out: a look asks all of them)."""
+        return {
+            uuid: gpu.plan.total_bytes - gpu.margin - gpu.foreign - gpu.ours - gpu.reserved
+            for uuid, gpu in self.gpus.items()
+        }
+
     def rivals(self, model: Model) -> list[Instance]:
         """Instances of the others in its exclusive group."""
-        mates = self.groups.get(model.plan.group, ()) if model.plan.group else ()
+        group = model.plan.group
+        if not group:
+            return []
+        mates = self.groups.get(group, ())
         return [instance for mate in mates if mate is not model for instance in mate.instances.values()]
 
     def turn_of(self, model: Model) -> Model | None:
@@ -201,7 +217,7 @@ class Fleet:
         """It drained and need not end after all."""
         for uuid, share in instance.shares.items():
             self.gpus[uuid].coming -= share
-        instance.stage = Stage.READY
+        instance.stage = _READY
 
     def remove(self, instance: Instance) -> None:
         """It is gone; its memory is back."""

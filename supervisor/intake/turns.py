@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -33,22 +34,24 @@ MOST_PLACES = 4
 _SLICE = "the models that hold the memory have just been loaded and have work"
 # Looking again: not more often than the first, not more rarely than the second, in seconds.
 SOONEST_S, LATEST_S = 0.25, 5.0
+# A look asks these of every instance on several GPUs, and naming an enum's member costs a call in Python 3.11.
+_READY, _LOADING = Stage.READY, Stage.LOADING
 
 
-class Go(msgspec.Struct, frozen=True):
+class Go(msgspec.Struct, frozen=True, gc=False):
     """Load there now."""
 
     place: Place
 
 
-class Swap(msgspec.Struct, frozen=True):
+class Swap(msgspec.Struct, frozen=True, gc=False):
     """Clear this place: these end, after their runs. Empty when they are ending already."""
 
     place: Place
     who: tuple[int, ...]
 
 
-class Later(msgspec.Struct, frozen=True):
+class Later(msgspec.Struct, frozen=True, gc=False):
     """Look again after `again_s`. `stuck`: nothing that we could end would help."""
 
     reason: str
@@ -59,7 +62,7 @@ class Later(msgspec.Struct, frozen=True):
 Turn = Go | Swap | Later
 
 
-class Look(msgspec.Struct, frozen=True):
+class Look(msgspec.Struct, frozen=True, gc=False):
     """What a look needs besides the books.
 
     Attributes:
@@ -87,44 +90,47 @@ def look(model: Model, fleet: Fleet, view: Look) -> Turn:
         return Later("it is loading", LATEST_S)
     if model.ready and (rest := _drain_s(model)) <= model.load_s:
         return Later(f"its slots are busy; another copy would take {model.load_s:.0f} s to load", SOONEST_S + rest / 4)
-    rivals = fleet.rivals(model)
+    rivals, free = fleet.rivals(model), fleet.free()
     if model.plan.group and (mate := fleet.turn_of(model)) is not None:
         return Later(f"only one model of the group {model.plan.group} may be loaded, and {mate.plan.name} is next", 1.0)
     if not rivals:
-        free = [place for place in places if _fits(place, gpus)]
-        if free:
-            return Go(min(free, key=lambda place: _rank(place, gpus, view.spread)))
-    elif blocked := [each for each in rivals if each.model.plan.pin or each.stage is Stage.LOADING]:
+        # Mostly no device has room for even the smallest share, and this says so at once.
+        if (not model.least or model.least <= max(free.values())) and (found := _free(places, free)):
+            return Go(min(found, key=lambda place: _rank(place, gpus, view.spread)))
+    elif blocked := [each for each in rivals if each.model.plan.pin or each.stage is _LOADING]:
         name = blocked[0].model.plan.name
         return Later(f"only one model of the group {model.plan.group} may be loaded, and {name} is", 1.0, stuck=True)
-    return _swap(model, places, rivals, fleet, view)
+    return _swap(model, places, rivals, fleet, free, view)
 
 
-def _unasked(model: Model, places: list[Place], fleet: Fleet, view: Look) -> Turn:
+def _unasked(model: Model, places: Sequence[Place], fleet: Fleet, view: Look) -> Turn:
     """Somebody wants it loaded, and no job waits for it: it takes what is free and ends nobody.
 
     An order of the owner ends others, but none that has work: its jobs are somebody's, and the order is nobody's job.
     """
     if fleet.freeing and model.plan.gpu:
         return Later(f"waits for the end of a hold: {fleet.freeing}", LATEST_S, stuck=True)
-    free = [place for place in places if _fits(place, fleet.gpus) and not any(fleet.gpus[uuid].shut for uuid in place)]
+    free = fleet.free()
+    found = [place for place in _free(places, free) if not any(fleet.gpus[uuid].shut for uuid in place)]
     rivals = fleet.rivals(model)
-    if model.ordered and (rivals or not free):
-        return _ordered(model, places, rivals, fleet, view.now)
-    if not free or rivals:
+    if model.ordered and (rivals or not found):
+        return _ordered(model, places, rivals, fleet, free, view.now)
+    if not found or rivals:
         return Later("waits until there is room, for nobody is ended for a preload", LATEST_S, stuck=True)
-    return Go(min(free, key=lambda place: _rank(place, fleet.gpus, view.spread)))
+    return Go(min(found, key=lambda place: _rank(place, fleet.gpus, view.spread)))
 
 
-def _ordered(model: Model, places: list[Place], rivals: list[Instance], fleet: Fleet, now: float) -> Swap | Later:
+def _ordered(
+    model: Model, places: Sequence[Place], rivals: list[Instance], fleet: Fleet, free: dict[str, int], now: float
+) -> Swap | Later:
     """Clear the place that harms least of those where nobody has work."""
-    if any(each.model.plan.pin or each.stage is Stage.LOADING for each in rivals):
+    if any(each.model.plan.pin or each.stage is _LOADING for each in rivals):
         name = rivals[0].model.plan.name
         return Later(f"only one model of the group {model.plan.group} may be loaded, and {name} is", 1.0, stuck=True)
     best: Swap | None = None
-    least, works = math.inf, False
+    least, works, room = math.inf, False, _room(fleet, free)
     for place in places:
-        found = _clear(model, place, rivals, fleet, now)
+        found = _clear(model, _missing(place, room), rivals, fleet, now)
         if isinstance(found, float):
             works = works or found < math.inf
         elif any(fleet.instances[number].runs or fleet.instances[number].model.waiting for number in found[1]):
@@ -143,11 +149,16 @@ def overdue(model: Model, now: float) -> bool:
     return bool(model.waiting) and not model.ready and now - model.waiting.urgency() >= PATIENCE_S
 
 
-def _open(model: Model, gpus: dict[str, Gpu]) -> tuple[list[Place], str]:
+def _open(model: Model, gpus: dict[str, Gpu]) -> tuple[Sequence[Place], str]:
     """Its places of which no device is held or broken, and why one of the others is.
 
     When there are none, those whose holds let the jobs finish that came before.
     """
+    for gpu in gpus.values():
+        if gpu.shut:
+            break
+    else:
+        return model.places, ""
     places, reason = list[Place](), ""
     for place in model.places:
         for uuid in place:  # not `any`: this runs for every place of every look
@@ -165,20 +176,39 @@ def _open(model: Model, gpus: dict[str, Gpu]) -> tuple[list[Place], str]:
     return places, reason
 
 
-def _fits(place: Place, gpus: dict[str, Gpu]) -> bool:
-    for uuid, share in place.items():
-        gpu = gpus[uuid]
-        if gpu.plan.total_bytes - gpu.margin - gpu.foreign - gpu.ours - gpu.reserved < share:
-            return False
-    return True
+def _free(places: Sequence[Place], free: dict[str, int]) -> list[Place]:
+    """Those that are free now."""
+    found = list[Place]()
+    for place in places:
+        for uuid, share in place.items():
+            if free[uuid] < share:
+                break
+        else:
+            found.append(place)
+    return found
 
 
-def _lack(place: Place, gpus: dict[str, Gpu]) -> int:
-    lack = 0
-    for uuid, share in place.items():
-        gpu = gpus[uuid]
-        lack += share - gpu.free - gpu.coming
-    return lack
+def _room(fleet: Fleet, free: dict[str, int]) -> dict[str, int]:
+    """Device -> bytes that will be free when all that ends has ended."""
+    return {uuid: free[uuid] + gpu.coming for uuid, gpu in fleet.gpus.items()}
+
+
+def _missing(place: Place, room: dict[str, int]) -> dict[str, int]:
+    return {uuid: lack for uuid, share in place.items() if (lack := share - room[uuid]) > 0}
+
+
+def _least_lacking(places: Sequence[Place], room: dict[str, int]) -> Sequence[Place]:
+    """The few that lack least, of many: of equals the first."""
+    if len(places) <= MOST_PLACES:
+        return places
+    lacks = list[tuple[int, int]]()
+    for number, place in enumerate(places):
+        lack = 0
+        for uuid, share in place.items():
+            lack += share - room[uuid]
+        lacks.append((lack, number))
+    lacks.sort()
+    return [places[number] for _lack, number in lacks[:MOST_PLACES]]
 
 
 def _drain_s(model: Model) -> float:
@@ -197,19 +227,20 @@ def _working(gpu: Gpu) -> float:
     return sum(1.0 if each.runs or each.model.waiting else 0.25 for each in gpu.instances.values())
 
 
-def _swap(model: Model, places: list[Place], rivals: list[Instance], fleet: Fleet, view: Look) -> Swap | Later:
+def _swap(
+    model: Model, places: Sequence[Place], rivals: list[Instance], fleet: Fleet, free: dict[str, int], view: Look
+) -> Swap | Later:
     if view.ahead is not None and overdue(view.ahead, view.now):
         # What the one ahead could use is that one's first.
         reach = view.ahead.reach
         places = [place for place in places if reach.isdisjoint(place)]
         if not places:
             return Later(f"{view.ahead.plan.name} has waited longer", LATEST_S)
-    if len(places) > MOST_PLACES:
-        places = sorted(places, key=lambda place: _lack(place, fleet.gpus))[:MOST_PLACES]
+    room = _room(fleet, free)
     best: Swap | None = None
     least, soonest = 0.0, math.inf
-    for place in places:
-        found = _clear(model, place, rivals, fleet, view.now)
+    for place in _least_lacking(places, room):
+        found = _clear(model, _missing(place, room), rivals, fleet, view.now)
         if isinstance(found, float):
             soonest = min(soonest, found)
         elif best is None or found[0] < least:
@@ -227,29 +258,42 @@ def _swap(model: Model, places: list[Place], rivals: list[Instance], fleet: Flee
 
 
 def _clear(
-    model: Model, place: Place, rivals: list[Instance], fleet: Fleet, now: float
+    model: Model, missing: dict[str, int], rivals: list[Instance], fleet: Fleet, now: float
 ) -> tuple[float, tuple[int, ...]] | float:
-    """The price of clearing a place and who has to go; or in how many seconds it may be possible, inf for unknown."""
-    missing: dict[str, int] = {}
-    for uuid, share in place.items():
-        gpu = fleet.gpus[uuid]
-        if (lack := share - gpu.free - gpu.coming) > 0:
-            missing[uuid] = lack
+    """The price of clearing a place and who has to go; or in how many seconds it may be possible, inf for unknown.
+
+    Args:
+        missing: device -> bytes that the place lacks.
+    """
     price, who = 0.0, tuple[int, ...]()
-    for rival in rivals:
-        if rival.stage is Stage.READY:
-            price += _harm(model, rival, now)
-            who = (*who, rival.id)
-            for uuid, share in rival.shares.items():
-                missing[uuid] = missing.get(uuid, 0) - share
-    missing = {uuid: lack for uuid, lack in missing.items() if lack > 0}
+    if rivals:
+        for rival in rivals:
+            if rival.stage is _READY:
+                price += _harm(model, rival, now)
+                who = (*who, rival.id)
+                for uuid, share in rival.shares.items():
+                    missing[uuid] = missing.get(uuid, 0) - share
+        missing = {uuid: lack for uuid, lack in missing.items() if lack > 0}
     if not missing:
         return price, who
-    tenants, soonest = _tenants(model, missing, who, fleet, now)
+    movable, soonest = _movable(model, missing, who, fleet, now)
+    if not movable or not _enough(movable, missing):
+        return soonest  # asked first, for a price costs an exponential and mostly is in vain
+    tenants = [Tenant(str(each.id), each.shares, _harm(model, each, now)) for each in movable]
     chosen = _cheapest(tenants, missing)
-    if not chosen:
-        return soonest
     return price + sum(each.price for each in chosen), (*who, *(int(each.name) for each in chosen))
+
+
+def _enough(movable: list[Instance], missing: dict[str, int]) -> bool:
+    """Whether all of these together hold what is missing."""
+    for uuid, lack in missing.items():
+        for each in movable:
+            lack -= each.shares.get(uuid, 0)
+            if lack <= 0:
+                break
+        else:
+            return False
+    return True
 
 
 def _cheapest(tenants: list[Tenant], missing: dict[str, int]) -> tuple[Tenant, ...]:
@@ -259,26 +303,28 @@ def _cheapest(tenants: list[Tenant], missing: dict[str, int]) -> tuple[Tenant, .
     return greedy_on_one(tenants, uuid, lack)
 
 
-def _tenants(
+def _movable(
     model: Model, missing: dict[str, int], taken: tuple[int, ...], fleet: Fleet, now: float
-) -> tuple[list[Tenant], float]:
-    """Who on these devices could go; and in how many seconds the next one that has work could."""
-    found, soonest = dict[int, Tenant](), math.inf
+) -> tuple[list[Instance], float]:
+    """Who on these devices could go; and in how many seconds the next one that has work could.
+
+    The inner loop of a look: what is rarely true is asked last.
+    """
+    found, soonest, load_s = dict[int, Instance](), math.inf, model.load_s
     for uuid in missing:
         for each in fleet.gpus[uuid].instances.values():
-            other = each.model
-            if other.plan.pin or other is model or each.id in taken:
-                continue
-            if each.stage is Stage.LOADING:
-                soonest = min(soonest, LATEST_S)
-            elif each.stage is Stage.READY:
-                swap_s = model.load_s + other.load_s + UNLOAD_S
+            if each.stage is _READY:
+                other = each.model
                 if each.runs or other.waiting:
-                    rest = each.ready_at + SLICES * swap_s - now
+                    rest = each.ready_at + SLICES * (load_s + other.load_s + UNLOAD_S) - now
                     if rest > 0:
-                        soonest = min(soonest, rest)
+                        if rest < soonest and not (other.plan.pin or other is model or each.id in taken):
+                            soonest = rest
                         continue
-                found[each.id] = Tenant(str(each.id), each.shares, _harm(model, each, now))
+                if not (other.plan.pin or other is model or each.id in taken):
+                    found[each.id] = each
+            elif each.stage is _LOADING and soonest > LATEST_S and not (each.model.plan.pin or each.model is model):
+                soonest = LATEST_S
     return list(found.values()), soonest
 
 

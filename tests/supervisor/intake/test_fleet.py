@@ -34,6 +34,15 @@ def test_memory_is_written_down_once():
     assert books.gpus["g"].free == 60
 
 
+def test_the_smallest_share_of_a_model_follows_its_places():
+    model = fleet().models["a"]
+    assert model.least == 5
+    model.move(({"g": 30}, {"h": 25}), {})
+    assert model.least == 25
+    model.move(({},), {})
+    assert model.least == 0
+
+
 def test_what_drained_may_stay():
     books = fleet()
     one = Instance(1, books.models["a"], {"g": 20})
@@ -74,3 +83,4 @@ def test_the_sums_are_those_of_the_instances(steps):
             assert gpu.ours == sum(each.shares[uuid] for each in books.instances.values())
             assert gpu.coming == sum(each.shares[uuid] for each in books.instances.values() if not each.live)
             assert set(gpu.instances) == set(books.instances)
+            assert books.free()[uuid] == gpu.free == 90 - gpu.ours

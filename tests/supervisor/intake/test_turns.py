@@ -52,6 +52,37 @@ def test_a_free_place_is_taken(spread, where):
     assert judge(books, spread=spread) == Go({where: 60})
 
 
+def test_a_model_that_takes_no_memory_loads_though_other_programs_hold_more_than_there_is():
+    books = fleet(sizes=(100,), needs={"new": 0, "a": 60})
+    books.models["new"].move(({},), {})
+    books.gpus["g0"].foreign = 150
+    jobs(books.models["new"], 1)
+    assert judge(books) == Go({})
+
+
+def test_the_few_places_that_lack_least_are_priced_and_of_equals_the_first():
+    books = fleet(sizes=(100,) * 6)
+    tenants = [put(books, "a" if number % 2 else "b", f"g{number}", runs=1) for number in range(6)]
+    for one in tenants:
+        one.model.demand = Demand(0.01, NOW)
+    books.gpus["g1"].foreign = 30  # what is there, but of other programs, lacks more
+    tenants[5].runs = 0  # the cheapest to end, and the fifth of five equals
+    jobs(books.models["new"], 40, waited_s=60.0)
+    assert judge(books) == Swap({"g0": 60}, (tenants[0].id,))
+
+
+def test_several_go_when_together_they_hold_enough_and_none_when_they_do_not():
+    books = fleet(sizes=(100,), needs={"new": 90, "a": 40, "b": 40})
+    first, second = put(books, "a", "g0"), put(books, "b", "g0")
+    books.gpus["g0"].foreign = 10
+    jobs(books.models["new"], 1)
+    turn = judge(books)
+    assert isinstance(turn, Swap)
+    assert sorted(turn.who) == [first.id, second.id]
+    books.gpus["g0"].foreign = 11  # 89 would be free without both
+    assert judge(books) == Later("pinned models, other programs or loads hold the memory", LATEST_S, stuck=True)
+
+
 def test_an_idle_model_goes_at_once_and_the_cheaper_one():
     books = fleet()
     dear, cheap = put(books, "a", "g0"), put(books, "b", "g1")
