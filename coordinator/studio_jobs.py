@@ -74,6 +74,7 @@ class StudioJobs:
         self._given: dict[str, Given] = {}
         self._done: dict[str, str] = {}  # job -> verdict of its end
         self._acks: dict[Key, str] = {}  # the frame that acknowledges an end
+        self._begun: set[Key] = set()  # their watchers were told that the work has begun
 
     # ---- looking -------------------------------------------------------------------------------------------
 
@@ -147,6 +148,13 @@ class StudioJobs:
             await self._end(given, "", body)
         return self._done.get(job)
 
+    def works_on(self, job: str) -> None:
+        """The worker runs this job, it says: whoever waits for a stream may have its headers now."""
+        given = self.given(job)
+        if given is not None and given.key not in self._begun:
+            self._begun.add(given.key)
+            self._attempts.started(self._worker, given.key)
+
     def idle(self, now: float, let_go_s: float) -> None:
         """The worker runs nothing, it says: what was abandoned takes its slot no more, once its offer is that old."""
         for held in list(self._worker.attempts.values()):
@@ -208,6 +216,7 @@ class StudioJobs:
             await self._attempts.accept(self._worker, given.key)
 
     def _forget(self, key: Key, verdict: str) -> None:
+        self._begun.discard(key)
         given = self._given.get(key[0])
         if given is not None and given.key == key:
             del self._given[key[0]]

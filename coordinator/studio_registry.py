@@ -176,9 +176,10 @@ class Registrations:
         """
         token = f"bhs_{secrets.token_urlsafe(32)}"
         now = self._now_ms()
+        if self._own(request, secret) is None:
+            return None  # strangers take no lock: they may ask as often as they like
         with self._transaction():
-            row = self._one("SELECT secret, state, reason, worker FROM registrations WHERE id = ?", request)
-            if row is None or not hmac.compare_digest(bytes(row["secret"]), digest(secret)):
+            if (row := self._own(request, secret)) is None:
                 return None
             if row["state"] != "approved":
                 self._db.execute("UPDATE registrations SET seen_ms = ? WHERE id = ?", (now, request))
@@ -187,6 +188,10 @@ class Registrations:
                 "UPDATE registrations SET seen_ms = ?, token = ? WHERE id = ?", (now, digest(token), request)
             )
             return Polled("approved", worker=row["worker"], token=token)
+
+    def _own(self, request: str, secret: str) -> sqlite3.Row | None:
+        row = self._one("SELECT secret, state, reason, worker FROM registrations WHERE id = ?", request)
+        return row if row is not None and hmac.compare_digest(bytes(row["secret"]), digest(secret)) else None
 
     def admits(self, worker: str, token: str) -> bool:
         """Whether this is the worker's token of now."""

@@ -332,9 +332,8 @@ class StudioSession:
         if beat.current_job_id is None:
             self.jobs.idle(self._beat_at, self._settings.let_go_s)
             self._attempts.look_again()
-        elif given := self.jobs.given(beat.current_job_id):
-            # The engine is at it: whoever waits for a stream may have its headers now.
-            self._attempts.started(self._here, given.key)
+        else:
+            self.jobs.works_on(beat.current_job_id)
 
     def _announce(self) -> None:
         """Its capabilities, or our own mind about it, changed. What has not is not said: it would lift a pause."""

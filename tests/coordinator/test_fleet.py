@@ -42,8 +42,9 @@ def fleet(*workers: Worker) -> Fleet:
     return made
 
 
-def record(job: str = "j", name: str = "chat", kind: str = "llm") -> JobRecord:
-    return JobRecord(id=job, kind=kind, model=name, state="queued", tenant="t", attempt=1, created_ms=0, params=b"\x80")
+def record(job: str = "j", name: str = "chat", kind: str = "llm", **more: Any) -> JobRecord:
+    fixed: dict[str, Any] = {"state": "queued", "tenant": "t", "attempt": 1, "created_ms": 0, "params": b"\x80"}
+    return JobRecord(id=job, kind=kind, model=name, **fixed, **more)
 
 
 def placed(made: Fleet, job: str = "j", now: float = 0.0, **options: Any) -> str | None:
@@ -181,3 +182,27 @@ def test_models_are_summed_over_workers() -> None:
     assert (chat.name, chat.kinds, chat.workers, chat.slots) == ("chat", ("embedding", "llm"), ("a", "b"), 3)
     assert (chat.limits, chat.engines, chat.resident) == ({"n_ctx": 4096}, ("e", "x"), True)
     assert (other.name, other.resident) == ("zzz", False)
+
+
+def test_who_takes_one_job_at_once_has_one_slot_over_all_models() -> None:
+    one = worker("a", model(slots=4), model("other"))
+    one.at_once = 1
+    made = fleet(one)
+    assert one.slots == made.views()[0].slots == 1
+    assert made.wants(0.0) == [Want("chat", ("llm",), 1), Want("other", ("llm",), 1)]
+    hold(one, "x", "other", "llm")
+    assert made.wants(0.0) == []
+    assert placed(made) is None
+
+
+def test_a_job_that_needs_more_memory_than_the_threshold_is_not_for_it() -> None:
+    small, large = worker("a"), worker("b", model(slots=2), busy=1)
+    small.vram_gb, large.vram_gb = 8.0, 16.0
+    made = fleet(small, large)
+    assert placed(made) == "a"
+    assert placed(made, vram_gb_estimate=8.5) == "b"
+    assert placed(made, vram_gb_estimate=17.0) is None
+
+
+def test_of_equals_the_one_that_connected_first_is_taken() -> None:
+    assert placed(fleet(worker("z"), worker("a"))) == "z"
