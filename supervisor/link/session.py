@@ -191,6 +191,7 @@ class _Span:
         self._beat_s = 5.0
         self._beats = self._answered = 0
         self._patience = trio.CancelScope()
+        self._closing = False
         self._sleepy = False  # it slept since we last heard anything
         self._opened_at: float | None = None
         self._stream: Stream | None = None
@@ -215,6 +216,7 @@ class _Span:
             nursery.start_soon(SleepWatch(self._slept, clocks=self._clocks, interval_s=SLEEP_LOOK_S).run)
             await self._read(socket)
         finally:
+            self._closing = True
             if self._opened_at is not None:
                 self._side.closed()
             if socket is not None:
@@ -286,6 +288,8 @@ class _Span:
     async def _keep_beating(self) -> None:
         while True:
             await trio.sleep(self._beat_s)
+            if self._closing:
+                return  # it would only hide why
             if self._beats - self._answered >= UNANSWERED_BEATS:
                 raise _Over(Why.LOST, f"{self._address.url} did not answer the last {UNANSWERED_BEATS} heartbeats")
             self._beat()
@@ -296,6 +300,8 @@ class _Span:
 
     def _slept(self, seconds: float) -> None:
         """The machine did; whatever was left of our patience was meant for a peer that heard us all the while."""
+        if self._closing:
+            return
         log.info("the machine slept for %.0f s; is the coordinator still there?", seconds)
         self._beat()
         self._sleepy = True
