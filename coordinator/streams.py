@@ -159,6 +159,7 @@ class JobStream(Response):
         names: Mapping[str, str] = NO_NAMES,
         closing: Closing | None = None,
         shape: Shape = EVENTS,
+        headers: Mapping[str, str] = NO_NAMES,
     ) -> None:
         """Prepare.
 
@@ -168,12 +169,14 @@ class JobStream(Response):
             names: the engine's field names -> the route's, for refusals.
             closing: what comes after the ends of all jobs; it gets their records in the order of `jobs`.
             shape: of the stream.
+            headers: of the response, beside those that every stream has.
         """
         self._parts = parts
         self._jobs = jobs
         self._names = names
         self._closing = closing
         self._shape = shape
+        self._more = headers
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,7 +190,8 @@ class JobStream(Response):
                     for submission, _ in self._jobs
                 ]
                 first = opened[0][0]
-                writer = EventWriter(send, job_headers(first), self._parts.limits.comment_s, self._shape)
+                headers = {**self._more, **job_headers(first)}
+                writer = EventWriter(send, headers, self._parts.limits.comment_s, self._shape)
                 async with anyio.create_task_group() as group:
                     group.start_soon(writer.comment_forever)
                     group.start_soon(writer.begin_after, patience)

@@ -262,6 +262,16 @@ class TtsParams(Params, frozen=True):
             raise ValueError("text: there is nothing to say in an empty text")
 
 
+class TtsChunk(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Data of a `chunk` of kind audio_tts: the next bytes of the file that is being made.
+
+    Only of formats that are written from front to back; of others nothing is streamed, and nothing after the last
+    chunk either: the file has it all.
+    """
+
+    audio: bytes
+
+
 class AudioResult(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The one output file is the audio."""
 

@@ -36,10 +36,11 @@ from engines.runtime.contract import (
     refuse,
 )
 from engines.runtime.threads import threads_of
-from protocol.work import AUDIO_MIME, AudioResult, TtsParams
+from protocol.work import AUDIO_MIME, AudioResult, TtsChunk, TtsParams
 
 _FIXTURE = Path(__file__).parent / "fixture"
 _OPTIONS = ("voices", "slots", "threads", "espeak_data")
+_CHUNK_BYTES = 64 * 2**10
 _Slots = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
@@ -134,6 +135,8 @@ class Piper(Engine):
                 for number, piece in enumerate(work):
                     job.check_cancelled()
                     output.write(voices.speak(self._voice, piece, speaker, params.speed, stop))
+                    if job.stream and output.streams:
+                        _tell(job, output.fresh())
                     job.progress(number + 1, len(work), phase="sentence")
         finally:
             del self._running[job]
@@ -145,6 +148,11 @@ class Piper(Engine):
         """Stop the piece that is being computed; onnxruntime looks between the nodes of its graph."""
         if stop := self._running.get(job):
             stop.terminate()
+
+
+def _tell(job: Job, data: bytes) -> None:
+    for at in range(0, len(data), _CHUNK_BYTES):
+        job.emit(TtsChunk(audio=data[at : at + _CHUNK_BYTES]))
 
 
 def tone_case(text: str, model: str, expected: str | None = None, **params: Any) -> Case:

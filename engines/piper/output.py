@@ -26,17 +26,25 @@ _RATES: dict[str, tuple[int, ...]] = {
     "mp3": (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000),
 }
 
+# What is written of these stays as it is, but for the first frame of MP3, whose rewritten form holds only the length.
+_FRONT_TO_BACK = frozenset({"ogg", "opus", "mp3", "pcm"})
+
 # libsndfile's Vorbis encoder keeps a whole write on its stack and overflows it with minutes of audio.
 _BLOCK = 16_384
 
 
 class Output:
-    """One file being written; `with` closes it. `rate` in Hz, `seconds` written so far."""
+    """One file being written; `with` closes it. `rate` in Hz, `seconds` written so far.
+
+    `streams`: whether `fresh` may be used.
+    """
 
     def __init__(self, path: Path, format_: str, rate: int) -> None:
         self._from = rate
         self.rate = next((fit for fit in _RATES.get(format_, (rate,)) if fit >= rate), 48_000)
         container, encoding = _ENCODINGS[format_]
+        self._path, self._told = path, 0
+        self.streams = format_ in _FRONT_TO_BACK
         self._samples = 0
         self._file: Any = soundfile.SoundFile(
             path, "w", samplerate=self.rate, channels=1, format=container, subtype=encoding, endian=_endian(format_)
@@ -52,6 +60,15 @@ class Output:
         self._samples += fitted.size
         for at in range(0, fitted.size, _BLOCK):
             self._file.write(np.clip(fitted[at : at + _BLOCK], -1.0, 1.0))
+
+    def fresh(self) -> bytes:
+        """What came to the file since the last call. Encoders keep some samples back, so it may be nothing."""
+        self._file.flush()
+        with self._path.open("rb") as file:
+            file.seek(self._told)
+            data = file.read()
+        self._told += len(data)
+        return data
 
     def __enter__(self) -> Output:
         return self

@@ -84,6 +84,32 @@ def test_every_format_at_every_speed(child, format_):
             assert heard(answer) == text, speed
 
 
+@pytest.mark.parametrize("format_", work.AUDIO_MIME)
+def test_what_is_streamed_is_the_file_as_it_grows(espeak, format_, tmp_path):
+    """A listener who takes the pieces, and then the rest of the file, hears what the file says."""
+    asked = {"text": "Hello world. " * 12, "format": format_}
+    answer = espeak.run("audio_tts", asked, stream=True)
+    whole = answer.files[0].read_bytes()
+    pieces = [chunk["audio"] for chunk in answer.chunks]
+    if format_ in ("wav", "flac"):
+        assert pieces == [], "their beginning is written last"
+        return
+    assert len(pieces) > 1, "nothing came before the end"
+    streamed = b"".join(pieces)
+    assert len(streamed) > len(whole) / 2
+    # An MP3's first frame is rewritten with the length at the end.
+    start = 2000 if format_ == "mp3" else 0
+    assert streamed[start:] == whole[start : len(streamed)]
+    if format_ != "pcm":
+        (tmp_path / "heard").write_bytes(streamed + whole[len(streamed) :])
+        config = Path(f"{ESPEAK}.json")
+        assert tones.decode_file(tmp_path / "heard", config) == tones.decode_file(answer.files[0], config)
+
+
+def test_nothing_is_streamed_unasked(child):
+    assert child.run("audio_tts", {"text": "hello", "format": "pcm"}).chunks == []
+
+
 def test_speed_sets_the_length(child):
     lengths = [
         child.run("audio_tts", {"text": "hello world", "speed": speed}).body.duration for speed in (0.5, 1.0, 2.0)
