@@ -8,6 +8,7 @@ attempt's folder is about to go.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import logging
@@ -83,7 +84,8 @@ class GoliatDelivery:
         try:
             await trio.to_thread.run_sync(write)
         except OSError as error:
-            raise refuse("worker_disk_full", f"The study's config cannot be written: {error.strerror}.") from None
+            code = "worker_disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "worker_failed"
+            raise refuse(code, f"The study's config cannot be written: {error.strerror}.") from None
         moved(len(config))
 
     # ---- out

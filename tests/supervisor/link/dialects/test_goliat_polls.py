@@ -1,0 +1,166 @@
+"""An assignment counts as ours only when it is, and a failed one is never left completed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from supervisor.link.dialects.goliat_http import Http, Trouble
+from supervisor.link.dialects.goliat_notes import Notes
+from supervisor.link.dialects.goliat_polls import MOST_CLAIMS, Assigned, Claimed
+from supervisor.link.dialects.goliat_wire import Odd, Slip
+from supervisor.testing_goliat import Answer, Dashboard, open_dashboard
+
+
+class Bench:
+    def __init__(self, folder: Path, dashboard: Dashboard, http: Http) -> None:
+        self.dashboard, self.notes = dashboard, Notes(folder)
+        self.claimed, self.assigned = Claimed(http, "box", "x", 0.0), Assigned(http, "box")
+
+    async def claim(self) -> Slip | None:
+        found = await self.claimed.next(self.notes, lambda _job: 1)
+        return None if found is None else found.slip
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with open_dashboard() as dashboard, Http(dashboard.url) as http:
+        yield Bench(tmp_path, dashboard, http)
+
+
+async def test_the_lowest_pending_index_is_claimed_and_noted(bench: Bench) -> None:
+    parts = bench.dashboard.study("x", {"n": 0}, {"n": 1}, {"n": 2})
+    parts[0].status = "COMPLETED"
+    bench.dashboard.studies["s1"] = ("x", parts[::-1])
+    found = await bench.claimed.next(bench.notes, lambda _job: 7)
+    assert found is not None
+    assert (found.slip.id, found.slip.index, found.slip.attempt, found.config) == (parts[1].id, 1, 7, b'{"n":1}')
+    assert parts[1].worker == found.slip.worker
+    assert await bench.notes.all() == {found.slip.job: found.slip}
+    assert await bench.claimed.ours(found.slip)
+
+
+async def test_a_claim_that_somebody_overwrote_is_not_ours(bench: Bench) -> None:
+    first, second = bench.dashboard.study("x", {}, {})
+
+    def steal() -> None:  # at the look after the claim
+        if first.status == "RUNNING":
+            first.worker = "w-other"
+
+    bench.dashboard.before["/api/super-studies/s1/assignments"] = steal
+    slip = await bench.claim()
+    assert slip is not None
+    assert slip.id == second.id
+    assert first.worker == "w-other"
+    assert set(await bench.notes.all()) == {second.id}
+
+
+async def test_where_others_are_always_faster_it_gives_up_for_now(bench: Bench) -> None:
+    parts = bench.dashboard.study("x", *[{}] * 10)
+
+    def steal() -> None:
+        for part in parts:
+            if part.status == "RUNNING":
+                part.worker = "w-other"
+
+    bench.dashboard.before["/api/super-studies/s1/assignments"] = steal
+    assert await bench.claim() is None
+    assert sum(part.status == "RUNNING" for part in parts) == MOST_CLAIMS
+    assert await bench.notes.all() == {}
+
+
+@pytest.mark.parametrize("stumble", ["drop", Answer(500)])
+async def test_whether_a_claim_got_through_is_looked_up(bench: Bench, stumble: Answer | str) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    bench.dashboard._worker("box")
+    bench.dashboard.stumbles[f"/api/assignments/{part.id}/claim"] = [stumble]
+    slip = await bench.claim()
+    assert (slip is not None) == (stumble == "drop") == (part.status == "RUNNING")
+    assert len(await bench.notes.all()) == (stumble == "drop")
+
+
+async def test_a_claim_that_was_refused_leaves_no_note(bench: Bench) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    bench.dashboard.stumbles[f"/api/assignments/{part.id}/claim"] = [Answer(429)]
+    with pytest.raises(Trouble):
+        await bench.claim()
+    assert await bench.notes.all() == {}
+
+
+@pytest.mark.parametrize("change", ["stolen", "reset", "gone", "no study"])
+async def test_what_went_to_somebody_else_is_not_ours_any_more(bench: Bench, change: str) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    match change:
+        case "stolen":
+            part.worker = "w-other"
+        case "reset":
+            part.status, part.worker = "PENDING", None
+        case "gone":
+            bench.dashboard.studies["s1"] = ("x", [])
+        case "no study":
+            bench.dashboard.studies.clear()
+    assert not await bench.claimed.ours(slip)
+
+
+async def test_a_failed_assignment_that_another_end_completed_is_failed_again(bench: Bench) -> None:
+    failed, good = bench.dashboard.study("x", {}, {})
+    slip = await bench.claim()
+    assert slip is not None
+    await bench.claimed.note_failure(slip, bench.notes)
+    ours = await bench.claim()
+    assert ours is not None
+
+    async def finished() -> None:
+        await trio.lowlevel.checkpoint()
+        message = {"machineId": "box", "message": {"type": "finished"}}
+        bench.dashboard._update(message)
+
+    await finished()
+    assert [failed.status, good.status] == ["COMPLETED", "RUNNING"]  # what the real one may do
+    await bench.claimed.settle(ours, bench.notes, finished)
+    assert [failed.status, good.status] == ["RUNNING", "COMPLETED"]
+    failed.status, failed.worker = "PENDING", None
+    await bench.claimed.settle(ours, bench.notes, finished)
+    assert slip.job not in await bench.notes.all(), "somebody has reset it: it is not ours to watch"
+
+
+async def test_a_dashboard_that_never_settles_does_not_hold_us_for_ever(bench: Bench) -> None:
+    bench.dashboard.study("x", {}, {})
+    slip = await bench.claim()
+    assert slip is not None
+    await bench.claimed.note_failure(slip, bench.notes)
+    ours = await bench.claim()
+    assert ours is not None
+    tries = 0
+
+    async def ignored() -> None:
+        nonlocal tries
+        await trio.lowlevel.checkpoint()
+        tries += 1
+
+    await bench.claimed.settle(ours, bench.notes, ignored)
+    assert tries == 2
+
+
+async def test_the_planned_one_gives_and_notes(bench: Bench) -> None:
+    bench.dashboard.give("a", b"config")
+    bench.dashboard.give("b", b"config", flat=True)
+    for id_ in ("a", "b"):
+        found = await bench.assigned.next(bench.notes, lambda _job: 2)
+        assert found is not None
+        assert (found.slip.id, found.slip.attempt, found.config) == (id_, 2, None)
+        assert found.config_url.endswith(f"/configs/{id_}")
+        assert id_ in await bench.notes.all()
+        assert await bench.assigned.ours(found.slip)
+    assert await bench.assigned.next(bench.notes, lambda _job: 1) is None
+    bench.dashboard.queue.append([])
+    with pytest.raises(Odd):
+        await bench.assigned.next(bench.notes, lambda _job: 1)
+    slip = (await bench.notes.all())["a"]
+    await bench.assigned.note_failure(slip, bench.notes)
+    assert set(await bench.notes.all()) == {"b"}
