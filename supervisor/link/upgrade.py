@@ -42,12 +42,17 @@ async def upgrade(
     parts: urllib.parse.SplitResult,
     subprotocol: str,
     headers: Sequence[tuple[bytes, bytes]],
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    inbox: int = INBOX_MESSAGES,
 ) -> WebSocketConnection | None:
     """Ask for the WebSocket of an address; None when the connection was closed before there was one.
 
     Args:
         nursery: where it is read, for as long as it lasts; a refusal (`ConnectionRejected`) is raised there.
         stream: a connection to where `parts` says.
+        max_message_bytes: a larger message ends the connection with 1009.
+        inbox: messages that may wait to be taken.
     """
     socket: WebSocketConnection | None = None
     over = trio.Event()
@@ -60,8 +65,8 @@ async def upgrade(
             parts.path + (f"?{parts.query}" if parts.query else ""),
             subprotocols=[subprotocol],
             extra_headers=list(headers),
-            max_message_size=MAX_MESSAGE_BYTES,
-            message_queue_size=INBOX_MESSAGES,
+            max_message_size=max_message_bytes,
+            message_queue_size=inbox,
             receive_buffer_size=2**16,
         )
         race.cancel_scope.cancel()

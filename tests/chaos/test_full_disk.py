@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import random
 import shutil
@@ -39,6 +40,7 @@ CLIP = b"clip" * 5_000
 LONG = "x" * 70_000  # too long to go inline
 BODIES: dict[str, dict[str, str]] = {"file": {"t": "a"}, "long": {"t": LONG}, "fault": {}, "short": {"t": "c"}}
 SAMPLE = 8
+log = logging.getLogger(__name__)
 
 
 class Ration:
@@ -257,6 +259,9 @@ async def test_the_disk_is_full_at_every_write_in_turn(tmp_path: Path, monkeypat
         (tmp_path / "all").mkdir()
         whole = await writes_of_the_road(tmp_path / "all", patch)
     assert whole > len(BODIES) * 3
+    log.info(
+        "seed %d: the road has %d writes, of which %s", SEED, whole, "all are tried" if EVERY else f"{SAMPLE} are tried"
+    )
     numbers = range(whole) if EVERY else sorted(random.Random(SEED).sample(range(whole), min(SAMPLE, whole)))
     for number in numbers:
         with monkeypatch.context() as patch:
