@@ -48,7 +48,7 @@ def due(base: Baseline | None, reading: Reading, table: RecycleTable) -> str:
     if not reading.jobs:
         return ""
     if table.after_jobs and reading.jobs >= table.after_jobs:
-        return f"it did {reading.jobs} jobs"
+        return f"it did {reading.jobs} job{'' if reading.jobs == 1 else 's'}"
     if table.after_s and reading.age_s >= table.after_s:
         return f"it is {reading.age_s:.0f} s old"
     if base is None:
