@@ -20,8 +20,8 @@ from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
 from coordinator.store import Store
-from coordinator.store.base import Ending, OpenAttempt
-from coordinator.store.threads import StoreThreads
+from coordinator.store.base import Done, Ending, Held, OpenAttempt
+from coordinator.store.threads import StoreThreads, Together
 from protocol import link_wire as wire
 from protocol.faults import Fault
 
@@ -88,6 +88,8 @@ class Attempts:
         self.fleet, self.counters = Fleet(), Counters()
         self._store, self._threads, self._blobs, self._bus = store, threads, blobs, bus
         self._ring, self._freed = ring, freed
+        self._accept = Together(threads, store.accept_many)
+        self._complete = Together(threads, store.complete_many)
         self._orphans: dict[Key, Orphan] = {}
         self._declined: Counter[str] = Counter()
         self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
@@ -167,7 +169,7 @@ class Attempts:
         held = worker.attempts[key]
         if held.state == "abandoned":
             return  # the Cancel is on its way already
-        if await self._threads.write(self._store.accept, *key, worker.id):
+        if await self._accept(Held(*key, worker.id)):
             self.counters.events["accepted"] += 1
             if held.state == "offered":  # not when it was cancelled meanwhile
                 held.state = "running"
@@ -244,7 +246,7 @@ class Attempts:
             log.warning("%s#%d on %s: %s", *key, worker.id, outcome.message)
             await self.fail(worker, key, wire.Fail(fault=outcome, streamed=held.streamed))
             return
-        ending = await self._threads.write(self._store.complete, *key, worker.id, outcome)
+        ending = await self._complete(Done(*key, worker.id, outcome))
         if ending.verdict in ("stored", "late"):
             self.counters.add_usage(held.model, outcome.usage)
         await self._finish(worker, key, ending)

@@ -69,6 +69,23 @@ class Outcome(msgspec.Struct, frozen=True):
     usage: dict[str, float] = {}
 
 
+class Held(msgspec.Struct, frozen=True):
+    """An attempt and the worker that has it."""
+
+    job: str
+    attempt: int
+    worker: str
+
+
+class Done(msgspec.Struct, frozen=True):
+    """An attempt that succeeded, says its worker."""
+
+    job: str
+    attempt: int
+    worker: str
+    outcome: Outcome
+
+
 class Ending(msgspec.Struct, frozen=True):
     """What the end of an attempt changed.
 
@@ -197,11 +214,17 @@ class Store(Shelf, Protocol):
         says so when it comes back (`adopt` takes an offered row, too).
         """
 
+    def accept_many(self, held: Sequence[Held]) -> list[bool]:
+        """`accept` of each, in one transaction."""
+
     def mark_streamed(self, job_id: str, attempt: int, worker: str) -> bool:
         """Before the first chunk is forwarded. False when fenced: then nothing may be forwarded."""
 
     def complete(self, job_id: str, attempt: int, worker: str, outcome: Outcome) -> Ending:
         """Running to succeeded, with result, files and usage, in one transaction."""
+
+    def complete_many(self, done: Sequence[Done]) -> list[Ending]:
+        """`complete` of each, in one transaction: many results cost one sync of the disk."""
 
     def fail(self, job_id: str, attempt: int, worker: str, fault: Fault, streamed: bool = False) -> Ending:
         """Running to queued or failed, as `after_failure` says."""

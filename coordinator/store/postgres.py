@@ -10,17 +10,30 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import msgspec
 import psycopg
 
-from coordinator.store.base import LEFT_BEHIND, SILENT_MS, Beat, Claimed, StoreError, StoreTooNew, Want
+from coordinator.store.base import (
+    LEFT_BEHIND,
+    SILENT_MS,
+    Beat,
+    Claimed,
+    Done,
+    Ending,
+    Held,
+    StoreError,
+    StoreTooNew,
+    Want,
+)
 from coordinator.store.doorbell import Doorbell
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.postgres_schema import MIGRATIONS
-from coordinator.store.rows import Row
+from coordinator.store.rows import Row, record
 from coordinator.store.sql import SqlStore, in_turn
 from coordinator.store.sql_steps import whole
 
 T = TypeVar("T")
+_pack = msgspec.msgpack.encode
 LEAST_VERSION = 150_000
 CONNECTIONS = 8
 _MIGRATING = 0x62756C6B  # of the advisory lock, so that coordinators that start together do not migrate together
@@ -42,6 +55,22 @@ _CLAIM = """
     )
     UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '', gateway = :me
     FROM due WHERE jobs.seq = due.seq RETURNING jobs.*
+"""
+
+
+_ACCEPT = """
+    UPDATE jobs SET state = 'running', worker = held.worker, tries = tries + 1, started_ms = :now
+    FROM unnest(:ids::text[], :attempts::bigint[], :workers::text[]) AS held (id, attempt, worker)
+    WHERE jobs.id = held.id AND jobs.attempt = held.attempt AND state = 'offered'
+    RETURNING jobs.id, jobs.attempt, jobs.worker
+"""
+_COMPLETE = """
+    UPDATE jobs SET state = 'succeeded', result = done.result, files = done.files, usage = done.usage,
+        finished_ms = :now, fault = NULL
+    FROM unnest(:ids::text[], :attempts::bigint[], :workers::text[], :results::bytea[], :files::bytea[],
+        :usages::bytea[]) AS done (id, attempt, worker, result, files, usage)
+    WHERE jobs.id = done.id AND jobs.attempt = done.attempt AND jobs.worker = done.worker AND state = 'running'
+    RETURNING jobs.*
 """
 
 
@@ -145,6 +174,32 @@ class PostgresStore(SqlStore):
             )
         return in_turn(claimed, now)
 
+    def _accept_all(self, held: Sequence[Held], now: int) -> list[bool]:
+        rows = self._all(_ACCEPT, now=now, **_names(held))
+        left = {(row["id"], row["attempt"], row["worker"]) for row in rows}
+        answers = []
+        for one in held:
+            key = (one.job, one.attempt, one.worker)
+            answers.append(key in left)
+            left.discard(key)  # said twice, it was accepted once
+        return answers
+
+    def _complete_all(self, done: Sequence[Done], now: int) -> list[Ending]:
+        """All at once; what that did not change is looked at one by one."""
+        first = {one.job: one for one in reversed(done)}
+        rows = self._all(
+            _COMPLETE,
+            now=now,
+            results=[one.outcome.result for one in first.values()],
+            files=[_pack(one.outcome.files) for one in first.values()],
+            usages=[_pack(one.outcome.usage) for one in first.values()],
+            **_names(list(first.values())),
+        )
+        stored = {row["id"]: Ending("stored", record(row)) for row in rows}
+        return [
+            stored[one.job] if one.job in stored and first[one.job] is one else self._complete(one, now) for one in done
+        ]
+
     def _transaction(self, *, synced: bool = True) -> AbstractContextManager[int]:
         return self._link.transaction(synced=synced)
 
@@ -159,6 +214,14 @@ class PostgresStore(SqlStore):
 
     def _read(self, sql: str, **names: Any) -> Sequence[Row]:
         return self._link.to_the_end(lambda: self._link.read(sql, names))
+
+
+def _names(held: Sequence[Held | Done]) -> dict[str, Any]:
+    return {
+        "ids": [one.job for one in held],
+        "attempts": [one.attempt for one in held],
+        "workers": [one.worker for one in held],
+    }
 
 
 def _rounds(wants: Sequence[Want]) -> list[list[Want]]:

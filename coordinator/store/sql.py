@@ -17,7 +17,9 @@ from coordinator.store.base import (
     Adoption,
     Cancelled,
     Claimed,
+    Done,
     Ending,
+    Held,
     Outcome,
     Purged,
     Want,
@@ -131,19 +133,29 @@ class SqlStore(SqlShelf, SqlReads):
             self._due_now()
         return row is not None
 
-    @whole
     def accept(self, job_id: str, attempt: int, worker: str) -> bool:
         """Offered to running; counts a try. Not synced."""
+        return self.accept_many([Held(job_id, attempt, worker)])[0]
+
+    @whole
+    def accept_many(self, held: Sequence[Held]) -> list[bool]:
+        """`accept` of each, in one transaction."""
         with self._transaction(synced=False) as now:
-            row = self._one(
+            return self._accept_all(held, now)
+
+    def _accept_all(self, held: Sequence[Held], now: int) -> list[bool]:
+        return [
+            self._one(
                 "UPDATE jobs SET state = 'running', worker = :worker, tries = tries + 1, started_ms = :now "
                 "WHERE id = :id AND attempt = :attempt AND state = 'offered' RETURNING id",
-                id=job_id,
-                attempt=attempt,
-                worker=worker,
+                id=one.job,
+                attempt=one.attempt,
+                worker=one.worker,
                 now=now,
             )
-            return row is not None
+            is not None
+            for one in held
+        ]
 
     @whole
     def mark_streamed(self, job_id: str, attempt: int, worker: str) -> bool:
@@ -185,28 +197,38 @@ class SqlStore(SqlShelf, SqlReads):
 
     # ---- endings -------------------------------------------------------------------------------------------
 
-    @whole
     def complete(self, job_id: str, attempt: int, worker: str, outcome: Outcome) -> Ending:
         """Running to succeeded, with result, files and usage, in one transaction."""
-        names: dict[str, Any] = {"id": job_id, "attempt": attempt, "worker": worker, "usage": _pack(outcome.usage)}
+        return self.complete_many([Done(job_id, attempt, worker, outcome)])[0]
+
+    @whole
+    def complete_many(self, done: Sequence[Done]) -> list[Ending]:
+        """`complete` of each, in one transaction: many results cost one sync of the disk."""
         with self._transaction() as now:
-            row = self._changed(
-                "UPDATE jobs SET state = 'succeeded', result = :result, files = :files, usage = :usage, "
-                f"finished_ms = :now, fault = NULL WHERE {_RUNNING} RETURNING *",
-                result=outcome.result,
-                files=_pack(outcome.files),
-                now=now,
-                **names,
-            )
-            if row is not None:
-                return Ending("stored", record(row))
-            # Cancelled while it ran: no result is kept, but the work was done and is counted, once.
-            row = self._one(
-                f"UPDATE jobs SET usage = :usage WHERE {_THIS_ATTEMPT} AND state = 'cancelled' AND usage IS NULL "
-                "RETURNING *",
-                **names,
-            )
-            return Ending("late", record(row)) if row is not None else self._not_ours(names, "succeeded")
+            return self._complete_all(done, now)
+
+    def _complete_all(self, done: Sequence[Done], now: int) -> list[Ending]:
+        return [self._complete(one, now) for one in done]
+
+    def _complete(self, done: Done, now: int) -> Ending:
+        names = {"id": done.job, "attempt": done.attempt, "worker": done.worker, "usage": _pack(done.outcome.usage)}
+        row = self._changed(
+            "UPDATE jobs SET state = 'succeeded', result = :result, files = :files, usage = :usage, "
+            f"finished_ms = :now, fault = NULL WHERE {_RUNNING} RETURNING *",
+            result=done.outcome.result,
+            files=_pack(done.outcome.files),
+            now=now,
+            **names,
+        )
+        if row is not None:
+            return Ending("stored", record(row))
+        # Cancelled while it ran: no result is kept, but the work was done and is counted, once.
+        row = self._one(
+            f"UPDATE jobs SET usage = :usage WHERE {_THIS_ATTEMPT} AND state = 'cancelled' AND usage IS NULL "
+            "RETURNING *",
+            **names,
+        )
+        return Ending("late", record(row)) if row is not None else self._not_ours(names, "succeeded")
 
     @whole
     def fail(self, job_id: str, attempt: int, worker: str, fault: Fault, streamed: bool = False) -> Ending:

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
 from coordinator.store import Store, StoreError
-from coordinator.store.base import SILENT_MS, Outcome, Purged, Want
+from coordinator.store.base import SILENT_MS, Done, Held, Outcome, Purged, Want
 from protocol.faults import Fault, FaultError
 
 CRASH = Fault("engine_crashed", "The engine crashed.")
@@ -307,6 +307,41 @@ def test_no_new_attempt_after_the_first_chunk(store: Store) -> None:
     assert not store.fail(wanted.id, 1, "w1", CRASH).requeued
     assert row(store, wanted.id).streamed
     assert not store.mark_streamed(wanted.id, 1, "w1")
+
+
+def test_many_steps_at_once_are_each_judged_alone(store: Store) -> None:
+    jobs = [job(store, max_attempts=1) for _ in range(5)]
+    claim(store)
+    names = [one.id for one in jobs]
+    held = [Held(names[0], 1, "w1"), Held(names[1], 1, "w1"), Held(names[0], 1, "w1"), Held(names[2], 7, "w1")]
+    assert store.accept_many([*held, Held("job_unknown", 1, "w1"), Held(names[3], 1, "w2")]) == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert store.accept_many([Held(names[4], 1, "w1")]) == [True]
+    store.cancel(names[4], "default", CANCEL)
+    done = [
+        Done(names[0], 1, "w1", DONE),
+        Done(names[1], 1, "w2", DONE),
+        Done(names[0], 1, "w1", Outcome(b"\x80")),
+        Done(names[3], 1, "w2", Outcome(b"\x81\xa1a\x01")),
+        Done(names[4], 1, "w1", DONE),
+        Done(names[4], 1, "w1", DONE),
+        Done("job_unknown", 1, "w1", DONE),
+    ]
+    endings = store.complete_many(done)
+    verdicts = ["stored", "fenced", "again", "stored", "late", "again", "fenced"]
+    assert [ending.verdict for ending in endings] == verdicts
+    assert row(store, names[0]).result == DONE.result
+    assert row(store, names[1]).state == "running"
+    assert row(store, names[3]).result == b"\x81\xa1a\x01"
+    assert endings[0].record == row(store, names[0])
+    assert store.accept_many([]) == []
+    assert store.complete_many([]) == []
 
 
 # ---- cancelling --------------------------------------------------------------------------------------------
