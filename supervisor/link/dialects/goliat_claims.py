@@ -213,6 +213,8 @@ class Studies:
                 self._failed(job, attempt, body.fault)
             case wire.Announce():
                 self._capabilities = body.capabilities
+                if self._work is not None and not self.why_not():  # what it was declined for may be over
+                    self._work.again_at = min(self._work.again_at, self._clock() + 1.0)
                 self._stir()
             case wire.Draining():
                 self._draining = True
