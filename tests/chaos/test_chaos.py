@@ -27,7 +27,10 @@ ENDS_S = 30.0 + JOBS  # to the last end, after the last job was submitted
 ROUGH = Odds(cut=0.004, tear=0.003, stall=0.0005, delay=0.01, double=0.003, corrupt=0.003, forget=0.01)
 ROUGH_TLS = Odds(cut=0.004, tear=0.004, stall=0.0005, delay=0.01, corrupt=0.004)
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="the program whose effect is counted is a shell's"),
+]
 
 
 @pytest.fixture(autouse=True)
