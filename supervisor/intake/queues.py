@@ -13,6 +13,8 @@ from supervisor.intake.effects import Job
 
 # One step of priority counts like this many seconds of waiting.
 PRIORITY_S = 30.0
+# A clock's heap may hold this many times set anew beside one for each thing, before they are cleared out.
+STALE = 64
 T = TypeVar("T")
 
 
@@ -92,6 +94,15 @@ class Clock(Generic[T]):
         self._seq += 1
         self._times[what] = (at, self._seq)
         heapq.heappush(self._heap, (at, self._seq, what))
+        if len(self._heap) > 2 * len(self._times) + STALE:
+            # Old times leave the heap from its top, and behind one that stays there they would gather for ever.
+            self._heap = [(at, seq, what) for what, (at, seq) in self._times.items()]
+            heapq.heapify(self._heap)
+
+    @property
+    def size(self) -> int:
+        """What it holds, old times included."""
+        return len(self._heap)
 
     def time_of(self, what: T) -> float | None:
         """When it will be looked at; None when it will not."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.intake.effects import Job
-from supervisor.intake.queues import PRIORITY_S, Clock, Waiting
+from supervisor.intake.queues import PRIORITY_S, STALE, Clock, Waiting
 
 
 def job(name: str, at: float, priority: int = 0) -> Job:
@@ -63,3 +63,27 @@ def test_a_clock_keeps_the_last_time_set():
     clock.unset("a")
     assert clock.next() is None
     assert clock.pop(9.0) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), max_size=600))
+def test_a_clock_that_is_set_again_and_again_forgets_the_old_times_and_keeps_the_order(steps):
+    clock, times = Clock[int](), {}
+    for number, (what, at) in enumerate(steps):
+        if at == 20:
+            clock.unset(what)
+            times.pop(what, None)
+        else:
+            clock.set(what, float(at))
+            times[what] = (float(at), number)
+    assert clock.size <= 2 * 10 + STALE
+    assert [clock.pop(99.0) for _ in times] == sorted(times, key=lambda what: times[what])
+    assert clock.pop(99.0) is None
+
+
+def test_a_clock_does_not_grow_behind_one_that_stays_first():
+    clock: Clock[str] = Clock()
+    clock.set("first", 0.0)
+    for _ in range(10_000):
+        clock.set("other", 1.0)
+        assert clock.first() == "first"
+    assert clock.size <= 2 * 2 + STALE
