@@ -222,6 +222,7 @@ class _Supervisor:
             stack.callback(paces.save)
             watches = Watches(self._tally, self._tracer, on_rate=paces.seen, listener=self._jobs)
             attempts = Attempts(host, spoken.delivery, host.ground, nursery, watches, keeping)
+            attempts.every_line = self._features.lines
             attempts.restore(await keeping.restore())
             nursery.start_soon(keeping.run)
             attempts.on_done = box.watch_holds.note_good
@@ -233,6 +234,7 @@ class _Supervisor:
             box.on_abort = lambda hold, models: attempts.stop_models(
                 models, Fault("worker_stopping", f"The worker steps aside: {hold.reason or hold.source}.")
             )
+            around.start_soon(box.watch.run)  # the end of an engine is over when its memory is seen to be back
             nursery.start_soon(box.run, host)
             worker.on_pause = lambda reason, for_s: box.pausing.put(Source.COORDINATOR, reason, for_s=for_s)
             worker.on_resume = lambda: box.pausing.lift(Source.COORDINATOR)
@@ -283,6 +285,10 @@ class _Supervisor:
             box.pausing.on_warm = lambda _models: None
             box.on_abort = lambda _hold, _models: None
             nursery.cancel_scope.cancel()
+
+    @property
+    def _features(self) -> Features:
+        return DIALECTS[self._settings.coordinator.dialect].features
 
     def _spoken(self, address: Address) -> contextlib.AbstractAsyncContextManager[Spoken]:
         table = self._settings.coordinator
@@ -411,7 +417,7 @@ class _Supervisor:
 
     async def _link(self, spoken: Spoken, worker: Worker) -> None:
         end = await keep_link(lambda: spoken.converse(worker), Backoff())
-        self._refused = _refusal(end, DIALECTS[self._settings.coordinator.dialect].features)
+        self._refused = _refusal(end, self._features)
         self._drain.ask(end.sentence)
 
     async def _drained(

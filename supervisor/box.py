@@ -118,13 +118,12 @@ class Box:
         )
 
     async def run(self, host: Host) -> None:
-        """All tasks of the machine. Runs until cancelled."""
+        """All tasks of the machine but `watch`, which has to outlive the engines. Runs until cancelled."""
         self._host = host
         host.on_unkillable, host.on_late_death = self._unkillable, self._died_late
         self._incidents.on_incident = self._incident
         self._hold_changed()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.watch.run)
             nursery.start_soon(self._trials.run)
             nursery.start_soon(self.room.keep_learning)
             nursery.start_soon(self.pausing.run)

@@ -102,6 +102,7 @@ class GpuWatch:
         self._numbers = itertools.count(1)
         self._child: Any = None
         self._news = trio.Event()
+        self._over = False
         self._bell = trio.Event()
         self._events: collections.deque[tuple[float, GpuEvent]] = collections.deque(maxlen=KEPT_EVENTS)
         self._subscribers: dict[int, tuple[OnReading | None, OnEvent | None]] = {}
@@ -199,13 +200,13 @@ class GpuWatch:
 
         Returns:
             False when `deadline_s` passed first, or when the GPUs stayed unknown for as long; at once when it is
-            known that there is no GPU.
+            known that there is no GPU, or when `run` has ended.
 
         Cancellation: nothing but the waiting ends.
         """
         first = number = next(self._numbers)
         with trio.move_on_after(deadline_s):
-            while not self.no_gpu:
+            while not (self.no_gpu or self._over):
                 news = self._news
                 await self._ask(number)
                 with trio.move_on_after(ASK_AGAIN_S):
@@ -237,6 +238,13 @@ class GpuWatch:
 
     async def run(self) -> None:
         """Own readers, one after the other, until cancelled. Cancellation: the reader is ended and reaped."""
+        try:
+            await self._keep_reading()
+        finally:
+            self._over = True
+            self._news.set()  # whoever waits for a reading: there will be none
+
+    async def _keep_reading(self) -> None:
         failures = 0
         while True:
             end = await self._one_reader()

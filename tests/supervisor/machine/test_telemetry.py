@@ -356,6 +356,14 @@ async def test_waiting_ends_with_its_deadline(autojump_clock):
         assert trio.current_time() - began == pytest.approx(1.5)
 
 
+async def test_nobody_waits_for_a_reading_when_there_will_be_none(autojump_clock):
+    async with watching(answering) as (watch, _readers):
+        await watch.wait_known(5)
+    began = trio.current_time()
+    assert not await watch.wait_for(lambda _readings: False, 10)
+    assert trio.current_time() == began
+
+
 async def test_waiting_goes_on_over_a_reader_that_dies(autojump_clock):
     async with watching(then(a_reading(), 0.3, Exit(signal=9)), answering) as (watch, _readers):
         await watch.wait_known(5)
