@@ -170,7 +170,7 @@ def _of_chat(model: str) -> dict[str, Row]:
             post(PLAIN, model=model, prompt=[1, 999_999]), 400, "invalid_parameter", "prompt", model
         ),
         "temperature": row("2", param="temperature", temperature=3),
-        "n": row("One answer", "unsupported", param="n", n=2),
+        "n": row("from 1 to 16", param="n", n=17),
         "unknown field": row("Unknown field", param="temprature", temprature=1),
         "wrong type": row("int", param="max_tokens", max_tokens="many"),
         "messages of the wrong type": row("array", param="messages", messages="hello"),
