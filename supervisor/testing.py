@@ -45,9 +45,9 @@ class FakeRun:
         """Stream a piece."""
         self._on_event(work.Chunk(next(self._seq), msgspec.msgpack.encode(data)))
 
-    def progress(self, n: int) -> None:
+    def progress(self, n: int, text: str = "") -> None:
         """Show progress."""
-        self._on_event(work.Progress(n))
+        self._on_event(work.Progress(n, text=text))
 
     def done(self, body: object, files: Sequence[OutputFile] = (), **usage: float) -> None:
         """End well."""

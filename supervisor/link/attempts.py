@@ -57,6 +57,10 @@ class Attempts:
         ground: model -> where its engine works; below it each attempt has its folders.
         watches: for metrics and traces.
         keeping: where claims and results outlive the process; in memory without it.
+
+    Attributes:
+        every_line: progress that carries words is never left out: this coordinator shows them as a log.
+        on_done: called after every job that succeeded.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Attempts:
         self._ground = ground
         self._nursery = nursery
         self._post: Post | None = None
+        self.every_line = False
         self.on_done: Callable[[], None] = lambda: None
 
     # ---- sessions
@@ -324,7 +329,7 @@ class Attempts:
                     claim.watch.enter("load")
                 claim.watch.progress(event.n, event.total)
                 now = trio.current_time()
-                if now - claim.progress_at >= PROGRESS_EVERY_S:
+                if (self.every_line and event.text) or now - claim.progress_at >= PROGRESS_EVERY_S:
                     claim.progress_at = now
                     progress = wire.Progress(n=event.n, total=event.total, phase=event.phase, text=event.text)
                     self._tell(claim, progress)

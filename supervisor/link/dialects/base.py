@@ -35,6 +35,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
         streaming: chunks reach the client.
         progress: so does progress.
         resume: a new session takes up the attempts that the last one held.
+        lines: progress that carries words is a log that people read, every line of it.
         token: `coordinator.token_file` has to be there; else the dialect brings its own way in, or needs none.
     """
 
@@ -45,6 +46,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     progress: bool
     resume: bool
     token: bool
+    lines: bool = False
 
 
 class Delivery(Protocol):

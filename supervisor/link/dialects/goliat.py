@@ -331,6 +331,8 @@ async def open_goliat(home: Home, timing: Timing | None = None) -> AsyncIterator
 
 
 GOLIAT = Dialect(
-    Features(push=False, many=False, cancel=False, streaming=False, progress=True, resume=True, token=False),
+    Features(
+        push=False, many=False, cancel=False, streaming=False, progress=True, resume=True, token=False, lines=True
+    ),
     open_goliat,
 )

@@ -214,6 +214,24 @@ async def test_the_evidence_of_a_fault_leaves_the_box_redacted(tmp_path):
         assert "diary" not in str(fault)
 
 
+async def test_lines_are_left_out_only_where_they_are_no_log(tmp_path):
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        for every_line, expected in ((False, ["line 0"]), (True, ["line 0", "line 1", "line 2"])):
+            r.attempts.every_line = every_line
+            run = await r.offered(peer, f"job_{every_line:d}")
+            run.start()
+            await peer.expect(wire.Started)
+            for number in range(3):
+                run.progress(number, text=f"line {number}")
+            run.done({})
+            heard = []
+            while isinstance(body := (await peer.receive())[0], wire.Progress):
+                heard.append(body.text)
+            assert isinstance(body, wire.Complete)
+            assert heard == expected
+
+
 async def test_a_missing_input_fails_the_attempt_before_any_engine_sees_it(tmp_path):
     async with rig(tmp_path) as r:
         peer = await r.session()
