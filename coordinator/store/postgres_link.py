@@ -47,6 +47,7 @@ CONNECT: dict[str, Any] = {
 # The last one bounds what a coordinator that was stopped in the middle of a transaction holds up.
 BOUNDS_MS = {"statement_timeout": 15_000, "lock_timeout": 5_000, "idle_in_transaction_session_timeout": 10_000}
 _ASK_FATE = "SELECT pg_xact_status(%s::xid8) AS fate, pg_postmaster_start_time()::text AS born"
+_ARRAY = re.compile(r"(?<!:):([a-z_]+)(?=::[a-z]+\[\])")  # in binary: as text, each element would be quoted
 _NAME = re.compile(r"(?<!:):([a-z_][a-z_0-9]*)")
 # The server ended the statement or the connection, or takes no writes (any more): nothing of the transaction stays.
 _UNDONE = (
@@ -77,7 +78,7 @@ class _Began(NamedTuple):
 @lru_cache(maxsize=256)
 def translated(statement: str) -> str:
     """The statement with parameters as psycopg names them."""
-    return _NAME.sub(r"%(\1)s", statement)
+    return _NAME.sub(r"%(\1)s", _ARRAY.sub(r"%(\1)b", statement))
 
 
 def conninfo(url: str) -> str:

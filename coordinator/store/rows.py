@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 
@@ -11,8 +11,13 @@ from coordinator.records import JobRecord, JobState, StoredFile, StoredInput, Su
 from coordinator.store.base import Failing
 from protocol.faults import Fault, refuse
 
-T = TypeVar("T")
 _pack = msgspec.msgpack.encode
+# Made once: a decoder that is made per call costs more than the whole row.
+_files = msgspec.msgpack.Decoder(tuple[StoredFile, ...]).decode
+_inputs = msgspec.msgpack.Decoder(tuple[StoredInput, ...]).decode
+_usage = msgspec.msgpack.Decoder(dict[str, float]).decode
+_labels = msgspec.msgpack.Decoder(dict[str, str]).decode
+_fault = msgspec.msgpack.Decoder(Fault).decode
 
 
 class Row(Protocol):
@@ -84,10 +89,6 @@ def failing(row: Row, *, streamed: bool) -> Failing:
     )
 
 
-def _unpack(data: bytes | None, type_: Any, default: T) -> T:
-    return default if data is None else msgspec.msgpack.decode(data, type=type_)
-
-
 def record(row: Row, *, light: bool = False) -> JobRecord:
     """The row as others see it; `light` rows have only the columns of `LIGHT`."""
     state: JobState = "queued" if row["state"] == "offered" else row["state"]
@@ -105,17 +106,17 @@ def record(row: Row, *, light: bool = False) -> JobRecord:
         started_ms=row["started_ms"],
         finished_ms=row["finished_ms"],
         result=None if light else row["result"],
-        files=_unpack(row["files"], tuple[StoredFile, ...], ()),
-        usage=_unpack(row["usage"], dict[str, float], {}),
+        files=_files(row["files"]) if row["files"] else (),
+        usage=_usage(row["usage"]) if row["usage"] else {},
         # A job that waits for its next try has had a fault, but is not at fault yet.
-        fault=_unpack(row["fault"], Fault, None) if state in ("failed", "cancelled") else None,
-        inputs=_unpack(row["inputs"], tuple[StoredInput, ...], ()),
+        fault=_fault(row["fault"]) if state in ("failed", "cancelled") and row["fault"] else None,
+        inputs=_inputs(row["inputs"]),
         stream=bool(row["stream"]),
         streamed=bool(row["streamed"]),
         worker=row["worker"],
         priority=row["priority"],
         deadline_at_ms=row["deadline_at_ms"],
-        labels=_unpack(row["labels"], dict[str, str], {}),
+        labels=_labels(row["labels"]),
         vram_gb_estimate=row["vram_gb_estimate"],
         max_attempts=row["max_attempts"],
         traceparent=row["traceparent"],

@@ -116,6 +116,8 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE jobs ADD COLUMN gateway TEXT NOT NULL DEFAULT '';
     ALTER TABLE jobs ADD COLUMN origin TEXT NOT NULL DEFAULT '';
     ALTER TABLE jobs ADD COLUMN vt INTEGER NOT NULL DEFAULT 0;
+    DROP INDEX jobs_open;
+    CREATE INDEX jobs_open ON jobs (gateway) WHERE state IN ('offered', 'running');
     DROP INDEX jobs_waiting;
     CREATE INDEX jobs_waiting ON jobs (model, priority DESC, vt, seq) WHERE state = 'queued';
     CREATE INDEX jobs_turns ON jobs (model, priority, tenant, vt) WHERE state = 'queued';

@@ -72,6 +72,30 @@ def test_a_store_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
         SqliteStore(tmp_path / "jobs.sqlite")
 
 
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_a_store_of_an_earlier_version_goes_on(tmp_path: Path, version: int) -> None:
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+    for number, script in enumerate(MIGRATIONS[:version], 1):
+        connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
+    for n, (state, worker) in enumerate([("queued", ""), ("running", "w1"), ("queued", "")]):
+        connection.execute(
+            "INSERT INTO jobs (id, tenant, key_id, idempotency_key, fingerprint, kind, model, state, attempt, "
+            "max_attempts, priority, deadline_at_ms, created_ms, worker, stream, vram_gb_estimate, traceparent, "
+            "labels, params, inputs) "
+            "VALUES (?, 't', '', '', x'', 'llm', 'chat', ?, 1, 3, 0, 0, 1, ?, 0, 0, '', x'80', x'80', x'90')",
+            (f"job_{n}", state, worker),
+        )
+    connection.close()
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    try:
+        store.insert("job_new", Submission(kind="llm", model="chat", params=b"\x80", tenant="t"))
+        assert [(one.job, one.worker) for one in store.open_attempts()] == [("job_1", "w1")]
+        assert [record.id for record, _ in store.claim([Want("chat", ("llm",), 9)])] == ["job_0", "job_2", "job_new"]
+        assert store.complete("job_1", 1, "w1", Outcome(b"\x80")).verdict == "stored"
+    finally:
+        store.close()
+
+
 def test_what_is_no_store_says_so(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_bytes(b"this is a letter to my aunt" * 100)
     with pytest.raises(StoreError, match="cannot be opened"):
