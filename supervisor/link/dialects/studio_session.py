@@ -23,19 +23,18 @@ from trio_websocket import (
     ConnectionRejected,
     HandshakeError,
     WebSocketConnection,
-    wrap_client_stream,
 )
 
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
 from supervisor.link.session import SessionEnd, Side, Why
+from supervisor.link.upgrade import Stream, open_stream, upgrade
 
 log = logging.getLogger(__name__)
 
 INBOX_FRAMES = 64
 MAX_WAITING = 256  # frames; beyond it lines of the log are dropped, the rest is bounded by one job at a time
 SKEW_S = 5.0
-_Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 _Error = TypeVar("_Error", bound=BaseException)
 
 
@@ -123,7 +122,7 @@ class _Span:
         self._bell = trio.Event()
         self._changed = trio.Event()
         self._opened_at: float | None = None
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
 
     @property
     def lasted_s(self) -> float:
@@ -158,18 +157,18 @@ class _Span:
 
     async def _connect(self, nursery: trio.Nursery) -> WebSocketConnection:
         parts = urllib.parse.urlsplit(self._door.url)
-        self._stream = await _open_stream(parts, self._door.tls)
-        socket = await wrap_client_stream(
+        self._stream = await open_stream(parts, self._door.tls)
+        socket = await upgrade(
             nursery,
             self._stream,
-            parts.netloc.rpartition("@")[2],
-            parts.path,
-            subprotocols=[frames.SUBPROTOCOL],
-            extra_headers=[(b"Authorization", b"Bearer " + self._door.token.encode())],
-            max_message_size=frames.MAX_FRAME_BYTES,
-            message_queue_size=INBOX_FRAMES,
-            receive_buffer_size=2**16,
+            parts,
+            frames.SUBPROTOCOL,
+            [(b"Authorization", b"Bearer " + self._door.token.encode())],
+            max_message_bytes=frames.MAX_FRAME_BYTES,
+            inbox=INBOX_FRAMES,
         )
+        if socket is None:
+            raise _Over(Why.LOST, f"{self._door.base} closed the connection during the upgrade")
         if socket.closed is not None:
             raise _closed(socket.closed)
         if socket.subprotocol != frames.SUBPROTOCOL:
@@ -263,21 +262,6 @@ def _skew_s(server_time: str, now: datetime.datetime) -> float:
         told = told.replace(tzinfo=datetime.UTC)
     skew_s = abs((told - now).total_seconds())
     return skew_s if skew_s >= SKEW_S else 0.0
-
-
-async def _open_stream(parts: urllib.parse.SplitResult, tls: ssl.SSLContext | None) -> _Stream:
-    host = parts.hostname or ""
-    secure = parts.scheme == "wss"
-    plain = await trio.open_tcp_stream(host, parts.port or (443 if secure else 80))
-    if not secure:
-        return plain
-    stream = trio.SSLStream(plain, tls or ssl.create_default_context(), server_hostname=host, https_compatible=True)
-    try:
-        await stream.do_handshake()
-    except BaseException:
-        await trio.aclose_forcefully(plain)
-        raise
-    return stream
 
 
 # ---- endings ------------------------------------------------------------------------------------------------
