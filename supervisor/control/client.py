@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,6 +23,8 @@ PATIENCE_S = 10.0
 QUIET_S = 50.0  # a stream says that it lives every 15 s (`KEEP_ALIVE_S` in exchange.py): thrice that is death
 API = 1  # what `x-bulkhead-api` has to say; a larger number is a supervisor that we would misunderstand
 _AT_ONCE = 64 * 1024
+AGAIN_S = 0.05  # between two tries to be heard by a supervisor that many talk to
+CROWDED_S = 6.0  # connections that say nothing are closed after 5 s: then there is room again
 
 
 class NotRunning(SupervisorError):
@@ -46,7 +49,15 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        end = time.monotonic() + (self.timeout or 0.0)
+        while True:
+            try:
+                self.sock.connect(str(self._path))
+                break
+            except BlockingIOError:  # as many wait to be heard as the kernel lets wait
+                if time.monotonic() > end:
+                    raise
+                time.sleep(AGAIN_S)
         _check_server(self.sock, self._path)
 
 
@@ -168,8 +179,14 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Event]:
 def _send(connection: _Connection, method: str, route: str, body: object) -> http.client.HTTPResponse:
     """Ask; returns a response that is a success. Raises OSError, HTTPException and ValueError untranslated."""
     data = None if body is None else json.dumps(body).encode()
-    connection.request(method, route, data, {"Content-Type": "application/json"} if data else {})
-    response = connection.getresponse()
+    end = time.monotonic() + CROWDED_S
+    while True:
+        connection.request(method, route, data, {"Content-Type": "application/json"} if data else {})
+        response = connection.getresponse()
+        if response.status != 503 or "retry-after" not in response.headers or time.monotonic() > end:
+            break
+        connection.close()  # it has too many connections, and read nothing of this question
+        time.sleep(AGAIN_S)
     spoken = response.headers.get("x-bulkhead-api", str(API))
     if spoken.isdecimal() and int(spoken) > API:
         theirs = response.headers.get("x-bulkhead-version", "?")

@@ -78,6 +78,7 @@ class Conversations(Generic[StreamT]):
         refusal = self._stranger(stream)
         if refusal is None and self._open > MOST:
             refusal = error(503, f"{MOST} connections are open already.")
+            refusal = refusal._replace(headers={"retry-after": "1"})
         if refusal is not None:
             with trio.move_on_after(HEARD_S):
                 await stream.receive_some(MAX_HEAD_BYTES)

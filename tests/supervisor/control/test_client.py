@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from supervisor.control import client
 from supervisor.control.client import Event, NotRunning, RequestFailed, ask, fetch, follow
 from supervisor.control.server import open_control
 from supervisor.errors import NoPermission, SupervisorError
@@ -214,3 +215,29 @@ async def test_another_user_is_told_so(box):
 def test_a_path_that_is_too_long(tmp_path):
     with pytest.raises(SupervisorError, match="too long"):
         ask(tmp_path / ("x" * 200), "GET", "/v1/status")
+
+
+# ---- many at once
+
+
+async def test_a_crowd_is_served_one_after_the_other(box):
+    """More than the kernel lets wait, and more than the supervisor serves at once."""
+    seen: list[bool] = []
+
+    async def one() -> None:
+        seen.append((await trio.to_thread.run_sync(ask, box.path, "GET", "/v1/health", limiter=limiter))["ok"])
+
+    limiter = trio.CapacityLimiter(200)
+    async with trio.open_nursery() as nursery:
+        for _ in range(120):
+            nursery.start_soon(one)
+    assert seen == [True] * 120
+
+
+async def test_room_that_does_not_come_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "CROWDED_S", 0.1)
+    full = b'{"error": {"message": "48 connections are open already."}}'
+    head = b"HTTP/1.1 503 x\r\nretry-after: 1\r\ncontent-type: application/json\r\n"
+    async with answering(tmp_path / "s", head + b"content-length: %d\r\n\r\n" % len(full) + full) as path:
+        with pytest.raises(RequestFailed, match="48 connections are open already"):
+            await off(ask, path, "GET", "/v1/health")
