@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import anyio
 
@@ -91,6 +91,7 @@ class Attempts:
         self._accept = Together(threads, store.accept_many)
         self._complete = Together(threads, store.complete_many)
         self._orphans: dict[Key, Orphan] = {}
+        self._gone: set[Key] = set()  # held here, and not open in the last look at the rows
         self._declined: Counter[str] = Counter()
         self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
 
@@ -316,6 +317,21 @@ class Attempts:
                 self._orphans.pop(key, None)
             elif orphan.until <= now and not self.joining.locked():
                 await self.lose(rows[key])
+        self._notice_ends(rows)
+
+    def _notice_ends(self, rows: Container[Key]) -> None:
+        """Stop attempts that another coordinator ended: their rows are open no more, in two looks, one after another.
+
+        In one look alone that is also an attempt whose claim, or whose end, has just not come back from the store.
+        """
+        gone = {
+            held.key: (worker, held)
+            for worker, held in self.fleet.all_attempts()
+            if held.state != "abandoned" and held.key not in rows
+        }
+        for key in self._gone & gone.keys():
+            self.abandon(*gone[key], "The job was ended elsewhere.")
+        self._gone = set(gone)
 
     async def hold_again(self) -> None:
         """We were silent so long that others may have taken over what is held here: claim back what still goes on."""

@@ -13,6 +13,7 @@ from coordinator.records import JobChunk, JobEnded, JobRecord
 from coordinator.store.base import Want
 from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, Said, running_desk
 from protocol import link_wire as wire
+from protocol.faults import Fault
 
 FAST = DispatchSettings(poll_s=0.05, sweep_s=0.05, worker_grace_s=0.5, startup_grace_s=0.5, repair_s=0.2)
 PATIENT = msgspec.structs.replace(FAST, worker_grace_s=60.0, startup_grace_s=60.0)
@@ -401,3 +402,27 @@ def test_a_claim_whose_answer_was_lost_is_found_again(desk: Desk, worker: RawWor
     )
     offer = worker.take()
     assert (offer.job, offer.attempt) == (record.id, 2)
+
+
+# ---- other coordinators ------------------------------------------------------------------------------------
+
+
+def test_an_attempt_that_another_coordinator_ended_is_stopped(desk: Desk, worker: RawWorker) -> None:
+    desk.submit()
+    offer = running(desk, worker)
+    desk.store.cancel(offer.job, "default", Fault("cancelled", "The client left."))  # behind the dispatcher's back
+    stopped = worker.expect(wire.Cancel)
+    assert (stopped.job, stopped.attempt) == (offer.job, offer.attempt)
+
+
+def test_what_was_held_before_a_long_silence_is_claimed_back_or_stopped(tmp_path: Path) -> None:
+    with running_desk(tmp_path, msgspec.structs.replace(FAST, sweep_s=60.0)) as desk:
+        with desk.worker("a") as first, desk.worker("b") as second:
+            for _ in range(2):
+                desk.submit()
+            kept, lost = running(desk, first), running(desk, second)
+            desk.store.cancel(lost.job, "default", Fault("cancelled", "The client left."))
+            desk.portal.call(desk.dispatcher.attempts.hold_again)
+            assert second.expect(wire.Cancel).job == lost.job
+            first.complete(kept)
+            assert desk.get(kept.job).state == "succeeded"
