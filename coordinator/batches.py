@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -296,7 +296,7 @@ class Batches:
             if first is None:
                 return ""
 
-            async def data() -> AsyncIterator[bytes]:
+            async def data() -> AsyncGenerator[bytes, None]:
                 yield first
                 async for line in lines:
                     yield line
@@ -310,7 +310,8 @@ class Batches:
                 size=0,
                 sha256="",
             )
-            received = await self._files.receive(data(), record, MAX_OUTPUT_BYTES, bounded=False)
+            async with aclosing(data()) as body:
+                received = await self._files.receive(body, record, MAX_OUTPUT_BYTES, bounded=False)
             await self._files.keep(received, batch.keep_s)
         return file_id
 

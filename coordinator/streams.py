@@ -5,8 +5,8 @@ See `coordinator.answers` for how long a client waits in silence, and for what b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any, NamedTuple, Protocol
 
 import anyio
@@ -140,7 +140,7 @@ class EventWriter:
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
 
 
-Closing = Callable[[Sequence[JobRecord]], AsyncIterator[bytes]]
+Closing = Callable[[Sequence[JobRecord]], AsyncGenerator[bytes, None]]
 
 
 class JobStream(Response):
@@ -232,8 +232,9 @@ class JobStream(Response):
         if failure is not None or self._closing is None:
             return failure
         try:
-            async for data in self._closing([records[index] for index in range(len(sources))]):
-                await writer.write(data)
+            async with aclosing(self._closing([records[index] for index in range(len(sources))])) as pieces:
+                async for data in pieces:
+                    await writer.write(data)
         except FaultError as error:
             return error.fault
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
@@ -226,7 +226,7 @@ class ChatStream:
             events.append(self._chunk({}, result.finish_reason))
         return events
 
-    async def usage(self, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:
+    async def usage(self, records: Sequence[JobRecord]) -> AsyncGenerator[bytes, None]:
         """The last chunk, after the ends of all choices."""
         yield sse({**self._base, "choices": [], "usage": usage_tokens(*records)})
 

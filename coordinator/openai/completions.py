@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -118,7 +118,7 @@ class CompletionStream:
             events.append(self._event(rest, reason))
         return events
 
-    async def usage(self, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:
+    async def usage(self, records: Sequence[JobRecord]) -> AsyncGenerator[bytes, None]:
         """The last chunk, after the ends of all choices."""
         yield sse({**self._base, "choices": [], "usage": usage_tokens(*records)})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -128,7 +128,7 @@ class PictureStream:
         """The pictures follow by `completed`."""
         return []
 
-    async def completed(self, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:
+    async def completed(self, records: Sequence[JobRecord]) -> AsyncGenerator[bytes, None]:
         """One event per picture; one picture at a time is in memory."""
         [record] = records
         result = _checked(record, self._params)

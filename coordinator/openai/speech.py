@@ -8,7 +8,7 @@ With "audio" its bytes come as they are made, with "sse" as events; formats whos
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
@@ -91,7 +91,7 @@ class SpeechStream:
         """What is left follows by `rest`."""
         return []
 
-    async def rest(self, records: Sequence[JobRecord]) -> AsyncIterator[bytes]:
+    async def rest(self, records: Sequence[JobRecord]) -> AsyncGenerator[bytes, None]:
         """What was not streamed, from the file; then the last event."""
         [record] = records
         result_of(record)
