@@ -94,13 +94,9 @@ def models(items: Sequence[Mapping[str, Any]], paper: Paper) -> str:
         state = f"{model['state']} {span(idle)}" if idle is not None else model["state"]
         jobs = f"{model['running']}/{model['slots']}" + (f" +{model['queued']}" if model["queued"] else "")
         held = "; ".join(f"no {kind} jobs: {why}" for kind, why in model.get("held_kinds", {}).items())
-        why = next(
-            filter(
-                None,
-                (model["waits"], held, model.get("slow"), model["reason"], model.get("unserved"), model["last_end"]),
-            ),
-            "",
-        )
+        past = "" if model["pid"] else model["last_end"]  # of one that lives again it is no answer to any question
+        known = (model["waits"], held, model.get("slow"), model["reason"], model.get("unserved"), past)
+        why = next(filter(None, known), "")
         cells = [model["name"], state, model["device"], jobs, gib(model["rss_bytes"]), gib(model["vram_bytes"])]
         rows.append(Row(cells, _sentence(why)))
     return table(("MODEL", "STATE", "DEVICE", "JOBS", "MEMORY", "GPU MEMORY"), rows, paper, right=(4, 5), state=1)

@@ -151,7 +151,9 @@ def _progress(one: Mapping[str, Any]) -> str:
 
 
 def _fault(one: Mapping[str, Any]) -> str:
-    return f"{one['fault']}: the {one['owner']}'s fault" if one["fault"] else ""
+    if one["fault"] in ("", "cancelled"):  # whoever cancels is at no fault, and the state says it
+        return ""
+    return f"{one['fault']}: the {one['owner']}'s fault"
 
 
 def one_job(seen: Mapping[str, Any], paper: Paper) -> str:

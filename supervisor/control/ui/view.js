@@ -165,7 +165,7 @@ export function models(seen) {
 }
 
 function model(one) {
-  const why = one.waits || one.unserved || one.slow || one.reason || one.last_end;
+  const why = one.waits || one.unserved || one.slow || one.reason || (one.pid ? "" : one.last_end);
   const idle = one.idle_s === null ? "" : ` for ${span(one.idle_s)}`;
   const loaded = one.state !== "cold";
   const act = (word, act) => button(word, act, { model: one.name, label: `${word} ${one.name}` });

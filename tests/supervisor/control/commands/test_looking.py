@@ -197,6 +197,22 @@ def test_a_job_of_hostile_names_stays_in_its_line():
         assert not [char for char in text if char != "\n" and not char.isprintable()]
 
 
+async def test_what_ended_a_model_is_told_only_while_it_does_not_live(box, types, capsys):
+    past = "unloaded (the operator asked for it)"
+    for pid, told in ((0, True), (7, False)):
+        box.shown = Snapshot(version="1", models=(ModelView(name="m", engine="e", state="x", pid=pid, last_end=past),))
+        assert await types("status") == 0
+        assert (past in capsys.readouterr().out) == told
+
+
+def test_a_cancelled_job_is_nobodys_fault():
+    attempt = {"job": "j", "attempt": 1, "kind": "llm", "model": "m", "state": "ended", "phase": "run"}
+    times = {"done": None, "total": None, "chunks": 0, "usage": {}, "accepted": 1.0, "started": 2.0, "ended": 3.0}
+    for code, owner, told in (("cancelled", "caller", False), ("engine_hung", "engine", True)):
+        view = {**attempt, **times, "outcome": code, "fault": code, "owner": owner}
+        assert ("fault" in one_job({"job": "j", "attempts": [view], "now": 5.0}, Paper(80))) == told
+
+
 async def test_what_an_engine_wrote_cannot_paint_the_terminal(box, types, capsys):
     evil = "\x1b[2J\x1b]0;owned\x07\nsecond line " + "x" * 5000
     model = ModelView(name="m", engine="e", state="quarantined", reason=evil)
