@@ -26,6 +26,7 @@ from protocol.work import LlmResult
 CHAT = "/v1/chat/completions"
 LINES = 5
 WAIT_S = 20.0
+_job_ids = itertools.count()
 ANY = Want("m", ("llm",), 100)
 DONE = Outcome(msgspec.msgpack.encode(LlmResult(content="ok")), usage={"prompt_tokens": 1.0})
 
@@ -61,13 +62,12 @@ class Queue:
 
     def __init__(self, store: Any, room: float = float("inf")) -> None:
         self._store, self._room = store, room
-        self._ids = itertools.count()
 
     async def submit(self, s: Submission) -> JobRecord:
         if self._room <= 0:
             raise refuse("overloaded", "Too many jobs wait.")
         self._room -= 1
-        record: JobRecord = self._store.insert(f"job_{id(self)}_{next(self._ids)}", s)[0]
+        record: JobRecord = self._store.insert(f"job_{next(_job_ids):06}", s)[0]
         return record
 
     async def cancel(self, job: str, tenant: str, reason: str) -> None:
