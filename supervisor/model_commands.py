@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from supervisor.columns import columns
 from supervisor.config import SEARCH, load
+from supervisor.control.commands.layout import Row, paper_of, say, table
 from supervisor.errors import ConfigError, ExitCode, NoPermission
 from supervisor.known_models import OWN, known_models, near, search
 from supervisor.model_gc import Going, Held, is_named, named_paths, plan, survey
@@ -87,12 +87,15 @@ def _search(args: argparse.Namespace) -> int:
         hint = f" Did you mean {maybe}?" if maybe else ""
         words = " and ".join(args.words)
         raise StoreError(f"No known model has {words}.{hint} Your own go into {config.parent / OWN}.")
-    cells = [
-        (name, model.kind, model.engine, _gib(model.size_gb), _gib(model.vram_gb), model.licence, model.about)
+    rows = [
+        Row(
+            (name, model.kind, model.engine, _gib(model.size_gb), _gib(model.vram_gb)),
+            "; ".join(filter(None, (model.about, model.licence and f"licence {model.licence}"))),
+        )
         for name, model in found.items()
     ]
-    heads = ("name", "kind", "engine", "GiB", "VRAM", "licence", "")
-    sys.stdout.write(columns(heads, cells, right=(3, 4)) + "\n")
+    heads = ("MODEL", "KIND", "ENGINE", "GiB", "VRAM")
+    say(table(heads, rows, paper_of(sys.stdout), why="WHAT IT IS", right=(3, 4), whole=(0,)))
     return ExitCode.STOPPED
 
 
@@ -116,12 +119,15 @@ def _list(args: argparse.Namespace) -> int:
     elif not rows:
         sys.stdout.write("No models yet; `supervisor models pull SOURCE` brings one, `search` shows known ones.\n")
     else:
-        cells = [
-            (row["name"], row["engine"], size(row["bytes"]), row["device"], row["state"], _ago(row), row["path"])
+        shown = [
+            Row(
+                (row["name"], row["engine"], size(row["bytes"]), row["device"], row["state"], _ago(row)),
+                row["path"],
+            )
             for row in rows
         ]
-        heads = ("name", "engine", "size", "device", "state", "loaded", "path")
-        sys.stdout.write(columns(heads, cells, right=(2,)) + "\n")
+        heads = ("MODEL", "ENGINE", "SIZE", "DEVICE", "FILES", "LOADED")
+        say(table(heads, shown, paper_of(sys.stdout), why="PATH", right=(2,), whole=(0,)))
     return ExitCode.STOPPED
 
 

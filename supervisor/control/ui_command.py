@@ -8,6 +8,7 @@ terminal alone. Exit codes: as those of `supervisor status`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -18,9 +19,11 @@ from supervisor.errors import ExitCode
 
 EXAMPLES = """\
 examples:
-  supervisor ui                              open the page in the browser
-  supervisor ui --print                      print its address instead, good for one session within a minute
-  ssh -L 4711:127.0.0.1:4711 box             from elsewhere: with [page] port = 4711, then `supervisor ui --print` there
+  supervisor ui          open the page in the browser
+  supervisor ui --print  print its address, good for one session, for a minute
+  ssh -L 4711:127.0.0.1:4711 box
+                         from elsewhere, with [page] port = 4711;
+                         then `supervisor ui --print` there
 
 The page is off until worker.toml says:
   [page]
@@ -32,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("--config", metavar="FILE", help="worker.toml of the supervisor that is meant")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the address, open nothing")
+    parser.add_argument("--json", action="store_true", help="for programs: the address, and nothing is opened")
     parser.set_defaults(command=main)
 
 
@@ -39,7 +43,9 @@ def main(arguments: argparse.Namespace) -> int:
     """Open or print it. Raises as `supervisor.control.client.ask`."""
     url = str(ask(_socket(arguments.config), "POST", "/v1/login-code", {})["url"])
     page = url.partition("#")[0]
-    if arguments.only_print or not has_screen():
+    if arguments.json:
+        sys.stdout.write(json.dumps({"url": url}) + "\n")
+    elif arguments.only_print or not has_screen():
         sys.stdout.write(f"{url}\n")
     elif _opened(url):
         sys.stdout.write(f"Opened {page} in your browser.\n")

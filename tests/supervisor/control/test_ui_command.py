@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import webbrowser
 
 import pytest
@@ -62,6 +63,12 @@ async def test_print_opens_nothing(config, logins, browser, capsys):
     assert await types(config, "--print") == 0
     assert browser == []
     assert logins.swap(capsys.readouterr().out.strip().partition("#c=")[2])
+
+
+async def test_for_programs_it_opens_nothing(config, logins, browser, capsys):
+    assert await types(config, "--json") == 0
+    assert browser == []
+    assert logins.swap(json.loads(capsys.readouterr().out)["url"].partition("#c=")[2])
 
 
 async def test_without_a_screen_it_prints(config, logins, browser, capsys, monkeypatch):
