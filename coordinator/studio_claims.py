@@ -142,6 +142,8 @@ def _unsaid(name: str) -> FaultError:
 
 def _image(params: ImageParams, inputs: Mapping[str, str]) -> dict[str, Any]:
     _no_word(params, "n", "quality")
+    if "mask" in inputs:  # theirs is white where the picture may change, ours transparent
+        raise _unsaid("mask")
     start = inputs.get("image")
     return {
         "prompt": params.prompt,

@@ -128,6 +128,12 @@ def test_what_the_contract_has_no_word_for_is_named(kind: str, params: dict[str,
     assert (refused.value.fault.code, refused.value.fault.field) == ("unsupported", field)
 
 
+def test_a_mask_is_not_left_out() -> None:
+    with pytest.raises(FaultError) as refused:
+        task("image", {"prompt": "p"}, "image", "mask")
+    assert refused.value.fault.field == "mask"
+
+
 def test_the_rest_of_a_claim() -> None:
     file = SourceFile(role="vae", url="https://there/f", filename="f", approx_bytes=5, sha256="a" * 64)
     source = Source(engine="other", files=[file], cli_defaults=CliDefaults(flow_shift=3, max_vram_gib=4))
