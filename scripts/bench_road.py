@@ -21,8 +21,10 @@ import bench_containment as containment
 import httpx
 import psutil
 import trio
+from bench_control import bench_status
 from bench_hostile import bench_hostile
-from bench_schedule import bench_schedule
+from bench_journal import bench_journal
+from bench_schedule import bench_schedule, bench_simulate
 
 from supervisor.host.child import ChildSpec, open_child
 
@@ -116,7 +118,12 @@ def bench_echo() -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def running(folder: Path, models: str = NOOP) -> Iterator[tuple[str, str, subprocess.Popen[bytes], float]]:
+def running(
+    folder: Path,
+    models: str = NOOP,
+    program: tuple[str, ...] = ("-m", "supervisor"),
+    environment: dict[str, str] | None = None,
+) -> Iterator[tuple[str, str, subprocess.Popen[bytes], float]]:
     """A supervisor with an embedded coordinator and one synthetic model; yields url, key, process, start time."""
     config = folder / "worker.toml"
     config.write_text(
@@ -126,7 +133,7 @@ def running(folder: Path, models: str = NOOP) -> Iterator[tuple[str, str, subpro
     began = time.perf_counter()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor", "run", "--config", str(config)], stdout=log, stderr=log
+            [sys.executable, *program, "run", "--config", str(config)], stdout=log, stderr=log, env=environment
         )
     try:
         url, key = endpoint(process, folder)
@@ -290,6 +297,9 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "neighbour": lambda: containment.bench_neighbour(running),
     "hostile": bench_hostile,
     "schedule": bench_schedule,
+    "simulate": bench_simulate,
+    "status": lambda: bench_status(running, first_answer),
+    "journal": lambda: bench_journal(running, hammer, first_answer),
 }
 
 
