@@ -16,20 +16,22 @@ from supervisor.config_shown import origins
 from supervisor.errors import ConfigError, ExitCode
 
 EXAMPLES = """\
-Weakest first: defaults, worker.toml, conf.d/*.toml beside it in order of names, the environment
-(BULKHEAD__LIMITS__STALL_S=60 sets [limits] stall_s). The token of a remote coordinator is in none of them: the systemd
-credential coordinator-token comes first, then [coordinator] token_file, then BULKHEAD_TOKEN.
+Weakest first: defaults, worker.toml, conf.d/*.toml beside it in order of
+names, the environment (BULKHEAD__LIMITS__STALL_S=60 sets [limits] stall_s). The
+token of a remote coordinator is in none of them: the systemd credential
+coordinator-token comes first, then [coordinator] token_file, then
+BULKHEAD_TOKEN.
 
 examples:
-  supervisor config check                    all mistakes at once, each with its line
-  supervisor config show --json              what is in force, defaults included
+  supervisor config check                    all mistakes at once, by line
+  supervisor config show --json              what is in force, with defaults
   supervisor config show --origin            and where each value comes from
   supervisor config get limits.stall_s
-  supervisor config set limits.stall_s 300   comments stay; the old file is worker.toml.bak1
+  supervisor config set limits.stall_s 300   comments stay; old file: .bak1
   supervisor config set models.chat.device cuda
   supervisor config unset limits.stall_s     back to the default
-  supervisor config migrate                  what a newer config_version would change; --write changes it
-  supervisor config schema --write           schema beside worker.toml, for editors
+  supervisor config migrate --write          to the newest config_version
+  supervisor config schema --write           a schema beside it, for editors
   supervisor config path --json              every file that is read
 """
 
@@ -40,12 +42,12 @@ Exit code 0: no mistakes; 78: mistakes, or warnings with --strict.
 examples:
   supervisor config check
   supervisor config check --config /etc/bulkhead/worker.toml --json
-  supervisor config check --strict       a model whose file is missing is a mistake, too
+  supervisor config check --strict   a missing model file is a mistake, too
 """,
     "show": """\
 examples:
   supervisor config show                 as TOML, defaults included
-  supervisor config show --origin        each value with its file and line, or its variable
+  supervisor config show --origin   each with its file and line, or variable
   supervisor config show --origin --json
 """,
     "get": """\
@@ -75,7 +77,7 @@ examples:
     "schema": """\
 examples:
   supervisor config schema > worker.schema.json
-  supervisor config schema --write       beside worker.toml, which names it in its first line
+  supervisor config schema --write   beside worker.toml, which then names it
 """,
     "path": """\
 examples:
