@@ -105,7 +105,7 @@ function failed(problem) {
 function went_away() {
   lost = true;
   document.body.classList.add("lost");
-  notice("Connection lost, retrying. What is shown may be old.", "lost");
+  notice("Connection lost, retrying. What is shown may be old; after a restart `supervisor ui` opens it anew.", "lost");
 }
 
 function came_back() {
