@@ -79,9 +79,7 @@ def test_a_worker_that_does_not_answer(admin: httpx.Client, worker: RawWorker, m
     assert time.monotonic() - began < PATIENCE_S
 
 
-def test_a_worker_of_an_older_revision_is_not_given_what_it_does_not_know(
-    admin: httpx.Client, served: Running
-) -> None:
+def test_a_worker_of_an_older_revision_is_not_given_what_it_does_not_know(admin: httpx.Client, served: Running) -> None:
     with RawWorker(int(served.url.rpartition(":")[2]), "raw-old", served.worker_token) as old:
         old.send(wire.Hello(worker="raw-old", low=1, high=1, capabilities=wire.Capabilities(models=(CHAT,))))
         old.expect(wire.Welcome)

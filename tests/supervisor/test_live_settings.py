@@ -130,7 +130,6 @@ async def silent(child: FakeChild) -> None:
     await trio.sleep_forever()
 
 
-
 @pytest.mark.parametrize(
     ("line", "code", "within_s"),
     [("first_output_s = 2", "engine_hung", 3), ("job_s = 2", "deadline_exceeded", 3)],
