@@ -25,6 +25,7 @@ from bench_control import bench_status
 from bench_hostile import bench_hostile
 from bench_journal import bench_journal
 from bench_schedule import bench_schedule, bench_simulate
+from bench_store import bench_store
 
 from supervisor.host.child import ChildSpec, open_child
 
@@ -300,6 +301,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "simulate": bench_simulate,
     "status": lambda: bench_status(running, first_answer),
     "journal": lambda: bench_journal(running, hammer, first_answer),
+    "store": bench_store,
 }
 
 
