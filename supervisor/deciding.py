@@ -150,6 +150,10 @@ class Deciding:
         """End all instances of a model, each after its last run; with `again` it is then loaded anew."""
         self.tell(fx.Unload(model, reason, again))
 
+    def tune(self, specs: Sequence[ModelSpec], threshold_bytes: int) -> None:
+        """Go on with another `keep_alive_s` of models, and another limit of what a job may say it needs."""
+        self.tell(fx.Tuned(threshold_bytes, {spec.name: spec.keep_alive_s for spec in specs}))
+
     def queued(self, model: str) -> int:
         """Runs that wait for a model."""
         return len(self._waiting[model])

@@ -24,7 +24,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # Read wherever they are used, by the supervisor itself.
 OWN_LIMITS = ("drain_s",)
-# Read by the host at each wait. What an instance, or the scheduler, was given at its start waits for a restart.
+# Read by the host at each wait, or told to the scheduler. What an instance was given at its start waits for a restart.
 HOST_LIMITS = (
     "start_s",
     "load_s",
@@ -32,10 +32,12 @@ HOST_LIMITS = (
     "stall_s",
     "cancel_grace_s",
     "job_s",
+    "keep_alive_s",
+    "vram_threshold_gb",
     "restart",
     "recycle",
 )
-MODEL_KEYS = ("stall_s",)
+MODEL_KEYS = ("stall_s", "keep_alive_s")
 LOG_KEYS = ("format", "file", "max_mb", "keep")
 
 

@@ -38,6 +38,7 @@ APPLY: Mapping[str, Apply] = {
     "engines": Apply.RESTART,
     "models": Apply.RESTART,
     "models.*.stall_s": Apply.LIVE,
+    "models.*.keep_alive_s": Apply.LIVE,
     "limits": Apply.RESTART,  # those not below are given to an instance, or to a part of ours, at its start
     "limits.drain_s": Apply.LIVE,
     "limits.start_s": Apply.LIVE,
@@ -46,6 +47,8 @@ APPLY: Mapping[str, Apply] = {
     "limits.stall_s": Apply.LIVE,
     "limits.cancel_grace_s": Apply.LIVE,
     "limits.job_s": Apply.LIVE,
+    "limits.keep_alive_s": Apply.LIVE,
+    "limits.vram_threshold_gb": Apply.LIVE,
     "limits.restart": Apply.LIVE,
     "limits.recycle": Apply.LIVE,
     "control": Apply.RESTART,

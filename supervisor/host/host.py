@@ -111,9 +111,10 @@ class Host:
         """Go on with other limits, from the next wait on; jobs that run keep the deadline that they have.
 
         Args:
-            models: the same as at the start, with another `stall_s`; the rest of them is not read.
+            models: the same as at the start, with another `stall_s` or `keep_alive_s`; the rest of them is not read.
         """
         self._limits = limits
+        self._deciding.tune(models, _threshold(limits))
         for spec in models:
             for lane in self._lanes.get(spec.name, ()):
                 lane.apply(limits, spec)
@@ -165,6 +166,11 @@ class Host:
                     nursery.start_soon(lane.run)
 
 
+def _threshold(limits: LimitsTable) -> int:
+    """The most GPU memory in bytes that one job may say it needs; 0 sets no limit."""
+    return int(limits.vram_threshold_gb * 2**30)
+
+
 def _call(whom: Callable[..., None] | None, *what: object) -> None:
     """Tell somebody. What goes wrong there is theirs: a lane must not end of it, its callers would wait for ever."""
     if whom is None:
@@ -189,7 +195,7 @@ async def open_host(
         scratch: absolute; whatever an earlier life left in it is removed.
     """
     removal.empty_tree(scratch)
-    deciding = Deciding(models, means.room, threshold_bytes=int(limits.vram_threshold_gb * 2**30))
+    deciding = Deciding(models, means.room, threshold_bytes=_threshold(limits))
     host = Host(deciding, limits)
     for number, spec in enumerate(models):
         ground = Ground(scratch / f"m{number}", limit_bytes=int(limits.scratch_gb * 2**30))

@@ -184,6 +184,12 @@ class Dispatch:
         gpus = self.fleet.gpus
         return next((gpus[uuid].held for uuid in instance.shares if gpus[uuid].unloads), "")
 
+    def keep_for(self, instance: Instance, limit: float) -> None:
+        """From now on it is kept for another while without work, which counts from when it became idle."""
+        self.clock.unset(instance)
+        if limit and instance.stage is Stage.READY and not instance.runs:
+            self.clock.set(instance, max(self.now, instance.idle_since + limit))
+
     def keep_alive(self, instance: Instance) -> None:
         """End it if it has had no work for as long as its model is kept."""
         limit = instance.model.plan.keep_alive_s

@@ -178,6 +178,13 @@ class Unload(msgspec.Struct, frozen=True):
     again: bool = False
 
 
+class Tuned(msgspec.Struct, frozen=True):
+    """The owner has changed limits; models that are not named keep theirs."""
+
+    threshold_bytes: int
+    keep_alive_s: Mapping[str, float]
+
+
 class Copies(msgspec.Struct, frozen=True):
     """How many instances of a model can be had now. With none and a `problem`, whoever waits for it is refused."""
 
@@ -235,6 +242,7 @@ Event = (
     | Settles
     | Learned
     | Unread
+    | Tuned
     | Wanted
     | Unload
     | Copies

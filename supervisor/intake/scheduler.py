@@ -74,6 +74,7 @@ class Scheduler:
             fx.Learned: self._learned,
             fx.Unread: self._unread,
             fx.Wanted: self._wanted,
+            fx.Tuned: self._tuned,
             fx.Unload: self._unload,
             fx.Copies: self._copies,
             fx.Listed: self._listed,
@@ -317,6 +318,15 @@ class Scheduler:
             instance.ordered, instance.dismissed = True, not event.again
             self._do.end(instance, event.reason)
         self._do.want(model)
+
+    def _tuned(self, event: fx.Tuned) -> None:
+        self._threshold = event.threshold_bytes
+        for name, limit in event.keep_alive_s.items():
+            model = self._do.fleet.models[name]
+            if limit != model.plan.keep_alive_s:
+                model.plan = msgspec.structs.replace(model.plan, keep_alive_s=limit)
+                for instance in model.instances.values():
+                    self._do.keep_for(instance, limit)
 
     def _copies(self, event: fx.Copies) -> None:
         model = self._do.fleet.models[event.model]

@@ -311,6 +311,31 @@ def test_one_of_a_group_makes_room_for_another_that_its_owner_orders():
         assert drive.models() == {name}
 
 
+def test_how_long_models_are_kept_and_what_jobs_may_need_changes_while_it_runs():
+    drive = Drive([model("a", 5), model("b", 5)], [gpu("g", 24)])
+    for job, name in (("1", "a"), ("2", "b")):
+        drive.job(name)
+        drive.settle()
+        drive.end(job)
+    drive.wait(100)
+    assert drive.models() == {"a", "b"}
+    drive.tell(fx.Tuned(2 * GIB, {"a": 130, "b": 200}))
+    drive.wait(20)
+    assert drive.models() == {"a", "b"}, "it counts from when they became idle"
+    drive.wait(20)
+    drive.settle()
+    assert drive.models() == {"b"}
+    drive.tell(fx.Tuned(2 * GIB, {"a": 130, "b": 0}))
+    drive.wait(1000)
+    assert drive.models() == {"b"}, "0 keeps it"
+    refused = drive.job("b", vram_bytes=3 * GIB)
+    assert "2.0 GiB" in drive.refused[refused].reason
+    drive.tell(fx.Tuned(0, {}))
+    drive.job("b", vram_bytes=3 * GIB)
+    drive.settle()
+    assert drive.started[-1] == "4"
+
+
 def test_a_restart_ends_every_copy_and_loads_anew():
     drive = Drive([model("a", 5, copies=2, load_s=0.1)], [gpu("g", 12), gpu("h", 12)])
     for _ in range(9):
