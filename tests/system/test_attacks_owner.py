@@ -92,7 +92,7 @@ def test_a_pause_lets_what_runs_finish_and_outlives_a_kill_until_it_is_lifted(ri
     """What is asked meanwhile waits, and is done after `resume`."""
     client = rig.ready()
     ids = running(rig, rigs, client, 60)
-    assert "3 jobs are running, and will be finished" in ordered(rig, "pause", "--reason", "a game")
+    assert "3 jobs are still running" in ordered(rig, "pause", "--reason", "a game")
     assert rig.status()["state"] == "paused"
     waiting = [rigs.submit(client, rigs.job(f"later {n}", 2)) for n in range(2)]
     assert_done(rigs, client, ids)
