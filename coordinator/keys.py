@@ -78,12 +78,22 @@ def digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
 
 
+def make_private(path: Path) -> None:
+    """Make the file, readable by its owner alone, unless it is there. Raises OSError.
+
+    One that is there is not opened: closing it would take away the locks that this process has on it (POSIX locks go
+    with any descriptor), and another process that ends would remove the log that we read from.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
 class Keys:
     """The keys of one coordinator. All calls are short and synchronous (one indexed row)."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file, readable by its owner alone. Raises sqlite3.Error, OSError."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        make_private(path)
         self._db = sqlite3.connect(path, isolation_level=None, timeout=5, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute(_SCHEMA)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
 import secrets
 import sqlite3
 import time
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from coordinator.keys import digest
+from coordinator.keys import digest, make_private
 from protocol.ids import RANDOM_BYTES, new_id
 
 State = Literal["pending", "approved", "rejected"]
@@ -114,7 +113,7 @@ class Registrations:
 
     def __init__(self, path: Path, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
         """Open the file of the keys, and make our table in it. Raises sqlite3.Error, OSError."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        make_private(path)
         self._now_ms = now_ms
         self._db = sqlite3.connect(path, isolation_level=None, timeout=5, check_same_thread=False)
         self._db.row_factory = sqlite3.Row

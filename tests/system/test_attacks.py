@@ -369,7 +369,7 @@ def test_a_state_folder_that_cannot_be_used_is_77(new_rig, rigs, tmp_path, obsta
     assert "[worker] state_dir" in words
 
 
-@pytest.mark.parametrize("token", ["bhw_" + "x" * 43, "no token at all"])
+@pytest.mark.parametrize("token", ["bhw_" + "x" * 43, "no-token-at-all"])
 def test_a_wrong_worker_token_ends_with_69(new_rig, rigs, token: str):
     rig = new_rig(want=frozenset({"synthetic"}))
     rig.ready()

@@ -157,13 +157,13 @@ class Served:
         )
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def clock() -> list[float]:
     """Seconds that are added to the clock of the logins."""
     return [0.0]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """The browser, for all tests of a module."""
     sync_api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -175,7 +175,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def running(tmp_path_factory, clock, chromium) -> Iterator[Served]:
     served = Served(tmp_path_factory.mktemp("page") / "control.sock", Acts())
     up = threading.Event()
@@ -263,7 +263,7 @@ class Enemy(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def enemy() -> Iterator[int]:
     """The port of another program on this machine that serves pages."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Enemy) as server:
