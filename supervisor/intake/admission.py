@@ -84,7 +84,9 @@ def admit(offer: Offer, job: str, attempt: int, situation: Situation) -> Verdict
     if model is None:
         return Refuse("unknown_model", f"This worker has no model {offer.model!r}.")
     if not model.available:
-        return Refuse("unknown_model", f"The model {offer.model!r} is not available: {model.reason}")
+        # Not for good: it is still being checked, or its pause or quarantine ends.
+        reason = f"The model {offer.model!r} is not available: {model.reason}"
+        return Refuse("unknown_model", reason, BUSY_RETRY_MS)
     if offer.kind not in model.kinds:
         return Refuse("unsupported", f"The model {offer.model!r} does not serve {offer.kind!r}.")
     if why := model.held.get(offer.kind):

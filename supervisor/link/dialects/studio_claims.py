@@ -202,7 +202,9 @@ class Claims:
             case wire.Decline():
                 self._offered = None
                 self._slips.pop(key, None)
-                self._reject(job, body.reason, _CODES.get(body.code))
+                # What will be over by itself is told as busy: any other refusal sends the job elsewhere for good.
+                soon: Literal["busy"] | None = "busy" if body.retry_after_ms else None
+                self._reject(job, body.reason, _CODES.get(body.code) or soon)
             case wire.Complete():
                 self._completed(key, body)
             case wire.Fail():

@@ -99,3 +99,10 @@ def test_a_cordoned_kind_is_refused_and_the_others_are_not():
     )
     for_good = {"chat": ModelState(kinds=("rerank",), held=held)}
     assert verdict(offer("rerank"), models=for_good).retry_after_ms > 0
+
+
+def test_a_model_that_is_not_available_now_may_be_asked_for_again():
+    refused = verdict(offer(model="broken"))
+    assert refused.code == "unknown_model"
+    assert refused.retry_after_ms > 0
+    assert not verdict(offer(model="gone")).retry_after_ms

@@ -266,6 +266,15 @@ def test_declining(code, told):
     assert ("k", 1) in desk.side.held
 
 
+def test_what_will_be_over_by_itself_is_told_as_busy():
+    """A model that is still being checked after a start: any other refusal would send the job elsewhere for good."""
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Decline(code="unknown_model", reason="not yet", retry_after_ms=1000), "j", 1)
+    assert desk.sent == [frames.Reject(job_id="j", reason="not yet", code="busy")]
+
+
 def test_what_a_studio_has_no_word_for_is_not_said():
     desk = Desk()
     desk.session()
