@@ -16,7 +16,7 @@ import logging
 import ssl
 import urllib.parse
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 import trio
@@ -31,6 +31,7 @@ from trio_websocket import (
 from protocol import link_wire as wire
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
+from supervisor.link.causes import closed_words, first, rejected_words, root
 from supervisor.link.turns import Turns
 from supervisor.link.upgrade import Stream, open_stream, upgrade
 from supervisor.suspend import Clocks, SleepWatch
@@ -44,7 +45,6 @@ SLEEP_LOOK_S = 1.0
 CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone
 
 Post = Callable[[wire.Body, str, int], None]
-_Error = TypeVar("_Error", bound=BaseException)
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
@@ -369,13 +369,11 @@ def _closed(reason: CloseReason | None) -> _Over:
     if reason is None:
         return _Over(Why.LOST, "the connection was closed")
     why = _BY_CLOSE_CODE.get(reason.code, Why.LOST)
-    return _Over(why, f"the connection was closed with {reason.code}{f': {reason.reason}' if reason.reason else ''}")
+    return _Over(why, closed_words(reason))
 
 
 def _rejected(error: ConnectionRejected) -> _Over:
-    words = (error.body or b"").decode(errors="replace").strip()[:200]
-    sentence = f"the coordinator answered the upgrade with HTTP {error.status_code}{f': {words}' if words else ''}"
-    return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, sentence)
+    return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, rejected_words("coordinator", error))
 
 
 def _translated(group: BaseExceptionGroup[BaseException]) -> _Over | None:
@@ -383,31 +381,16 @@ def _translated(group: BaseExceptionGroup[BaseException]) -> _Over | None:
     known = (_Over, LinkProtocolError, ConnectionClosed, HandshakeError, OSError, trio.BrokenResourceError)
     if group.split((*known, trio.ClosedResourceError))[1] is not None:
         return None
-    if over := _first(group, _Over):
+    if over := first(group, _Over):
         return over
-    if rejected := _first(group, ConnectionRejected):
+    if rejected := first(group, ConnectionRejected):
         return _rejected(rejected)
-    if illegal := _first(group, LinkProtocolError):
+    if illegal := first(group, LinkProtocolError):
         if illegal.ours:
             log.error("we broke the rules of the link: %s", illegal)
         return _Over(Why.PROTOCOL, f"the session broke: {illegal}")
-    if closed := _first(group, ConnectionClosed):
+    if closed := first(group, ConnectionClosed):
         return _closed(closed.reason)
-    if broken := _first(group, trio.BrokenResourceError):
-        return _Over(Why.LOST, f"the connection broke: {_root(broken)}")
-    return _Over(Why.LOST, f"the coordinator cannot be reached: {_root(group)}")
-
-
-def _root(error: BaseException) -> BaseException:
-    """The innermost reason of a failed connect: trio wraps one error for each address that it tried."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return _root(error.__cause__) if error.__cause__ is not None else error
-
-
-def _first(group: BaseExceptionGroup[BaseException], type_: type[_Error]) -> _Error | None:
-    for error in group.exceptions:
-        found = _first(error, type_) if isinstance(error, BaseExceptionGroup) else error
-        if isinstance(found, type_):
-            return found
-    return None
+    if broken := first(group, trio.BrokenResourceError):
+        return _Over(Why.LOST, f"the connection broke: {root(broken)}")
+    return _Over(Why.LOST, f"the coordinator cannot be reached: {root(group)}")

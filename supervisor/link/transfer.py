@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import os
 import urllib.parse
 from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -23,9 +21,7 @@ from protocol.faults import Fault, FaultError, refuse
 from protocol.link_wire import FileRef
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import Address
-
-if TYPE_CHECKING:
-    import httpx
+from supervisor.link.web import Web
 
 PIECE_BYTES = 2**20
 FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
@@ -47,10 +43,10 @@ class _Transient(Exception):
     """Worth another try."""
 
 
-class Transfer:
+class Transfer(Web):
     """The supervisor's HTTP client towards one coordinator. An async context manager.
 
-    httpx costs 0.3 s of import, so it is imported in a thread at the first use, or by `warm_up`.
+    Opened at the first use, or by `warm_up`.
     """
 
     def __init__(
@@ -61,37 +57,14 @@ class Transfer:
         fetch_patience_s: float = FETCH_PATIENCE_S,
         upload_patience_s: float = UPLOAD_PATIENCE_S,
     ) -> None:
+        super().__init__(address.tls, IDLE_S)
         self._address = address
         self._backoff = backoff
         self._fetch_patience_s, self._upload_patience_s = fetch_patience_s, upload_patience_s
-        self._client: httpx.AsyncClient | None = None
-        self._opening = trio.Lock()
-
-    async def __aenter__(self) -> Transfer:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._client is not None:
-            with trio.CancelScope(shield=True), trio.move_on_after(1):
-                await self._client.aclose()
 
     async def warm_up(self) -> None:
         """Import and open the client before the first file needs it."""
-        await self._http()
-
-    async def _http(self) -> httpx.AsyncClient:
-        async with self._opening:
-            if self._client is None:
-                module: Any = await trio.to_thread.run_sync(importlib.import_module, "httpx")
-                self._client = module.AsyncClient(
-                    verify=self._address.tls if self._address.tls is not None else True,
-                    timeout=IDLE_S,
-                    trust_env=False,  # a proxy of the environment must not stand before a loopback coordinator
-                    follow_redirects=False,
-                )
-            return self._client
+        await self.client()
 
     def _target(self, url: str) -> tuple[str, dict[str, str]]:
         base = self._address.http_url
@@ -125,7 +98,7 @@ class Transfer:
             raise refuse("input_unavailable", sentence, file.name) from None
 
     async def _fetch_once(self, file: FileRef, target: Callable[[], int], moved: Moved) -> None:
-        client = await self._http()
+        client = await self.client()
         url, headers = self._target(file.url)
         digest, size = hashlib.sha256(), 0
         async with client.stream("GET", url, headers=headers) as response:
@@ -194,7 +167,7 @@ class Transfer:
 
     async def _received(self, template: str, file: OutputFile) -> int:
         """How much of an output has come over before a connection broke; 0 when the store cannot tell."""
-        client = await self._http()
+        client = await self.client()
         path, mark, query = template.replace("{name}", urllib.parse.quote(file.name, safe="")).partition("?")
         url, headers = self._target(f"{path}/received{mark}{query}")
         if not headers:
@@ -204,7 +177,7 @@ class Transfer:
         return int(told) if told.isdecimal() and int(told) < file.size else 0
 
     async def _upload_once(self, template: str, file: OutputFile, source: Output, moved: Moved, at: int) -> None:
-        client = await self._http()
+        client = await self.client()
         from supervisor.link.pieces import Held, Pieces  # with httpx, which is here now
 
         url, headers = self._target(template.replace("{name}", urllib.parse.quote(file.name, safe="")))
@@ -239,7 +212,7 @@ class Transfer:
         raise FaultError(Fault(code, f"{sentence}: HTTP {status}.", retryable=again))
 
     async def _with_retries(self, once: Callable[[], Awaitable[_Value]], patience_s: float) -> _Value:
-        await self._http()  # imports httpx in a thread, so that the line below costs nothing
+        await self.client()  # imports httpx in a thread, so that the line below costs nothing
         import httpx
 
         backoff, until = self._backoff(), trio.current_time() + patience_s

@@ -1,25 +1,23 @@
-"""The HTTP client of the GOLIAT dialect: every request bounded in time and size, every trouble of one kind.
-
-httpx costs 0.3 s of import, so it is imported in a thread at the first use, or by `client`.
-"""
+"""The HTTP client of the GOLIAT dialect: every request bounded in time and size, every trouble of one kind."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import ssl
 import urllib.parse
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
 
+from supervisor.link.web import Web
+
 if TYPE_CHECKING:
     import httpx
 
 REQUEST_S = 10.0
+IDLE_S = 30.0  # without a byte
 CONFIG_S = 30.0
 MAX_REPLY_BYTES = 32 * 2**20  # a study lists its assignments with all their configs
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -47,7 +45,7 @@ class Trouble(Exception):
         return self.again and self.status not in _AGAIN
 
 
-class Http:
+class Http(Web):
     """An async context manager. There is no authentication: nothing that is secret may be sent.
 
     Args:
@@ -56,32 +54,8 @@ class Http:
 
     def __init__(self, base: str, tls: ssl.SSLContext | None = None, request_s: float = REQUEST_S) -> None:
         self._base = base.rstrip("/") + "/"
-        self._tls, self._request_s = tls, request_s
-        self._client: httpx.AsyncClient | None = None
-        self._opening = trio.Lock()
-
-    async def __aenter__(self) -> Http:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._client is not None:
-            with trio.CancelScope(shield=True), trio.move_on_after(1):
-                await self._client.aclose()
-
-    async def client(self) -> httpx.AsyncClient:
-        """The client; opened at the first call."""
-        async with self._opening:
-            if self._client is None:
-                module: Any = await trio.to_thread.run_sync(importlib.import_module, "httpx")
-                self._client = module.AsyncClient(
-                    verify=self._tls if self._tls is not None else True,
-                    timeout=30.0,  # without a byte
-                    trust_env=False,  # a proxy of the environment must not stand before a dashboard on loopback
-                    follow_redirects=False,
-                )
-            return self._client
+        super().__init__(tls, IDLE_S)
+        self._request_s = request_s
 
     def url(self, path: str) -> str:
         """An address below the dashboard's; one with a scheme stays as it is."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import ssl
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import trio
 
-if TYPE_CHECKING:
-    import httpx
+from supervisor.link.web import Web
 
 TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 2**20
@@ -41,36 +38,12 @@ class Answer:
             raise Trouble(f"the studio's answer cannot be read: {error}") from None
 
 
-class Http:
+class Http(Web):
     """An async context manager. Tokens go to the studio's own origin, redirects are followed without them."""
 
     def __init__(self, tls: ssl.SSLContext | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        self._tls, self._timeout_s = tls, timeout_s
-        self._client: httpx.AsyncClient | None = None
-        self._opening = trio.Lock()
-
-    async def __aenter__(self) -> Http:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._client is not None:
-            with trio.CancelScope(shield=True), trio.move_on_after(1):
-                await self._client.aclose()
-
-    async def client(self) -> httpx.AsyncClient:
-        """The client; opened at the first call."""
-        async with self._opening:
-            if self._client is None:
-                module: Any = await trio.to_thread.run_sync(importlib.import_module, "httpx")
-                self._client = module.AsyncClient(
-                    verify=self._tls if self._tls is not None else True,
-                    timeout=self._timeout_s,
-                    trust_env=False,  # a proxy of the environment must not stand before a studio on loopback
-                    follow_redirects=False,
-                )
-            return self._client
+        super().__init__(tls, timeout_s)
+        self._timeout_s = timeout_s
 
     async def json(self, method: str, url: str, *, token: str = "", body: object = None) -> tuple[int, Answer]:
         """Send JSON, if there is any, and return the status and the answer. Raises Trouble: there was none."""

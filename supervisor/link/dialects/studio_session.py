@@ -12,7 +12,7 @@ import datetime
 import logging
 import ssl
 import urllib.parse
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -25,6 +25,7 @@ from trio_websocket import (
     WebSocketConnection,
 )
 
+from supervisor.link.causes import closed_words, first, rejected_words, root
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
 from supervisor.link.session import SessionEnd, Side, Why
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 INBOX_FRAMES = 64
 MAX_WAITING = 256  # frames; beyond it lines of the log are dropped, the rest is bounded by one job at a time
 SKEW_S = 5.0
-_Error = TypeVar("_Error", bound=BaseException)
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -271,14 +271,11 @@ def _closed(reason: CloseReason | None) -> _Over:
     if reason is None:
         return _Over(Why.LOST, "the connection was closed")
     why = _BY_CLOSE_CODE.get(reason.code, Why.LOST)
-    said = f"the connection was closed with {reason.code}{f': {reason.reason}' if reason.reason else ''}"
-    return _Over(why, said, theirs=why is Why.PROTOCOL)
+    return _Over(why, closed_words(reason), theirs=why is Why.PROTOCOL)
 
 
 def _rejected(error: ConnectionRejected) -> _Over:
-    words = (error.body or b"").decode(errors="replace").strip()[:200]
-    sentence = f"the studio answered the upgrade with HTTP {error.status_code}{f': {words}' if words else ''}"
-    return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, sentence)
+    return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, rejected_words("studio", error))
 
 
 def _translated(group: BaseExceptionGroup[BaseException], base: str) -> _Over | None:
@@ -286,26 +283,12 @@ def _translated(group: BaseExceptionGroup[BaseException], base: str) -> _Over | 
     known = (_Over, ConnectionClosed, HandshakeError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
     if group.split(known)[1] is not None:
         return None
-    if over := _first(group, _Over):
+    if over := first(group, _Over):
         return over
-    if rejected := _first(group, ConnectionRejected):
+    if rejected := first(group, ConnectionRejected):
         return _rejected(rejected)
-    if closed := _first(group, ConnectionClosed):
+    if closed := first(group, ConnectionClosed):
         return _closed(closed.reason)
-    if broken := _first(group, trio.BrokenResourceError):
-        return _Over(Why.LOST, f"the connection broke: {_root(broken)}")
-    return _Over(Why.LOST, f"{base} cannot be reached: {_root(group)}")
-
-
-def _root(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return _root(error.__cause__) if error.__cause__ is not None else error
-
-
-def _first(group: BaseExceptionGroup[BaseException], type_: type[_Error]) -> _Error | None:
-    for error in group.exceptions:
-        found = _first(error, type_) if isinstance(error, BaseExceptionGroup) else error
-        if isinstance(found, type_):
-            return found
-    return None
+    if broken := first(group, trio.BrokenResourceError):
+        return _Over(Why.LOST, f"the connection broke: {root(broken)}")
+    return _Over(Why.LOST, f"{base} cannot be reached: {root(group)}")
