@@ -138,13 +138,19 @@ class Keys:
         if cached is not None and now - cached[0] < CACHE_S:
             return cached[1]
         self._cache.pop(hashed, None)
-        row = self._db.execute(f"{_SELECT} WHERE hash = ? AND revoked_ms IS NULL", (hashed,)).fetchone()
-        if row is None:
+        if (found := self.by_hash(hashed)) is None:
             return None
         if len(self._cache) >= CACHE_ENTRIES:
             self._cache.clear()
-        self._cache[hashed] = (now, key := _key(row))
-        return key
+        self._cache[hashed] = (now, found)
+        return found
+
+    def by_hash(self, hashed: bytes) -> Key | None:
+        """The live key whose secret has this `digest`, as it is now: what is bound to a key ends with it."""
+        if key := self._for_this_boot.get(hashed):
+            return key
+        row = self._db.execute(f"{_SELECT} WHERE hash = ? AND revoked_ms IS NULL", (hashed,)).fetchone()
+        return None if row is None else _key(row)
 
     def list(self) -> Iterator[Key]:
         """All keys, oldest first, revoked ones included."""

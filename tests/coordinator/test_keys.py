@@ -132,3 +132,17 @@ def test_a_broken_database_is_told_apart(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(4096))
     with pytest.raises(sqlite3.DatabaseError):
         Keys(path)
+
+
+def test_what_is_bound_to_a_key_is_found_by_its_hash_as_long_as_it_lives(keys: Keys, tmp_path: Path) -> None:
+    secret = keys.create("admin", name="boss")
+    found = keys.by_hash(digest(secret))
+    assert found is not None
+    assert (found.scope, found.name) == ("admin", "boss")
+    assert keys.by_hash(digest("bha_" + "a" * 43)) is None
+    beside = Keys(tmp_path / "keys.sqlite")  # another process
+    beside.revoke(found.prefix)
+    beside.close()
+    assert keys.by_hash(digest(secret)) is None
+    keys.admit_for_this_boot("anything", "admin")
+    assert keys.by_hash(digest("anything")) is not None
