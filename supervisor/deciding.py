@@ -16,8 +16,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import trio
 
@@ -92,6 +92,7 @@ class Deciding:
         self._alive: Counter[str] = Counter()  # model -> instances
         self._waiting: dict[str, dict[str, Ticket]] = {spec.name: {} for spec in specs}
         self._jobs: dict[Ticket, str] = {}
+        self._on_gone: dict[str, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
         self._faults: dict[str, Fault] = {}
         self._unread: deque[ModelSpec] = deque()
@@ -101,6 +102,19 @@ class Deciding:
         self._bell = trio.Event()
         self._wakes_at: float | None = None
         room.bind(self)
+
+    def join(self, spec: ModelSpec, lanes: Sequence[Runner]) -> None:
+        """One more model, with the lanes that hold its instances. Its name is free."""
+        self._specs[spec.name] = spec
+        self._waiting[spec.name] = {}
+        self._lanes[spec.name] = list(lanes)
+        self.tell(fx.ModelJoins(_plan(spec)))
+        self.recount(spec.name)
+
+    def part(self, model: str, reason: str, on_gone: Callable[[], None]) -> None:
+        """Have no more of a model: what waits for it is refused, what runs ends, and `on_gone` is told of the end."""
+        self._on_gone[model] = on_gone
+        self.tell(fx.ModelParts(model, reason))
 
     def adopt(self, model: str, lanes: Sequence[Runner]) -> None:
         """These lanes hold the instances of a model."""
@@ -156,7 +170,7 @@ class Deciding:
 
     def queued(self, model: str) -> int:
         """Runs that wait for a model."""
-        return len(self._waiting[model])
+        return len(self._waiting.get(model, ()))
 
     def most_of(self, model: str) -> int:
         """The most GPU memory in bytes that one job of a model may say it needs; 0 sets no limit."""
@@ -199,13 +213,13 @@ class Deciding:
             return
         model = lane.spec.name
         self._alive[model] -= 1
-        if not self._alive[model] and self._waiting[model]:
+        if not self._alive[model] and self.queued(model):
             self._look_at_files(model)
         self.tell(fx.Gone(number))
 
     def recount(self, model: str) -> None:
         """A lane takes no orders any more, or takes them again."""
-        lanes = self._lanes[model]
+        lanes = self._lanes.get(model, [])
         barred = [lane.refusal for lane in lanes if not lane.usable]
         problem = next((fault for fault in barred if fault is not None), None)
         if problem is not None:
@@ -214,7 +228,7 @@ class Deciding:
 
     def pass_on(self, model: str, progress: Progress) -> None:
         """Tell those who wait for a model how far it is."""
-        for ticket in list(self._waiting[model].values()):
+        for ticket in list(self._waiting.get(model, {}).values()):
             ticket.tell(progress)
 
     # ---- effects
@@ -237,6 +251,11 @@ class Deciding:
                 self._refuse(job_id, code, reason)
             case fx.Waits(model, _reason):
                 self._explain(model)
+            case fx.ModelGone(model):
+                books: tuple[dict[str, Any], ...] = (self._specs, self._waiting, self._lanes, self._faults)
+                for book in books:
+                    book.pop(model, None)
+                self._on_gone.pop(model)()
 
     def _explain(self, model: str) -> None:
         if not (text := self._scheduler.waits_of(model)):
@@ -251,6 +270,8 @@ class Deciding:
         ticket = self._forget(model, job_id)
         if code in ("load_failed", "quarantined"):
             fault = self._faults.get(model) or Fault(code, reason)
+        elif code == "parted":
+            fault = Fault("worker_stopping", reason)
         elif code == "gpu_failed":
             fault = refuse("gpu_failed", reason).fault
         else:
@@ -267,8 +288,14 @@ class Deciding:
 
     def _look_at_files(self, model: str) -> None:
         """Unless an instance of it lives: then what is known of it is as good as it gets."""
-        spec = self._specs[model]
-        if not self._room.measures or spec.model.device == "cpu" or self._alive[model] or model in self._reading:
+        spec = self._specs.get(model)
+        if (
+            spec is None
+            or not self._room.measures
+            or spec.model.device == "cpu"
+            or self._alive[model]
+            or model in self._reading
+        ):
             return
         self._reading.add(model)
         self._unread.append(spec)

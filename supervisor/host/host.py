@@ -7,13 +7,14 @@ Cancelling `Host.run` cancels the run: the caller goes on within `ANSWER_S`; the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import trio
 
-from protocol.faults import Fault, refuse
+from protocol.faults import Fault, FaultError, refuse
 from supervisor.deciding import Deciding
 from supervisor.host import removal
 from supervisor.host.ground import Ground
@@ -43,10 +44,13 @@ class Host:
         on_late_death: called with the same when that process is dead after all.
     """
 
-    def __init__(self, deciding: Deciding, limits: LimitsTable) -> None:
+    def __init__(self, deciding: Deciding, limits: LimitsTable, scratch: Path, means: Means) -> None:
         self._deciding = deciding
         self._lanes: dict[str, list[Lane]] = {}
-        self._limits = limits
+        self._homes: dict[str, _Home] = {}
+        self._limits, self._scratch, self._means = limits, scratch, means
+        self._numbers = itertools.count()
+        self._nursery: trio.Nursery | None = None
         self._tickets: dict[str, Ticket] = {}  # by label
         self._live: set[Ticket] = set()
         self._stopped = False
@@ -131,9 +135,80 @@ class Host:
         """End all instances of a model, each after its last run; with `again` it is then loaded anew."""
         self._deciding.unload(model, reason, again=again)
 
+    def take_on(self, spec: ModelSpec) -> None:
+        """Serve one more model from now on; nothing is loaded yet.
+
+        Raises:
+            ValueError: there is a model of this name, and be it one that is just let go, or the host has stopped.
+        """
+        if spec.name in self._homes or self._stopped:
+            raise ValueError(f"there is a model {spec.name!r} already, or none can be taken on any more")
+        home = self._settle(spec)
+        self._deciding.join(spec, home.lanes)
+        self._lanes[spec.name] = home.lanes
+        assert self._nursery is not None
+        self._start(home, self._nursery)
+        self._changed()
+
+    async def let_go(self, model: str, reason: str) -> None:
+        """Serve a model no more: what waits for it is refused, its instances end, each after its last run.
+
+        Returns when its processes have ended and its folders are removed; at once when there is no such model.
+
+        Cancellation: it goes all the same.
+        """
+        home = self._homes.get(model)
+        if home is None:
+            return
+        if not home.leaving:
+            home.leaving = True
+            assert self._nursery is not None
+            self._nursery.start_soon(self._see_off, model, home)
+            self._deciding.part(model, reason, lambda: self._gone(home))
+        await home.gone.wait()
+
+    async def _see_off(self, model: str, home: _Home) -> None:
+        try:
+            await home.ended.wait()
+            await self._means.remove(home.ground.root)
+            del self._homes[model]
+        finally:
+            home.gone.set()
+
+    def _settle(self, spec: ModelSpec) -> _Home:
+        """The lanes of a model, and where they work."""
+        ground = Ground(self._scratch / f"m{next(self._numbers)}", limit_bytes=int(self._limits.scratch_gb * 2**30))
+        lanes = [
+            Lane(
+                spec,
+                self._limits,
+                ground,
+                self._deciding,
+                copy=copy,
+                on_change=self._changed,
+                on_unkillable=self._unkillable,
+                on_late_death=self._died_late,
+                means=self._means,
+            )
+            for copy in range(spec.copies)
+        ]
+        home = self._homes[spec.name] = _Home(ground, lanes)
+        return home
+
+    def _gone(self, home: _Home) -> None:
+        """No instance of it is left: its lanes end, whatever they wait for."""
+        del self._lanes[home.lanes[0].spec.name]
+        for scope in home.scopes:
+            scope.cancel()
+        self._changed()
+
+    def _start(self, home: _Home, nursery: trio.Nursery) -> None:
+        for lane, scope in zip(home.lanes, home.scopes, strict=True):
+            nursery.start_soon(home.live, lane, scope)
+
     @property
     def occupants(self) -> Sequence[Lane]:
-        """All lanes, in the order of the configuration."""
+        """All lanes, in the order of the configuration, then those of models that came later."""
         return [lane for lanes in self._lanes.values() for lane in lanes]
 
     @property
@@ -142,11 +217,18 @@ class Host:
         return self._deciding
 
     def ground(self, model: str) -> Ground:
-        """Where the engines of a model work, for the folders of its attempts."""
-        return self._lanes[model][0].ground
+        """Where the engines of a model work, for the folders of its attempts.
+
+        Raises:
+            FaultError: it is served no more.
+        """
+        home = self._homes.get(model)
+        if home is None:
+            raise FaultError(Fault("worker_stopping", f"The model {model} is not served here any more."))
+        return home.ground
 
     def snapshot(self) -> list[InstanceStatus]:
-        """State of every lane, in the order of the configuration; a model has one lane for each copy."""
+        """State of every lane, in the order of `occupants`; a model has one lane for each copy."""
         return [lane.status() for lane in self.occupants]
 
     def _changed(self) -> None:
@@ -158,12 +240,35 @@ class Host:
     def _died_late(self, spec: ModelSpec, devices: tuple[str, ...], pid: int) -> None:
         _call(self.on_late_death, spec, devices, pid)
 
-    async def _own(self) -> None:
+    async def _own(self, task_status: trio.TaskStatus[None]) -> None:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._deciding.run)
-                for lane in self.occupants:
-                    nursery.start_soon(lane.run)
+                for home in self._homes.values():
+                    self._start(home, nursery)
+                self._nursery = nursery
+                task_status.started()
+
+
+class _Home:
+    """What the host has of one model. `ended`: none of its lanes runs any more; `gone`: its name is free, too."""
+
+    def __init__(self, ground: Ground, lanes: list[Lane]) -> None:
+        self.ground, self.lanes = ground, lanes
+        self.scopes = [trio.CancelScope() for _lane in lanes]
+        self.leaving = False
+        self.ended, self.gone = trio.Event(), trio.Event()
+        self._left = len(lanes)
+
+    async def live(self, lane: Lane, scope: trio.CancelScope) -> None:
+        """Own a lane until it is cancelled."""
+        try:
+            with scope:
+                await lane.run()
+        finally:
+            self._left -= 1
+            if not self._left:
+                self.ended.set()
 
 
 def _threshold(limits: LimitsTable) -> int:
@@ -196,32 +301,17 @@ async def open_host(
     """
     removal.empty_tree(scratch)
     deciding = Deciding(models, means.room, threshold_bytes=_threshold(limits))
-    host = Host(deciding, limits)
-    for number, spec in enumerate(models):
-        ground = Ground(scratch / f"m{number}", limit_bytes=int(limits.scratch_gb * 2**30))
-        lanes = [
-            Lane(
-                spec,
-                limits,
-                ground,
-                deciding,
-                copy=copy,
-                on_change=host._changed,
-                on_unkillable=host._unkillable,
-                on_late_death=host._died_late,
-                means=means,
-            )
-            for copy in range(spec.copies)
-        ]
-        host._lanes[spec.name] = lanes
+    host = Host(deciding, limits, scratch, means)
+    for spec in models:
+        host._lanes[spec.name] = lanes = host._settle(spec).lanes
         deciding.adopt(spec.name, lanes)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(host._own)
+        await nursery.start(host._own)
         try:
             yield host
         finally:
             host._stopped = True
             host._scope.cancel()
     with trio.CancelScope(shield=True), trio.move_on_after(TIDY_S):
-        for model in models:  # after a clean end the next life has nothing to clear up
-            await means.remove(host.ground(model.name).root)
+        for home in list(host._homes.values()):  # after a clean end the next life has nothing to clear up
+            await means.remove(home.ground.root)

@@ -229,6 +229,13 @@ class Dispatch:
             self.refuse(job.id, code, problem)
         self.give_up(model)
 
+    def parts(self, model: Model) -> None:
+        """Forget a model that is served no more, once its last instance is gone."""
+        if model.parting and not model.instances:
+            self._leaves_line(model)
+            self.fleet.parts(model)
+            self.out.append(fx.ModelGone(model.plan.name))
+
     def _leaves_line(self, model: Model) -> None:
         self.line.unset(model)
         self.stuck.unset(model)

@@ -193,6 +193,22 @@ class Copies(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
+class ModelJoins(msgspec.Struct, frozen=True):
+    """A model that this box serves from now on. Its name is free: `ModelGone` was told of an older one."""
+
+    plan: ModelPlan
+
+
+class ModelParts(msgspec.Struct, frozen=True):
+    """A model that this box serves no more: who waits for it is refused, its instances end after their last runs.
+
+    `ModelGone` follows when none is left. Nothing that is told of it meanwhile brings it back.
+    """
+
+    model: str
+    reason: str
+
+
 class Listed(msgspec.Struct, frozen=True):
     """The devices that there are now. What is loaded on one that vanished stays in the books until it is gone."""
 
@@ -246,6 +262,8 @@ Event = (
     | Wanted
     | Unload
     | Copies
+    | ModelJoins
+    | ModelParts
     | Listed
     | Broken
     | HoldPut
@@ -297,7 +315,8 @@ class Waits(msgspec.Struct, frozen=True):
 class Refuse(msgspec.Struct, frozen=True):
     """This job is not going to run here.
 
-    `code` as in `protocol.link_wire.Decline`, or "load_failed", "never_fits", "gpu_failed", "quarantined".
+    `code` as in `protocol.link_wire.Decline`, or "load_failed", "never_fits", "gpu_failed", "quarantined",
+    "parted".
     """
 
     job: str
@@ -305,4 +324,10 @@ class Refuse(msgspec.Struct, frozen=True):
     reason: str
 
 
-Effect = StartRun | Load | Evict | CancelLoad | Waits | Refuse
+class ModelGone(msgspec.Struct, frozen=True):
+    """A model that was to part has no instance left, and its name is free."""
+
+    model: str
+
+
+Effect = StartRun | Load | Evict | CancelLoad | Waits | Refuse | ModelGone

@@ -114,12 +114,13 @@ class Model:
         wanted: to be loaded though no job waits.
         ordered: so wanted that models without work make room.
         unread: its need is being found out.
+        parting: it is served no more, and goes with its last instance.
         lost: instances that end by themselves, and are no copies any more only when they are gone.
     """
 
     __slots__ = (
-        "demand", "instances", "least", "load_s", "lost", "ordered", "places", "plan", "reach", "rooms", "run_s",
-        "stuck", "target", "unread", "waiting", "wanted", "why",
+        "demand", "instances", "least", "load_s", "lost", "ordered", "parting", "places", "plan", "reach", "rooms",
+        "run_s", "stuck", "target", "unread", "waiting", "wanted", "why",
     )  # fmt: skip
 
     def __init__(self, plan: ModelPlan, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
@@ -131,7 +132,7 @@ class Model:
         self.load_s, self.run_s = plan.load_s, 0.0
         self.target: Place | None = None
         self.lost = 0
-        self.stuck = self.unread = self.wanted = self.ordered = False
+        self.stuck = self.unread = self.wanted = self.ordered = self.parting = False
         self.why = ""
 
     def move(self, places: tuple[Place, ...], rooms: dict[str, int]) -> None:
@@ -174,8 +175,19 @@ class Fleet:
         self.blind = ""  # why nothing is known about the devices yet
         self.faulty = 0  # devices that are broken
         for model in models.values():
-            if model.plan.group:
-                self.groups.setdefault(model.plan.group, []).append(model)
+            self.joins(model)
+
+    def joins(self, model: Model) -> None:
+        """One more model."""
+        self.models[model.plan.name] = model
+        if model.plan.group:
+            self.groups.setdefault(model.plan.group, []).append(model)
+
+    def parts(self, model: Model) -> None:
+        """One model less; it has no instance."""
+        del self.models[model.plan.name]
+        if model.plan.group:
+            self.groups[model.plan.group].remove(model)
 
     def free(self) -> dict[str, int]:
         """Device -> bytes for a new load now (`Gpu.free`, spelled out: a look asks all of them)."""

@@ -10,7 +10,7 @@ Cost. An event touches one queue, one instance and at most `LOOKS` looks; queues
 the places of one model and the instances on them, never the queue and never all models.
 
 The caller tells every event once and in order, carries the effects out, and calls `step(Tick(), …)` when `due()`
-has come. What it is told about instances that it does not know (they were gone already) changes nothing.
+has come. What it is told about instances and models that it does not know (they were gone already) changes nothing.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Scheduler:
             fx.Tuned: self._tuned,
             fx.Unload: self._unload,
             fx.Copies: self._copies,
+            fx.ModelJoins: self._joins,
+            fx.ModelParts: self._parts,
             fx.Listed: self._listed,
             fx.Broken: self._broken,
             fx.HoldPut: self._hold_put,
@@ -115,12 +117,14 @@ class Scheduler:
 
     def waits_of(self, name: str) -> str:
         """The same for one model; "" when it does not wait to be loaded."""
-        model = self._do.fleet.models[name]
-        return "" if model.live else why(model, self._do.fleet)
+        model = self._staying(name)
+        return "" if model is None or model.live else why(model, self._do.fleet)
 
     def most_of(self, name: str) -> int:
         """The most GPU memory that one job of a model may say it needs; 0 sets no limit."""
-        model = self._do.fleet.models[name]
+        model = self._staying(name)
+        if model is None:
+            return 0
         rooms = model.rooms.values()
         most = (sum if model.plan.split else max)(rooms) if rooms else 0
         return min((each for each in (most, self._threshold) if each), default=0)
@@ -135,7 +139,7 @@ class Scheduler:
 
     def _arrives(self, event: fx.Arrives) -> None:
         job = event.job
-        model = self._do.fleet.models.get(job.model)
+        model = self._staying(job.model)
         if model is None:
             self._do.refuse(job.id, "unknown_model", f"This worker has no model {job.model!r}.")
         elif found := self._hopeless(model):
@@ -260,6 +264,7 @@ class Scheduler:
         model.wanted = model.wanted or (model.plan.pin and not model.live and not instance.dismissed)
         self._answer_hopeless(model)
         self._do.want(model)
+        self._do.parts(model)
         self._do.room()
 
     def _reading(self, event: fx.Reading) -> None:
@@ -296,13 +301,13 @@ class Scheduler:
                 self._do.clock.set(model, self._do.now)
 
     def _unread(self, event: fx.Unread) -> None:
-        model = self._do.fleet.models[event.model]
-        self._do.give_up(model)
-        model.unread = True
+        if model := self._staying(event.model):
+            self._do.give_up(model)
+            model.unread = True
 
     def _wanted(self, event: fx.Wanted) -> None:
-        model = self._do.fleet.models[event.model]
-        if not model.live:
+        model = self._staying(event.model)
+        if model is not None and not model.live:
             model.wanted = True
             model.ordered = model.ordered or event.ordered
             model.stuck = False
@@ -310,7 +315,9 @@ class Scheduler:
                 self._do.clock.set(model, self._do.now)
 
     def _unload(self, event: fx.Unload) -> None:
-        model = self._do.fleet.models[event.model]
+        model = self._staying(event.model)
+        if model is None:
+            return
         model.wanted = model.ordered = event.again
         if not (event.again or model.waiting):
             self._do.give_up(model)
@@ -322,14 +329,16 @@ class Scheduler:
     def _tuned(self, event: fx.Tuned) -> None:
         self._threshold = event.threshold_bytes
         for name, limit in event.keep_alive_s.items():
-            model = self._do.fleet.models[name]
-            if limit != model.plan.keep_alive_s:
+            model = self._staying(name)
+            if model is not None and limit != model.plan.keep_alive_s:
                 model.plan = msgspec.structs.replace(model.plan, keep_alive_s=limit)
                 for instance in model.instances.values():
                     self._do.keep_for(instance, limit)
 
     def _copies(self, event: fx.Copies) -> None:
-        model = self._do.fleet.models[event.model]
+        model = self._staying(event.model)
+        if model is None:
+            return
         more = event.count > model.plan.copies
         model.plan = msgspec.structs.replace(model.plan, copies=event.count)
         if not event.count and event.problem:
@@ -338,6 +347,30 @@ class Scheduler:
             return
         model.wanted = model.wanted or (more and model.plan.pin and not model.live)
         self._do.want(model)
+
+    def _staying(self, name: str) -> Model | None:
+        """A model that is served; None when it never was, or parts."""
+        model = self._do.fleet.models.get(name)
+        return None if model is None or model.parting else model
+
+    def _joins(self, event: fx.ModelJoins) -> None:
+        fleet = self._do.fleet
+        if event.plan.name in fleet.models:
+            raise ValueError(f"there is a model {event.plan.name!r} already")
+        fleet.joins(_model(event.plan, fleet.gpus))
+
+    def _parts(self, event: fx.ModelParts) -> None:
+        model = self._staying(event.model)
+        if model is None:
+            return
+        model.parting = True
+        model.wanted = model.ordered = False
+        model.plan = msgspec.structs.replace(model.plan, copies=0, pin=False)
+        self._do.fail(model, "parted", f"{event.model} is not served here any more: {event.reason}")
+        for instance in list(model.instances.values()):
+            instance.ordered = instance.dismissed = True
+            self._do.end(instance, event.reason)
+        self._do.parts(model)
 
     def _listed(self, event: fx.Listed) -> None:
         """A rare event that looks at all models: where each could lie is asked anew."""

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import engine_wire as wire
+from protocol.faults import FaultError
 from protocol.revision import ENGINE_WIRE
 from supervisor.deciding import TELL_AGAIN_S
 from supervisor.host.fake import Died, FakeChild, FakeEngines, fake_means
@@ -561,3 +562,102 @@ def test_no_load_exceeds_a_device_every_run_ends_and_nothing_starves(tmp_path_fa
 @pytest.mark.parametrize("seed", range(3))
 def test_lives_that_are_always_lived(tmp_path, seed):
     run_life(seed, tmp_path)
+
+
+# ---- models that come and go while it runs
+
+
+async def test_a_model_that_is_taken_on_is_served_and_one_that_is_let_go_ends_after_its_last_run(
+    tmp_path, autojump_clock
+):
+    async with world(tmp_path, Gpus(a=24), spec("x", 20)) as it:
+        changes: list[int] = []
+        it.host.on_change = lambda: changes.append(len(it.host.snapshot()))
+        it.sizes["y"] = 20 * GIB
+        it.host.take_on(spec("y", 20))
+        with pytest.raises(ValueError, match="'y' already"):
+            it.host.take_on(spec("y", 20))
+        assert [one.model for one in it.host.snapshot()] == ["x", "y"]
+        assert isinstance(await it.ask("y"), Done)
+        await it.begin("y", "50", "long")
+        await it.begin("y", "1", "beside")
+        await it.begin("y", "1", "waits")
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):  # two who want the same get the same
+                nursery.start_soon(it.host.let_go, "y", "its owner says so")
+            await trio.sleep(10)
+            assert it.state("y") in ("busy", "draining"), "a job is not ended for it"
+            end = it.ends["waits"]
+            assert isinstance(end, Failed)
+            assert (end.fault.code, end.fault.may_retry) == ("worker_stopping", True)
+            with pytest.raises(ValueError, match="'y' already"):
+                it.host.take_on(spec("y", 20))
+        assert isinstance(it.ends["long"], Done)
+        assert it.gpus.held == {}
+        assert [one.model for one in it.host.snapshot()] == ["x"]
+        assert changes[-1] == 1
+        assert not (tmp_path / "s" / "m1").exists()
+        end = await it.ask("y")
+        assert isinstance(end, Failed)
+        assert end.fault.code == "model_not_found"
+        with pytest.raises(FaultError, match="not served here any more"):
+            it.host.ground("y")
+        await it.host.let_go("y", "there is none")
+        it.sizes["y"] = 10 * GIB
+        it.host.take_on(spec("y", 10, copies=2))
+        assert isinstance(await it.ask("y"), Done)
+        assert isinstance(await it.ask("x"), Done)
+        assert [name for name, *_rest in it.loads] == ["y", "y", "x"]
+
+
+@pytest.mark.parametrize("state", ["cold", "loading", "quarantined", "waits for room"])
+async def test_a_model_is_let_go_in_whatever_state_it_is(tmp_path, autojump_clock, state):
+    limits = msgspec.structs.replace(LIMITS, restart=RestartTable(quarantine_after=2, reprobe_s=10_000))
+    async with world(tmp_path, Gpus(a=24), spec("x", 20), limits=limits) as it:
+        it.sizes["y"] = 20 * GIB
+        it.host.take_on(spec("y", 20, pin=True))
+        if state == "quarantined":
+            for _ in range(3):
+                await it.ask("y", "boom")
+        elif state == "waits for room":
+            it.gpus.foreign[A] = 20 * GIB
+            await trio.sleep(2)
+        if state in ("loading", "waits for room"):
+            it.load_s = 1000
+            await it.begin("y")
+            await trio.sleep(3)
+        assert it.state("y") in (state, "cold" if state == "waits for room" else state)
+        with trio.fail_after(20):
+            await it.host.let_go("y", "its owner says so")
+        await trio.testing.wait_all_tasks_blocked()
+        assert [one.model for one in it.host.snapshot()] == ["x"]
+        assert it.gpus.held == {}
+        it.gpus.foreign[A] = 0
+        await trio.sleep(2)
+        it.load_s = 1
+        assert isinstance(await it.ask("x"), Done)
+
+
+async def test_whoever_gives_up_waiting_for_a_model_to_go_does_not_keep_it(tmp_path, autojump_clock):
+    async with world(tmp_path, Gpus(a=24), spec("x", 20)) as it:
+        await it.begin("x", "50")
+        await trio.sleep(5)
+        with trio.move_on_after(5):
+            await it.host.let_go("x", "its owner says so")
+        assert it.state("x") in ("busy", "draining")
+        await trio.sleep(60)
+        assert it.host.snapshot() == []
+        assert isinstance(it.ends["x"], Done)
+        it.host.take_on(spec("x", 20))
+        assert isinstance(await it.ask("x"), Done)
+
+
+async def test_the_end_of_the_host_is_the_end_of_waiting_for_a_model_to_go(tmp_path, autojump_clock):
+    async with trio.open_nursery() as around:
+        async with world(tmp_path, Gpus(a=24), spec("x", 20)) as it:
+            await it.begin("x", "5000")
+            await trio.sleep(5)
+            around.start_soon(it.host.let_go, "x", "its owner says so")
+            await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(ValueError, match="none can be taken on"):
+            it.host.take_on(spec("z"))

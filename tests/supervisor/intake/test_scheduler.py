@@ -39,6 +39,7 @@ class Drive:
         self.refused: dict[str, fx.Refuse] = {}
         self.said: list[str] = []
         self.cordoned: set[str] = set()
+        self.gone_models: set[str] = set()
 
     def tell(self, event: fx.Event) -> list[fx.Effect]:
         match event:
@@ -85,6 +86,10 @@ class Drive:
             case fx.Waits(_, reason):
                 assert reason
                 self.said.append(reason)
+            case fx.ModelGone(name):
+                everybody = [*self.loading.values(), *self.ready.values(), *self.leaving.values()]
+                assert name not in {one.model for one in everybody}
+                self.gone_models.add(name)
 
     def drains(self, number: int) -> bool:
         return self.scheduler.loaded()[number][1] == "draining"
@@ -537,7 +542,7 @@ STEPS = st.lists(
         st.tuples(st.just("job"), st.integers(0, len(MODELS) - 1), st.integers(0, 1)),
         st.tuples(st.sampled_from(["end", "load", "fail", "gone", "cancel"]), st.integers(0, 9), st.just(0)),
         st.tuples(st.sampled_from(["hold", "lift", "unload"]), st.integers(0, 2), st.just(0)),
-        st.tuples(st.just("dismiss"), st.integers(0, len(MODELS) - 1), st.just(0)),
+        st.tuples(st.sampled_from(["dismiss", "part", "join"]), st.integers(0, len(MODELS) - 1), st.just(0)),
         st.tuples(st.just("foreign"), st.integers(0, 1), st.integers(0, 12)),
         st.tuples(st.just("wait"), st.sampled_from([1, 10, 150]), st.just(0)),
     ),
@@ -563,6 +568,11 @@ def play(drive: Drive, what: str, which: int, more: int) -> None:
         drive.cancel(job)
     elif what == "dismiss":
         drive.tell(fx.Unload(MODELS[which].name, "its owner says so"))
+    elif what == "part":
+        drive.tell(fx.ModelParts(MODELS[which].name, "its owner says so"))
+    elif what == "join" and MODELS[which].name in drive.gone_models:
+        drive.gone_models.discard(MODELS[which].name)
+        drive.tell(fx.ModelJoins(MODELS[which]))
     elif what in ("hold", "unload"):
         drive.tell(fx.HoldPut(places[which], "a reason", unload=what == "unload"))
     elif what == "lift":
@@ -592,6 +602,67 @@ def test_whatever_happens_the_promises_hold(steps):
         drive.tell(fx.HoldLifted(uuid))
     drive.finish(PATIENCE_S + 20 * SLICES * 22)
     assert len(drive.started) == len(set(drive.started))
+
+
+# ---- models that come and go
+
+
+def test_a_model_that_joins_is_served_like_any_other():
+    drive = Drive([model("a", 5)], [gpu("g", 24)])
+    unknown = drive.job("b")
+    assert drive.refused[unknown].code == "unknown_model"
+    drive.plans["b"] = model("b", 20)
+    drive.tell(fx.ModelJoins(drive.plans["b"]))
+    first, second = drive.job("a"), drive.job("b")
+    drive.finish(100)
+    assert {first, second} <= set(drive.started)
+    with pytest.raises(ValueError, match="'b' already"):
+        drive.tell(fx.ModelJoins(drive.plans["b"]))
+
+
+def test_a_model_that_parts_refuses_who_waits_and_goes_after_its_last_run():
+    drive = Drive([model("a", 5, pin=True, group="x"), model("b", 5, group="x")], [gpu("g", 24)])
+    runs, waits = drive.job("a"), drive.job("a")
+    drive.wait(1)
+    (number,) = drive.loading
+    drive.loaded(number)
+    drive.tell(fx.ModelParts("a", "its owner says so"))
+    drive.tell(fx.ModelParts("a", "twice"))
+    assert (drive.refused[waits].code, drive.gone_models) == ("parted", set())
+    assert drive.refused[drive.job("a")].code == "unknown_model"
+    for event in (
+        fx.Copies("a", 3),
+        fx.Wanted("a", ordered=True),
+        fx.Unload("a", "anew", again=True),
+        fx.Unread("a"),
+        fx.Learned("a", 7),
+        fx.Tuned(0, {"a": 5.0}),
+    ):
+        drive.tell(event)
+    drive.end(runs)
+    assert (number in drive.leaving, drive.gone_models) == (True, set())
+    drive.gone(number)
+    assert drive.gone_models == {"a"}
+    assert (drive.scheduler.waits_of("a"), drive.scheduler.most_of("a")) == ("", 0)
+    drive.tell(fx.ModelJoins(drive.plans["a"]))
+    assert drive.job("b")
+    drive.finish(100)
+    assert drive.started[0] == runs
+
+
+@pytest.mark.parametrize("stage", ["never loaded", "loading"])
+def test_a_model_that_parts_before_it_is_loaded_is_gone_at_once_or_when_its_load_ended(stage):
+    drive = Drive([model("a", 5)], [gpu("g", 24)])
+    if stage == "loading":
+        drive.job("a")
+        drive.wait(1)
+    drive.tell(fx.ModelParts("a", "its owner says so"))
+    assert bool(drive.leaving) == (stage == "loading")
+    for number in list(drive.leaving):
+        drive.gone(number)
+    assert drive.gone_models == {"a"}
+    assert drive.scheduler.due() is None
+    assert drive.waiting == set()
 
 
 # ---- what only a running supervisor tells
