@@ -412,6 +412,8 @@ class Dispatcher:
         while purged := await self._threads.write(self._store.purge, int(self.settings.retention_s * 1000)):
             for job in purged:
                 await run_sync(self._blobs.delete, job.job, job.blobs)
+        while await self._threads.write(self._store.fold_usage):
+            pass
 
     async def _sweep_blobs(self) -> None:
         await run_sync(self._blobs.sweep, self._store.has_blob, self._store.has_job)

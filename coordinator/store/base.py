@@ -16,7 +16,7 @@ storage_full) and `StoreError` for what the operator has to see.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -255,6 +255,12 @@ class Store(Shelf, Protocol):
 
     def remove(self, job_id: str, tenant: str) -> Purged | None:
         """Delete one job of the tenant's that has ended; None when there is none."""
+
+    def usage(self, first: int, last: int, group_by: Sequence[str], tenant: str | None = None) -> list[dict[str, Any]]:
+        """Sums over days since the epoch, both included: a row per group; `group_by` as `coordinator.usage.GROUPS`."""
+
+    def fold_usage(self) -> int:
+        """Add up usage that was counted lately; how many rows went. Sums are right before and after."""
 
     def has_blob(self, key: str) -> bool:
         """Whether a job's input or a kept file has this key."""

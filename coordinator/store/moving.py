@@ -21,9 +21,9 @@ from coordinator.store.sqlite import SqliteStore
 
 PIECE = 200  # jobs per transaction; each may have megabytes of parameters
 # Behind the jobs, in the order of their references.
-SMALL_TABLES = ("input_blobs", "files", "batches", "batch_items")
+SMALL_TABLES = ("input_blobs", "files", "batches", "batch_items", "usage_days", "usage_fresh")
 TABLES = ("jobs", *SMALL_TABLES)
-_NUMBERED = ("jobs", "files", "batches")
+_NUMBERED = ("jobs", "files", "batches", "usage_fresh")
 _SUMMED = ("state", "jobs", "attempts", "numbers", "bytes")
 _SUMS = (
     "SELECT state, count(*) AS jobs, sum(attempt) AS attempts, sum(seq) AS numbers, sum({length}(params)) AS bytes "

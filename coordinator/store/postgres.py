@@ -31,6 +31,7 @@ from coordinator.store.postgres_schema import MIGRATIONS
 from coordinator.store.rows import Row, record
 from coordinator.store.sql import SqlStore, in_turn
 from coordinator.store.sql_steps import whole
+from coordinator.store.sql_usage import APPEND_ALL, FOLD, FOLD_ALL
 
 T = TypeVar("T")
 _pack = msgspec.msgpack.encode
@@ -196,9 +197,17 @@ class PostgresStore(SqlStore):
             **_names(list(first.values())),
         )
         stored = {row["id"]: Ending("stored", record(row)) for row in rows}
+        self._count([ending.record for ending in stored.values() if ending.record is not None], now)
         return [
             stored[one.job] if one.job in stored and first[one.job] is one else self._complete(one, now) for one in done
         ]
+
+    def _append_usage(self, rows: Sequence[dict[str, Any]]) -> None:
+        if rows:
+            self._all(APPEND_ALL, **{f"all_{name}": [row[name] for row in rows] for name in rows[0]})
+
+    def _fold(self) -> int:
+        return int(self._all(FOLD_ALL, most=FOLD)[0]["moved"])
 
     def _transaction(self, *, synced: bool = True) -> AbstractContextManager[int]:
         return self._link.transaction(synced=synced)

@@ -30,6 +30,7 @@ from coordinator.store.rows import Row, columns, failing, record, same_request
 from coordinator.store.sql_reads import SqlReads
 from coordinator.store.sql_shelf import SqlShelf
 from coordinator.store.sql_steps import whole
+from coordinator.store.sql_usage import SqlUsage
 from protocol.faults import Fault
 
 _pack = msgspec.msgpack.encode
@@ -54,7 +55,7 @@ def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
     return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in ordered]
 
 
-class SqlStore(SqlShelf, SqlReads):
+class SqlStore(SqlShelf, SqlReads, SqlUsage):
     """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
 
     ORPHANED = "attended = 1"  # whose client's coordinator is gone; with one coordinator: each, at its start
@@ -221,14 +222,18 @@ class SqlStore(SqlShelf, SqlReads):
             **names,
         )
         if row is not None:
-            return Ending("stored", record(row))
+            self._count([ended := record(row)], now)
+            return Ending("stored", ended)
         # Cancelled while it ran: no result is kept, but the work was done and is counted, once.
         row = self._one(
             f"UPDATE jobs SET usage = :usage WHERE {_THIS_ATTEMPT} AND state = 'cancelled' AND usage IS NULL "
             "RETURNING *",
             **names,
         )
-        return Ending("late", record(row)) if row is not None else self._not_ours(names, "succeeded")
+        if row is None:
+            return self._not_ours(names, "succeeded")
+        self._count_late(cancelled := record(row), now)
+        return Ending("late", cancelled)
 
     @whole
     def fail(self, job_id: str, attempt: int, worker: str, fault: Fault, streamed: bool = False) -> Ending:
@@ -240,10 +245,11 @@ class SqlStore(SqlShelf, SqlReads):
                 return self._not_ours(names, "failed")
             decided = after_failure(failing(row, streamed=streamed), fault, now)
             if isinstance(decided, Fault):
-                return Ending("stored", self._fail_row(job_id, decided, now))
+                self._count([ended := self._fail_row(job_id, decided, now)], now)
+                return Ending("stored", ended)
             row = self._one(
                 "UPDATE jobs SET state = 'queued', run_after_ms = :due, fault = :fault, alone = :alone, "
-                "crashes = :crashes, spared = :spared WHERE id = :id RETURNING *",
+                "crashes = :crashes, spared = :spared, started_ms = NULL WHERE id = :id RETURNING *",
                 id=job_id,
                 due=now + decided.delay_ms,
                 fault=_pack(fault),
@@ -263,7 +269,10 @@ class SqlStore(SqlShelf, SqlReads):
                 id=job_id,
                 attempt=attempt,
             )
-            return Ending("stored", self._fail_row(job_id, fault, now)) if row is not None else Ending("fenced")
+            if row is None:
+                return Ending("fenced")
+            self._count([ended := self._fail_row(job_id, fault, now)], now)
+            return Ending("stored", ended)
 
     @whole
     def cancel(self, job_id: str, tenant: str, fault: Fault) -> Cancelled | None:
@@ -278,7 +287,8 @@ class SqlStore(SqlShelf, SqlReads):
                 fault=_pack(fault),
             )
             if row is not None:
-                return Cancelled(record(row), won=True)
+                self._count([cancelled := record(row)], now)
+                return Cancelled(cancelled, won=True)
             row = self._one("SELECT * FROM jobs WHERE id = :id AND tenant = :tenant", id=job_id, tenant=tenant)
             return Cancelled(record(row), won=False) if row is not None else None
 
@@ -292,7 +302,7 @@ class SqlStore(SqlShelf, SqlReads):
         rows = self._all(
             f"SELECT id FROM jobs WHERE {self.ORPHANED} AND {_UNENDED}{self.SKIP}", now=now, silent=self.silent_ms
         )
-        return [
+        left = [
             record(row)
             for found in rows
             for row in self._all(
@@ -302,6 +312,8 @@ class SqlStore(SqlShelf, SqlReads):
                 fault=_pack(fault),
             )
         ]
+        self._count(left, now)
+        return left
 
     @whole
     def expire(self, slack_ms: int) -> list[JobRecord]:
@@ -314,7 +326,9 @@ class SqlStore(SqlShelf, SqlReads):
                 now=now,
                 slack=slack_ms,
             )
-            return [self._fail_row(row["id"], deadline_fault(), now) for row in rows]
+            failed = [self._fail_row(row["id"], deadline_fault(), now) for row in rows]
+            self._count(failed, now)
+            return failed
 
     @whole
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:

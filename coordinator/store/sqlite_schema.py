@@ -122,4 +122,50 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX jobs_waiting ON jobs (model, priority DESC, vt, seq) WHERE state = 'queued';
     CREATE INDEX jobs_turns ON jobs (model, priority, tenant, vt) WHERE state = 'queued';
     """,
+    """
+    CREATE TABLE usage_days (
+        day INTEGER NOT NULL,
+        tenant TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        model TEXT NOT NULL,
+        succeeded INTEGER NOT NULL,
+        failed INTEGER NOT NULL,
+        cancelled INTEGER NOT NULL,
+        tokens_in INTEGER NOT NULL,
+        tokens_out INTEGER NOT NULL,
+        tokens_cached INTEGER NOT NULL,
+        audio_ms INTEGER NOT NULL,
+        images INTEGER NOT NULL,
+        frames INTEGER NOT NULL,
+        characters INTEGER NOT NULL,
+        documents INTEGER NOT NULL,
+        gpu_ms INTEGER NOT NULL,
+        busy_ms INTEGER NOT NULL,
+        PRIMARY KEY (day, tenant, key_id, worker, kind, model)
+    );
+    CREATE TABLE usage_fresh (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        day INTEGER NOT NULL,
+        tenant TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        model TEXT NOT NULL,
+        succeeded INTEGER NOT NULL,
+        failed INTEGER NOT NULL,
+        cancelled INTEGER NOT NULL,
+        tokens_in INTEGER NOT NULL,
+        tokens_out INTEGER NOT NULL,
+        tokens_cached INTEGER NOT NULL,
+        audio_ms INTEGER NOT NULL,
+        images INTEGER NOT NULL,
+        frames INTEGER NOT NULL,
+        characters INTEGER NOT NULL,
+        documents INTEGER NOT NULL,
+        gpu_ms INTEGER NOT NULL,
+        busy_ms INTEGER NOT NULL
+    );
+    """,
 )

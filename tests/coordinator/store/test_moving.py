@@ -50,13 +50,19 @@ def silent(_: str) -> None: ...
 
 def test_everything_is_there_afterwards_and_goes_on(source: Path, space: str) -> None:
     before = SqliteStore(source)
+    assert before.fold_usage() > 0
+    before.cancel("job_13", "default", Fault("cancelled", "Gone."))  # counted, and not yet added up
     rows = [before.get(f"job_{n:02}") for n in range(JOBS)]
+    used = before.usage(0, 10**6, ("tenant", "worker", "model"))
     before.close()
     counts = moving.move(source, space, silent)
-    assert counts == {"jobs": JOBS, "input_blobs": JOBS, "files": 1, "batches": 1, "batch_items": 2}
+    assert counts.pop("usage_days") > 0
+    expected = {"jobs": JOBS, "input_blobs": JOBS, "files": 1, "batches": 1, "batch_items": 2, "usage_fresh": 1}
+    assert counts == expected
     store = PostgresStore(space)
     try:
         assert [store.get(f"job_{n:02}") for n in range(JOBS)] == rows
+        assert store.usage(0, 10**6, ("tenant", "worker", "model")) == used
         assert store.get_file("file-1", "default") is not None
         assert store.batch_counts("batch_1") == {"succeeded": 1, "refused": 1}
         # What was held is held by whoever comes first, and the attempt is still the fence.
