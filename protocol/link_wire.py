@@ -76,7 +76,11 @@ class ModelOffer(Body, frozen=True):
 
 
 class Capabilities(Body, frozen=True):
-    """What a worker announces, in `hello` and again whenever it changes."""
+    """What a worker announces, in `hello` and again whenever it changes.
+
+    Attributes:
+        deploys: its owner lets the coordinator say what it serves (orders `serve` and `unserve`).
+    """
 
     models: tuple[ModelOffer, ...] = ()
     gpus: tuple[Gpu, ...] = ()
@@ -85,6 +89,7 @@ class Capabilities(Body, frozen=True):
     machine: str = ""
     accepting: bool = True
     reason: str = ""  # why not, when not accepting
+    deploys: bool = False
 
 
 class Held(Body, frozen=True):
@@ -312,7 +317,8 @@ class Order(Body, frozen=True):
     """Something else that the worker shall do; it answers with `order_done` and the same `id`.
 
     Attributes:
-        verb: `log_level` {level, for_s}, `probe` {model}, `configure` {changes: {key: value}}. A verb that the worker
+        verb: `log_level` {level, for_s}, `probe` {model}, `configure` {changes: {key: value}},
+            `serve` {name, source, sha256, file, engine, options}, `unserve` {name}. A verb that the worker
             does not know is answered with ok = false.
     """
 

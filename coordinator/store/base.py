@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from coordinator.records import JobRecord, StoredFile, Submission
+from coordinator.store.deployments import Deployments
 from coordinator.store.shelf import Shelf
 from protocol.faults import Fault, FaultError
 
@@ -152,7 +153,7 @@ class Beat(msgspec.Struct, frozen=True):
     left: tuple[JobRecord, ...] = ()
 
 
-class Store(Shelf, Protocol):
+class Store(Shelf, Deployments, Protocol):
     """One implementation per database; all pass the same contract suite.
 
     Several coordinators may share a database, each with a `Store` of its own. An open attempt is held by one of

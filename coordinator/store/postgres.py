@@ -90,6 +90,7 @@ class PostgresStore(SqlStore):
     """
 
     LOCK, SKIP, CLOCK = " FOR UPDATE", " FOR UPDATE SKIP LOCKED", "now_ms()"
+    ALIVE = "coalesce((SELECT beat_ms FROM gateways WHERE id = presence.gateway), 0)"
     ORPHANED = f"attended = 1 AND origin NOT IN ({_LIVE})"
 
     def __init__(

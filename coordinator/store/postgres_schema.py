@@ -160,4 +160,27 @@ MIGRATIONS: tuple[str, ...] = (
         busy_ms BIGINT NOT NULL
     );
     """,
+    """
+    -- What is to be served by how many workers, which were chosen, and which there are (`deploy/`).
+    CREATE TABLE deployments (name TEXT PRIMARY KEY, body BYTEA NOT NULL);
+    CREATE TABLE placements (
+        deployment TEXT NOT NULL,
+        revision TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('wanted', 'fetching', 'ready', 'failed', 'leaving')),
+        reason TEXT NOT NULL,
+        failures BIGINT NOT NULL,
+        changed_ms BIGINT NOT NULL,
+        PRIMARY KEY (deployment, revision, worker)
+    );
+    CREATE INDEX placements_by_worker ON placements (worker);
+    CREATE TABLE presence (
+        worker TEXT PRIMARY KEY,
+        gateway TEXT NOT NULL,
+        connected SMALLINT NOT NULL,
+        draining SMALLINT NOT NULL,
+        body BYTEA NOT NULL,
+        changed_ms BIGINT NOT NULL
+    );
+    """,
 )

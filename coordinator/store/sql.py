@@ -27,6 +27,7 @@ from coordinator.store.base import (
     deadline_fault,
 )
 from coordinator.store.rows import Row, columns, failing, record, same_request
+from coordinator.store.sql_deploy import SqlDeploy
 from coordinator.store.sql_reads import SqlReads
 from coordinator.store.sql_shelf import SqlShelf
 from coordinator.store.sql_steps import whole
@@ -55,7 +56,7 @@ def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
     return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in ordered]
 
 
-class SqlStore(SqlShelf, SqlReads, SqlUsage):
+class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
     """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
 
     ORPHANED = "attended = 1"  # whose client's coordinator is gone; with one coordinator: each, at its start

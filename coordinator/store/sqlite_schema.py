@@ -168,4 +168,27 @@ MIGRATIONS: tuple[str, ...] = (
         busy_ms INTEGER NOT NULL
     );
     """,
+    """
+    -- What is to be served by how many workers, which were chosen, and which there are (`deploy/`).
+    CREATE TABLE deployments (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
+    CREATE TABLE placements (
+        deployment TEXT NOT NULL,
+        revision TEXT NOT NULL,
+        worker TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('wanted', 'fetching', 'ready', 'failed', 'leaving')),
+        reason TEXT NOT NULL,
+        failures INTEGER NOT NULL,
+        changed_ms INTEGER NOT NULL,
+        PRIMARY KEY (deployment, revision, worker)
+    ) WITHOUT ROWID;
+    CREATE INDEX placements_by_worker ON placements (worker);
+    CREATE TABLE presence (
+        worker TEXT PRIMARY KEY,
+        gateway TEXT NOT NULL,
+        connected INTEGER NOT NULL,
+        draining INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        changed_ms INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    """,
 )

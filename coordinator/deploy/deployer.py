@@ -1,0 +1,209 @@
+"""Carries deployments out: plans with the other replicas over the store, orders the workers that are connected here.
+
+Theory of operation. Every `TICK_S` each replica writes which workers it has, plans every deployment that no other
+replica plans just now, and looks at the placements of its own workers: it orders `serve` and `unserve`, and writes what
+came of it. Nothing that matters is in memory: a replica that dies leaves placements that the worker's next replica
+finds, and an order that was given twice is carried out once (a pull of the same file follows the one under way).
+
+A placement is ready when its worker announces the model, that is after it was fetched, loaded and proved there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from coordinator.deploy.plan import due, plan
+from coordinator.deploy.spec import Deployment, Placement, PlacementState, model_name
+from coordinator.fleet import Fleet, Worker
+from coordinator.store import Store, StoreError
+from coordinator.store.threads import StoreThreads
+from protocol.faults import FaultError
+from protocol.link_wire import Capabilities, OrderDone
+
+log = logging.getLogger(__name__)
+
+TICK_S = 2.0
+SERVE_S = 6 * 3600.0  # a large model over a slow line
+UNSERVE_S = 120.0
+ANNOUNCE_S = 30.0  # between the answer to `serve` and the announcement
+MOST_AT_ONCE = 64  # orders under way from here: those who wait do not all ask one server for a model
+
+Give = Callable[[Worker, str, dict[str, Any], float], Awaitable[OrderDone]]
+_Key = tuple[str, str]  # (worker, model)
+
+
+@dataclasses.dataclass
+class _Errand:
+    """An order under way, or answered `until` a moment ago."""
+
+    worker: Worker
+    verb: str
+    scope: anyio.CancelScope = dataclasses.field(default_factory=anyio.CancelScope)
+    until: float = float("inf")
+
+
+class Deployer:
+    """See the module. Everything is called on the event loop.
+
+    Args:
+        give: orders a connected worker and returns its answer; raises FaultError when there is none.
+    """
+
+    def __init__(self, store: Store, threads: StoreThreads, fleet: Fleet, give: Give) -> None:
+        self._store, self._threads, self._fleet, self._give = store, threads, fleet, give
+        self._names: dict[str, str] = {}
+        self._hidden: frozenset[str] = frozenset()
+        self._written: dict[str, tuple[Worker, Capabilities, bool]] = {}
+        self._errands: dict[_Key, _Errand] = {}
+        self._bell = anyio.Event()
+
+    # ---- names ---------------------------------------------------------------------------------------------
+
+    def model_of(self, name: str) -> str:
+        """What workers call the model that clients ask for by this name."""
+        return self._names.get(name, name)
+
+    def name_of(self, model: str) -> str | None:
+        """What clients call a model of workers; None when it is a revision that does not answer clients."""
+        if model not in self._hidden:
+            return model
+        return next((name for name, current in self._names.items() if current == model), None)
+
+    def ring(self) -> None:
+        """Something was asked for: do not wait for the next tick."""
+        self._bell.set()
+
+    # ---- the loop ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Plan and order until cancelled. Trouble with the store is logged and tried again."""
+        async with anyio.create_task_group() as tasks:
+            first = True
+            while True:
+                try:
+                    if first:
+                        await self._threads.write(self._store.all_lost)
+                        first = False
+                    await self.tick(tasks)
+                except (StoreError, FaultError, OSError):
+                    log.exception("The deployments wait for the store")
+                self._bell = anyio.Event()
+                with anyio.move_on_after(TICK_S):
+                    await self._bell.wait()
+
+    async def tick(self, tasks: TaskGroup) -> None:
+        """One look at everything; orders are given in `tasks`."""
+        await self._write_presence()
+        known = await self._threads.read(self._store.deployments)
+        if known:
+            known = await self._threads.write(self._store.replan, plan)
+        placements = await self._threads.read(self._store.placements) if known else []
+        self._learn(known, placements)
+        self._forget_errands()
+        for placement in placements:
+            worker = self._fleet.workers.get(placement.worker)
+            if worker is not None and worker.protocol == "native":
+                await self._look(placement, worker, known, tasks)
+
+    async def _write_presence(self) -> None:
+        there = {worker.id: worker for worker in self._fleet.workers.values() if worker.protocol == "native"}
+        for name in [name for name in self._written if name not in there]:
+            await self._threads.write(self._store.lost, name)
+            del self._written[name]
+        for worker in there.values():
+            now = (worker, worker.capabilities, worker.draining)
+            if self._written.get(worker.id) != now:
+                await self._threads.write(self._store.seen, worker.id, worker.capabilities, draining=worker.draining)
+                self._written[worker.id] = now
+
+    def _learn(self, known: Sequence[Deployment], placements: Sequence[Placement]) -> None:
+        self._names = {one.name: model_name(one.name, one.current) for one in known if one.current}
+        self._hidden = frozenset(one.model for one in placements)
+
+    def _forget_errands(self) -> None:
+        now = anyio.current_time()
+        for key, errand in list(self._errands.items()):
+            if self._fleet.workers.get(key[0]) is not errand.worker:
+                errand.scope.cancel()
+                del self._errands[key]
+            elif errand.until <= now:
+                del self._errands[key]
+
+    async def _look(self, placement: Placement, worker: Worker, known: Sequence[Deployment], tasks: TaskGroup) -> None:
+        key = (worker.id, placement.model)
+        announced = any(offer.name == placement.model and offer.kinds for offer in worker.capabilities.models)
+        state = placement.state
+        if announced and state in ("wanted", "fetching", "failed"):
+            await self._write(placement, "ready", "")
+        elif not announced and state == "ready":
+            await self._write(placement, "failed", "It does not serve it any more.", failed=True)
+        elif key in self._errands or len(self._errands) >= MOST_AT_ONCE:
+            return
+        elif state == "leaving":
+            if not any(held.model == placement.model for held in worker.attempts.values()):
+                self._begin(key, worker, "unserve", tasks, self._unserve, placement, worker)
+        elif state == "fetching" or due(placement, await self._threads.read(self._store.now_ms)):
+            deployment = next((one for one in known if one.name == placement.deployment), None)
+            asked = deployment.of(placement.revision) if deployment is not None else None
+            if asked is not None and await self._write(placement, "fetching", ""):
+                arguments = {
+                    "name": placement.model,
+                    "source": asked.source,
+                    "sha256": asked.sha256,
+                    "file": asked.file,
+                    "engine": asked.engine,
+                    "options": asked.options,
+                }
+                self._begin(key, worker, "serve", tasks, self._serve, placement, worker, arguments)
+
+    def _begin(
+        self,
+        key: _Key,
+        worker: Worker,
+        verb: str,
+        tasks: TaskGroup,
+        step: Callable[..., Awaitable[None]],
+        *arguments: Any,
+    ) -> None:
+        errand = self._errands[key] = _Errand(worker, verb)
+
+        async def go() -> None:
+            with errand.scope:
+                try:
+                    await step(*arguments)
+                except (StoreError, FaultError, OSError) as error:
+                    log.warning("%s of %s at %s: %s", verb, key[1], key[0], error)
+            errand.until = anyio.current_time() + (ANNOUNCE_S if verb == "serve" else 0.0)
+            self.ring()
+
+        tasks.start_soon(go)
+
+    async def _serve(self, placement: Placement, worker: Worker, arguments: dict[str, Any]) -> None:
+        log.info("%s is to serve %s", worker.id, placement.model)
+        fetching = msgspec.structs.replace(placement, state="fetching")
+        try:
+            done = await self._give(worker, "serve", arguments, SERVE_S)
+        except FaultError as error:
+            await self._write(fetching, "failed", error.fault.message, failed=True)
+            return
+        if not done.ok:
+            log.warning("%s cannot serve %s: %s", worker.id, placement.model, done.message)
+            await self._write(fetching, "failed", done.message, failed=True)
+
+    async def _unserve(self, placement: Placement, worker: Worker) -> None:
+        done = await self._give(worker, "unserve", {"name": placement.model}, UNSERVE_S)
+        if not done.ok:  # its owner decides what lies on his disk
+            log.warning("%s does not let go of %s: %s", worker.id, placement.model, done.message)
+        await self._threads.write(self._store.unplaced, placement)
+
+    async def _write(self, placement: Placement, state: PlacementState, reason: str, *, failed: bool = False) -> bool:
+        failures = placement.failures + 1 if failed else 0 if state == "ready" else placement.failures
+        changed = msgspec.structs.replace(placement, state=state, reason=reason, failures=failures)
+        return await self._threads.write(self._store.placed, changed, [placement.state])

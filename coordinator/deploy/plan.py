@@ -1,0 +1,135 @@
+"""Which workers shall serve which revision. Pure: rows in, changes out; times are handed in.
+
+A placement is one worker for one revision:
+
+    wanted ──► fetching ──► ready ──► leaving ──► (gone)
+       ▲           │           │
+       │           ▼           ▼ it is not announced any more
+       └──────── failed ◄──────┘
+
+`plan` only adds placements and turns them to `leaving`; what becomes of an order is written by whoever gave it.
+
+- A worker that is away keeps its placements for `GRACE_MS`: most come back, with the model on their disk. After that
+  another one is chosen, and the first, when it comes back as one too many, is asked to let go.
+- A worker that fails again and again keeps its row, so that it says why, and others are chosen beside it.
+- A new revision is placed on the same workers first: what serves the old one may serve the new one. The old one
+  serves until as many as it has are ready, or as many as are wanted, whichever is less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, why_not
+
+GRACE_MS = 60_000
+FIRST_PAUSE_MS = 15_000
+LONGEST_PAUSE_MS = 15 * 60_000
+GIVEN_UP_AFTER = 3  # failures in a row: from then on the worker does not count, and is only tried beside others
+
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be written.
+
+    Attributes:
+        add: placements that shall be.
+        leave: placements that shall go.
+        drop: placements of which nothing is left to be asked.
+        current: the revision that answers clients from now on; None leaves it.
+    """
+
+    add: tuple[Placement, ...] = ()
+    leave: tuple[Placement, ...] = ()
+    drop: tuple[Placement, ...] = ()
+    current: str | None = None
+
+
+def plan(deployment: Deployment, placements: Sequence[Placement], candidates: Mapping[str, Candidate]) -> Changes:
+    """What has to change so that the deployment becomes as it was asked for.
+
+    Args:
+        placements: all of this deployment.
+        candidates: by worker id, those that are away for less than a while included.
+    """
+    asked = deployment.asked
+    wanted = [one for one in placements if one.revision == asked.revision and one.state != "leaving"]
+    others = [one for one in placements if one.revision != asked.revision and one.state != "leaving"]
+    kept, surplus = _keep(asked, wanted, candidates)
+    add = _add(asked, kept, placements, candidates)
+    current = _current(deployment, wanted, others)
+    serving = deployment.current if current is None else current
+    old = [one for one in others if one.revision != serving or asked.replicas == 0]
+    gone = [one for one in placements if one.state == "leaving" and not _reachable(one, candidates)]
+    return Changes(add=tuple(add), leave=(*surplus, *old), drop=tuple(gone), current=current)
+
+
+def due(placement: Placement, now_ms: int) -> bool:
+    """Whether an order may be given for it now."""
+    if placement.state == "failed":
+        pause = min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << max(0, placement.failures - 1))
+        return now_ms >= placement.changed_ms + pause
+    return placement.state in ("wanted", "leaving")
+
+
+def counts(asked: Asked, placement: Placement, candidates: Mapping[str, Candidate]) -> bool:
+    """Whether it is one of the `replicas`: it is ready, or there is hope that it will be."""
+    candidate = candidates.get(placement.worker)
+    if candidate is None or candidate.lost_ms >= GRACE_MS or why_not(asked, candidate):
+        return False
+    return placement.failures < GIVEN_UP_AFTER
+
+
+def _keep(
+    asked: Asked, wanted: Sequence[Placement], candidates: Mapping[str, Candidate]
+) -> tuple[list[Placement], list[Placement]]:
+    """The placements that count, and those that are too many or may not be any more."""
+    count = [one for one in wanted if counts(asked, one, candidates)]
+    ranked = sorted(count, key=lambda one: (one.state != "ready", one.failures, one.changed_ms, one.worker))
+    kept, surplus = ranked[: asked.replicas], ranked[asked.replicas :]
+    for one in wanted:
+        candidate = candidates.get(one.worker)
+        if one in count:
+            continue
+        forbidden = candidate is not None and why_not(asked, candidate)
+        if forbidden or len(kept) >= asked.replicas:
+            surplus.append(one)
+    return kept, surplus
+
+
+def _add(
+    asked: Asked, kept: Sequence[Placement], placements: Sequence[Placement], candidates: Mapping[str, Candidate]
+) -> list[Placement]:
+    missing = asked.replicas - len(kept)
+    taken = {one.worker for one in placements if one.revision == asked.revision}
+    serving = {one.worker for one in placements if one.state == "ready"}
+    free = [
+        candidate
+        for candidate in candidates.values()
+        if candidate.worker not in taken
+        and candidate.connected
+        and not candidate.draining
+        and not why_not(asked, candidate)
+    ]
+    free.sort(key=lambda one: (one.worker not in serving, len(one.capabilities.models), one.worker))
+    chosen = free[: max(0, missing)]
+    return [Placement(deployment=asked.name, revision=asked.revision, worker=candidate.worker) for candidate in chosen]
+
+
+def _current(deployment: Deployment, wanted: Sequence[Placement], others: Sequence[Placement]) -> str | None:
+    revision = deployment.asked.revision
+    if deployment.current == revision:
+        return None
+    ready = sum(one.state == "ready" for one in wanted)
+    before = sum(one.state == "ready" and one.revision == deployment.current for one in others)
+    if deployment.asked.replicas == 0:
+        return None
+    enough = max(1, min(deployment.asked.replicas, before))
+    return revision if ready >= enough else None
+
+
+def _reachable(placement: Placement, candidates: Mapping[str, Candidate]) -> bool:
+    """Whether the worker can still be asked to let go; one that comes back later announces what it has."""
+    candidate = candidates.get(placement.worker)
+    return candidate is not None and candidate.lost_ms < GRACE_MS

@@ -1,0 +1,49 @@
+"""What a store keeps of deployments: what is wanted, which workers there are, and how far each has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from coordinator.deploy.plan import Changes
+from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement
+from protocol.link_wire import Capabilities
+
+Plan = Callable[[Deployment, Sequence[Placement], Mapping[str, Candidate]], Changes]
+
+
+class Deployments(Protocol):
+    """The part of a store that all coordinators over it plan with together. Raises StoreError, as all of it does."""
+
+    def deploy(self, asked: Asked) -> Deployment:
+        """Ask for a model to be served, or for another revision, number or choice of workers of it."""
+
+    def undeploy(self, name: str) -> Deployment | None:
+        """Ask for no worker any more; the row goes with its last placement. None when there is none."""
+
+    def deployments(self) -> list[Deployment]:
+        """All, by name."""
+
+    def placements(self, worker: str | None = None) -> list[Placement]:
+        """All, or those of one worker."""
+
+    def seen(self, worker: str, capabilities: Capabilities, *, draining: bool) -> None:
+        """A worker is connected to this coordinator and announces this."""
+
+    def lost(self, worker: str) -> None:
+        """Its session with this coordinator is over."""
+
+    def all_lost(self) -> None:
+        """This coordinator has just begun: whoever was connected to its last life is not."""
+
+    def candidates(self) -> dict[str, Candidate]:
+        """All workers, those included that were here in the last hour."""
+
+    def replan(self, plan: Plan) -> list[Deployment]:
+        """Apply what `plan` says of every deployment; one coordinator at a time per deployment. All that are left."""
+
+    def placed(self, placement: Placement, was: Sequence[str]) -> bool:
+        """Write how far a placement is, when it is still in one of the states `was`."""
+
+    def unplaced(self, placement: Placement) -> None:
+        """Its worker has let go of it."""

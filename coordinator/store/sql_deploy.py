@@ -1,0 +1,250 @@
+"""Deployments, placements and workers in SQL that both databases understand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from coordinator.deploy.plan import Changes
+from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, model_name
+from coordinator.store.deployments import Plan
+from coordinator.store.rows import Row
+from coordinator.store.sql_steps import SqlSteps, whole
+from protocol.link_wire import Capabilities
+
+FORGET_WORKER_MS = 3_600_000
+_pack = msgspec.msgpack.encode
+_deployment = msgspec.msgpack.Decoder(Deployment).decode
+_capabilities = msgspec.msgpack.Decoder(Capabilities).decode
+
+
+class SqlDeploy(SqlSteps):
+    """The part of a store that keeps deployments.
+
+    Attributes:
+        ALIVE: when the coordinator with which a worker had its session last said that it lives, or NULL where there is
+            but one coordinator.
+    """
+
+    ALIVE = "NULL"
+    gateway: str = ""
+    silent_ms: int = 0
+
+    @whole
+    def deploy(self, asked: Asked) -> Deployment:
+        """Ask for a model to be served, or for another revision, number or choice of workers of it."""
+        with self._transaction() as now:
+            row = self._one(f"SELECT body FROM deployments WHERE name = :name{self.LOCK}", name=asked.name)
+            if row is None:
+                made = Deployment(asked=asked, created_ms=now, changed_ms=now)
+                self._one(
+                    "INSERT INTO deployments (name, body) VALUES (:name, :body) RETURNING name",
+                    name=asked.name,
+                    body=_pack(made),
+                )
+                return made
+            known = _deployment(row["body"])
+            served = known.of(known.current) if known.current else None
+            if served is not None and served.revision == asked.revision:
+                served = None
+            changed = msgspec.structs.replace(
+                known, asked=asked, served=served, version=known.version + 1, changed_ms=now, leaving=False
+            )
+            self._save(changed)
+            return changed
+
+    @whole
+    def undeploy(self, name: str) -> Deployment | None:
+        """Ask for no worker any more."""
+        with self._transaction() as now:
+            row = self._one(f"SELECT body FROM deployments WHERE name = :name{self.LOCK}", name=name)
+            if row is None:
+                return None
+            known = _deployment(row["body"])
+            none = msgspec.structs.replace(known.asked, replicas=0)
+            changed = msgspec.structs.replace(
+                known, asked=none, version=known.version + 1, changed_ms=now, leaving=True
+            )
+            self._save(changed)
+            return changed
+
+    def deployments(self) -> list[Deployment]:
+        """All, by name."""
+        return [_deployment(row["body"]) for row in self._read("SELECT body FROM deployments ORDER BY name")]
+
+    def placements(self, worker: str | None = None) -> list[Placement]:
+        """All, or those of one worker."""
+        mine = "" if worker is None else " WHERE worker = :worker"
+        names = {} if worker is None else {"worker": worker}
+        rows = self._read(f"SELECT * FROM placements{mine} ORDER BY deployment, revision, worker", **names)
+        return [_placement(row) for row in rows]
+
+    @whole
+    def seen(self, worker: str, capabilities: Capabilities, *, draining: bool) -> None:
+        """A worker is connected to this coordinator and announces this."""
+        with self._transaction(synced=False) as now:
+            self._one(
+                "INSERT INTO presence (worker, gateway, connected, draining, body, changed_ms) "
+                "VALUES (:worker, :me, 1, :draining, :body, :now) ON CONFLICT (worker) DO UPDATE SET "
+                "gateway = :me, connected = 1, draining = :draining, body = :body, changed_ms = :now RETURNING worker",
+                worker=worker,
+                me=self.gateway,
+                draining=int(draining),
+                body=_pack(capabilities),
+                now=now,
+            )
+
+    @whole
+    def lost(self, worker: str) -> None:
+        """Its session with this coordinator is over; another may have it by now."""
+        with self._transaction(synced=False) as now:
+            self._one(
+                "UPDATE presence SET connected = 0, changed_ms = :now WHERE worker = :worker AND gateway = :me "
+                "AND connected = 1 RETURNING worker",
+                worker=worker,
+                me=self.gateway,
+                now=now,
+            )
+
+    @whole
+    def all_lost(self) -> None:
+        """This coordinator has just begun: whoever was connected to its last life is not."""
+        with self._transaction(synced=False) as now:
+            self._all(
+                "UPDATE presence SET connected = 0, changed_ms = :now WHERE gateway = :me AND connected = 1 "
+                "RETURNING worker",
+                me=self.gateway,
+                now=now,
+            )
+
+    def candidates(self) -> dict[str, Candidate]:
+        """All workers, those included that were here in the last hour."""
+        return self._candidates(
+            self._read(f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence")
+        )
+
+    @whole
+    def replan(self, plan: Plan) -> list[Deployment]:
+        """Apply what `plan` says of every deployment."""
+        with self._transaction() as now:
+            self._all(
+                "DELETE FROM presence WHERE connected = 0 AND changed_ms < :old RETURNING worker",
+                old=now - FORGET_WORKER_MS,
+            )
+            present = self._all(f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence")
+            candidates = self._candidates(present)
+            rows = self._all(f"SELECT body FROM deployments ORDER BY name{self.SKIP}")
+            for row in rows:
+                deployment = _deployment(row["body"])
+                placed = self._all("SELECT * FROM placements WHERE deployment = :name", name=deployment.name)
+                placements = [_placement(one) for one in placed]
+                self._apply(deployment, plan(deployment, placements, candidates), len(placements), now)
+        return self.deployments()
+
+    def _apply(self, deployment: Deployment, changes: Changes, had: int, now: int) -> None:
+        for one in changes.add:
+            self._all(
+                "INSERT INTO placements (deployment, revision, worker, state, reason, failures, changed_ms) "
+                "VALUES (:deployment, :revision, :worker, 'wanted', '', 0, :now) "
+                "ON CONFLICT DO NOTHING RETURNING worker",
+                deployment=one.deployment,
+                revision=one.revision,
+                worker=one.worker,
+                now=now,
+            )
+        for one in changes.leave:
+            self._move(one, "leaving", now)
+        for one in changes.drop:
+            self._drop(one)
+        if changes.current is not None:
+            self._flip(deployment, changes.current, now)
+        elif deployment.leaving and not had and not changes.add:
+            self._all("DELETE FROM deployments WHERE name = :name RETURNING name", name=deployment.name)
+
+    def _flip(self, deployment: Deployment, revision: str, now: int) -> None:
+        """From now on this revision answers; jobs that wait for the old one wait for it."""
+        if deployment.current:
+            self._all(
+                "UPDATE jobs SET model = :new WHERE state = 'queued' AND model = :old RETURNING id",
+                old=model_name(deployment.name, deployment.current),
+                new=model_name(deployment.name, revision),
+            )
+        self._save(
+            msgspec.structs.replace(
+                deployment, current=revision, served=None, version=deployment.version + 1, changed_ms=now
+            )
+        )
+
+    @whole
+    def placed(self, placement: Placement, was: Sequence[str]) -> bool:
+        """Write how far a placement is, when it is still in one of the states `was`."""
+        with self._transaction() as now:
+            row = self._one(
+                f"SELECT state FROM placements WHERE {_THIS}{self.LOCK}",
+                **_names(placement),
+            )
+            if row is None or row["state"] not in was:
+                return False
+            self._one(
+                "UPDATE placements SET state = :state, reason = :reason, failures = :failures, changed_ms = :now "
+                f"WHERE {_THIS} RETURNING worker",
+                state=placement.state,
+                reason=placement.reason[:1000],
+                failures=placement.failures,
+                now=now,
+                **_names(placement),
+            )
+            return True
+
+    @whole
+    def unplaced(self, placement: Placement) -> None:
+        """Its worker has let go of it."""
+        with self._transaction():
+            self._drop(placement)
+
+    def _drop(self, placement: Placement) -> None:
+        self._all(f"DELETE FROM placements WHERE {_THIS} AND state = 'leaving' RETURNING worker", **_names(placement))
+
+    def _move(self, placement: Placement, state: str, now: int) -> None:
+        self._all(
+            "UPDATE placements SET state = :state, changed_ms = :now "
+            f"WHERE {_THIS} AND state <> :state RETURNING worker",
+            state=state,
+            now=now,
+            **_names(placement),
+        )
+
+    def _save(self, deployment: Deployment) -> None:
+        self._one(
+            "UPDATE deployments SET body = :body WHERE name = :name RETURNING name",
+            name=deployment.name,
+            body=_pack(deployment),
+        )
+
+    def _candidates(self, rows: Sequence[Row]) -> dict[str, Candidate]:
+        return {row["worker"]: self._candidate(row) for row in rows}
+
+    def _candidate(self, row: Row) -> Candidate:
+        now, alive = row["now"], row["alive_ms"]
+        silent = alive is not None and alive <= now - self.silent_ms
+        connected = bool(row["connected"]) and not silent
+        last = max(row["changed_ms"], alive or 0) if silent else row["changed_ms"]
+        return Candidate(
+            worker=row["worker"],
+            capabilities=_capabilities(row["body"]),
+            connected=connected,
+            lost_ms=0 if connected else max(1, now - last),
+            draining=bool(row["draining"]),
+        )
+
+
+_THIS = "deployment = :deployment AND revision = :revision AND worker = :worker"
+
+
+def _names(placement: Placement) -> dict[str, str]:
+    return {"deployment": placement.deployment, "revision": placement.revision, "worker": placement.worker}
+
+
+def _placement(row: Row) -> Placement:
+    return Placement(**{name: row[name] for name in Placement.__struct_fields__})

@@ -1,0 +1,125 @@
+"""What every store keeps of deployments; the plans are the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from coordinator.deploy.plan import GRACE_MS, plan
+from coordinator.deploy.spec import Asked, Placement, model_name
+from coordinator.records import Submission
+from coordinator.store import Store
+from protocol.link_wire import Capabilities
+
+WILLING = Capabilities(deploys=True, labels={"room": "cellar"})
+
+
+def asked(replicas: int = 1, digit: str = "a") -> Asked:
+    return Asked(name="chat", source="https://models.test/chat.gguf", sha256=digit * 64, replicas=replicas)
+
+
+def all_ready(store: Store) -> None:
+    for one in store.placements():
+        if one.state != "leaving":
+            assert store.placed(msgspec.structs.replace(one, state="ready"), [one.state])
+
+
+def test_a_deployment_is_planned_on_the_workers_that_are_there(store: Store) -> None:
+    store.deploy(asked(2))
+    store.seen("a", WILLING, draining=False)
+    store.seen("b", Capabilities(), draining=False)
+    store.replan(plan)
+    assert [(one.worker, one.state) for one in store.placements()] == [("a", "wanted")]
+    store.seen("c", WILLING, draining=False)
+    store.replan(plan)
+    assert {one.worker for one in store.placements()} == {"a", "c"}
+    assert store.candidates()["a"].capabilities == WILLING
+
+
+def test_another_revision_takes_over_with_the_jobs_that_wait(store: Store) -> None:
+    store.seen("a", WILLING, draining=False)
+    store.deploy(asked())
+    store.replan(plan)
+    all_ready(store)
+    [first] = store.replan(plan)
+    assert first.current == asked().revision
+    store.insert("job_1", Submission(kind="llm", model=model_name("chat", first.current), params=b"\x80"))
+    changed = store.deploy(asked(digit="b"))
+    assert changed.served == asked()
+    assert changed.current == first.current
+    store.replan(plan)
+    assert {one.state for one in store.placements()} == {"ready", "wanted"}
+    all_ready(store)
+    [second] = store.replan(plan)
+    assert second.current == asked(digit="b").revision
+    assert second.served is None
+    job = store.get("job_1")
+    assert job is not None
+    assert job.model == model_name("chat", second.current)
+    assert {one.state for one in store.placements()} == {"ready", "leaving"}
+
+
+def test_a_deployment_that_is_given_up_ends_with_its_last_placement(store: Store) -> None:
+    store.seen("a", WILLING, draining=False)
+    store.deploy(asked())
+    store.replan(plan)
+    all_ready(store)
+    store.replan(plan)
+    assert store.undeploy("chat") is not None
+    assert store.undeploy("other") is None
+    [left] = store.replan(plan)
+    assert left.leaving
+    [placement] = store.placements("a")
+    assert placement.state == "leaving"
+    store.unplaced(placement)
+    assert store.replan(plan) == []
+    assert store.deployments() == []
+
+
+def test_who_writes_how_far_it_is_must_have_seen_where_it_was(store: Store) -> None:
+    store.seen("a", WILLING, draining=False)
+    store.deploy(asked())
+    store.replan(plan)
+    [one] = store.placements()
+    assert store.placed(msgspec.structs.replace(one, state="fetching"), ["wanted"])
+    assert not store.placed(msgspec.structs.replace(one, state="ready"), ["wanted"])
+    store.undeploy("chat")
+    store.replan(plan)
+    assert not store.placed(msgspec.structs.replace(one, state="ready"), ["fetching"]), "it is to leave by now"
+    assert not store.placed(Placement(deployment="x", revision="y", worker="z"), ["wanted"])
+
+
+def test_a_lost_worker_is_replaced_after_its_grace(store: Store) -> None:
+    store.seen("a", WILLING, draining=False)
+    store.deploy(asked())
+    store.replan(plan)
+    all_ready(store)
+    store.lost("a")
+    store.seen("b", WILLING, draining=False)
+    store.shift_clock(GRACE_MS - 10_000)
+    store.beat()
+    store.replan(plan)
+    assert [one.worker for one in store.placements()] == ["a"]
+    store.shift_clock(10_000)
+    store.beat()
+    store.replan(plan)
+    assert {one.worker for one in store.placements()} >= {"b"}
+
+
+def test_workers_of_an_earlier_life_are_away(make: Callable[[], Store]) -> None:
+    store = make()
+    store.seen("a", WILLING, draining=False)
+    store.all_lost()
+    assert not store.candidates()["a"].connected
+
+
+def test_many_may_plan_at_once(store: Store) -> None:
+    names = [f"w{n}" for n in range(6)]
+    for name in names:
+        store.seen(name, WILLING, draining=False)
+    store.deploy(asked(4))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: store.replan(plan), range(12)))
+    assert len(store.placements()) == 4
