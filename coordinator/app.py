@@ -23,7 +23,7 @@ from coordinator import jobs_api, metrics, studio_admin, workers_api
 from coordinator.access import Access, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.dispatch import Dispatcher
 from coordinator.errors import EXCEPTION_HANDLERS, Json, RequestIds
 from coordinator.gateway import worker_endpoint
@@ -88,7 +88,7 @@ class Coordinator:
         try:
             self.keys = Keys(state / FILE_NAME)
             registrations = Registrations(state / FILE_NAME)
-            blobs = Blobs(state / BLOB_FOLDER)
+            blobs = FolderBlobs(state / BLOB_FOLDER)
         except BaseException:
             self._store.close()
             raise

@@ -6,8 +6,7 @@ Everything here is pure but `read_lines`, which blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -46,7 +45,7 @@ class Planned(NamedTuple):
 # ---- reading ------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path, offset: int, count: int) -> tuple[list[bytes], int]:
+def read_lines(source: Callable[[], BinaryIO], offset: int, count: int) -> tuple[list[bytes], int]:
     """Some lines from byte `offset` on, and where the next one begins; no lines at the end of the file. Blocks.
 
     At most `count`, and fewer when they are long. Blank lines are left out and do not count. A line beyond
@@ -54,7 +53,7 @@ def read_lines(path: Path, offset: int, count: int) -> tuple[list[bytes], int]:
     """
     lines: list[bytes] = []
     size = 0
-    with path.open("rb") as file:
+    with source() as file:
         file.seek(offset)
         while len(lines) < count and size < LINE_BYTES and (line := file.readline(LINE_BYTES + 1)):
             rest = line

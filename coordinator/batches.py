@@ -7,12 +7,13 @@ coordinator that was killed goes on where it was, and two replicas that work on 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import anyio
 import msgspec
@@ -163,9 +164,9 @@ class Batches:
         """Check every line's envelope; nothing is queued before all of them are good."""
         errors: list[tuple[int, Fault]] = []
         seen: set[str] = set()
-        place, path, models = _Place(), self._blobs.path(batch.input_blob), set[str]()
+        place, models = _Place(), set[str]()
         while True:
-            lines, offset = await run_sync(read_lines, path, place.offset, PAGE)
+            lines, offset = await run_sync(read_lines, self._source(batch), place.offset, PAGE)
             if not lines:
                 break
             errors += await run_sync(_wrong, lines, place.n, batch.endpoint, seen, models)
@@ -199,9 +200,7 @@ class Batches:
         if place.n != known:
             place = await self._seek(batch, known)
         while room > 0 and place.n < batch.total:
-            lines, offset = await run_sync(
-                read_lines, self._blobs.path(batch.input_blob), place.offset, min(PAGE, room)
-            )
+            lines, offset = await run_sync(read_lines, self._source(batch), place.offset, min(PAGE, room))
             items = await self._submit(batch, lines, place.n, batch.expires_ms - now_ms)
             await self._threads.write(self._store.note_items, batch.id, items)
             if len(items) < len(lines) or not lines:
@@ -211,12 +210,15 @@ class Batches:
             room -= len(items)
         return False
 
+    def _source(self, batch: BatchRecord) -> Callable[[], BinaryIO]:
+        return functools.partial(self._blobs.reader, batch.input_blob)
+
     async def _seek(self, batch: BatchRecord, n: int) -> _Place:
         """The place of line `n`, by reading all before it."""
         place = _Place()
         while place.n < n:
             count = min(PAGE, n - place.n)
-            lines, offset = await run_sync(read_lines, self._blobs.path(batch.input_blob), place.offset, count)
+            lines, offset = await run_sync(read_lines, self._source(batch), place.offset, count)
             if not lines:
                 break
             place = _Place(place.n + len(lines), offset)
@@ -317,9 +319,9 @@ class Batches:
 
     async def _written(self, batch: BatchRecord, tally: _Tally, good: bool) -> AsyncGenerator[bytes, None]:
         """The lines of one of the two files. Memory holds a page at a time."""
-        place, path = _Place(), self._blobs.path(batch.input_blob)
+        place = _Place()
         while place.n < batch.total:
-            lines, offset = await run_sync(read_lines, path, place.offset, PAGE)
+            lines, offset = await run_sync(read_lines, self._source(batch), place.offset, PAGE)
             if not lines:
                 return
             found = await self._threads.read(self._store.batch_items, batch.id, place.n, len(lines))

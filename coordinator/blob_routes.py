@@ -6,19 +6,15 @@ import re
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.blobs import PREFIX, Blobs
+from coordinator.blob_answers import UNKNOWN, blob_response
+from coordinator.blobs import PREFIX, Blobs, plain_name
 from coordinator.errors import Json, fault_response
 from protocol.faults import FaultError, refuse
 
-# What a worker or a client uploaded is never rendered by a browser as a page of ours.
-SAFE_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "content-security-policy": "default-src 'none'; sandbox",
-    "cache-control": "private, no-store",
-}
+PLACED = "x-placed-bytes"  # of a PUT without a body: the output lies at its place, and has so many bytes
 Admit = Callable[[str, int], Awaitable[bool]]
 
 
@@ -48,8 +44,17 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
             return fault_response(error.fault)
         return Response(headers={"upload-offset": str(count), "cache-control": "no-store"})
 
+    async def place(request: Request) -> Response:
+        try:
+            job, attempt, name = await _admitted(request, blobs, admit)
+            url = await blobs.place(job, attempt, name, request.headers.get("x-content-sha256", ""))
+        except FaultError as error:
+            return fault_response(error.fault)
+        return Json({"url": url}, headers={"cache-control": "no-store"})
+
     return [
         Route(PREFIX + "/{job}/{attempt:int}/{name}", upload, methods=["PUT"]),
+        Route(PREFIX + "/{job}/{attempt:int}/{name}/place", place, methods=["GET"]),
         Route(PREFIX + "/{job}/{attempt:int}/{name}/received", received, methods=["GET"]),
         download_route(PREFIX + "/{key:path}", blobs),
     ]
@@ -60,18 +65,28 @@ def download_route(path: str, blobs: Blobs) -> Route:
 
     async def download(request: Request) -> Response:
         try:
-            return _download(request, blobs)
+            return await _download(request, blobs)
         except FaultError as error:
             return fault_response(error.fault)
 
     return Route(path, download, methods=["GET"])
 
 
-async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Response:
+async def _admitted(request: Request, blobs: Blobs, admit: Admit | None) -> tuple[str, int, str]:
     job, attempt, name = (request.path_params[part] for part in ("job", "attempt", "name"))
     blobs.check("PUT", f"{job}/{attempt}/", *_signature(request))
     if admit is not None and not await admit(job, attempt):
         raise refuse("conflict", "This attempt is over; its outputs are not wanted any more.")
+    return job, attempt, name
+
+
+async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Response:
+    job, attempt, name = await _admitted(request, blobs, admit)
+    placed = request.headers.get(PLACED)
+    if placed is not None:
+        size = int(placed) if re.fullmatch(r"[0-9]{1,15}", placed) else -1
+        stored = await blobs.claim(job, attempt, name, size, request.headers.get("x-content-sha256", "").lower())
+        return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > blobs.max_output_bytes:
         raise refuse("payload_too_large", f"An output has at most {blobs.max_output_bytes} bytes.")
@@ -81,15 +96,10 @@ async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Respon
     return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
 
 
-def _download(request: Request, blobs: Blobs) -> Response:
+async def _download(request: Request, blobs: Blobs) -> Response:
     key: str = request.path_params["key"]
     blobs.check("GET", key, *_signature(request))
-    path = blobs.path(key)
-    if not path.is_file():
-        raise refuse("not_found", "The file is gone; files are deleted with their job.")
-    name = key.rsplit("/", 1)[-1]
-    filename = name[65:] if "/" in key else name
-    return FileResponse(path, filename=filename, headers=SAFE_HEADERS)
+    return await blob_response(request, blobs, key, UNKNOWN, plain_name(key))
 
 
 def _offset(header: str, described: bool) -> int:

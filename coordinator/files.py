@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from starlette.requests import Request
-from starlette.responses import FileResponse
 
-from coordinator.blob_routes import SAFE_HEADERS
+from coordinator.blob_answers import BlobResponse, blob_response
 from coordinator.records import JobRecord, StoredFile
 from coordinator.services import services
 from protocol.faults import refuse
@@ -18,11 +17,8 @@ def only_file(record: JobRecord) -> StoredFile:
     return record.files[0]
 
 
-def file_response(
+async def file_response(
     request: Request, file: StoredFile, mime: str, filename: str, headers: dict[str, str] | None = None
-) -> FileResponse:
+) -> BlobResponse:
     """Send an output file, with byte ranges. Raises FaultError(not_found) when it was deleted."""
-    path = services(request).blobs.path(file.blob)
-    if not path.is_file():
-        raise refuse("not_found", "The file is gone; files are deleted with their job.")
-    return FileResponse(path, media_type=mime, filename=filename, headers={**SAFE_HEADERS, **(headers or {})})
+    return await blob_response(request, services(request).blobs, file.blob, mime, filename, headers)

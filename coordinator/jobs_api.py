@@ -222,7 +222,7 @@ async def get_file(request: Request) -> Response:
     name = request.path_params["name"]
     for file in record.files:
         if file.name == name:
-            return file_response(request, file, safe_mime(file.mime), file.name)
+            return await file_response(request, file, safe_mime(file.mime), file.name)
     raise refuse("not_found", f"The job has no file {name!r}.", "name")
 
 

@@ -209,8 +209,8 @@ def _models(said: Capabilities) -> list[str]:
 
 
 def _absolute(websocket: WebSocket) -> Callable[[str], str]:
-    """Makes signed URLs of inputs absolute, below the base under which the worker itself has come."""
+    """Makes signed URLs of ours absolute, below the base under which the worker itself has come."""
     url = websocket.url
     scheme = "https" if url.scheme == "wss" else "http"
     base = f"{scheme}://{url.netloc}{url.path.rpartition('/workers/')[0]}/blobs"
-    return lambda relative: base + relative.removeprefix(BLOBS)
+    return lambda url: base + url.removeprefix(BLOBS) if url.startswith(BLOBS) else url

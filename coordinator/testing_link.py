@@ -34,7 +34,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from coordinator.blob_routes import blob_routes
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.dispatch import Dispatcher, DispatchSettings
 from coordinator.gateway import UVICORN_OPTIONS, GatewaySettings, worker_endpoint
 from coordinator.records import JobEnded, JobEvent, JobRecord, Submission, WorkerScope
@@ -222,7 +222,7 @@ class Desk:
     """The coordinator's inner half, served, as a test's thread sees it."""
 
     def __init__(
-        self, portal: BlockingPortal, store: SqliteStore, blobs: Blobs, dispatcher: Dispatcher, port: int
+        self, portal: BlockingPortal, store: SqliteStore, blobs: FolderBlobs, dispatcher: Dispatcher, port: int
     ) -> None:
         self.portal, self.store, self.blobs, self.dispatcher, self.port = portal, store, blobs, dispatcher, port
 
@@ -295,7 +295,7 @@ def running_desk(
 ) -> Iterator[Desk]:
     """Serve store, blobs, dispatcher and gateway over the folder; the same folder again is a restart."""
     store = SqliteStore(folder / "jobs.sqlite")
-    blobs = Blobs(folder / "blobs")
+    blobs = FolderBlobs(folder / "blobs")
     dispatcher = Dispatcher(store, blobs, settings=dispatch)
     routes = [
         *blob_routes(blobs, dispatcher.wants_output),

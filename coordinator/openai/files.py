@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.blob_routes import SAFE_HEADERS
+from coordinator.blob_answers import UNKNOWN, blob_response
 from coordinator.bodies import check_length
 from coordinator.errors import Json
 from coordinator.kept_files import MAX_FILE_BYTES, new_file_id
@@ -133,11 +133,7 @@ async def retrieve(request: Request) -> Response:
 async def content(request: Request) -> Response:
     """Its bytes."""
     record = await _find(request)
-    path = services(request).blobs.path(record.blob)
-    if not path.is_file():
-        raise refuse("not_found", "The file is gone.", "file_id")
-    mime = "application/octet-stream"
-    return FileResponse(path, media_type=mime, filename=record.name, headers=dict(SAFE_HEADERS))
+    return await blob_response(request, services(request).blobs, record.blob, UNKNOWN, record.name)
 
 
 async def delete(request: Request) -> Response:

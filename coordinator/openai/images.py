@@ -71,7 +71,7 @@ async def answer(
         return StreamingResponse(body, media_type="application/json", headers=job_headers(record))
     base = str(request.base_url).rstrip("/")
     data = [
-        {"url": base + parts.blobs.url(file.blob, parts.limits.blob_url_s), **_seed(result, index)}
+        {"url": base + parts.blobs.client_url(file.blob, parts.limits.blob_url_s), **_seed(result, index)}
         for index, file in enumerate(record.files)
     ]
     return Json({**head, "data": data}, headers=job_headers(record))

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.answers import finished, job_headers, result_of
-from coordinator.blob_routes import SAFE_HEADERS
+from coordinator.blob_answers import SAFE_HEADERS
 from coordinator.bodies import FieldTable, choice, model_name, read_json, work_params
 from coordinator.files import file_response, only_file
 from coordinator.records import JobRecord
@@ -51,7 +51,7 @@ async def create(request: Request) -> Response:
     result: AudioResult = result_of(record)
     headers = {**job_headers(record), SAMPLE_RATE: str(result.sample_rate)}
     file = only_file(record)
-    return file_response(request, file, AUDIO_MIME[params.format], f"speech.{params.format}", headers)
+    return await file_response(request, file, AUDIO_MIME[params.format], f"speech.{params.format}", headers)
 
 
 def _stream(request: Request, model: str, params: TtsParams, *, events: bool) -> JobStream:

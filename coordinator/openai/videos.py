@@ -101,7 +101,7 @@ async def content(request: Request) -> Response:
     if not record.ended:
         raise refuse("not_found", f"The video has no content yet: it is {_STATUS[record.state]}.")
     params = _params(succeeded(record, NAMES))
-    return file_response(request, only_file(record), VIDEO_MIME[params.format], f"{record.id}.{params.format}")
+    return await file_response(request, only_file(record), VIDEO_MIME[params.format], f"{record.id}.{params.format}")
 
 
 async def delete(request: Request) -> Response:

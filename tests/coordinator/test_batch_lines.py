@@ -26,7 +26,7 @@ def all_lines(path: Path, count: int) -> list[bytes]:
     found: list[bytes] = []
     offset = 0
     while True:
-        lines, offset = read_lines(path, offset, count)
+        lines, offset = read_lines(lambda: path.open("rb"), offset, count)
         if not lines:
             return found
         found += lines
@@ -60,7 +60,7 @@ def test_pages_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(batch_lines, "LINE_BYTES", 10)
     path = tmp_path / "in"
     path.write_bytes(b"12345\n" * 10)
-    lines, offset = read_lines(path, 0, 100)
+    lines, offset = read_lines(lambda: path.open("rb"), 0, 100)
     assert (len(lines), offset) == (2, 12)
 
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from coordinator.batches import Batches, BatchSettings, new_batch_id
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.kept_files import KeptFiles, new_file_id
 from coordinator.records import JobRecord, Submission
 from coordinator.store import SqliteStore
@@ -82,11 +82,11 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs(tmp_path / "blobs")
+def blobs(tmp_path: Path) -> FolderBlobs:
+    return FolderBlobs(tmp_path / "blobs")
 
 
-async def begin(store: SqliteStore, blobs: Blobs, lines: int = LINES, **more: Any) -> BatchRecord:
+async def begin(store: SqliteStore, blobs: FolderBlobs, lines: int = LINES, **more: Any) -> BatchRecord:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     text = [{"custom_id": f"c{n}", "method": "POST", "url": CHAT, "body": body} for n in range(lines)]
 
@@ -100,7 +100,7 @@ async def begin(store: SqliteStore, blobs: Blobs, lines: int = LINES, **more: An
     return store.add_batch(batch, 86_400_000)
 
 
-def runner(store: Any, blobs: Blobs, queue: Any = None, **settings: Any) -> Batches:
+def runner(store: Any, blobs: FolderBlobs, queue: Any = None, **settings: Any) -> Batches:
     made = BatchSettings(**{"poll_s": 0.005, "open_lines": 2, **settings})
     return Batches(store, queue or Queue(store), blobs, KeptFiles(store, blobs), made)
 
@@ -138,13 +138,13 @@ def look(store: SqliteStore, batch: BatchRecord) -> BatchRecord:
     return now
 
 
-def lines_of(store: SqliteStore, blobs: Blobs, file_id: str) -> list[dict[str, Any]]:
+def lines_of(store: SqliteStore, blobs: FolderBlobs, file_id: str) -> list[dict[str, Any]]:
     file = store.get_file(file_id, "t")
     assert file is not None
     return [json.loads(text) for text in blobs.path(file.blob).read_text().splitlines()]
 
 
-def whole(store: SqliteStore, blobs: Blobs, batch: BatchRecord, ran: Counter[str]) -> None:
+def whole(store: SqliteStore, blobs: FolderBlobs, batch: BatchRecord, ran: Counter[str]) -> None:
     """Every line answered once, nothing left over."""
     assert (batch.state, batch.completed, batch.failed, batch.error_file) == ("completed", LINES, 0, "")
     assert [line["custom_id"] for line in lines_of(store, blobs, batch.output_file)] == [f"c{n}" for n in range(LINES)]
@@ -153,14 +153,14 @@ def whole(store: SqliteStore, blobs: Blobs, batch: BatchRecord, ran: Counter[str
     assert len(store.list_files("t", 10)) == 2, "the input and one output"
 
 
-async def test_a_batch_runs_a_few_lines_at_a_time(store: SqliteStore, blobs: Blobs) -> None:
+async def test_a_batch_runs_a_few_lines_at_a_time(store: SqliteStore, blobs: FolderBlobs) -> None:
     batch = await begin(store, blobs)
     ran: Counter[str] = Counter()
     whole(store, blobs, await live(store, runner(store, blobs), batch, ran), ran)
 
 
 @pytest.mark.parametrize("after", [False, True])
-async def test_killed_at_every_step_it_ends_the_same(store: SqliteStore, blobs: Blobs, after: bool) -> None:
+async def test_killed_at_every_step_it_ends_the_same(store: SqliteStore, blobs: FolderBlobs, after: bool) -> None:
     for at in itertools.count(1):
         batch = await begin(store, blobs)
         ran: Counter[str] = Counter()
@@ -179,7 +179,7 @@ async def test_killed_at_every_step_it_ends_the_same(store: SqliteStore, blobs: 
             store.remove_file(file.id, "t")
 
 
-async def test_a_full_queue_only_delays(store: SqliteStore, blobs: Blobs) -> None:
+async def test_a_full_queue_only_delays(store: SqliteStore, blobs: FolderBlobs) -> None:
     batch = await begin(store, blobs)
     ran: Counter[str] = Counter()
     queue = Queue(store, room=3)
@@ -209,7 +209,7 @@ async def stopped(store: SqliteStore, batches: Batches, batch: BatchRecord, act:
     return look(store, batch)
 
 
-async def test_what_does_not_fit_the_window_is_an_error(store: SqliteStore, blobs: Blobs) -> None:
+async def test_what_does_not_fit_the_window_is_an_error(store: SqliteStore, blobs: FolderBlobs) -> None:
     batch = await begin(store, blobs)
 
     async def a_day_later() -> None:
@@ -220,7 +220,7 @@ async def test_what_does_not_fit_the_window_is_an_error(store: SqliteStore, blob
     assert {line["error"]["code"] for line in lines_of(store, blobs, ended.error_file)} == {"batch_expired"}
 
 
-async def test_cancel(store: SqliteStore, blobs: Blobs) -> None:
+async def test_cancel(store: SqliteStore, blobs: FolderBlobs) -> None:
     batch = await begin(store, blobs)
     batches = runner(store, blobs)
 
@@ -235,7 +235,7 @@ async def test_cancel(store: SqliteStore, blobs: Blobs) -> None:
     assert await batches.cancel(batch.id, "somebody else") is None
 
 
-async def test_output_goes_when_it_was_to_go(store: SqliteStore, blobs: Blobs) -> None:
+async def test_output_goes_when_it_was_to_go(store: SqliteStore, blobs: FolderBlobs) -> None:
     batch = await begin(store, blobs, keep_s=60)
     ended = await live(store, runner(store, blobs), batch, Counter())
     file = store.get_file(ended.output_file, "t")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -13,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from coordinator.blob_routes import blob_routes
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.testing_link import pieces
 
 
@@ -22,21 +23,21 @@ async def admit(job: str, attempt: int) -> bool:
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs(tmp_path / "blobs", max_output_bytes=1000)
+def blobs(tmp_path: Path) -> FolderBlobs:
+    return FolderBlobs(tmp_path / "blobs", max_output_bytes=1000)
 
 
 @pytest.fixture
-def client(blobs: Blobs) -> Iterator[TestClient]:
+def client(blobs: FolderBlobs) -> Iterator[TestClient]:
     with TestClient(Starlette(routes=blob_routes(blobs, admit))) as client:
         yield client
 
 
-def template(blobs: Blobs, name: str, job: str = "job_1", ttl_s: float = 60) -> str:
+def template(blobs: FolderBlobs, name: str, job: str = "job_1", ttl_s: float = 60) -> str:
     return blobs.upload_template(job, 1, ttl_s).replace("{name}", quote(name, safe=""))
 
 
-def test_an_upload_is_stored_and_comes_back(client: TestClient, blobs: Blobs) -> None:
+def test_an_upload_is_stored_and_comes_back(client: TestClient, blobs: FolderBlobs) -> None:
     digest = hashlib.sha256(b"hello").hexdigest()
     answer = client.put(template(blobs, "a b.txt"), content=b"hello", headers={"X-Content-SHA256": digest.upper()})
     assert answer.status_code == 201
@@ -48,14 +49,14 @@ def test_an_upload_is_stored_and_comes_back(client: TestClient, blobs: Blobs) ->
     assert "sandbox" in got.headers["content-security-policy"]
 
 
-def test_names_may_hold_what_means_something_in_a_url(client: TestClient, blobs: Blobs) -> None:
+def test_names_may_hold_what_means_something_in_a_url(client: TestClient, blobs: FolderBlobs) -> None:
     name = "a?b#c ü&d=e+.txt"
     answer = client.put(template(blobs, name), content=b"hello")
     assert answer.json()["key"].endswith("-" + name)
     assert client.get(blobs.url(answer.json()["key"], 60)).content == b"hello"
 
 
-def test_ranges_and_head_work_for_resumed_downloads(client: TestClient, blobs: Blobs) -> None:
+def test_ranges_and_head_work_for_resumed_downloads(client: TestClient, blobs: FolderBlobs) -> None:
     stored = anyio.run(blobs.put, pieces(b"0123456789"), 100)
     url = blobs.url(stored.key, 60)
     part = client.get(url, headers={"Range": "bytes=4-"})
@@ -76,7 +77,7 @@ def test_ranges_and_head_work_for_resumed_downloads(client: TestClient, blobs: B
     ],
 )
 def test_bad_uploads_are_refused_and_leave_nothing(
-    client: TestClient, blobs: Blobs, tmp_path: Path, change: dict[str, object], status: int, fault: str
+    client: TestClient, blobs: FolderBlobs, tmp_path: Path, change: dict[str, object], status: int, fault: str
 ) -> None:
     url = template(blobs, str(change.pop("name", "a")), str(change.pop("job", "job_1")), float(change.pop("ttl_s", 60)))  # type: ignore[arg-type]
     answer = client.put(url, **{"content": b"hello", **change})  # type: ignore[arg-type]
@@ -84,14 +85,14 @@ def test_bad_uploads_are_refused_and_leave_nothing(
     assert [path for path in (tmp_path / "blobs").rglob("*") if path.is_file() and path.name != "secret"] == []
 
 
-def test_a_slash_in_the_name_leads_nowhere(client: TestClient, blobs: Blobs, tmp_path: Path) -> None:
+def test_a_slash_in_the_name_leads_nowhere(client: TestClient, blobs: FolderBlobs, tmp_path: Path) -> None:
     for name in ("../../../escaped", "%2e%2e%2fescaped", "..%2f..%2fescaped"):
         answer = client.put(blobs.upload_template("job_1", 1, 60).replace("{name}", name), content=b"x")
         assert answer.status_code in (400, 403, 404, 405), name
     assert [path for path in tmp_path.rglob("*escaped*")] == []
 
 
-def test_without_a_signature_nothing_is_said(client: TestClient, blobs: Blobs) -> None:
+def test_without_a_signature_nothing_is_said(client: TestClient, blobs: FolderBlobs) -> None:
     stored = anyio.run(blobs.put, pieces(b"secret words"), 100)
     for answer in (
         client.get(f"/v1/blobs/{stored.key}"),
@@ -103,14 +104,16 @@ def test_without_a_signature_nothing_is_said(client: TestClient, blobs: Blobs) -
         assert b"secret words" not in answer.content
 
 
-def test_a_deleted_file_is_not_found(client: TestClient, blobs: Blobs) -> None:
+def test_a_deleted_file_is_not_found(client: TestClient, blobs: FolderBlobs) -> None:
     stored = anyio.run(blobs.put, pieces(b"x"), 100)
     blobs.delete("job_1", [stored.key])
     answer = client.get(blobs.url(stored.key, 60))
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_the_rest_of_a_file_is_taken_only_where_it_belongs(client: TestClient, blobs: Blobs, tmp_path: Path) -> None:
+def test_the_rest_of_a_file_is_taken_only_where_it_belongs(
+    client: TestClient, blobs: FolderBlobs, tmp_path: Path
+) -> None:
     digest = hashlib.sha256(b"hello world").hexdigest()
     part = tmp_path / "blobs" / "parts" / f"job_1.1.{digest}"
     part.write_bytes(b"hello ")
@@ -131,12 +134,13 @@ def test_the_rest_of_a_file_is_taken_only_where_it_belongs(client: TestClient, b
     assert list(part.parent.iterdir()) == []
 
 
-def test_parts_go_with_their_job_and_with_time(blobs: Blobs, tmp_path: Path) -> None:
+def test_parts_go_with_their_job_and_with_time(blobs: FolderBlobs, tmp_path: Path) -> None:
     parts = tmp_path / "blobs" / "parts"
     for job in ("job_1", "job_10", "job_2"):
         (parts / f"{job}.1.{'a' * 64}").write_bytes(b"x")
     blobs.delete("job_1")
     assert sorted(part.name[:6] for part in parts.iterdir()) == ["job_10", "job_2."]
     assert blobs.sweep(lambda _key: True, lambda _job: True) == 0
-    later = Blobs(tmp_path / "blobs", now_s=lambda: 1e12)
-    assert later.sweep(lambda _key: True, lambda _job: True) == 2
+    for part in parts.iterdir():
+        os.utime(part, (1, 1))
+    assert blobs.sweep(lambda _key: True, lambda _job: True) == 2

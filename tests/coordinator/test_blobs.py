@@ -14,7 +14,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trio
 
-from coordinator.blobs import ORPHAN_S, Blobs, StoredBlob, is_safe_name
+from coordinator.blobs import ORPHAN_S, StoredBlob, is_safe_name
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.testing_link import pieces
 from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import FaultError
@@ -25,8 +26,8 @@ ABSENT = "blob_" + "0" * 26
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs(tmp_path / "blobs")
+def blobs(tmp_path: Path) -> FolderBlobs:
+    return FolderBlobs(tmp_path / "blobs")
 
 
 def leftovers(tmp_path: Path) -> list[str]:
@@ -37,7 +38,7 @@ def code(caught: pytest.ExceptionInfo[FaultError]) -> str:
     return caught.value.fault.code
 
 
-async def test_what_is_put_is_what_is_read(blobs: Blobs, tmp_path: Path) -> None:
+async def test_what_is_put_is_what_is_read(blobs: FolderBlobs, tmp_path: Path) -> None:
     stored = await blobs.put(pieces(DATA), len(DATA), DIGEST)
     assert (stored.size, stored.sha256) == (len(DATA), DIGEST)
     assert await blobs.read(stored.key, len(DATA)) == DATA
@@ -50,7 +51,7 @@ async def test_what_is_put_is_what_is_read(blobs: Blobs, tmp_path: Path) -> None
     assert code(caught) == "payload_too_large"
 
 
-async def test_empty_files_are_files(blobs: Blobs) -> None:
+async def test_empty_files_are_files(blobs: FolderBlobs) -> None:
     stored = await blobs.put(pieces(b""), 0)
     assert stored.size == 0
     assert await blobs.read(stored.key, 0) == b""
@@ -60,7 +61,7 @@ async def test_empty_files_are_files(blobs: Blobs) -> None:
     ("limit", "expected", "fault"), [(len(DATA) - 1, "", "payload_too_large"), (2**30, "0" * 64, "upload_failed")]
 )
 async def test_a_refused_file_leaves_nothing(
-    blobs: Blobs, tmp_path: Path, limit: int, expected: str, fault: str
+    blobs: FolderBlobs, tmp_path: Path, limit: int, expected: str, fault: str
 ) -> None:
     with pytest.raises(FaultError) as caught:
         await blobs.put(pieces(DATA), limit, expected)
@@ -69,7 +70,7 @@ async def test_a_refused_file_leaves_nothing(
     assert os.listdir(tmp_path / "blobs" / "in") == []
 
 
-async def test_a_sender_that_breaks_off_or_is_cancelled_leaves_nothing(blobs: Blobs, tmp_path: Path) -> None:
+async def test_a_sender_that_breaks_off_or_is_cancelled_leaves_nothing(blobs: FolderBlobs, tmp_path: Path) -> None:
     async def broken() -> AsyncIterator[bytes]:
         yield DATA
         raise ConnectionResetError
@@ -87,20 +88,22 @@ async def test_a_sender_that_breaks_off_or_is_cancelled_leaves_nothing(blobs: Bl
     assert os.listdir(tmp_path / "blobs" / "in") == []
 
 
-async def test_a_full_disk_is_a_typed_refusal(blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_a_typed_refusal(
+    blobs: FolderBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_fd: int, _data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("coordinator.blobs.os.write", full)
+    monkeypatch.setattr("coordinator.blob_drafts.os.write", full)
     with pytest.raises(FaultError) as caught:
         await blobs.put(pieces(DATA), 2**30)
     assert (code(caught), caught.value.fault.http_status) == ("storage_full", 507)
     assert leftovers(tmp_path) == []
 
 
-async def test_a_write_may_be_short(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_write_may_be_short(blobs: FolderBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
-    monkeypatch.setattr("coordinator.blobs.os.write", lambda fd, data: write(fd, data[:100_000]))
+    monkeypatch.setattr("coordinator.blob_drafts.os.write", lambda fd, data: write(fd, data[:100_000]))
     stored = await blobs.put(pieces(DATA), 2**30)
     assert await blobs.read(stored.key, len(DATA)) == DATA
 
@@ -126,7 +129,7 @@ async def test_a_write_may_be_short(blobs: Blobs, monkeypatch: pytest.MonkeyPatc
         ABSENT + "\n",
     ],
 )
-async def test_no_key_leads_out_of_the_folder(blobs: Blobs, key: str) -> None:
+async def test_no_key_leads_out_of_the_folder(blobs: FolderBlobs, key: str) -> None:
     with pytest.raises(FaultError) as caught:
         blobs.path(key)
     assert code(caught) == "not_found"
@@ -135,13 +138,13 @@ async def test_no_key_leads_out_of_the_folder(blobs: Blobs, key: str) -> None:
     assert code(caught) == "not_found"
 
 
-async def test_a_missing_file_is_not_found(blobs: Blobs) -> None:
+async def test_a_missing_file_is_not_found(blobs: FolderBlobs) -> None:
     with pytest.raises(FaultError) as caught:
         await blobs.open(ABSENT)
     assert code(caught) == "not_found"
 
 
-async def test_outputs_are_found_by_size_and_digest_only(blobs: Blobs) -> None:
+async def test_outputs_are_found_by_size_and_digest_only(blobs: FolderBlobs) -> None:
     stored = await blobs.put_output("job_1", 2, "a b ü.png", pieces(b"abc"))
     digest = hashlib.sha256(b"abc").hexdigest()
     assert stored == StoredBlob(f"job_1/2/{digest}-a b ü.png", 3, digest)
@@ -166,14 +169,14 @@ async def test_outputs_are_found_by_size_and_digest_only(blobs: Blobs) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "a\nb", "x" * 151, "ü" * 76])
-async def test_unsafe_names_are_refused(blobs: Blobs, name: str) -> None:
+async def test_unsafe_names_are_refused(blobs: FolderBlobs, name: str) -> None:
     assert not is_safe_name(name)
     with pytest.raises(FaultError) as caught:
         await blobs.put_output("job_1", 1, name, pieces(b"x"))
     assert code(caught) == "invalid_request"
 
 
-async def test_an_attempt_cannot_leave_any_number_of_files(blobs: Blobs) -> None:
+async def test_an_attempt_cannot_leave_any_number_of_files(blobs: FolderBlobs) -> None:
     for n in range(MAX_OUTPUT_FILES + 1):  # and the file of its result
         await blobs.put_output("job_1", 1, f"f{n}", pieces(b"x"))
     with pytest.raises(FaultError) as caught:
@@ -182,7 +185,7 @@ async def test_an_attempt_cannot_leave_any_number_of_files(blobs: Blobs) -> None
     await blobs.put_output("job_1", 2, "another attempt", pieces(b"x"))
 
 
-async def test_delete_takes_a_jobs_files_and_no_others(blobs: Blobs) -> None:
+async def test_delete_takes_a_jobs_files_and_no_others(blobs: FolderBlobs) -> None:
     mine, other = await blobs.put(pieces(b"x"), 9), await blobs.put(pieces(b"y"), 9)
     await blobs.put_output("job_1", 1, "a", pieces(b"x"))
     kept = await blobs.put_output("job_2", 1, "a", pieces(b"x"))
@@ -195,7 +198,7 @@ async def test_delete_takes_a_jobs_files_and_no_others(blobs: Blobs) -> None:
 
 async def test_orphans_are_swept_when_they_are_old(tmp_path: Path) -> None:
     now = time.time()
-    blobs = Blobs(tmp_path / "blobs", now_s=lambda: now)
+    blobs = FolderBlobs(tmp_path / "blobs", now_s=lambda: now)
     used, orphan = await blobs.put(pieces(b"x"), 9), await blobs.put(pieces(b"y"), 9)
     await blobs.put_output("job_known", 1, "a", pieces(b"x"))
     await blobs.put_output("job_lost", 1, "a", pieces(b"x"))
@@ -212,10 +215,13 @@ async def test_orphans_are_swept_when_they_are_old(tmp_path: Path) -> None:
     assert await blobs.find_named("job_lost", 1, "a") is None
 
 
-def test_interrupted_uploads_are_gone_after_a_restart(tmp_path: Path) -> None:
-    Blobs(tmp_path / "blobs")
+def test_interrupted_uploads_are_gone_when_they_are_old(tmp_path: Path) -> None:
+    """Not sooner: another replica over the same folder may still write to them."""
+    FolderBlobs(tmp_path / "blobs")
     (tmp_path / "blobs" / "tmp" / "half").write_bytes(b"x")
-    Blobs(tmp_path / "blobs")
+    FolderBlobs(tmp_path / "blobs")
+    assert leftovers(tmp_path) == ["half"]
+    FolderBlobs(tmp_path / "blobs", now_s=lambda: time.time() + ORPHAN_S + 60)
     assert leftovers(tmp_path) == []
 
 
@@ -227,7 +233,7 @@ def signature(url: str) -> tuple[str, str]:
     return query["exp"][0], query["sig"][0]
 
 
-def test_a_signature_is_good_for_its_own_request_only(blobs: Blobs) -> None:
+def test_a_signature_is_good_for_its_own_request_only(blobs: FolderBlobs) -> None:
     expires, good = signature(blobs.url(ABSENT, 60))
     blobs.check("GET", ABSENT, expires, good)
     upload_expires, upload = signature(blobs.upload_template("job_1", 2, 60))
@@ -252,7 +258,7 @@ def test_a_signature_is_good_for_its_own_request_only(blobs: Blobs) -> None:
 
 def test_a_url_expires(tmp_path: Path) -> None:
     now = 1_000_000.0
-    blobs = Blobs(tmp_path / "blobs", now_s=lambda: now)
+    blobs = FolderBlobs(tmp_path / "blobs", now_s=lambda: now)
     expires, good = signature(blobs.url(ABSENT, 60))
     now += 60
     blobs.check("GET", ABSENT, expires, good)
@@ -262,12 +268,12 @@ def test_a_url_expires(tmp_path: Path) -> None:
 
 
 def test_the_secret_is_private_survives_and_differs(tmp_path: Path) -> None:
-    first = Blobs(tmp_path / "a")
+    first = FolderBlobs(tmp_path / "a")
     expires, good = signature(first.url(ABSENT, 60))
     assert stat.S_IMODE((tmp_path / "a" / "secret").stat().st_mode) == 0o600
-    Blobs(tmp_path / "a").check("GET", ABSENT, expires, good)
+    FolderBlobs(tmp_path / "a").check("GET", ABSENT, expires, good)
     with pytest.raises(FaultError):
-        Blobs(tmp_path / "b").check("GET", ABSENT, expires, good)
+        FolderBlobs(tmp_path / "b").check("GET", ABSENT, expires, good)
     (tmp_path / "a" / "secret").write_bytes(b"short")
     with pytest.raises(ValueError, match="fewer than 32 bytes"):
-        Blobs(tmp_path / "a")
+        FolderBlobs(tmp_path / "a")

@@ -12,7 +12,7 @@ import anyio
 import msgspec
 import pytest
 
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.bus import LocalBus
 from coordinator.dispatch import MAX_PARAMS_BYTES, Dispatcher, DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobProgress, JobStarted, StoredInput
@@ -213,7 +213,7 @@ def test_an_end_that_nobody_announced_is_read_from_the_row(desk: Desk, worker: R
 async def test_a_reader_that_falls_behind_is_told_and_a_waiter_is_not(tmp_path: Path) -> None:
     store, bus = SqliteStore(tmp_path / "jobs.sqlite"), LocalBus(max_events=2)
     try:
-        dispatcher = Dispatcher(store, Blobs(tmp_path / "blobs"), bus, FAST)
+        dispatcher = Dispatcher(store, FolderBlobs(tmp_path / "blobs"), bus, FAST)
         for stream in (True, False):
             async with dispatcher.submit_and_watch(submission(stream=stream, wait_for_worker=True)) as (record, events):
                 for seq in range(5):
@@ -232,7 +232,7 @@ async def test_a_reader_that_falls_behind_is_told_and_a_waiter_is_not(tmp_path: 
 async def test_watchers_end_when_the_coordinator_stops(tmp_path: Path) -> None:
     store, bus = SqliteStore(tmp_path / "jobs.sqlite"), LocalBus()
     try:
-        dispatcher = Dispatcher(store, Blobs(tmp_path / "blobs"), bus, FAST)
+        dispatcher = Dispatcher(store, FolderBlobs(tmp_path / "blobs"), bus, FAST)
         async with dispatcher.submit_and_watch(submission(wait_for_worker=True)) as (_, events):
             bus.close()
             with pytest.raises(FaultError) as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.kept_files import KeptFiles, new_file_id
 from coordinator.store import SqliteStore
 from coordinator.store.shelf import FileRecord
@@ -24,8 +24,8 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs(tmp_path / "blobs")
+def blobs(tmp_path: Path) -> FolderBlobs:
+    return FolderBlobs(tmp_path / "blobs")
 
 
 def draft(tenant: str = "t", name: str = "a.txt") -> FileRecord:
@@ -48,11 +48,11 @@ class Some:
         return b"x"
 
 
-def stored(blobs: Blobs) -> int:
+def stored(blobs: FolderBlobs) -> int:
     return len(list(blobs.path("blob_" + "0" * 26).parent.iterdir()))
 
 
-async def test_bytes_go_with_their_row(store: SqliteStore, blobs: Blobs) -> None:
+async def test_bytes_go_with_their_row(store: SqliteStore, blobs: FolderBlobs) -> None:
     files = KeptFiles(store, blobs)
     kept = await files.keep(await files.receive(Some(5), draft(name="n" * 999)))
     assert (kept.size, len(kept.name)) == (5, 255)
@@ -66,7 +66,7 @@ async def test_bytes_go_with_their_row(store: SqliteStore, blobs: Blobs) -> None
     assert (refused.value.fault.code, refused.value.fault.field) == ("not_found", "input_file_id")
 
 
-async def test_what_was_received_and_not_kept_is_dropped(store: SqliteStore, blobs: Blobs) -> None:
+async def test_what_was_received_and_not_kept_is_dropped(store: SqliteStore, blobs: FolderBlobs) -> None:
     files = KeptFiles(store, blobs)
     await files.drop(await files.receive(Some(5), draft()))
     assert stored(blobs) == 0
@@ -77,7 +77,7 @@ async def test_what_was_received_and_not_kept_is_dropped(store: SqliteStore, blo
     assert stored(blobs) == 1, "what is kept stays"
 
 
-async def test_each_tenant_has_its_bound(store: SqliteStore, blobs: Blobs) -> None:
+async def test_each_tenant_has_its_bound(store: SqliteStore, blobs: FolderBlobs) -> None:
     files = KeptFiles(store, blobs, tenant_bytes=8)
     await files.keep(await files.receive(Some(6), draft()))
     for size in (3, 100):
@@ -92,7 +92,7 @@ async def test_each_tenant_has_its_bound(store: SqliteStore, blobs: Blobs) -> No
         await files.receive(Some(5), draft("another"), limit=4)
 
 
-async def test_a_purge_takes_rows_and_bytes(store: SqliteStore, blobs: Blobs) -> None:
+async def test_a_purge_takes_rows_and_bytes(store: SqliteStore, blobs: FolderBlobs) -> None:
     files = KeptFiles(store, blobs)
     await files.keep(await files.receive(Some(1), draft()), keep_s=10)
     lasting = await files.keep(await files.receive(Some(1), draft()))

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from coordinator.results import MAX_USAGE_KEYS, clean_mime, clean_usage, judge_result
 from coordinator.store.base import Outcome
 from coordinator.testing_link import pieces
@@ -21,21 +21,21 @@ pack = msgspec.msgpack.encode
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs(tmp_path / "blobs")
+def blobs(tmp_path: Path) -> FolderBlobs:
+    return FolderBlobs(tmp_path / "blobs")
 
 
-async def upload(blobs: Blobs, name: str, data: bytes) -> OutputFile:
+async def upload(blobs: FolderBlobs, name: str, data: bytes) -> OutputFile:
     await blobs.put_output("job_1", 1, name, pieces(data))
     return OutputFile(name, "image/png", len(data), hashlib.sha256(data).hexdigest())
 
 
-async def judge(blobs: Blobs, kind: str, result: Any, *files: OutputFile) -> Outcome | Fault:
+async def judge(blobs: FolderBlobs, kind: str, result: Any, *files: OutputFile) -> Outcome | Fault:
     body = Complete(files=files) if result is None else Complete(result=msgspec.Raw(pack(result)), files=files)
     return await judge_result(blobs, "job_1", 1, kind, body)
 
 
-async def test_a_good_result_with_files(blobs: Blobs) -> None:
+async def test_a_good_result_with_files(blobs: FolderBlobs) -> None:
     file = await upload(blobs, "a.png", b"png")
     outcome = await judge(blobs, "image", {"width": 8, "height": 8, "format": "png", "seeds": [1]}, file)
     assert isinstance(outcome, Outcome)
@@ -46,7 +46,7 @@ async def test_a_good_result_with_files(blobs: Blobs) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-async def test_a_large_result_comes_as_a_file(blobs: Blobs, listed: bool) -> None:
+async def test_a_large_result_comes_as_a_file(blobs: FolderBlobs, listed: bool) -> None:
     text = "x" * (2 * 2**20)
     file = await upload(blobs, RESULT_FILE, pack({"content": text}))
     outcome = await judge(blobs, "llm", None, *([file] if listed else []))
@@ -59,14 +59,14 @@ async def test_a_large_result_comes_as_a_file(blobs: Blobs, listed: bool) -> Non
     ("change", "code"),
     [({"size": 4}, "upload_failed"), ({"sha256": "0" * 64}, "upload_failed"), ({"name": "b.png"}, "upload_failed")],
 )
-async def test_files_must_be_there_as_declared(blobs: Blobs, change: dict[str, Any], code: str) -> None:
+async def test_files_must_be_there_as_declared(blobs: FolderBlobs, change: dict[str, Any], code: str) -> None:
     file = msgspec.structs.replace(await upload(blobs, "a.png", b"png"), **change)
     outcome = await judge(blobs, "llm", {"content": "x"}, file)
     assert isinstance(outcome, Fault)
     assert (outcome.code, outcome.may_retry) == (code, True)
 
 
-async def test_a_file_named_twice_is_refused(blobs: Blobs) -> None:
+async def test_a_file_named_twice_is_refused(blobs: FolderBlobs) -> None:
     file = await upload(blobs, "a.png", b"png")
     assert isinstance(await judge(blobs, "llm", {"content": "x"}, file, file), Fault)
 
@@ -81,20 +81,20 @@ async def test_a_file_named_twice_is_refused(blobs: Blobs) -> None:
         ("x-mine", [1], "engine_protocol"),
     ],
 )
-async def test_what_does_not_fit_its_kind_is_refused(blobs: Blobs, kind: str, result: Any, code: str) -> None:
+async def test_what_does_not_fit_its_kind_is_refused(blobs: FolderBlobs, kind: str, result: Any, code: str) -> None:
     outcome = await judge(blobs, kind, result)
     assert isinstance(outcome, Fault)
     assert outcome.code == code
 
 
-async def test_bytes_that_are_no_msgpack_are_refused(blobs: Blobs) -> None:
+async def test_bytes_that_are_no_msgpack_are_refused(blobs: FolderBlobs) -> None:
     await upload(blobs, RESULT_FILE, b"\xc1 no msgpack")
     outcome = await judge(blobs, "llm", None)
     assert isinstance(outcome, Fault)
     assert outcome.code == "engine_protocol"
 
 
-async def test_free_kinds_carry_anything(blobs: Blobs) -> None:
+async def test_free_kinds_carry_anything(blobs: FolderBlobs) -> None:
     outcome = await judge(blobs, "x-mine", {"output": {"deep": [1, "two"]}})
     assert isinstance(outcome, Outcome)
 

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from coordinator.blob_routes import blob_routes
-from coordinator.blobs import Blobs
+from coordinator.blobs_folder import FolderBlobs
 from protocol.engine_wire import OutputFile
 from protocol.faults import FaultError
 from supervisor.link.reconnect import Backoff
@@ -27,12 +27,12 @@ FILE = OutputFile("clip.mp4", "video/mp4", len(CONTENT), hashlib.sha256(CONTENT)
 
 
 @pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs(tmp_path / "blobs")
+def blobs(tmp_path: Path) -> FolderBlobs:
+    return FolderBlobs(tmp_path / "blobs")
 
 
 @pytest.fixture
-def port(blobs: Blobs) -> Iterator[int]:
+def port(blobs: FolderBlobs) -> Iterator[int]:
     """A coordinator that does nothing but take files."""
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=blob_routes(blobs)), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -87,7 +87,7 @@ class Cutter:
         scope.cancel()
 
 
-async def upload(port: int, blobs: Blobs, source: object) -> None:
+async def upload(port: int, blobs: FolderBlobs, source: object) -> None:
     address = Address(url=f"ws://127.0.0.1:{port}", token="t0ken")
     async with Transfer(address, backoff=lambda: Backoff(0.01, 0.05)) as transfer:
         await transfer.upload(blobs.upload_template("job_1", 1, 60), FILE, source)  # type: ignore[arg-type]

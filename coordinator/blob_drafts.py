@@ -1,0 +1,247 @@
+"""Files on their way in: received into a local folder, whole or not at all, and gone on with when a connection broke.
+
+    folder/tmp/…                            uploads under way
+    folder/parts/{job}.{attempt}.{sha256}   what came of an output before its connection broke
+
+Several coordinators may share the folder. Whoever writes a part holds a lock on it, so that no other goes on with it;
+what a coordinator that died has left is deleted once it is an hour old.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import anyio
+from anyio.to_thread import run_sync
+
+from protocol.faults import refuse
+
+WRITE_BYTES = 2**20  # a thread hop per MiB, not per network read
+LEFT_S = 3600.0  # nothing has come for so long: nobody writes there any more
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Draft:
+    """A file that is being received. Everything here blocks; at its end comes `keep` or `discard`.
+
+    Attributes:
+        path: where it is.
+        spoiled: what is in it is of no use to anybody.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self.spoiled = False
+        self._fd = -1
+
+    def open(self, at: int) -> int | None:
+        """Open it, anew or to go on; returns how much is there, None when another coordinator writes to it."""
+        while True:
+            fd = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            if self._still_there(fd):
+                break
+            os.close(fd)  # it was made whole, or deleted, between the two
+        self._fd = fd
+        if not at:
+            os.ftruncate(fd, 0)
+        while piece := os.read(fd, WRITE_BYTES):
+            self.digest.update(piece)
+            self.size += len(piece)
+        return self.size
+
+    def _still_there(self, fd: int) -> bool:
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(fd))
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises OSError."""
+        self.digest.update(data)
+        self.size += len(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def move(self, target: Path) -> None:
+        """Make it visible; on the disk before that, because a worker forgets a result once it is acknowledged."""
+        os.fsync(self._fd)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def keep(self) -> None:
+        """Leave what came, if it is worth going on from."""
+        if self.size < WRITE_BYTES:
+            self.discard()
+        elif self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def discard(self) -> None:
+        """Delete it; nothing when it was moved, or is another's."""
+        if self._fd < 0:
+            return
+        if self._still_there(self._fd):
+            self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
+
+
+class Drafts:
+    """All of one coordinator.
+
+    Args:
+        folder: made when it is missing.
+        now_s: the clock, seconds since the epoch.
+    """
+
+    def __init__(self, folder: Path, now_s: Callable[[], float] = time.time) -> None:
+        self._folder, self._now_s = folder, now_s
+        self._receiving: dict[str, tuple[anyio.CancelScope, anyio.Event]] = {}  # by name, what is written to now
+        for name in ("tmp", "parts"):
+            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.sweep()
+
+    async def receive(
+        self,
+        data: AsyncIterator[bytes],
+        limit: int,
+        expected: str,
+        publish: Callable[[Draft], str],
+        part: str = "",
+        at: int = 0,
+    ) -> tuple[str, Draft]:
+        """Receive a file.
+
+        Args:
+            limit: most bytes it may have.
+            expected: sha256 in hex that it must have; "" for any.
+            publish: called in a thread with the whole file; makes it visible and returns its key.
+            part: the name under which it may be kept in parts.
+            at: how much of it is here.
+
+        Raises:
+            FaultError: payload_too_large, upload_failed (another digest), storage_full, conflict.
+
+        Cancellation: with a part what came is kept, otherwise nothing stays behind.
+        """
+        path = self._folder / "parts" / part if part else self._folder / "tmp" / secrets.token_hex(16)
+        await self._take_over(path.name)
+        scope, over = self._receiving[path.name] = (anyio.CancelScope(), anyio.Event())
+        draft = Draft(path)
+        try:
+            there = await run_sync(draft.open, at)
+            if there is None and not at:  # another coordinator still reads a connection that is dead: apart from it
+                draft, part = Draft(self._folder / "tmp" / secrets.token_hex(16)), ""
+                there = await run_sync(draft.open, 0)
+            if there != at:
+                raise refuse("conflict", "Another number of bytes has come before; ask for it again.")
+            with scope:
+                await _fill(draft, data, limit, at)
+            if scope.cancelled_caught:
+                raise refuse("conflict", "The same file comes on a newer connection.")
+            if expected and not hmac.compare_digest(expected.lower().encode(), draft.digest.hexdigest().encode()):
+                draft.spoiled = True
+                raise refuse("upload_failed", "The file arrived with another sha256 than announced; send it again.")
+            return await run_sync(publish, draft), draft
+        except OSError as error:
+            if error.errno in _FULL:
+                draft.spoiled = True
+                raise refuse("storage_full", "The coordinator's disk is full; try again when there is room.") from None
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await run_sync(draft.keep if part and not draft.spoiled else draft.discard)
+            del self._receiving[path.name]
+            over.set()
+
+    async def received(self, part: str) -> int:
+        """How many bytes of this part have come; 0 for none, and while another coordinator writes to it.
+
+        Who asks has lost the connection, whatever we know of it: it is ended, so that its bytes are all there.
+        """
+        await self._take_over(part)
+        return await run_sync(_length, self._folder / "parts" / part)
+
+    async def _take_over(self, name: str) -> None:
+        """End whoever still receives this file: the latest connection is the one that lives."""
+        while earlier := self._receiving.get(name):
+            scope, over = earlier
+            scope.cancel()
+            await over.wait()
+
+    def forget(self, job: str) -> None:
+        """Delete all parts of a job. Blocks."""
+        for part in (self._folder / "parts").glob(f"{job}.*"):
+            part.unlink(missing_ok=True)
+
+    def sweep(self) -> int:
+        """Delete what nobody has written to for an hour; how many. Blocks."""
+        before = self._now_s() - LEFT_S
+        found = [file for name in ("tmp", "parts") for file in (self._folder / name).iterdir() if mtime(file) < before]
+        for file in found:
+            file.unlink(missing_ok=True)
+        return len(found)
+
+
+async def _fill(draft: Draft, data: AsyncIterator[bytes], limit: int, at: int) -> None:
+    pending = bytearray()
+    size = at
+    try:
+        async for piece in data:
+            size += len(piece)
+            if size > limit:
+                draft.spoiled = True
+                raise refuse("payload_too_large", f"The file exceeds {limit} bytes.")
+            pending += piece
+            if len(pending) >= WRITE_BYTES:
+                await run_sync(draft.write, bytes(pending))
+                pending.clear()
+    finally:
+        if not draft.spoiled:
+            with anyio.CancelScope(shield=True):
+                await run_sync(draft.write, bytes(pending))
+
+
+def _length(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(fd).st_size
+    except BlockingIOError:
+        return 0
+    finally:
+        os.close(fd)
+
+
+def mtime(path: Path) -> float:
+    """When a file was written to last; never for one that is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
