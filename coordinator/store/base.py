@@ -23,6 +23,7 @@ import msgspec
 from coordinator.records import JobRecord, StoredFile, Submission
 from coordinator.store.deployments import Deployments
 from coordinator.store.shelf import Shelf
+from coordinator.store.watch import Watch
 from protocol.faults import Fault, FaultError
 
 FIRST_BACKOFF_MS = 250
@@ -153,7 +154,7 @@ class Beat(msgspec.Struct, frozen=True):
     left: tuple[JobRecord, ...] = ()
 
 
-class Store(Shelf, Deployments, Protocol):
+class Store(Shelf, Deployments, Watch, Protocol):
     """One implementation per database; all pass the same contract suite.
 
     Several coordinators may share a database, each with a `Store` of its own. An open attempt is held by one of

@@ -183,4 +183,9 @@ MIGRATIONS: tuple[str, ...] = (
         changed_ms BIGINT NOT NULL
     );
     """,
+    """
+    -- Browsers that look at the dashboard: hashes alone, of their secret and of their key's.
+    CREATE TABLE sessions (hash BYTEA PRIMARY KEY, key_hash BYTEA NOT NULL, expires_ms BIGINT NOT NULL);
+    CREATE INDEX sessions_by_key ON sessions (key_hash, expires_ms);
+    """,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from coordinator.records import JobRecord, Submission
 from coordinator.store.base import SILENT_MS, OpenAttempt
 from coordinator.store.rows import LIGHT, record, same_request
-from coordinator.store.sql_steps import SqlSteps
+from coordinator.store.sql_watch import SqlWatch
 
 
-class SqlReads(SqlSteps):
+class SqlReads(SqlWatch):
     """The reading half of `Store`, for both databases.
 
     Attributes:

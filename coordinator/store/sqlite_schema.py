@@ -191,4 +191,9 @@ MIGRATIONS: tuple[str, ...] = (
         changed_ms INTEGER NOT NULL
     ) WITHOUT ROWID;
     """,
+    """
+    -- Browsers that look at the dashboard: hashes alone, of their secret and of their key's.
+    CREATE TABLE sessions (hash BLOB PRIMARY KEY, key_hash BLOB NOT NULL, expires_ms INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE INDEX sessions_by_key ON sessions (key_hash, expires_ms);
+    """,
 )
