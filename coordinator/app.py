@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from coordinator import jobs_api, metrics, studio_admin, workers_api
+from coordinator import jobs_api, metrics, studio_admin, usage_api, workers_api
 from coordinator.access import Access, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
@@ -179,6 +179,7 @@ def build_app(
         *jobs_api.ROUTES,
         *workers_api.ROUTES,
         *studio_admin.ROUTES,
+        *usage_api.ROUTES,
         *blob_routes(parts.blobs, parts.dispatcher.wants_output),
         *workers,
     ]

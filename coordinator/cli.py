@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from coordinator import cli_usage
 from coordinator import config as configuration
+from coordinator.config import STORE_VARIABLE
 from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys, secret_file
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.services import Limits
@@ -32,7 +34,6 @@ CLIENT_KEY_FILE = "client.key"
 WORKER_TOKEN_FILE = "worker.token"
 MAX_TOKEN_BYTES = 4096
 PREDECESSOR_S = 4.0
-STORE_VARIABLE = "COORDINATOR_STORE"  # a URL with a password is nothing for a command line
 T = TypeVar("T")
 
 
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     revoke.add_argument("prefix")
     revoke.set_defaults(command=_keys_revoke)
     _registration_verbs(commands, shared)
+    cli_usage.add_parser(commands, shared)
     migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
     migrate.add_argument(
         "--from", dest="source", required=True, metavar="sqlite:PATH", help="no coordinator may use it"
@@ -138,7 +140,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.behind_proxy == []:
         arguments.behind_proxy = [configuration.LOOPBACK_PROXY]
     settings = configuration.merged(configuration.load(arguments.config), arguments)
-    where = settings.store or os.environ.get(STORE_VARIABLE, "")
+    where = configuration.store_address(settings)
     _check_store(where)
     embedded = arguments.fd is not None
     if embedded != (arguments.worker_token_fd is not None):

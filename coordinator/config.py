@@ -17,6 +17,7 @@ from coordinator.studio_claims import Source
 DEFAULT_LISTEN = "127.0.0.1:8080"
 LOOPBACK_PROXY = "127.0.0.1"
 _Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
+STORE_VARIABLE = "COORDINATOR_STORE"  # a URL with a password is nothing for a command line
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +70,11 @@ def merged(config: Config, arguments: argparse.Namespace) -> Config:
     """Lay the command line over the file."""
     given = {name: value for name, value in vars(arguments).items() if name in Config.__struct_fields__ and value}
     return msgspec.structs.replace(config, **given)
+
+
+def store_address(config: Config) -> str:
+    """Where jobs live: given, or the environment's; "" is a file in the state folder."""
+    return config.store or os.environ.get(STORE_VARIABLE, "")
 
 
 def state_dir(config: Config) -> Path:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import msgspec
@@ -40,6 +41,7 @@ UNPLACED_MS = 500
 # Inside the class `list` is the method.
 Records = list[JobRecord]
 Models = list[ServedModel]
+Rows = list[dict[str, Any]]
 Workers = list[WorkerView]
 Sandboxes = list[tuple[str, str, dict[str, str]]]
 Events = AsyncIterator[JobEvent]
@@ -171,6 +173,14 @@ class Dispatcher:
         if cancelled.won:
             self.attempts.stop(cancelled.record, fault.message)
         return cancelled.record
+
+    async def usage(self, first: int, last: int, group_by: Sequence[str], tenant: str | None) -> Rows:
+        """Sums of what ended jobs used; see `Store.usage`."""
+        return await self._threads.read(self._store.usage, first, last, group_by, tenant)
+
+    async def now_ms(self) -> int:
+        """The store's clock, milliseconds since the epoch."""
+        return await self._threads.read(self._store.now_ms)
 
     async def remove(self, job_id: str, tenant: str) -> bool:
         """Delete a job that has ended, with its files; False when the tenant has no such job."""
