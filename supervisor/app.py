@@ -212,7 +212,7 @@ class _Supervisor:
             contextlib.AsyncExitStack() as stack,
             open_store(self._state.records) as store,
             open_host(self._specs, self._limits, self._state.instances, means=means) as host,
-            self._spoken(address) as spoken,
+            self._spoken(box, address) as spoken,
             trio.open_nursery() as nursery,
         ):
             stack.callback(uses.close)
@@ -234,6 +234,7 @@ class _Supervisor:
             box.on_abort = lambda hold, models: attempts.stop_models(
                 models, Fault("worker_stopping", f"The worker steps aside: {hold.reason or hold.source}.")
             )
+            box.on_slept = worker.slept
             around.start_soon(box.watch.run)  # the end of an engine is over when its memory is seen to be back
             nursery.start_soon(box.run, host)
             worker.on_pause = lambda reason, for_s: box.pausing.put(Source.COORDINATOR, reason, for_s=for_s)
@@ -258,6 +259,7 @@ class _Supervisor:
                     attempts=attempts,
                     drain=self._drain,
                     url=address.url,
+                    waits_for=lambda: spoken.waits_for,
                     tally=self._tally,
                     notices=self._notices,
                     jobs=self._jobs,
@@ -284,17 +286,19 @@ class _Supervisor:
             box.on_change = lambda: None
             box.pausing.on_warm = lambda _models: None
             box.on_abort = lambda _hold, _models: None
+            box.on_slept = lambda _seconds: None
             nursery.cancel_scope.cancel()
 
     @property
     def _features(self) -> Features:
         return DIALECTS[self._settings.coordinator.dialect].features
 
-    def _spoken(self, address: Address) -> contextlib.AbstractAsyncContextManager[Spoken]:
+    def _spoken(self, box: Box, address: Address) -> contextlib.AbstractAsyncContextManager[Spoken]:
         table = self._settings.coordinator
         name = self._state.worker_id(self._settings.worker.name)
         folder = self._state.root / table.dialect
-        return DIALECTS[table.dialect].open(Home(table=table, address=address, folder=folder, name=name))
+        home = Home(table=table, address=address, folder=folder, name=name, person=box.watch_holds.person)
+        return DIALECTS[table.dialect].open(home)
 
     def _reloader(self, path: Path, box: Box, host: Host, worker: Worker, front: Front) -> Reloader:
         def take(settings: Settings) -> None:

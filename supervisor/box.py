@@ -6,6 +6,7 @@ tasks. What it knows reaches the host as `Means`, the owner as a snapshot, and t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter, deque
@@ -79,6 +80,7 @@ class Box:
         self.pausing.on_change = self._hold_changed
         self.pausing.loaded = self._leaving
         self.on_abort: Callable[[Hold, tuple[str, ...]], None] = lambda _hold, _models: None
+        self.on_slept: Callable[[float], None] = lambda _seconds: None
         self._aborted: set[Hold] = set()
         self.watch_holds = WatchHolds(
             settings.holds, self.pausing, system_readers(state.instances.parent), self.watch, self._ours
@@ -128,7 +130,12 @@ class Box:
             nursery.start_soon(self.room.keep_learning)
             nursery.start_soon(self.pausing.run)
             nursery.start_soon(self.watch_holds.run)
-            nursery.start_soon(SleepWatch(on_slept=host.slept).run)
+            nursery.start_soon(SleepWatch(on_slept=functools.partial(self._slept, host)).run)
+
+    def _slept(self, host: Host, seconds: float) -> None:
+        # In one breath: a job that goes from the link to the host in between would keep the time that was slept.
+        host.slept(seconds)
+        self.on_slept(seconds)
 
     # ---- what others ask
 

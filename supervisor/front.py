@@ -56,6 +56,7 @@ class Behind(NamedTuple):
     attempts: Attempts
     drain: Drain
     url: str
+    waits_for: Callable[[], str]
     tally: Tally
     notices: Log | None
     jobs: JobBook
@@ -80,7 +81,13 @@ class Front:
             gathering.snapshot,
             behind.jobs.changes,
             # What nobody calls `look` for: the session, a drain that the coordinator asked for, what waits for room.
-            watched=lambda: (worker.connected, worker.stopping, dict(box.room.waiting()), dict(box.gpu_faults())),
+            watched=lambda: (
+                worker.connected,
+                worker.stopping,
+                behind.waits_for(),
+                dict(box.room.waiting()),
+                dict(box.gpu_faults()),
+            ),
         )
         behind.jobs.on_change = self._events.look
 
@@ -115,7 +122,8 @@ class Front:
 
         def link() -> Link:
             up = worker.connected
-            return Link(url=behind.url, connected=up, reason="" if up else "the coordinator does not answer")
+            why = behind.waits_for() or "the coordinator does not answer"
+            return Link(url=behind.url, connected=up, reason="" if up else why)
 
         return Gathering(
             Sources(

@@ -115,11 +115,11 @@ class LinkJobs:
     """Implements `supervisor.orders.Jobs`.
 
     Args:
-        cancel: `Attempts.cancel`.
+        give_back: `Attempts.give_back`.
     """
 
-    def __init__(self, ledger: Ledger, cancel: Callable[[str, int, str], None]) -> None:
-        self._ledger, self._cancel = ledger, cancel
+    def __init__(self, ledger: Ledger, give_back: Callable[[str, int, str], None]) -> None:
+        self._ledger, self._give_back = ledger, give_back
 
     def running(self) -> Iterable[str]:
         """See `Jobs`."""
@@ -129,7 +129,7 @@ class LinkJobs:
         """See `Jobs`."""
         found = [claim for claim in self._ledger if claim.job == job and claim.end is None]
         for claim in found:
-            self._cancel(claim.job, claim.attempt, reason)
+            self._give_back(claim.job, claim.attempt, reason)
         return len(found)
 
 

@@ -74,7 +74,7 @@ def orders(around: Around) -> Orders:
         hurry=around.hurry,
         gpus=around.gpus,
         engines=around.engines,
-        jobs=LinkJobs(around.attempts.ledger, around.attempts.cancel),
+        jobs=LinkJobs(around.attempts.ledger, around.attempts.give_back),
         pulls=Pulls(around.config, around.nursery, around.spawn) if around.config is not None else None,
         reload=reload if around.reloader is not None else None,
         register=registered if around.config is not None else None,

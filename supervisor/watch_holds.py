@@ -33,7 +33,7 @@ import trio
 from supervisor.intake import hold_rules
 from supervisor.intake.hold_rules import Failures, Latch, Scope, Wish
 from supervisor.intake.holds import Coming, Hold, Holds, Mode, Sight, Source
-from supervisor.intake.observed import Disk, Network, Observed, Power, Presence, Quiet, Unknown
+from supervisor.intake.observed import Disk, Network, Observed, Person, Power, Presence, Quiet, Unknown
 from supervisor.machine import load
 from supervisor.machine.load import Ours
 from supervisor.machine.network import network_reader
@@ -218,6 +218,15 @@ class WatchHolds:
             if source not in unknown
         ]
         return (*blind, *seen)
+
+    def person(self) -> Person:
+        """What a coordinator is told of whoever sits here; nothing where the owner has not made it a rule."""
+        table, seen = self._table.presence, self._last("presence", Presence)
+        if table.mode == "off" or (isinstance(seen, Unknown) and table.when_unknown == "work"):
+            return Person()
+        if not isinstance(seen, Presence):
+            return Person(first=True)
+        return Person(first=True, here=hold_rules.presence(table, seen).level is hold_rules.Level.ENTER)
 
     def coming(self) -> tuple[Coming, ...]:
         """Holds that are known to begin: quiet hours of the coming week."""

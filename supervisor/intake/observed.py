@@ -17,6 +17,18 @@ class Unknown(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Person(msgspec.Struct, frozen=True, kw_only=True):
+    """What a coordinator may know of the person at this machine.
+
+    Attributes:
+        first: no work is done while somebody uses it.
+        here: somebody does; None when nobody looks, or it cannot be told.
+    """
+
+    first: bool = False
+    here: bool | None = None
+
+
 class Presence(msgspec.Struct, frozen=True, kw_only=True):
     """Whether somebody uses this machine.
 

@@ -8,6 +8,7 @@ be lost with the process is handed to `Keeping` before anybody is told of it.
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import math
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 DECLINED_MS = 5000  # a disk that is full is rarely not full a moment later
 PROGRESS_EVERY_S = 0.25  # progress is for eyes: more often only costs
+MANY_GIVEN_BACK = 1024  # jobs that are remembered
 
 
 class Runs(Protocol):
@@ -79,6 +81,7 @@ class Attempts:
         self._delivery = delivery
         self._ground = ground
         self._nursery = nursery
+        self._given_back: collections.deque[str] = collections.deque(maxlen=MANY_GIVEN_BACK)
         self._post: Post | None = None
         self.every_line = False
         self.on_done: Callable[[], None] = lambda: None
@@ -141,10 +144,33 @@ class Attempts:
                 self._nursery.start_soon(self._work, claim, parcel)
 
     def cancel(self, job: str, attempt: int, reason: str) -> None:
-        """Ask an attempt to end; it still ends with `complete` or `fail`."""
+        """Its owner wants no more of the job: ask the attempt to end; it still ends with `complete` or `fail`."""
+        self._stop(job, attempt, Fault("cancelled", f"The job was cancelled{f': {reason}' if reason else ''}."))
+
+    def give_back(self, job: str, attempt: int, reason: str) -> None:
+        """The owner of this box wants no more of the job here. That is no word on the job: it runs elsewhere.
+
+        Offered here again in this life of the supervisor, it is declined.
+        """
+        if job not in self._given_back:
+            self._given_back.append(job)
+        told = f"The owner of the worker took the job off it{f': {reason}' if reason else ''}."
+        self._stop(job, attempt, Fault("worker_stopping", told))
+
+    def gave_back(self, job: str) -> bool:
+        """Whether `give_back` was called for any attempt of this job."""
+        return job in self._given_back
+
+    def slept(self, seconds: float) -> None:
+        """The machine did, and our clock stood still meanwhile; deadlines did not."""
+        for claim in self.ledger:
+            if claim.deadline is not None:
+                claim.deadline -= seconds
+
+    def _stop(self, job: str, attempt: int, fault: Fault) -> None:
         claim = self.ledger.get(job, attempt)
         if claim is not None and claim.end is None and claim.stopped is None:
-            claim.stopped = Fault("cancelled", f"The job was cancelled{f': {reason}' if reason else ''}.")
+            claim.stopped = fault
             if claim.at_host:
                 self._host.cancel(claim.label)
             else:
@@ -246,7 +272,7 @@ class Attempts:
             return
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
-            if claim.kept and fault.code == "worker_stopping":
+            if claim.kept and fault.code == "worker_stopping" and not self.gave_back(claim.job):
                 log.info("the result is kept, and is delivered after the next start")
                 self.ledger.forget(claim)
                 return

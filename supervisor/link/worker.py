@@ -112,6 +112,13 @@ class Worker:
         """Why it drains, or ""."""
         return self._draining or self._drain_asked
 
+    def slept(self, seconds: float) -> None:
+        """The machine did, and our clock stood still meanwhile; what ends at a certain time is that much nearer."""
+        self._attempts.slept(seconds)
+        if self._paused:
+            self._paused_until -= seconds
+            self._pause_changed.set()
+
     def announce(self) -> None:
         """Announce the capabilities again, when they differ from what was announced last."""
         if self._post is None:
@@ -220,6 +227,10 @@ class Worker:
     # ---- offers
 
     def _judge(self, job: str, attempt: int, offer: wire.Offer) -> None:
+        if self._attempts.gave_back(job):
+            # For good: a word that invites another try would bring it back for ever where there is no other worker.
+            self._decline(job, attempt, Refuse("unsupported", "The owner of this worker wants this job elsewhere."))
+            return
         verdict = admit(offer, job, attempt, self._situation())
         if isinstance(verdict, Refuse):
             self._decline(job, attempt, verdict)

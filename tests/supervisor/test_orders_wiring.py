@@ -32,7 +32,7 @@ class Attempts:
 
     ledger = Ledger()
 
-    def cancel(self, job: str, attempt: int, reason: str) -> None:
+    def give_back(self, job: str, attempt: int, reason: str) -> None:
         raise AssertionError("nothing runs")
 
 

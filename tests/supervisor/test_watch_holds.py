@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from supervisor.intake.holds import Coming, Hold, Mode, Sight, Source
-from supervisor.intake.observed import Disk, Network, Power, Presence, Unknown
+from supervisor.intake.observed import Disk, Network, Person, Power, Presence, Unknown
 from supervisor.machine.load import Ours
 from supervisor.settings import (
     ApplicationsTable,
@@ -198,6 +198,25 @@ async def test_a_reader_that_hangs_costs_only_itself(autojump_clock, make):
     assert world.watch.unknown() == {Source.PRESENCE: "no answer within 10 s"}
     assert [hold.source for hold in world.keeper.holds().items] == [Source.BATTERY]
     assert "unknown" in world.watch.findings()[Source.PRESENCE, ""]
+
+
+async def test_what_a_coordinator_is_told_of_who_sits_here(autojump_clock, make):
+    world = make(HERE)
+    assert world.watch.person() == Person(first=True), "not looked yet"
+    world.presence = Presence(idle_s=1)
+    await trio.sleep(10)
+    assert world.watch.person() == Person(first=True, here=True)
+    world.presence = Presence(idle_s=60)
+    await trio.sleep(10)
+    assert world.watch.person() == Person(first=True, here=False)
+    world.presence = Unknown("there is no bus")
+    await trio.sleep(10)
+    assert world.watch.person() == Person(), "it works, whoever sits here"
+    world.watch.apply(HoldsTable(presence=PresenceTable(mode="stop", when_unknown="hold")))
+    await trio.sleep(10)
+    assert world.watch.person() == Person(first=True)
+    world.watch.apply(HoldsTable(presence=PresenceTable(mode="off")))
+    assert world.watch.person() == Person(), "not the coordinator's business"
 
 
 async def test_unknown_presence_holds_where_the_owner_wants_it_so(autojump_clock, make):

@@ -32,7 +32,7 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     asking.add_common(parser)
     parser.add_argument("--watch", action="store_true", help="show it again and again, until Ctrl-C")
     if name == "jobs":
-        parser.add_argument("words", nargs="*", metavar="ID", help="one job; `cancel ID` cancels it")
+        parser.add_argument("words", nargs="*", metavar="ID", help="one job; `cancel ID` sends it elsewhere")
         parser.add_argument("--state", choices=_STATES, help="only jobs of this state or outcome")
         parser.add_argument("--model", metavar="NAME", help="only jobs of this model")
         parser.add_argument("-n", "--limit", metavar="COUNT", type=asking.positive, default=100, help="default: 100")

@@ -20,6 +20,7 @@ import msgspec
 
 from protocol.engine_wire import OutputFile
 from protocol.link_wire import FileRef
+from supervisor.intake.observed import Person
 from supervisor.link.session import Address, SessionEnd, Side
 from supervisor.link.transfer import Moved, Output
 from supervisor.settings import CoordinatorTable
@@ -80,6 +81,10 @@ class Spoken(Protocol):
         Cancellation: ends it properly, within a second.
         """
 
+    @property
+    def waits_for(self) -> str:
+        """What it needs from a person before it can go on, as a sentence for this worker's owner; "" for nothing."""
+
     async def warm_up(self) -> None:
         """Whatever takes time and is needed at the first job at the latest."""
 
@@ -92,12 +97,14 @@ class Home(NamedTuple):
         address: where the coordinator is; its token is "" when the dialect needs none.
         folder: for what it has to remember (credentials), private to it; made by the dialect when it needs it.
         name: this worker's id.
+        person: who sits here now, as far as a coordinator is told.
     """
 
     table: CoordinatorTable
     address: Address
     folder: Path
     name: str
+    person: Callable[[], Person] = Person
 
 
 class Dialect(NamedTuple):

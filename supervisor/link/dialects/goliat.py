@@ -9,6 +9,8 @@ goes on meanwhile. Within a session four loops run side by side:
     ends    results first, then the one message that says how it ended, then the acknowledgement to the side
     teller  lines and progress, at most five messages a second
 
+After a sleep of the machine the heart and the poll do not wait for their time.
+
 No assignment is asked for before the end of the last one was acknowledged: messages name the machine alone, so a
 `finished` that came late would end the next study. What follows from each protocol is in goliat_claims.py and below.
 """
@@ -43,6 +45,7 @@ from supervisor.link.dialects.goliat_tell import EVERY_S, Teller
 from supervisor.link.dialects.goliat_wire import Message
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import SessionEnd, Side, Why
+from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +82,9 @@ class _Refused(Exception):
 class Goliat:
     """The dialect in use."""
 
-    def __init__(self, home: Home, http: Http, timing: Timing) -> None:
-        table = home.table.goliat
+    def __init__(self, home: Home, http: Http, timing: Timing, clocks: Clocks | None = None) -> None:
+        table, self._clocks = home.table.goliat, clocks
+        self._woken = trio.Event()
         self._connect_s, self._http, self._timing = home.address.connect_s, http, timing
         self._machine = table.machine_id or home.name
         self._shipped = table.protocol == "shipped"
@@ -113,6 +117,11 @@ class Goliat:
         """See `Spoken`."""
         return self._delivery
 
+    @property
+    def waits_for(self) -> str:
+        """See `Spoken`: nobody has to let it in."""
+        return ""
+
     async def warm_up(self) -> None:
         """See `Spoken`."""
         await self._http.client()
@@ -140,6 +149,7 @@ class Goliat:
                 nursery.start_soon(self._teller.run)
                 nursery.start_soon(self._polls, side)
                 nursery.start_soon(self._ends)
+                nursery.start_soon(SleepWatch(self._slept, clocks=self._clocks).run)
                 await self._heart(side)
         except BaseExceptionGroup as group:
             over, others = group.split(_Over)
@@ -155,7 +165,7 @@ class Goliat:
     async def _heart(self, side: Side) -> None:
         missed = 0
         while True:
-            await trio.sleep(self._beat_s)
+            await self._rest(self._beat_s)
             try:
                 await self._beat(side.hello().capabilities)
             except Trouble as trouble:
@@ -167,6 +177,17 @@ class Goliat:
                 await trio.sleep(trouble.retry_after_s)
             else:
                 missed = 0
+
+    def _slept(self, seconds: float) -> None:
+        log.info("the machine slept for %.0f s; is the dashboard still there?", seconds)
+        self._woken.set()
+        self._woken = trio.Event()
+
+    async def _rest(self, seconds: float) -> bool:
+        """Wait; False, and sooner, when the machine slept meanwhile."""
+        with trio.move_on_after(seconds) as rest:
+            await self._woken.wait()
+        return rest.cancelled_caught
 
     async def _beat(self, capabilities: wire.Capabilities) -> None:
         body: dict[str, object] = {"machineId": self._machine}
@@ -204,8 +225,10 @@ class Goliat:
                 self._complain(f"no assignment is asked for: {why}" if (why := self._studies.why_not()) else "")
             until = trio.current_time() + pause_s
             while trio.current_time() < until:
-                await trio.sleep(min(REMIND_S, until - trio.current_time()))
+                slept = not await self._rest(min(REMIND_S, until - trio.current_time()))
                 self._studies.remind()
+                if slept:
+                    break
 
     async def _ask(self) -> None:
         """One poll, and what follows when there is an assignment. Raises Trouble, Odd, OSError."""
@@ -317,13 +340,13 @@ def _first(group: BaseExceptionGroup[_Over]) -> BaseException:
 
 
 @contextlib.asynccontextmanager
-async def open_goliat(home: Home, timing: Timing | None = None) -> AsyncIterator[Spoken]:
+async def open_goliat(home: Home, timing: Timing | None = None, clocks: Clocks | None = None) -> AsyncIterator[Spoken]:
     """The dialect for one life of the supervisor."""
     tls = home.address.tls
     if tls is None and home.address.url.startswith("https:"):
         tls = ssl.create_default_context(cafile=home.table.tls_ca or None)
     async with Http(home.address.url, tls) as http:
-        goliat = Goliat(home, http, timing or Timing())
+        goliat = Goliat(home, http, timing or Timing(), clocks)
         try:
             yield goliat
         finally:

@@ -21,6 +21,10 @@ class _Native:
     async def converse(self, side: Side) -> SessionEnd:
         return await converse(self._address, side)
 
+    @property
+    def waits_for(self) -> str:
+        return ""
+
     async def warm_up(self) -> None:
         await self._transfer.warm_up()
 

@@ -16,7 +16,7 @@ import getpass
 import logging
 import platform
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import trio
@@ -37,6 +37,7 @@ from supervisor.link.dialects.studio_register import (
 from supervisor.link.dialects.studio_session import Door, Pace, converse
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import SessionEnd, Side, Why
+from supervisor.suspend import Clocks, system_clocks
 from supervisor.version import version
 
 log = logging.getLogger(__name__)
@@ -58,16 +59,19 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 class Studio:
     """The dialect in use."""
 
-    def __init__(self, home: Home, http: Http, tls: ssl.SSLContext | None, timing: Timing) -> None:
-        self._timing, self._tls, self._http = timing, tls, http
+    def __init__(
+        self, home: Home, http: Http, tls: ssl.SSLContext | None, timing: Timing, clocks: Clocks | None
+    ) -> None:
+        self._timing, self._tls, self._http, self._clocks = timing, tls, http, clocks
         self._base = base_url(home.address.url)
         self._file = CredentialsFile(home.folder)
         self._known: Credentials | None = None
         self._duplicates = Backoff(*timing.duplicate_s, stable_s=4 * timing.duplicate_s[1])
         self._quiet_until = -float("inf")
+        self._waits_for = ""
         facts = Facts(machine=platform.node() or home.name, user=_user(), threshold_gb=home.table.studio.vram_gb)
         self._claims = Claims(
-            facts, clock=trio.current_time, utc=_utc, aside_s=timing.aside_s, answer_s=timing.answer_s
+            facts, clock=_clock(), utc=_utc, person=home.person, aside_s=timing.aside_s, answer_s=timing.answer_s
         )
         self._delivery = StudioDelivery(
             self._base,
@@ -85,6 +89,11 @@ class Studio:
         """See `Spoken`."""
         return self._delivery
 
+    @property
+    def waits_for(self) -> str:
+        """See `Spoken`: the approval of this worker."""
+        return self._waits_for
+
     async def warm_up(self) -> None:
         """See `Spoken`."""
         await self._http.client()
@@ -100,13 +109,21 @@ class Studio:
                 lambda: self._claims.greeting(side.hello()),
                 agent=agent(version()),
                 poll_s=self._timing.poll_s,
+                on_pending=self._pending,
             )
-            known = await registration.credentials()
+            try:
+                known = await registration.credentials()
+            finally:
+                self._waits_for = ""
             if isinstance(known, SessionEnd):
                 return known
             self._known = known
         door = Door(self._base, self._known.worker_id, self._known.auth_token, self._tls)
-        return self._judged(await converse(door, self._claims, side, self._timing.pace))
+        return self._judged(await converse(door, self._claims, side, self._timing.pace, self._clocks))
+
+    def _pending(self, request: str) -> None:
+        asked = f"waiting for approval: ask the studio's admin to approve the request {request} at {self._base}"
+        self._waits_for = asked if request else ""
 
     def _judged(self, end: SessionEnd) -> SessionEnd:
         if end.why is Why.DUPLICATE:
@@ -131,19 +148,25 @@ def _user() -> str:
         return ""
 
 
+def _clock() -> Callable[[], float]:
+    """Of what is laid aside: a job that was to come back within ten minutes does not come after a night's sleep."""
+    clocks = system_clocks()
+    return clocks.always if clocks is not None else trio.current_time
+
+
 def _utc() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @contextlib.asynccontextmanager
-async def open_studio(home: Home, timing: Timing | None = None) -> AsyncIterator[Spoken]:
+async def open_studio(home: Home, timing: Timing | None = None, clocks: Clocks | None = None) -> AsyncIterator[Spoken]:
     """The dialect for one life of the supervisor."""
     tls = home.address.tls
     if tls is None and base_url(home.address.url).startswith("https:"):
         tls = ssl.create_default_context(cafile=home.table.tls_ca or None)
     timing = timing or Timing(pace=Pace(connect_s=home.address.connect_s))
     async with Http(tls) as http:
-        yield Studio(home, http, tls, timing)
+        yield Studio(home, http, tls, timing, clocks)
 
 
 STUDIO = Dialect(

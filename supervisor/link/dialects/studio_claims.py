@@ -29,6 +29,7 @@ import trio
 from msgspec import UNSET
 
 from protocol import link_wire as wire
+from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
@@ -53,6 +54,7 @@ class Claims:
     Args:
         clock: seconds, monotonic.
         utc: the time of day in RFC 3339.
+        person: who sits here now.
         aside_s, answer_s: see the module.
 
     Attributes:
@@ -65,10 +67,11 @@ class Claims:
         *,
         clock: Callable[[], float],
         utc: Callable[[], str],
+        person: Callable[[], Person] = Person,
         aside_s: float = ASIDE_S,
         answer_s: float = ANSWER_S,
     ) -> None:
-        self._facts, self._clock, self._utc = facts, clock, utc
+        self._facts, self._clock, self._utc, self._person = facts, clock, utc, person
         self._aside_s, self._answer_s = aside_s, answer_s
         self.on_change: Callable[[], None] = lambda: None
         self._native = wire.Capabilities()
@@ -121,7 +124,7 @@ class Claims:
     @property
     def capabilities(self) -> frames.Capabilities:
         """As they are now."""
-        return offers.capabilities(self._native, self._facts, self._draining)
+        return offers.capabilities(self._native, self._facts, self._draining, self._person())
 
     def greeting(self, hello: wire.Hello) -> frames.Capabilities:
         """Those for the first frame."""

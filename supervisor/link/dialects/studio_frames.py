@@ -45,6 +45,7 @@ class Capabilities(Words, frozen=True):
     auto_update: bool = False
     start_minimised: bool = False
     only_when_idle: bool = False
+    user_presence: Literal["idle", "active"] | UnsetType = UNSET
 
 
 class Up(Words, frozen=True, tag_field="type"):

@@ -15,6 +15,7 @@ import msgspec
 
 from protocol import link_wire as wire
 from protocol import work
+from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 
 # What studios call the programs behind models. Which one it is does not matter here, since a model is served under its
@@ -232,8 +233,14 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     threshold_gb: float = 0.0
 
 
-def capabilities(native: wire.Capabilities, facts: Facts, draining: bool) -> frames.Capabilities:
-    """The announcement in the studio's words. A model has to fit one GPU, so the largest one counts, not the sum."""
+def capabilities(
+    native: wire.Capabilities, facts: Facts, draining: bool, person: Person | None = None
+) -> frames.Capabilities:
+    """The announcement in the studio's words. A model has to fit one GPU, so the largest one counts, not the sum.
+
+    `autoEnabled` is off for as long as no job is taken, whoever sits here: older servers know no `onlyWhenIdle`.
+    """
+    person = person or Person()
     by_kind: dict[str, list[str]] = {}
     for model in native.models:
         for kind in model.kinds:
@@ -251,6 +258,8 @@ def capabilities(native: wire.Capabilities, facts: Facts, draining: bool) -> fra
         supported_models=sorted({name for names in by_kind.values() for name in names}),
         task_kinds=[kind for kind in frames.KINDS if kind in by_kind],
         supported_models_per_kind=by_kind,
+        only_when_idle=person.first,
+        user_presence=msgspec.UNSET if person.here is None else "active" if person.here else "idle",
     )
 
 

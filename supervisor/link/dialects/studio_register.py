@@ -124,6 +124,7 @@ class Registration:
         base: {B}.
         capabilities: as they are now.
         poll_s: between two requests.
+        on_pending: told the id of the request that the studio says it has not decided on, "" when it is another.
     """
 
     def __init__(
@@ -135,9 +136,11 @@ class Registration:
         *,
         agent: str,
         poll_s: float = POLL_S,
+        on_pending: Callable[[str], None] = lambda _request: None,
     ) -> None:
         self._base, self._http, self._file, self._capabilities = base, http, file, capabilities
         self._agent, self._poll_s = agent, poll_s
+        self._on_pending = on_pending
         self._told = ""
 
     async def credentials(self) -> Credentials | SessionEnd:
@@ -160,6 +163,7 @@ class Registration:
                 if known.registered or known.rejected is not None:
                     continue
             except (Trouble, OSError, ValueError) as problem:
+                self._on_pending("")  # whatever it waits for now, it is not a person
                 self._tell(f"not registered yet: {problem}")
                 if isinstance(problem, Trouble) and problem.retry_after_s is not None:
                     pause_s = min(max(pause_s, problem.retry_after_s), LONGEST_PAUSE_S)
@@ -207,6 +211,7 @@ class Registration:
         polled = answer.read(_Polled)
         if polled.status == "rejected":
             return await self._keep(msgspec.structs.replace(known, rejected=polled.reason or ""))
+        self._on_pending(known.request_id if polled.status == "pending" else "")
         if polled.status == "pending":
             return known
         if not polled.worker_id or not polled.auth_token:

@@ -2,7 +2,8 @@
 
 Theory of operation. As in `supervisor.link.session`: one deadline over connect as a whole; nothing but `hello` before
 welcome; then a reader, a writer and a heart share the span and end as one. Each heartbeat is answered, so a socket on
-which nothing is read for four beats is dead, whatever TCP and WebSocket pings think.
+which nothing is read for four beats is dead, whatever TCP and WebSocket pings think. After a sleep of the machine the
+server is asked at once, and has one beat to answer.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
 from supervisor.link.session import SessionEnd, Side, Why
 from supervisor.link.upgrade import Stream, open_stream, upgrade
+from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
 
 INBOX_FRAMES = 64
 MAX_WAITING = 256  # frames; beyond it lines of the log are dropped, the rest is bounded by one job at a time
 SKEW_S = 5.0
+SLEEP_LOOK_S = 1.0
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,12 +97,15 @@ class _Over(Exception):
         self.why, self.sentence, self.theirs = why, sentence, theirs
 
 
-async def converse(door: Door, claims: Claims, side: Side, pace: Pace) -> SessionEnd:
+async def converse(door: Door, claims: Claims, side: Side, pace: Pace, clocks: Clocks | None = None) -> SessionEnd:
     """Connect, greet and talk until the session ends; never raises for what the network or the peer does.
+
+    Args:
+        clocks: by which a sleep of the machine is noticed; the system's unless told.
 
     Cancellation: the connection is closed properly, within `close_s`.
     """
-    span = _Span(door, claims, side, pace)
+    span = _Span(door, claims, side, pace, clocks)
     try:
         async with trio.open_nursery() as nursery:
             await span.talk(nursery)
@@ -116,8 +122,10 @@ async def converse(door: Door, claims: Claims, side: Side, pace: Pace) -> Sessio
 
 
 class _Span:
-    def __init__(self, door: Door, claims: Claims, side: Side, pace: Pace) -> None:
-        self._door, self._claims, self._side, self._pace = door, claims, side, pace
+    def __init__(self, door: Door, claims: Claims, side: Side, pace: Pace, clocks: Clocks | None) -> None:
+        self._door, self._claims, self._side, self._pace, self._clocks = door, claims, side, pace, clocks
+        self._patience = trio.CancelScope()
+        self._sleepy = False  # it slept since we last heard anything
         self._waiting: collections.deque[frames.Up] = collections.deque()
         self._bell = trio.Event()
         self._changed = trio.Event()
@@ -146,6 +154,7 @@ class _Span:
             nursery.start_soon(self._write, socket)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._tick)
+            nursery.start_soon(SleepWatch(self._slept, clocks=self._clocks, interval_s=SLEEP_LOOK_S).run)
             await self._read(socket)
         finally:
             self._claims.on_change = lambda: None
@@ -219,7 +228,17 @@ class _Span:
                         rest.cancel()
                         await trio.lowlevel.checkpoint()
             last = self._claims.capabilities
-            self._put(frames.Heartbeat(capabilities=last, current_job_id=self._claims.current_job or UNSET))
+            self._put_beat(last)
+
+    def _put_beat(self, capabilities: frames.Capabilities) -> None:
+        self._put(frames.Heartbeat(capabilities=capabilities, current_job_id=self._claims.current_job or UNSET))
+
+    def _slept(self, seconds: float) -> None:
+        """The machine did; whatever was left of our patience was meant for a server that heard us all the while."""
+        log.info("the machine slept for %.0f s; is the studio still there?", seconds)
+        self._put_beat(self._claims.capabilities)
+        self._sleepy = True
+        self._patience.deadline = min(self._patience.deadline, trio.current_time() + self._pace.beat_s)
 
     async def _tick(self) -> None:
         while True:
@@ -228,10 +247,12 @@ class _Span:
 
     async def _read(self, socket: WebSocketConnection) -> None:
         while True:
-            with trio.move_on_after(self._pace.silent_s) as patience:
+            self._sleepy = False
+            with trio.move_on_after(self._pace.silent_s) as self._patience:
                 frame = await self._receive(socket)
-            if patience.cancelled_caught:
-                raise _Over(Why.LOST, f"{self._door.base} was silent for {self._pace.silent_s:g} s")
+            if self._patience.cancelled_caught:
+                how = "after the machine slept" if self._sleepy else f"for {self._pace.silent_s:g} s"
+                raise _Over(Why.LOST, f"{self._door.base} was silent {how}")
             if frame is not None:
                 self._claims.hear(frame)
 

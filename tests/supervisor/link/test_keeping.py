@@ -157,6 +157,17 @@ async def test_a_cancel_ends_a_kept_result_and_forgets_its_files(tmp_path):
         assert r.keeping._outbox.held_bytes == 0
 
 
+async def test_a_job_that_is_given_back_is_told_now_although_its_result_is_kept(tmp_path):
+    async with life(tmp_path) as r:
+        peer = await r.session()
+        r.transfer.gate = trio.Event()
+        await end_run(r, peer, {}, CLIP)
+        await r.transfer.uploading.wait()
+        r.attempts.give_back("job_1", 1, "")
+        assert (await peer.expect(wire.Fail)).fault.code == "worker_stopping"
+        assert r.keeping._outbox.held_bytes == 0
+
+
 async def test_a_full_outbox_takes_no_more_jobs(tmp_path):
     async with life(tmp_path) as r:
         peer = await r.session()

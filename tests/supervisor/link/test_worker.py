@@ -352,6 +352,52 @@ async def test_a_cancel_during_the_upload_ends_it(tmp_path):
         assert (await peer.expect(wire.Fail)).fault.code == "cancelled"
 
 
+async def test_a_deadline_goes_on_while_the_machine_sleeps(tmp_path):
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        fetching, go_on = trio.Event(), trio.Event()
+
+        async def fetch(*_: object) -> None:
+            fetching.set()
+            await go_on.wait()
+
+        r.transfer.fetch = fetch
+        files = (wire.FileRef(name="audio", url="/x", size=1, sha256=""),)
+        await peer.offer("job_1", 1, "llm", "chat", CHAT, deadline_ms=60_000, inputs=files)
+        await fetching.wait()
+        r.worker.slept(50.0)
+        go_on.set()
+        run = await r.host.next_run()
+        assert run.request.deadline_s <= 10.0
+
+
+async def test_a_pause_ends_when_it_should_although_the_machine_slept(tmp_path):
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        await peer.send(wire.Pause(reason="for an hour", for_ms=3_600_000))
+        assert not (await peer.expect(wire.Announce)).capabilities.accepting
+        r.worker.slept(3_600.0)
+        assert (await peer.expect(wire.Announce)).capabilities.accepting
+
+
+async def test_a_job_that_the_owner_of_the_box_ends_goes_on_elsewhere_and_not_here(tmp_path):
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        run = await r.offered(peer)
+        r.attempts.give_back("job_1", 1, "I need the machine")
+        fail = await peer.expect(wire.Fail)
+        assert (fail.fault.code, fail.fault.may_retry) == ("worker_stopping", True)
+        assert "owner of the worker" in fail.fault.message
+        assert "I need the machine" in fail.fault.message
+        assert run.cancelled
+        await peer.send(wire.Ack(), "job_1", 1)
+        await peer.offer("job_1", 2, "llm", "chat", CHAT)
+        decline = await peer.expect(wire.Decline)
+        assert (decline.code, decline.retry_after_ms) == ("unsupported", 0), "for good: it would come back for ever"
+        (await r.offered(peer, "job_2")).done({})
+        await peer.expect(wire.Complete)
+
+
 async def test_a_cancel_of_something_unknown_is_nothing(tmp_path):
     async with rig(tmp_path) as r:
         peer = await r.session()

@@ -27,6 +27,7 @@ from supervisor.link.session import Address, SessionEnd
 from supervisor.link.worker import Identity, Worker
 from supervisor.settings import CoordinatorTable, GoliatTable
 from supervisor.store import open_store
+from supervisor.suspend import Clocks
 from supervisor.testing import FakeHost, FakeRun
 
 MODEL, MACHINE, STUDY = "goliat", "box", "phantoms"
@@ -98,7 +99,14 @@ class Bench:
 
 @contextlib.asynccontextmanager
 async def open_bench(
-    folder: Path, url: str, protocol: str, *, timing: Timing = FAST, beat_s: float = 0.05, budget_bytes: int = 2**30
+    folder: Path,
+    url: str,
+    protocol: str,
+    *,
+    timing: Timing = FAST,
+    beat_s: float = 0.05,
+    budget_bytes: int = 2**30,
+    clocks: Clocks | None = None,
 ) -> AsyncIterator[Bench]:
     """A worker that is looking for its dashboard at `url`."""
     host = FakeHost()
@@ -125,7 +133,7 @@ async def open_bench(
 
     async with (
         open_store(folder / "records") as store,
-        open_goliat(home, timing) as spoken,
+        open_goliat(home, timing, clocks) as spoken,
         trio.open_nursery() as nursery,
     ):
         keeping = OnDisk(store, Outbox(folder / "outbox", budget_bytes))

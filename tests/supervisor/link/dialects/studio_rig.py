@@ -14,8 +14,9 @@ from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from supervisor.host.ground import Ground
 from supervisor.intake.admission import ModelState
+from supervisor.intake.observed import Person
 from supervisor.link.attempts import Attempts
-from supervisor.link.dialects.base import Home
+from supervisor.link.dialects.base import Home, Spoken
 from supervisor.link.dialects.studio import Timing, open_studio
 from supervisor.link.dialects.studio_frames import KINDS
 from supervisor.link.dialects.studio_register import Credentials, CredentialsFile, base_url
@@ -27,6 +28,7 @@ from supervisor.link.session import Address, SessionEnd
 from supervisor.link.worker import Identity, Worker
 from supervisor.settings import CoordinatorTable, StudioTable
 from supervisor.store import open_store
+from supervisor.suspend import Clocks
 from supervisor.testing import FakeHost, FakeRun
 from supervisor.testing_studio import StudioServer
 
@@ -86,11 +88,14 @@ class HeldRun:
 class Bench:
     """One worker; a `WorkerUnderTest`."""
 
+    spoken: Spoken
+
     def __init__(self, worker: Worker, attempts: Attempts, host: FakeHost) -> None:
         self.worker, self.attempts, self.host = worker, attempts, host
         self.ends: list[SessionEnd] = []
         self.over = trio.Event()
         self.paused = ""
+        self.person = Person()
 
     async def play(self) -> None:
         """Finish every run as it comes, for ever."""
@@ -105,6 +110,11 @@ class Bench:
         """See the suite."""
         self.paused = reason
         self.worker.announce()
+
+    def sits(self, here: bool | None) -> None:
+        """See the suite."""
+        self.person = Person(first=here is not None, here=here)
+        self.pause("the machine is in use" if here else "")
 
     def log(self, message: str) -> bool:
         """See the suite."""
@@ -125,7 +135,13 @@ class Bench:
 
 @contextlib.asynccontextmanager
 async def open_bench(
-    folder: Path, url: str, *, timing: Timing = FAST, play: bool = True, vram_gb: float = 24.0
+    folder: Path,
+    url: str,
+    *,
+    timing: Timing = FAST,
+    play: bool = True,
+    vram_gb: float = 24.0,
+    clocks: Clocks | None = None,
 ) -> AsyncIterator[Bench]:
     """A worker that is looking for its studio at `url`."""
     host = FakeHost()
@@ -134,13 +150,14 @@ async def open_bench(
         address=Address(url=url, token=""),
         folder=folder / "studio",
         name="w1",
+        person=lambda: bench.person,
     )
     ground = Ground(folder / "ground")
     models = {model: ModelState(kinds=(kind,)) for kind, model in MODELS.items()}
     offers = tuple(wire.ModelOffer(name=model, kinds=(kind,), engine="synthetic") for kind, model in MODELS.items())
     async with (
         open_store(folder / "records") as store,
-        open_studio(home, timing) as spoken,
+        open_studio(home, timing, clocks) as spoken,
         trio.open_nursery() as nursery,
     ):
         keeping = OnDisk(store, Outbox(folder / "outbox", 2**30))
@@ -159,6 +176,7 @@ async def open_bench(
             held=held,
         )
         bench = Bench(worker, attempts, host)
+        bench.spoken = spoken
 
         async def converse() -> SessionEnd:
             bench.ends.append(await spoken.converse(worker))

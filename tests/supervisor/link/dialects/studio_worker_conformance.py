@@ -46,6 +46,9 @@ class WorkerUnderTest(Protocol):
     def pause(self, reason: str) -> None:
         """Its owner wants no jobs; "" ends that."""
 
+    def sits(self, here: bool | None) -> None:
+        """Whether its user sits at it, who wants no jobs meanwhile; None: such a rule is not set."""
+
     def log(self, message: str) -> bool:
         """A warning in its log; returns whether a session was there to take it."""
 
@@ -402,6 +405,27 @@ class StudioWorkerCases:
             enqueue(server, "llm", job="the-next")
             (await worker.next_run()).finish()  # and works on
             assert len(server.past) == 1
+
+    async def test_nothing_is_done_while_its_user_is_there(self, server: StudioServer, start: Start) -> None:
+        server.approving = True
+        async with start(server) as worker:
+            session = await server.session()
+            assert session.capabilities["onlyWhenIdle"] is False
+            assert "userPresence" not in session.capabilities
+            worker.sits(True)
+            await server.until(lambda: session.capabilities.get("userPresence") == "active", "the user")
+            assert session.capabilities["onlyWhenIdle"] is True
+            job = enqueue(server, "llm")
+            session.offered, job.state, job.worker = job, "claimed", session.worker
+            await session.send("offer", claim=job.claim)  # as a server does that has not heard of it yet
+            await server.until(lambda: session.said("reject"), "a rejection")
+            assert session.said("reject")[0]["code"] == "paused"
+            assert "in use" in session.said("reject")[0]["reason"]
+            worker.sits(False)
+            await server.until(lambda: session.capabilities.get("userPresence") == "idle", "nobody")
+            (await worker.next_run()).finish()
+            await server.ended(job)
+            assert (job.state, job.attempts) == ("done", 0)
 
     # ---- nothing is lost, and nothing is done twice
 

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from supervisor.link.dialects import DIALECTS
+from supervisor.suspend import Clocks
 from supervisor.testing_goliat import Answer, Dashboard, open_dashboard
 from tests.supervisor.link.dialects.goliat_conformance import GoliatWorkerCases, Start
 from tests.supervisor.link.dialects.goliat_rig import FAST, MACHINE, STUDY, Bench, finish, open_bench
@@ -81,6 +82,19 @@ async def test_an_assignment_that_was_given_and_never_begun_is_told_by_the_next_
             dashboard.give("b", b"{}")
             await dashboard.until(lambda: not dashboard.queue)
             assert dashboard.ends() == ["fatal_error"], "told once"
+
+
+async def test_after_a_sleep_of_the_machine_the_dashboard_is_asked_at_once(tmp_path: Path) -> None:
+    slept_s = [0.0]
+    clocks = Clocks(lambda: 0.0, lambda: slept_s[0])
+    async with (
+        open_dashboard() as dashboard,
+        open_bench(tmp_path, dashboard.url, "planned", beat_s=3600.0, clocks=clocks),
+    ):
+        await dashboard.until(lambda: ("GET", "/api/assignment") in dashboard.asked)
+        assert len(dashboard.bodies) == 1
+        slept_s[0] = 3600.0
+        await dashboard.until(lambda: len(dashboard.bodies) == 2)
 
 
 async def test_results_of_a_study_that_went_to_another_worker_are_not_uploaded(tmp_path: Path) -> None:

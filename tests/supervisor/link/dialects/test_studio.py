@@ -9,11 +9,45 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from supervisor.testing_studio import StudioServer
-from tests.supervisor.link.dialects.studio_rig import FAST, Bench, open_bench
+from supervisor.testing_studio import Rules, StudioServer, open_studio_server
+from tests.supervisor.link.dialects.studio_rig import FAST, TASKS, Bench, open_bench
 from tests.supervisor.link.dialects.studio_worker_conformance import Start, StudioWorkerCases
 
 SHORT = msgspec.structs.replace(FAST, pace=msgspec.structs.replace(FAST.pace, silent_s=0.4, connect_s=0.4))
+
+
+async def test_what_it_waits_for_is_told_until_it_has_come(tmp_path: Path) -> None:
+    async with open_studio_server() as server, open_bench(tmp_path, server.url) as bench:
+        await server.until(lambda: bench.spoken.waits_for, "a sentence")
+        [request] = server.requests
+        assert "waiting for approval: ask the studio's admin" in bench.spoken.waits_for
+        assert request in bench.spoken.waits_for
+        server.approve(request)
+        await server.session()
+        assert bench.spoken.waits_for == ""
+
+
+async def test_a_studio_in_trouble_is_no_reason_to_ask_a_person(tmp_path: Path) -> None:
+    async with open_studio_server() as server, open_bench(tmp_path, server.url) as bench:
+        await server.until(lambda: bench.spoken.waits_for, "a sentence")
+        server.create_status = 500
+        server.requests.clear()
+        await server.until(lambda: not bench.spoken.waits_for, "no sentence")
+
+
+async def test_a_job_that_its_owner_gives_back_is_done_elsewhere(tmp_path: Path) -> None:
+    async with open_studio_server(Rules(again_s=0.05)) as server:
+        server.approving = True
+        async with open_bench(tmp_path, server.url, play=False) as bench:
+            session = await server.session()
+            job = server.enqueue(TASKS["llm"], "llm-model")
+            await bench.next_run()
+            bench.attempts.give_back(job.id, 1, "I need it")
+            await server.until(lambda: session.worker in job.refused_by, "a rejection for good")
+            assert session.said("fail")[0]["retryable"] is True
+            assert "owner of the worker" in session.said("fail")[0]["error"]
+            assert (job.state, job.attempts) == ("queued", 1)
+            await bench.empty()
 
 
 class TestOurWorker(StudioWorkerCases):

@@ -8,6 +8,7 @@ import pytest
 
 from protocol import link_wire as wire
 from protocol import work
+from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
@@ -179,6 +180,21 @@ def test_capabilities():
 @pytest.mark.parametrize(("accepting", "draining"), [(False, False), (True, True)])
 def test_off_while_paused_and_while_draining(accepting, draining):
     assert not offers.capabilities(native(accepting=accepting), Facts(machine="", user=""), draining).auto_enabled
+
+
+@pytest.mark.parametrize(
+    ("person", "only", "presence"),
+    [
+        (None, False, None),
+        (Person(first=True), True, None),
+        (Person(first=True, here=True), True, "active"),
+        (Person(first=True, here=False), True, "idle"),
+    ],
+)
+def test_whoever_sits_here_is_told_only_where_it_matters(person, only, presence):
+    told = offers.capabilities(native(), Facts(machine="", user=""), False, person)
+    assert told.only_when_idle is only
+    assert json.loads(msgspec.json.encode(told)).get("userPresence") == presence, "absent, not null"
 
 
 def test_lines_of_the_log():

@@ -9,6 +9,7 @@ import trio
 from supervisor.link.dialects import studio_session as subject
 from supervisor.link.dialects.studio_register import Credentials, CredentialsFile, base_url
 from supervisor.link.dialects.studio_session import Door
+from supervisor.suspend import Clocks
 from supervisor.testing_studio import open_studio_server
 from tests.supervisor.link.dialects.studio_rig import open_bench
 
@@ -43,6 +44,25 @@ async def test_clock_skew_is_told_and_harms_nothing(tmp_path, caplog):
             session = await server.session()
             await server.until(lambda: session.said("heartbeat"), "a heartbeat")
     assert "clock and ours differ by" in caplog.text
+
+
+async def test_a_session_ends_soon_after_the_machine_slept(tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "SLEEP_LOOK_S", 0.02)
+    slept_s = [0.0]
+    clocks = Clocks(lambda: 0.0, lambda: slept_s[0])
+    async with open_studio_server() as server:
+        server.approving = True
+        async with open_bench(tmp_path, server.url, clocks=clocks) as bench:
+            session = await server.session()
+            await server.until(lambda: bench.worker.connected, "the worker has seen its welcome")
+            slept_s[0] = 3600.0  # and the server still answers: nothing is lost by it
+            seen = len(session.said("heartbeat"))
+            await server.until(lambda: len(session.said("heartbeat")) > seen, "a heartbeat")
+            await server.until(lambda: bench.worker.connected and not bench.ends, "the session")
+            session.muted = True
+            slept_s[0] = 7200.0
+            await server.session(1)
+    assert "silent after the machine slept" in bench.ends[0].sentence
 
 
 async def test_a_server_that_does_not_speak_this_protocol_is_the_end(tmp_path, monkeypatch):
