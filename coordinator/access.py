@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+import anyio
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.errors import fault_response
+from coordinator.limits import RateLimited, counted
 from coordinator.records import WorkerScope
-from protocol.faults import Fault
+from protocol.faults import Fault, FaultError, refuse
 
 if TYPE_CHECKING:
-    from coordinator.keys import Keys
+    from coordinator.doors import Doors
+    from coordinator.keys import Key, Keys
+    from coordinator.limits import Rates
+    from coordinator.tenants import Tenants
 
 # Open to everybody: health says nothing secret, blob URLs carry a signature of their own.
-OPEN_PATHS = frozenset({"/healthz"})
+OPEN_PATHS = frozenset({"/healthz", "/v1/workers/enrol"})  # the second judges a token of its own
 OPEN_PREFIXES = ("/v1/blobs/",)
 # Studio workers have no key of ours: each of these routes judges a secret, a token or a signature of its own. Their
 # base URL may have a path before it.
@@ -28,14 +35,42 @@ CLIENT_SCOPES = frozenset({"client", "admin"})
 
 
 class Access:
-    """ASGI layer that puts the caller's `Key` into `scope["state"]["key"]`, or refuses.
+    """Judges keys, and counts what they do."""
+
+    def __init__(self, keys: Keys, tenants: Tenants, rates: Rates, doors: Doors) -> None:
+        self.keys, self.tenants, self.rates, self.doors = keys, tenants, rates, doors
+
+    async def judge(self, scope: Scope) -> Key:
+        """The key of a request. Raises FaultError."""
+        secret = bearer(Headers(scope=scope).get("authorization", ""))
+        if not secret:
+            raise refuse("unauthorized", "An API key is required: send the header Authorization: Bearer KEY.")
+        key = await self.keys.look_up(secret)
+        if key is None:
+            raise refuse("unauthorized", "The API key is unknown or was revoked.")
+        if key.scope not in CLIENT_SCOPES:
+            raise refuse("forbidden", f"A key of scope {key.scope} does not open this route; use a client key.")
+        return key
+
+    def count(self, scope: Scope, key: Key) -> Mapping[str, str]:
+        """Count a request; what its answer's headers say about the limits. Raises RateLimited."""
+        if not counted(scope["method"], scope["path"]):
+            return {}
+        spent = self.rates.take(key, self.tenants.get(key.tenant))
+        return spent.headers() if spent else {}
+
+
+class AccessLayer:
+    """ASGI layer that puts the caller's `Key` into `scope["state"]["key"]`, or refuses; counts what it may do.
+
+    A request whose key is revoked on its way ends: with 401 where its answer has not begun, an event stream with an
+    error event, any other answer by the end of the connection.
 
     WebSockets pass: the worker gateway judges its own tokens with `worker_scope`.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app = app
-        self._keys = keys
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -43,23 +78,49 @@ class Access:
         if scope["type"] != "http" or is_open(path):
             await self._app(scope, receive, send)
             return
-        fault = self._judge(scope)
-        if fault is not None:
-            await fault_response(fault)(scope, receive, send)
+        try:
+            key = await self._access.judge(scope)
+            headers = self._access.count(scope, key)
+        except FaultError as error:
+            response = fault_response(error.fault)
+            response.headers.update(error.headers if isinstance(error, RateLimited) else {})
+            await response(scope, receive, send)
             return
-        await self._app(scope, receive, send)
-
-    def _judge(self, scope: Scope) -> Fault | None:
-        secret = bearer(Headers(scope=scope).get("authorization", ""))
-        if not secret:
-            return Fault("unauthorized", "An API key is required: send the header Authorization: Bearer KEY.")
-        key = self._keys.find(secret)
-        if key is None:
-            return Fault("unauthorized", "The API key is unknown or was revoked.")
-        if key.scope not in CLIENT_SCOPES:
-            return Fault("forbidden", f"A key of scope {key.scope} does not open this route; use a client key.")
         scope.setdefault("state", {})["key"] = key
-        return None
+        answer = _Answer(send, headers)
+        with anyio.CancelScope() as asked, self._access.doors.hold(key.prefix, asked.cancel):
+            await self._app(scope, receive, answer.send)
+        if asked.cancelled_caught:
+            await answer.break_off(scope, receive)
+
+
+class _Answer:
+    """What a request is answered with, so that it can be ended before its end."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send, self._headers = send, headers
+        self._begun = self._ended = self._events = False
+
+    async def send(self, message: Message) -> None:
+        """Pass one message on."""
+        if message["type"] == "http.response.start":
+            self._begun = True
+            answered = MutableHeaders(scope=message)
+            answered.update(self._headers)
+            self._events = answered.get("content-type", "").startswith("text/event-stream")
+        elif message["type"] == "http.response.body" and not message.get("more_body"):
+            self._ended = True
+        await self._send(message)
+
+    async def break_off(self, scope: Scope, receive: Receive) -> None:
+        """End it because its key is good no more."""
+        fault = Fault("unauthorized", "The API key was revoked.")
+        if not self._begun:
+            await fault_response(fault)(scope, receive, self._send)
+        elif self._events and not self._ended:
+            # The event before may be cut in two: an empty line ends it.
+            body = b"\n\ndata: " + msgspec.json.encode(fault.openai_error()) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def is_open(path: str) -> bool:
@@ -73,9 +134,9 @@ def bearer(header: str) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def worker_scope(keys: Keys, token: str) -> WorkerScope | None:
-    """What a worker token allows, or None when it is no live worker token."""
-    key = keys.find(token)
+async def worker_scope(keys: Keys, token: str) -> WorkerScope | None:
+    """What a worker token allows, or None when it is no live worker token. Raises FaultError(overloaded)."""
+    key = await keys.look_up(token)
     if key is None or key.scope != "worker":
         return None
     return WorkerScope(key.worker, key.prefix)

@@ -6,6 +6,7 @@ RequestIds ► CountRequests ► Starlette(Access ► routes)
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,25 +21,31 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from coordinator import jobs_api, metrics, studio_admin, usage_api, workers_api
-from coordinator.access import Access, worker_scope
+from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
 from coordinator.blobs_folder import FolderBlobs
 from coordinator.dispatch import Dispatcher
+from coordinator.doors import Doors
 from coordinator.errors import EXCEPTION_HANDLERS, Json, RequestIds
 from coordinator.gateway import worker_endpoint
 from coordinator.kept_files import KeptFiles
-from coordinator.keys import FILE_NAME, Keys
+from coordinator.keys import Keys
+from coordinator.limits import Rates
 from coordinator.metrics import CountRequests, HttpCounters
 from coordinator.openai.routes import ROUTES as OPENAI_ROUTES
 from coordinator.progress import ProgressBoard
 from coordinator.records import WorkerScope
+from coordinator.register import FILE_NAME, Register, SqliteRegister
+from coordinator.register.known import Known
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
 from coordinator.studio import Studio
 from coordinator.studio_claims import Sources
 from coordinator.studio_registry import Registrations
 from coordinator.studio_session import StudioSettings
+from coordinator.tenants import Tenants
+from coordinator.terms import terms
 from protocol.faults import Fault, FaultError
 
 if TYPE_CHECKING:
@@ -67,6 +74,7 @@ class Coordinator:
         studio_models: Sources | None = None,
         studio: StudioSettings | None = None,
         open_store: Callable[[], Store] | None = None,
+        open_register: Callable[[], Register] | None = None,
     ) -> None:
         """Open everything.
 
@@ -76,9 +84,10 @@ class Coordinator:
             studio_models: where studio workers get their models' files, by model name.
             studio: tunables of sessions with studio workers.
             open_store: opens the store that is used; without it, a SQLite file in the folder.
+            open_register: opens the register of keys, likewise.
 
         Raises:
-            StoreError, sqlite3.Error, OSError.
+            StoreError, OSError.
         """
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.on_death: Callable[[], None] = lambda: None
@@ -86,13 +95,19 @@ class Coordinator:
         self._store: Store = open_store() if open_store is not None else SqliteStore(state / STORE_FILE)
         _leave_unattended(self._store)
         try:
-            self.keys = Keys(state / FILE_NAME)
-            registrations = Registrations(state / FILE_NAME)
+            register = open_register() if open_register is not None else SqliteRegister(state / FILE_NAME)
+            self._known = Known(register)
+            self._known.refresh()
             blobs = FolderBlobs(state / BLOB_FOLDER)
         except BaseException:
             self._store.close()
             raise
         dispatcher = Dispatcher(self._store, blobs)
+        self.keys, tenants, registrations = Keys(self._known), Tenants(self._known), Registrations(self._known)
+        self._doors = Doors(self.keys.lives)
+        worker_doors = Doors(registrations.knows)
+        self._known.on_change += [self._doors.look, worker_doors.look]
+        dispatcher.terms = terms(self._known, tenants)
         http = HttpCounters()
         files = KeptFiles(self._store, blobs)
         self.parts = Services(
@@ -105,17 +120,18 @@ class Coordinator:
             registrations,
             files,
             Batches(self._store, dispatcher, blobs, files),
+            tenants,
+            Access(self.keys, tenants, Rates(time.monotonic, lambda: self._known.replicas), self._doors),
         )
         workers = [
-            WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate)),
-            *Studio(dispatcher, blobs, registrations, studio_models, studio).routes(),
+            WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
+            *Studio(dispatcher, blobs, registrations, studio_models, studio, worker_doors).routes(),
         ]
         self.app = build_app(self.parts, workers, self._lifetime)
 
     def close(self) -> None:
         """Close the files; for a coordinator whose application never ran."""
-        self.keys.close()
-        self.parts.registrations.close()
+        self._known.register.close()
         self._store.close()
 
     def stop_dispatching(self) -> None:
@@ -123,12 +139,13 @@ class Coordinator:
         if self._dispatching is not None:
             self._dispatching.cancel()
 
-    def _authenticate(self, token: str) -> WorkerScope | None:
-        return worker_scope(self.keys, token)
+    async def _authenticate(self, token: str) -> WorkerScope | None:
+        return await worker_scope(self.keys, token)
 
     @asynccontextmanager
     async def _lifetime(self, _app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group:
+            group.start_soon(self._known.watch)
             group.start_soon(self._dispatch)
             group.start_soon(self.parts.progress.run)
             group.start_soon(self.parts.batches.run)
@@ -186,7 +203,7 @@ def build_app(
     app = Starlette(
         routes=routes,
         exception_handlers=EXCEPTION_HANDLERS,
-        middleware=[Middleware(Access, keys=parts.keys)],
+        middleware=[Middleware(AccessLayer, access=parts.access)],
         lifespan=lifespan,  # type: ignore[arg-type]
     )
     app.router.redirect_slashes = False

@@ -89,6 +89,8 @@ class Dispatcher:
         self._bus: Bus = bus or LocalBus()
         self._threads = StoreThreads(writers=store.parallel)
         self.attempts = Attempts(store, self._threads, blobs, self._bus, ring=self._ring, freed=self._slot_freed)
+        # Lays over each submission what its tenant and key say, or refuses it.
+        self.terms: Callable[[Submission], Submission] = lambda s: s
         self._accepting = True
         self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
         self._bell = anyio.Event()
@@ -221,6 +223,7 @@ class Dispatcher:
     async def _insert(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
         if s.idempotency_key and (known := await self._threads.read(self._store.by_key, s)):
             return known, False
+        s = self.terms(s)
         self._check(s)
         # Shielded: a row that was made is made known, so that whoever watches it can cancel it, and what was claimed
         # is offered. It lasts as long as one transaction.

@@ -23,6 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from coordinator.attempts import Attempts
 from coordinator.dispatch import Dispatcher
+from coordinator.doors import Doors
 from coordinator.errors import fault_response
 from coordinator.fleet import Key, Worker
 from coordinator.records import WorkerScope
@@ -87,7 +88,10 @@ class _End(Exception):
 
 
 def worker_endpoint(
-    dispatcher: Dispatcher, authenticate: Authenticate, settings: GatewaySettings | None = None
+    dispatcher: Dispatcher,
+    authenticate: Authenticate,
+    settings: GatewaySettings | None = None,
+    doors: Doors | None = None,
 ) -> Callable[[WebSocket], Awaitable[None]]:
     """Return the endpoint for `WebSocketRoute("/v1/worker", …)`.
 
@@ -95,18 +99,25 @@ def worker_endpoint(
         dispatcher: gets what workers say.
         authenticate: bearer token -> what it allows; None refuses. May be a coroutine function.
         settings: tunables.
+        doors: closes sessions whose key is revoked.
     """
-    options = settings or GatewaySettings()
+    options, closed_doors = settings or GatewaySettings(), doors or Doors(lambda _name: True)
 
     async def endpoint(websocket: WebSocket) -> None:
-        scope = await _authenticated(websocket, authenticate)
+        try:
+            scope = await _authenticated(websocket, authenticate)
+        except FaultError as error:
+            await deny(websocket, error.fault)
+            return
         if scope is None:
             await deny(websocket, Fault("unauthorized", "The worker token is missing or not good."))
         elif LINK_SUBPROTOCOL not in websocket.scope.get("subprotocols", ()):
             await deny(websocket, Fault("invalid_request", f"Ask for the WebSocket subprotocol {LINK_SUBPROTOCOL}."))
         else:
             await websocket.accept(subprotocol=LINK_SUBPROTOCOL)
-            await WorkerSession(websocket, dispatcher, scope, options).run()
+            session = WorkerSession(websocket, dispatcher, scope, options)
+            with closed_doors.hold(scope.key_id, lambda: session.close("auth_failed", "The token was revoked.")):
+                await session.run()
 
     return endpoint
 
@@ -181,6 +192,8 @@ class WorkerSession:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks.cancel_scope
+                if self._ending is not None:  # its token was revoked before it had begun
+                    tasks.cancel_scope.cancel()
                 tasks.start_soon(self._write)
                 tasks.start_soon(self._write_chunk_acks)
                 await self._read()

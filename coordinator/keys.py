@@ -1,8 +1,8 @@
 """API keys: made once, stored as SHA-256, shown by their prefix ever after.
 
 A key carries 256 random bits, so one fast hash suffices and a lookup by hash leaks nothing about other keys.
-Keys live in their own small SQLite file in the state folder, so that `coordinator keys …` works beside a
-running server; a revocation takes effect there within `CACHE_S`.
+Keys live in the register, so that `coordinator keys …` works beside a running server, and replicas over one PostgreSQL
+share them; a revocation takes effect everywhere within a second.
 """
 
 from __future__ import annotations
@@ -12,60 +12,36 @@ import hashlib
 import os
 import re
 import secrets
-import sqlite3
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 
+from coordinator.register import FILE_NAME as FILE_NAME
+from coordinator.register import Register, Turn
+from coordinator.register.known import Key as Key
+from coordinator.register.known import Known, key_of
+
 Scope = Literal["client", "worker", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 
-FILE_NAME = "keys.sqlite"
-CACHE_S = 1.0
-CACHE_ENTRIES = 4096
 PREFIX_CHARS = 12  # shown to people; 8 characters (48 bits) of it are random
+LEAST_PREFIX = 5
+MAX_SECRET_CHARS = 4096
+MAX_LIMIT = 10**9
+MAX_MODELS = 1000
+MAX_NAME_CHARS = 200
 DEFAULT_TENANT = "default"
+THE_PROGRAM = "the coordinator itself"
 
-_WORDS = {"client": "bhc", "worker": "bhw", "admin": "bha"}
+_WORDS = {"client": "bhc", "worker": "bhw", "admin": "bha", "worker-enrol": "bhe"}
 _SECRET = re.compile(r"bh[cwa]_[A-Za-z0-9_-]{43}\Z", re.ASCII)
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS keys (
-    hash BLOB PRIMARY KEY,
-    prefix TEXT NOT NULL,
-    scope TEXT NOT NULL,
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    worker TEXT NOT NULL,
-    created_ms INTEGER NOT NULL,
-    revoked_ms INTEGER
-) WITHOUT ROWID
-"""
+_SELECT = "SELECT hash, prefix, scope, tenant, name, worker, created_ms, revoked_ms, rpm, concurrent, models FROM keys"
 
 
 class KeyRefusal(Exception):
     """A key operation that cannot be done; the message names the cure."""
-
-
-class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """One key, without its secret.
-
-    Attributes:
-        prefix: first characters of the secret; names the key for people.
-        scope: what it opens: client (OpenAI and job routes), worker (the gateway), admin (client and metrics).
-        tenant: whose jobs it sees.
-        worker: for worker keys: the only worker id it admits; "" admits any.
-    """
-
-    prefix: str
-    scope: str
-    tenant: str
-    name: str = ""
-    worker: str = ""
-    created_ms: int = 0
-    revoked_ms: int | None = None
 
 
 def new_secret(scope: str) -> str:
@@ -75,47 +51,102 @@ def new_secret(scope: str) -> str:
 
 def digest(secret: str) -> bytes:
     """What is stored of a secret."""
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
-def make_private(path: Path) -> None:
-    """Make the file, readable by its owner alone, unless it is there. Raises OSError.
+def plain_name(text: str, what: str) -> str:
+    """A name for people, fit for a table and a log. Raises KeyRefusal."""
+    if len(text) > MAX_NAME_CHARS or not text.isprintable():
+        raise KeyRefusal(f"{what}: Expected at most {MAX_NAME_CHARS} printable characters.")
+    return text
 
-    One that is there is not opened: closing it would take away the locks that this process has on it (POSIX locks go
-    with any descriptor), and another process that ends would remove the log that we read from.
-    """
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+def checked_models(models: Sequence[str]) -> str:
+    """The names of models as they are stored. Raises KeyRefusal."""
+    names = sorted({plain_name(name.strip(), "models") for name in models})
+    if len(names) > MAX_MODELS or "" in names:
+        raise KeyRefusal(f"models: Expected at most {MAX_MODELS} names, and none of them empty.")
+    return msgspec.json.encode(names).decode()
+
+
+def checked_limit(value: int, name: str) -> int:
+    """A limit as it is stored. Raises KeyRefusal."""
+    if not 0 <= value <= MAX_LIMIT:
+        raise KeyRefusal(f"{name}: Expected a whole number from 0, for no limit, to {MAX_LIMIT}.")
+    return value
 
 
 class Keys:
-    """The keys of one coordinator. All calls are short and synchronous (one indexed row)."""
+    """The keys of one coordinator, or of all its replicas.
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file, readable by its owner alone. Raises sqlite3.Error, OSError."""
-        make_private(path)
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=5, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(_SCHEMA)
-        self._cache: dict[bytes, tuple[float, Key]] = {}
+    Methods block, but for `look_up`; they raise StoreError and FaultError when the register is in trouble.
+    """
+
+    def __init__(self, place: Known | Register | Path) -> None:
+        """Open the register, or its file, where that has not been done. Raises StoreError."""
+        self.known = Known.of(place)
+        self._register = self.known.register
         self._for_this_boot: dict[bytes, Key] = {}
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the register."""
+        self._register.close()
 
-    def create(self, scope: str, *, name: str = "", tenant: str = DEFAULT_TENANT, worker: str = "") -> str:
-        """Make a key and return its secret, which is stored nowhere. Raises KeyRefusal for an unknown scope."""
-        secret = self._new(scope)
-        self.adopt(secret, scope, name=name, tenant=tenant, worker=worker)
-        return secret
+    def create(
+        self,
+        scope: str,
+        *,
+        name: str = "",
+        tenant: str = DEFAULT_TENANT,
+        worker: str = "",
+        rpm: int = 0,
+        concurrent: int = 0,
+        models: Sequence[str] = (),
+        by: str = THE_PROGRAM,
+    ) -> str:
+        """Make a key and return its secret, which is stored nowhere.
+
+        Args:
+            scope: one of `SCOPES`.
+            by: who does it, for the log.
+
+        Raises:
+            KeyRefusal: an unknown scope, or a value that cannot be.
+        """
+        if scope not in SCOPES:
+            raise KeyRefusal(f"There is no scope {scope!r}; take one of {', '.join(SCOPES)}.")
+        if not plain_name(tenant, "tenant"):
+            raise KeyRefusal("tenant: Expected a name.")
+        key = Key(
+            prefix="",
+            scope=scope,
+            tenant=tenant,
+            name=plain_name(name, "name"),
+            worker=plain_name(worker, "worker"),
+            rpm=checked_limit(rpm, "rpm"),
+            concurrent=checked_limit(concurrent, "concurrent"),
+        )
+        kept = checked_models(models)
+
+        def make(turn: Turn) -> str:
+            secret = unique_secret(turn, scope)
+            store_key(turn, secret, key, kept)
+            turn.act(by, f"made the key {secret[:PREFIX_CHARS]} ({describe(key)})")
+            return secret
+
+        return self._register.write(make)
 
     def adopt(self, secret: str, scope: str, *, name: str = "", tenant: str = DEFAULT_TENANT, worker: str = "") -> None:
         """Store a secret that was made elsewhere (a key file); a second time changes nothing."""
-        self._db.execute(
-            "INSERT OR IGNORE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",
-            (digest(secret), secret[:PREFIX_CHARS], scope, tenant, name, worker, _now_ms()),
-        )
+        key = Key(prefix=secret[:PREFIX_CHARS], scope=scope, tenant=tenant, name=name, worker=worker)
+        if self._register.read("SELECT prefix FROM keys WHERE hash = :hash", hash=digest(secret)):
+            return
+
+        def take(turn: Turn) -> None:
+            if store_key(turn, secret, key, "[]"):
+                turn.act(THE_PROGRAM, f"made the key {key.prefix} ({describe(key)})")
+
+        self._register.write(take)
 
     def admit_for_this_boot(self, secret: str, scope: str, *, name: str = "", worker: str = "") -> None:
         """Accept a secret until this process ends, without writing it down."""
@@ -124,80 +155,139 @@ class Keys:
         )
 
     def find(self, secret: str) -> Key | None:
-        """Return the live key that this secret opens, or None.
+        """Return the live key that this secret opens, or None; blocks while the register is read.
 
         The lookup is by hash: what it takes depends on the hash alone, which the caller cannot steer.
         """
+        if len(secret) > MAX_SECRET_CHARS:
+            return None
         hashed = digest(secret)
         if key := self._for_this_boot.get(hashed):
             return key
         if not _SECRET.match(secret):
             return None
-        now = time.monotonic()
-        cached = self._cache.get(hashed)
-        if cached is not None and now - cached[0] < CACHE_S:
-            return cached[1]
-        self._cache.pop(hashed, None)
-        if (found := self.by_hash(hashed)) is None:
-            return None
-        if len(self._cache) >= CACHE_ENTRIES:
-            self._cache.clear()
-        self._cache[hashed] = (now, found)
-        return found
+        if hashed not in self.known.keys or self.known.old():
+            self.known.refresh()
+        return self.known.keys.get(hashed)
 
-    def by_hash(self, hashed: bytes) -> Key | None:
-        """The live key whose secret has this `digest`, as it is now: what is bound to a key ends with it."""
+    async def look_up(self, secret: str) -> Key | None:
+        """`find` for the event loop, which it never blocks.
+
+        Raises:
+            FaultError: overloaded: the register is away, and the secret not known or known for too long.
+        """
+        if len(secret) > MAX_SECRET_CHARS:
+            return None
+        hashed = digest(secret)
         if key := self._for_this_boot.get(hashed):
             return key
-        row = self._db.execute(f"{_SELECT} WHERE hash = ? AND revoked_ms IS NULL", (hashed,)).fetchone()
-        return None if row is None else _key(row)
+        if not _SECRET.match(secret):
+            return None
+        if hashed not in self.known.keys or self.known.old():
+            await self.known.fresh()
+        self.known.check_age()
+        return self.known.keys.get(hashed)
+
+    def by_hash(self, hashed: bytes) -> Key | None:
+        """The live key whose secret has this `digest`, as it is now: what is bound to a key ends with it.
+
+        Blocks only where nobody watches the register.
+        """
+        if key := self._for_this_boot.get(hashed):
+            return key
+        if not self.known.watched:
+            self.known.refresh()
+        return self.known.keys.get(hashed)
+
+    def lives(self, prefix: str) -> bool:
+        """Whether the key of this prefix is good still, as far as is known here."""
+        if any(key.prefix == prefix for key in self._for_this_boot.values()):
+            return True
+        key = self.known.prefixes.get(prefix)
+        return key is not None and key.revoked_ms is None
 
     def list(self) -> Iterator[Key]:
         """All keys, oldest first, revoked ones included."""
-        for row in self._db.execute(f"{_SELECT} ORDER BY created_ms, prefix"):
-            yield _key(row)
+        for row in self._register.read(f"{_SELECT} ORDER BY created_ms, prefix"):
+            yield key_of(row)
 
-    def revoke(self, prefix: str) -> Key:
-        """Revoke the one live key whose prefix begins with `prefix`.
+    def revoke(self, prefix: str, *, by: str = THE_PROGRAM) -> Key:
+        """Revoke the one live key whose prefix begins with `prefix`; what is open with it ends.
 
         Raises:
             KeyRefusal: none or several match.
         """
-        live = [key for key in self.list() if key.revoked_ms is None and key.prefix.startswith(prefix)]
-        if len(prefix) < 5 or not live:
-            raise KeyRefusal(f"No live key begins with {prefix!r}; `coordinator keys list` shows them.")
-        if len(live) > 1:
-            raise KeyRefusal(f"{len(live)} live keys begin with {prefix!r}; give more of the prefix.")
-        self._db.execute(
-            "UPDATE keys SET revoked_ms = ? WHERE prefix = ? AND revoked_ms IS NULL", (_now_ms(), live[0].prefix)
-        )
-        self._cache.clear()
-        return live[0]
 
-    def _new(self, scope: str) -> str:
-        if scope not in SCOPES:
-            raise KeyRefusal(f"There is no scope {scope!r}; take one of {', '.join(SCOPES)}.")
-        return new_secret(scope)
+        def end(turn: Turn) -> Key:
+            begins = {"length": len(prefix), "begins": prefix}
+            live = turn.all(f"{_SELECT} WHERE revoked_ms IS NULL AND substr(prefix, 1, :length) = :begins", **begins)
+            if len(prefix) < LEAST_PREFIX or not prefix.isascii() or not live:
+                raise KeyRefusal(f"No live key begins with {prefix[:50]!r}; `coordinator keys list` shows them.")
+            if len(live) > 1:
+                raise KeyRefusal(f"{len(live)} live keys begin with {prefix!r}; give more of the prefix.")
+            key = key_of(live[0])
+            end_key(turn, bytes(live[0]["hash"]))
+            turn.act(by, f"revoked the key {key.prefix} ({describe(key)})")
+            return key
 
-
-_SELECT = "SELECT prefix, scope, tenant, name, worker, created_ms, revoked_ms FROM keys"
+        key = self._register.write(end)
+        self.known.refresh()
+        return key
 
 
-def _key(row: tuple[str, str, str, str, str, int, int | None]) -> Key:
-    prefix, scope, tenant, name, worker, created_ms, revoked_ms = row
-    return Key(
-        prefix=prefix,
-        scope=scope,
-        tenant=tenant,
-        name=name,
-        worker=worker,
-        created_ms=created_ms,
-        revoked_ms=revoked_ms,
+# ---- within a transaction of the register -------------------------------------------------------------------
+
+
+def unique_secret(turn: Turn, scope: str) -> str:
+    """A secret whose prefix no other key has: jobs, sessions and people name keys by it."""
+    while True:
+        secret = new_secret(scope)
+        if turn.one("SELECT prefix FROM keys WHERE prefix = :prefix", prefix=secret[:PREFIX_CHARS]) is None:
+            return secret
+
+
+def store_key(turn: Turn, secret: str, key: Key, models: str) -> bool:
+    """Write a key down; False when this secret is there already. Raises KeyRefusal when its prefix is another's."""
+    other = turn.one("SELECT hash FROM keys WHERE prefix = :prefix", prefix=secret[:PREFIX_CHARS])
+    if other is not None:
+        if bytes(other["hash"]) == digest(secret):
+            return False
+        raise KeyRefusal(f"Another key begins with {secret[:PREFIX_CHARS]}; make a new one.")
+    turn.all(
+        "INSERT INTO keys (hash, prefix, scope, tenant, name, worker, created_ms, changed, rpm, concurrent, models) "
+        "VALUES (:hash, :prefix, :scope, :tenant, :name, :worker, :now, :change, :rpm, :concurrent, :models) "
+        "RETURNING prefix",
+        hash=digest(secret),
+        prefix=secret[:PREFIX_CHARS],
+        scope=key.scope,
+        tenant=key.tenant,
+        name=key.name,
+        worker=key.worker,
+        now=turn.now_ms,
+        change=turn.change,
+        rpm=key.rpm,
+        concurrent=key.concurrent,
+        models=models,
+    )
+    return True
+
+
+def end_key(turn: Turn, hashed: bytes) -> None:
+    """Revoke a key by the hash of its secret."""
+    turn.all(
+        "UPDATE keys SET revoked_ms = :now, changed = :change WHERE hash = :hash AND revoked_ms IS NULL "
+        "RETURNING prefix",
+        now=turn.now_ms,
+        change=turn.change,
+        hash=hashed,
     )
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def describe(key: Key) -> str:
+    """A key for the log, without its prefix."""
+    said = [key.scope, f"tenant {key.tenant!r}"]
+    said += [f"{name} {value!r}" for name, value in (("name", key.name), ("worker", key.worker)) if value]
+    return ", ".join(said)
 
 
 def secret_file(path: Path, keys: Keys, scope: str, name: str) -> bool:

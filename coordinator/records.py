@@ -48,6 +48,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         max_attempts: how many accepted attempts a job may have in all.
         wait_for_worker: queue even when nobody serves the model now.
         attended: its client waits on an open connection and cannot come back for the answer.
+        weight: share of its tenant.
+        key_open, tenant_open: refused when its key, or its tenant, has so many jobs open already; 0 is no limit.
     """
 
     kind: str
@@ -66,6 +68,9 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     wait_for_worker: bool = False
     traceparent: str = ""
     attended: bool = False
+    weight: float = 1.0
+    key_open: int = 0
+    tenant_open: int = 0
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):

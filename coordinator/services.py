@@ -13,6 +13,7 @@ from coordinator.records import StoredInput, Submission
 from protocol.faults import refuse
 
 if TYPE_CHECKING:
+    from coordinator.access import Access
     from coordinator.batches import Batches
     from coordinator.blobs import Blobs
     from coordinator.dispatch import Dispatcher
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from coordinator.metrics import HttpCounters
     from coordinator.progress import ProgressBoard
     from coordinator.studio_registry import Registrations
+    from coordinator.tenants import Tenants
 
 IDEMPOTENCY_KEY = "idempotency-key"
 MAX_IDEMPOTENCY_CHARS = 200
@@ -57,6 +59,8 @@ class Services:
         registrations: Registrations,
         files: KeptFiles,
         batches: Batches,
+        tenants: Tenants,
+        access: Access,
     ) -> None:
         self.dispatcher = dispatcher
         self.blobs = blobs
@@ -67,6 +71,8 @@ class Services:
         self.files = files
         self.batches = batches
         self.registrations = registrations
+        self.tenants = tenants
+        self.access = access
         self.started_s = int(time.time())
         self.alive = True
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import anyio
 import msgspec
+from anyio.to_thread import run_sync
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,6 +26,7 @@ from coordinator.blobs import PREFIX as BLOBS
 from coordinator.blobs import Blobs
 from coordinator.bodies import read_json
 from coordinator.dispatch import Dispatcher
+from coordinator.doors import Doors
 from coordinator.errors import Json, fault_response
 from coordinator.gateway import deny
 from coordinator.studio_claims import Sources
@@ -32,7 +34,7 @@ from coordinator.studio_registry import Registrations, TooManyPending
 from coordinator.studio_session import Admission, StudioSession, StudioSettings
 from coordinator.studio_uploads import receive
 from coordinator.studio_wire import MAX_MODELS, SUBPROTOCOL, Capabilities
-from protocol.faults import Fault, refuse
+from protocol.faults import Fault, FaultError, refuse
 from protocol.ids import is_safe_id
 
 BASE = "/graphics/api"
@@ -90,11 +92,13 @@ class Studio:
         registrations: Registrations,
         sources: Sources | None = None,
         settings: StudioSettings | None = None,
+        doors: Doors | None = None,
     ) -> None:
         self.registrations = registrations
         self.settings = settings or StudioSettings()
         self.rate = Rate(anyio.current_time, self.settings.asked)
         self._dispatcher, self._blobs, self._sources = dispatcher, blobs, sources or {}
+        self._doors = doors or Doors(lambda _worker: True)
         self._sessions: dict[str, StudioSession] = {}
 
     def routes(self) -> list[BaseRoute]:
@@ -124,7 +128,9 @@ class Studio:
         known = {"machine": said.machine_name[:200], "user": said.username[:200], "models": _models(said)}
         secret = bytes.fromhex(asked.registration_secret_hash)
         try:
-            number, created = self.registrations.request(asked.install_id, address, secret, asked.user_agent, known)
+            number, created = await run_sync(
+                self.registrations.request, asked.install_id, address, secret, asked.user_agent, known
+            )
         except TooManyPending as error:
             raise refuse("rate_limited", str(error), retry_after_s=60) from None
         return Json({"requestId": number, "status": "pending"}, status_code=201 if created else 200)
@@ -134,7 +140,7 @@ class Studio:
         secret = bearer(request.headers.get("authorization", ""))
         if not secret:
             raise refuse("unauthorized", "The registration secret is required: Authorization: Bearer SECRET.")
-        polled = self.registrations.poll(request.path_params["id"], secret)
+        polled = await run_sync(self.registrations.poll, request.path_params["id"], secret)
         if polled is None:
             raise refuse("not_found", "There is no such registration request; ask again.")
         headers = {"cache-control": "no-store"}
@@ -152,7 +158,12 @@ class Studio:
     async def connect(self, websocket: WebSocket) -> None:
         """One session of a worker."""
         worker = websocket.path_params["worker"]
-        if not self._admits(websocket, worker):
+        try:
+            admitted = await self._admits(websocket, worker)
+        except FaultError as error:
+            await deny(websocket, error.fault)
+            return
+        if not admitted:
             await deny(websocket, Fault("unauthorized", "The worker token is missing or not good."))
             return
         if SUBPROTOCOL not in websocket.scope.get("subprotocols", ()):
@@ -163,28 +174,32 @@ class Studio:
             websocket,
             worker,
             self._dispatcher.attempts,
-            Admission(lambda token: self.registrations.admits(worker, token), lambda: self.registrations.knows(worker)),
+            Admission(
+                lambda token: self.registrations.admits_now(worker, token), lambda: self.registrations.knows(worker)
+            ),
             self._sources,
             _absolute(websocket),
             self.settings,
             entered=lambda: self._sessions.__setitem__(worker, session),
         )
+        put_out = "The worker is not admitted any more."
         try:
-            await session.run()
+            with self._doors.hold(worker, lambda: session.close("worker_deleted", put_out)):
+                await session.run()
         finally:
             if self._sessions.get(worker) is session:
                 del self._sessions[worker]
 
-    def _admits(self, connection: Request | WebSocket, worker: str) -> bool:
+    async def _admits(self, connection: Request | WebSocket, worker: str) -> bool:
         token = bearer(connection.headers.get("authorization", ""))
-        return bool(token) and self.registrations.admits(worker, token)
+        return bool(token) and await self.registrations.admits_now(worker, token)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
     async def complete(self, request: Request) -> Response:
         """A result that is a file."""
         worker, job = request.path_params["worker"], request.path_params["job"]
-        if not self._admits(request, worker):
+        if not await self._admits(request, worker):
             return fault_response(Fault("unauthorized", "The worker token is missing or not good."))
         session = self._sessions.get(worker)
         if session is None or not is_safe_id(job):

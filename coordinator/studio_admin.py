@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
+from anyio.to_thread import run_sync
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,7 +15,7 @@ from starlette.routing import Route
 from coordinator.errors import Json
 from coordinator.services import services
 from coordinator.studio_registry import STATES, NoRegistration, Registration, RegistrationRefusal, Registrations
-from coordinator.workers_api import admin, body_of
+from coordinator.workers_api import actor, admin, body_of
 from protocol.faults import refuse
 
 
@@ -31,14 +33,15 @@ async def list_registrations(request: Request) -> Response:
     state = request.query_params.get("state")
     if state is not None and state not in STATES:
         raise refuse("invalid_parameter", f"state: Expected one of {', '.join(STATES)}.", "state")
-    return Json({"object": "list", "data": [_json(one) for one in found.list(state)]})
+    return Json({"object": "list", "data": [_json(one) for one in await run_sync(found.list, state)]})
 
 
 async def approve(request: Request) -> Response:
     """Admit a worker; with `secret_begins` only while the secret behind the request is the one that was seen."""
     found, asked = _registrations(request), await body_of(request, _Approve)
     try:
-        return Json(_json(found.approve(request.path_params["id"], asked.secret_begins)))
+        decide = partial(found.approve, request.path_params["id"], asked.secret_begins, by=actor(request))
+        return Json(_json(await run_sync(decide)))
     except NoRegistration as error:
         raise refuse("not_found", str(error)) from None
     except RegistrationRefusal as error:
@@ -49,7 +52,8 @@ async def reject(request: Request) -> Response:
     """Refuse a worker, or put one out."""
     found, asked = _registrations(request), await body_of(request, _Reject)
     try:
-        return Json(_json(found.reject(request.path_params["id"], asked.reason)))
+        decide = partial(found.reject, request.path_params["id"], asked.reason, by=actor(request))
+        return Json(_json(await run_sync(decide)))
     except NoRegistration as error:
         raise refuse("not_found", str(error)) from None
 

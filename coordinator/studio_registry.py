@@ -5,23 +5,23 @@
 
 A worker proves that a request is its own with a secret of which only the hash is here. Each poll of an approved request
 makes a new token and ends the one before; of tokens, too, only hashes are kept. `coordinator registrations …` works
-beside a running server, which sees a decision at the worker's next poll, and a revocation at its next sweep.
+beside a running server, which sees a decision at the worker's next poll, and a revocation within a second.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import secrets
-import sqlite3
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from coordinator.keys import digest, make_private
+from coordinator.keys import THE_PROGRAM, digest
+from coordinator.register import Register, Turn
+from coordinator.register.known import Known
+from coordinator.store.rows import Row
 from protocol.ids import RANDOM_BYTES, new_id
 
 State = Literal["pending", "approved", "rejected"]
@@ -32,30 +32,6 @@ MAX_PENDING = 1000
 SILENT_MS = 5 * 60_000
 OLD_MS = 30 * 86_400_000
 MAX_REASON_CHARS = 500
-
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        """
-        CREATE TABLE registrations (
-            id TEXT PRIMARY KEY,
-            install TEXT NOT NULL,
-            address TEXT NOT NULL,
-            secret BLOB NOT NULL,
-            state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'approved', 'rejected')),
-            reason TEXT NOT NULL DEFAULT '',
-            worker TEXT,
-            token BLOB,
-            agent TEXT NOT NULL,
-            capabilities BLOB NOT NULL,
-            created_ms INTEGER NOT NULL,
-            seen_ms INTEGER NOT NULL,
-            decided_ms INTEGER
-        ) WITHOUT ROWID
-        """,
-        "CREATE UNIQUE INDEX registrations_worker ON registrations (worker) WHERE worker IS NOT NULL",
-        "CREATE UNIQUE INDEX registrations_pending ON registrations (install, address) WHERE state = 'pending'",
-    ),
-)
 
 
 class RegistrationRefusal(Exception):
@@ -109,25 +85,24 @@ class Polled(msgspec.Struct, frozen=True):
 
 
 class Registrations:
-    """The requests of one coordinator. All calls are short and synchronous (one indexed row)."""
+    """The requests of one coordinator, or of all its replicas.
 
-    def __init__(self, path: Path, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
-        """Open the file of the keys, and make our table in it. Raises sqlite3.Error, OSError."""
-        make_private(path)
-        self._now_ms = now_ms
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=5, check_same_thread=False)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
-        with self._transaction():
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            for number, statements in enumerate(_MIGRATIONS[version:], version + 1):
-                for statement in statements:
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {number}")
+    Methods block, but for `admits_now` and `knows`. They raise StoreError and FaultError when the register is in
+    trouble.
+    """
+
+    def __init__(self, place: Known | Register | Path, now_ms: Callable[[], int] | None = None) -> None:
+        """Open the register, or its file, where that has not been done. Raises StoreError."""
+        self._known = Known.of(place)
+        self._register = self._known.register
+        self._clock = now_ms
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the register."""
+        self._register.close()
+
+    def _now_ms(self, turn: Turn) -> int:
+        return turn.now_ms if self._clock is None else self._clock()
 
     # ---- for workers ---------------------------------------------------------------------------------------
 
@@ -143,30 +118,45 @@ class Registrations:
         Raises:
             TooManyPending.
         """
-        now = self._now_ms()
         known = msgspec.json.encode(capabilities)
-        with self._transaction():
-            row = self._one(
-                "SELECT id, secret, seen_ms FROM registrations WHERE install = ? AND address = ? AND state = 'pending'",
-                install,
-                address,
+
+        def ask(turn: Turn) -> tuple[str, bool]:
+            now = self._now_ms(turn)
+            row = turn.one(
+                "SELECT id, secret, seen_ms FROM registrations "
+                "WHERE install = :install AND address = :address AND state = 'pending'",
+                install=install,
+                address=address,
             )
             if row is not None:
                 same = hmac.compare_digest(bytes(row["secret"]), secret_hash)
                 if same or row["seen_ms"] < now - SILENT_MS:
-                    self._db.execute(
-                        "UPDATE registrations SET secret = ?, agent = ?, capabilities = ?, seen_ms = ? WHERE id = ?",
-                        (secret_hash, agent, known, now, row["id"]),
+                    turn.all(
+                        "UPDATE registrations SET secret = :secret, agent = :agent, capabilities = :known, "
+                        "seen_ms = :now WHERE id = :id RETURNING id",
+                        secret=secret_hash,
+                        agent=agent,
+                        known=known,
+                        now=now,
+                        id=row["id"],
                     )
                 return str(row["id"]), False
-            self._make_room(now)
+            _make_room(turn, now)
             request = f"rr-{new_id('reg', now, secrets.token_bytes(RANDOM_BYTES))}"
-            self._db.execute(
+            turn.all(
                 "INSERT INTO registrations (id, install, address, secret, agent, capabilities, created_ms, seen_ms) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (request, install, address, secret_hash, agent, known, now, now),
+                "VALUES (:id, :install, :address, :secret, :agent, :known, :now, :now) RETURNING id",
+                id=request,
+                install=install,
+                address=address,
+                secret=secret_hash,
+                agent=agent,
+                known=known,
+                now=now,
             )
             return request, True
+
+        return self._register.write(ask)
 
     def poll(self, request: str, secret: str) -> Polled | None:
         """How a request stands; None when there is none of this id and secret.
@@ -174,119 +164,152 @@ class Registrations:
         An approved one gets a new token, and its last one is good no more.
         """
         token = f"bhs_{secrets.token_urlsafe(32)}"
-        now = self._now_ms()
-        if self._own(request, secret) is None:
+        if _own(self._register.read(_OWN, id=request), secret) is None:
             return None  # strangers take no lock: they may ask as often as they like
-        with self._transaction():
-            if (row := self._own(request, secret)) is None:
+
+        def look(turn: Turn) -> Polled | None:
+            now = self._now_ms(turn)
+            if (row := _own(turn.all(_OWN, id=request), secret)) is None:
                 return None
+            turn.all("UPDATE registrations SET seen_ms = :now WHERE id = :id RETURNING id", now=now, id=request)
             if row["state"] != "approved":
-                self._db.execute("UPDATE registrations SET seen_ms = ? WHERE id = ?", (now, request))
                 return Polled(row["state"], reason=row["reason"])
-            self._db.execute(
-                "UPDATE registrations SET seen_ms = ?, token = ? WHERE id = ?", (now, digest(token), request)
+            turn.all(
+                "UPDATE registrations SET token = :token, changed = :change WHERE id = :id RETURNING id",
+                token=digest(token),
+                change=turn.change,
+                id=request,
             )
             return Polled("approved", worker=row["worker"], token=token)
 
-    def _own(self, request: str, secret: str) -> sqlite3.Row | None:
-        row = self._one("SELECT secret, state, reason, worker FROM registrations WHERE id = ?", request)
-        return row if row is not None and hmac.compare_digest(bytes(row["secret"]), digest(secret)) else None
+        return self._register.write(look)
 
     def admits(self, worker: str, token: str) -> bool:
-        """Whether this is the worker's token of now."""
-        row = self._one("SELECT token FROM registrations WHERE worker = ? AND state = 'approved'", worker)
-        kept = bytes(row["token"]) if row is not None and row["token"] is not None else secrets.token_bytes(32)
+        """Whether this is the worker's token of now; blocks while the register is read."""
+        self._known.refresh()
+        return self._matches(worker, token)
+
+    async def admits_now(self, worker: str, token: str) -> bool:
+        """`admits` for the event loop, which it never blocks. Raises FaultError(overloaded)."""
+        if self._known.old() or not self._matches(worker, token):
+            await self._known.fresh()  # it may have been given out a moment ago, by another replica
+        self._known.check_age()
+        return self._matches(worker, token)
+
+    def _matches(self, worker: str, token: str) -> bool:
+        kept = self._known.tokens.get(worker) or secrets.token_bytes(32)
         return hmac.compare_digest(kept, digest(token))
 
     def knows(self, worker: str) -> bool:
-        """Whether the worker is still approved."""
-        return self._one("SELECT 1 FROM registrations WHERE worker = ? AND state = 'approved'", worker) is not None
-
-    def _make_room(self, now: int) -> None:
-        self._db.execute("DELETE FROM registrations WHERE state <> 'approved' AND seen_ms < ?", (now - OLD_MS,))
-        if self._pending() >= MAX_PENDING:
-            self._db.execute("DELETE FROM registrations WHERE state = 'pending' AND seen_ms < ?", (now - SILENT_MS,))
-            if self._pending() >= MAX_PENDING:
-                raise TooManyPending(f"{MAX_PENDING} requests wait for an admin already; try again later.")
-
-    def _pending(self) -> int:
-        row = self._one("SELECT count(*) AS n FROM registrations WHERE state = 'pending'")
-        assert row is not None
-        return int(row["n"])
+        """Whether the worker is still approved, as far as is known here."""
+        return worker in self._known.tokens
 
     # ---- for admins ----------------------------------------------------------------------------------------
 
     def list(self, state: str | None = None) -> Iterator[Registration]:
         """All requests, or those in one state, oldest first."""
-        where, values = ("WHERE state = ?", (state,)) if state else ("", ())
-        for row in self._db.execute(f"SELECT * FROM registrations {where} ORDER BY created_ms, id", values).fetchall():
-            yield _registration(row)
+        where = "WHERE state = :state" if state else "WHERE state <> :state"
+        rows = self._register.read(f"SELECT * FROM registrations {where} ORDER BY created_ms, id", state=state or "")
+        return iter([_registration(row) for row in rows])
 
-    def approve(self, request: str, secret_begins: str = "") -> Registration:
+    def approve(self, request: str, secret_begins: str = "", *, by: str = THE_PROGRAM) -> Registration:
         """Admit a worker; it learns so at its next poll. A second time changes nothing.
 
         Args:
             request: its id.
             secret_begins: when given, approve only while the secret's hash begins so.
+            by: who does it, for the log.
 
         Raises:
             NoRegistration: unknown.
             RegistrationRefusal: rejected before, or another secret.
         """
-        now = self._now_ms()
-        with self._transaction():
-            row = self._found(request)
+
+        def admit(turn: Turn) -> Registration:
+            now, row = self._now_ms(turn), _found(turn, request)
             if row["state"] == "rejected":
                 raise RegistrationRefusal(f"{request} was rejected; let the worker ask again.")
             if not bytes(row["secret"]).hex().startswith(secret_begins):
                 raise RegistrationRefusal(f"The secret behind {request} is another one; look at the list again.")
             if row["state"] == "pending":
                 worker = new_id("studio", now, secrets.token_bytes(RANDOM_BYTES))
-                self._db.execute(
-                    "UPDATE registrations SET state = 'approved', worker = ?, decided_ms = ? WHERE id = ?",
-                    (worker, now, request),
+                turn.all(
+                    "UPDATE registrations SET state = 'approved', worker = :worker, decided_ms = :now, "
+                    "changed = :change WHERE id = :id RETURNING id",
+                    worker=worker,
+                    now=now,
+                    change=turn.change,
+                    id=request,
                 )
-            return _registration(self._found(request))
+                turn.act(by, f"admitted {request} as the worker {worker}")
+            return _registration(_found(turn, request))
 
-    def reject(self, request: str, reason: str = "") -> Registration:
+        approved = self._register.write(admit)
+        self._known.refresh()
+        return approved
+
+    def reject(self, request: str, reason: str = "", *, by: str = THE_PROGRAM) -> Registration:
         """Refuse a worker, or put one out that was approved: its token is good no more, its session ends.
 
         Raises:
             NoRegistration: unknown.
         """
-        with self._transaction():
-            self._found(request)
-            self._db.execute(
-                "UPDATE registrations SET state = 'rejected', reason = ?, token = NULL, decided_ms = ? WHERE id = ?",
-                (reason[:MAX_REASON_CHARS], self._now_ms(), request),
+
+        def refuse(turn: Turn) -> Registration:
+            _found(turn, request)
+            turn.all(
+                "UPDATE registrations SET state = 'rejected', reason = :reason, token = NULL, decided_ms = :now, "
+                "changed = :change WHERE id = :id RETURNING id",
+                reason=reason[:MAX_REASON_CHARS],
+                now=self._now_ms(turn),
+                change=turn.change,
+                id=request,
             )
-            return _registration(self._found(request))
+            turn.act(by, f"rejected {request}")
+            return _registration(_found(turn, request))
 
-    def _found(self, request: str) -> sqlite3.Row:
-        row = self._one("SELECT * FROM registrations WHERE id = ?", request)
-        if row is None:
-            raise NoRegistration(f"There is no registration {request[:100]!r}; list them to see their ids.")
-        return row
-
-    # ---- inside --------------------------------------------------------------------------------------------
-
-    def _one(self, sql: str, *values: Any) -> sqlite3.Row | None:
-        row: sqlite3.Row | None = self._db.execute(sql, values).fetchone()
-        return row
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        rejected = self._register.write(refuse)
+        self._known.refresh()
+        return rejected
 
 
-def _registration(row: sqlite3.Row) -> Registration:
-    said = msgspec.json.decode(row["capabilities"])
+_OWN = "SELECT secret, state, reason, worker FROM registrations WHERE id = :id"
+
+
+def _own(rows: Sequence[Row], secret: str) -> Row | None:
+    """The row, when this is its secret."""
+    return rows[0] if rows and hmac.compare_digest(bytes(rows[0]["secret"]), digest(secret)) else None
+
+
+def _found(turn: Turn, request: str) -> Row:
+    row = turn.one("SELECT * FROM registrations WHERE id = :id", id=request)
+    if row is None:
+        raise NoRegistration(f"There is no registration {request[:100]!r}; list them to see their ids.")
+    return row
+
+
+def _make_room(turn: Turn, now: int) -> None:
+    turn.all(
+        "DELETE FROM registrations WHERE state <> 'approved' AND seen_ms < :old RETURNING id",
+        old=now - OLD_MS,
+    )
+    if _pending(turn) >= MAX_PENDING:
+        turn.all(
+            "DELETE FROM registrations WHERE state = 'pending' AND seen_ms < :silent RETURNING id",
+            silent=now - SILENT_MS,
+        )
+        if _pending(turn) >= MAX_PENDING:
+            raise TooManyPending(f"{MAX_PENDING} requests wait for an admin already; try again later.")
+
+
+def _pending(turn: Turn) -> int:
+    row = turn.one("SELECT count(*) AS n FROM registrations WHERE state = 'pending'")
+    assert row is not None
+    return int(row["n"])
+
+
+def _registration(row: Row) -> Registration:
+    said = msgspec.json.decode(bytes(row["capabilities"]))
     return Registration(
         id=row["id"],
         state=row["state"],

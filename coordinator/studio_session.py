@@ -82,7 +82,7 @@ class StudioSettings(msgspec.Struct, frozen=True, kw_only=True):
 class Admission(NamedTuple):
     """What a session asks about its worker: is this its token of now, and is it still approved."""
 
-    admits: Callable[[str], bool]
+    admits: Callable[[str], Awaitable[bool]]
     known: Callable[[], bool]
 
 
@@ -195,6 +195,8 @@ class StudioSession:
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks.cancel_scope
+                if self._ending is not None:  # put out before it had begun
+                    tasks.cancel_scope.cancel()
                 tasks.start_soon(self._write)
                 tasks.start_soon(self._take_steps)
                 tasks.start_soon(self._sweep)
@@ -244,7 +246,7 @@ class StudioSession:
             hello: Hello = read_body(head, text)
         except (NoFrame, Unreadable) as error:
             raise _End("protocol_violation", str(error)) from None
-        if not self._admission.admits(hello.auth_token):
+        if not await self._admission.admits(hello.auth_token):
             raise _End("auth_failed", "The token is not this worker's, or not its latest.")
         self._said = hello.capabilities
         greeting = wire.Hello(

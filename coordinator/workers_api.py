@@ -64,6 +64,12 @@ def admin(request: Request) -> None:
         raise refuse("forbidden", f"Workers are seen and ordered about with an admin key; {cure}.")
 
 
+def actor(request: Request) -> str:
+    """Who does it, for the log of admin acts."""
+    key = caller(request)
+    return f"key {key.prefix}" + (f" ({key.name})" if key.name else "")
+
+
 def _worker(request: Request) -> Worker:
     """The worker of the path, for an admin. Raises FaultError."""
     admin(request)

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: what connected workers serve now."""
+"""GET /v1/models and /v1/models/{id}: what connected workers serve now, of what the caller may use."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from starlette.routing import Route
 
 from coordinator.errors import Json
 from coordinator.records import ServedModel
-from coordinator.services import services
+from coordinator.services import caller, services
 from protocol.faults import refuse
 
 
 async def list_models(request: Request) -> Response:
     """All models."""
-    parts = services(request)
-    data = [to_model(model, parts.started_s) for model in parts.dispatcher.models()]
+    parts, key = services(request), caller(request)
+    allowed = [model for model in parts.dispatcher.models() if parts.tenants.may_use(key, model.name)]
+    data = [to_model(model, parts.started_s) for model in allowed]
     return Json({"object": "list", "data": data})
 
 
@@ -26,7 +27,7 @@ async def get_model(request: Request) -> Response:
     parts = services(request)
     name = request.path_params["name"]
     for model in parts.dispatcher.models():
-        if model.name == name:
+        if model.name == name and parts.tenants.may_use(caller(request), name):
             return Json(to_model(model, parts.started_s))
     raise refuse("model_not_found", f"No connected worker serves a model named {name!r}.", "model")
 

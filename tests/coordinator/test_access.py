@@ -28,13 +28,13 @@ def test_bearer_tokens(header: str, token: str) -> None:
     assert bearer(header) == token
 
 
-def test_worker_tokens_open_the_gateway_and_nothing_else(keys: Keys) -> None:
-    pinned = worker_scope(keys, keys.create("worker", worker="w1"))
+async def test_worker_tokens_open_the_gateway_and_nothing_else(keys: Keys) -> None:
+    pinned = await worker_scope(keys, keys.create("worker", worker="w1"))
     assert pinned is not None
     assert pinned.worker == "w1"
-    assert worker_scope(keys, keys.create("client")) is None
-    assert worker_scope(keys, keys.create("admin")) is None
-    assert worker_scope(keys, "") is None
+    assert await worker_scope(keys, keys.create("client")) is None
+    assert await worker_scope(keys, keys.create("admin")) is None
+    assert await worker_scope(keys, "") is None
 
 
 def test_every_route_needs_a_key_but_health(served: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import pytest
 
 from coordinator import keys as module
 from coordinator.keys import KeyRefusal, Keys, digest, new_secret, secret_file
+from coordinator.register import known as known_module
+from coordinator.store import StoreError
 
 
 @pytest.fixture
@@ -46,12 +47,12 @@ def test_a_revocation_by_another_process_takes_effect_within_the_cache_time(
 ) -> None:
     secret = keys.create("client")
     now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(known_module.time, "monotonic", lambda: now)
     assert keys.find(secret) is not None
     other = Keys(tmp_path / "keys.sqlite")
     assert other.revoke(secret[:12]).prefix == secret[:12]
     other.close()
-    now += module.CACHE_S + 0.01
+    now += known_module.CACHE_S + 0.01
     assert keys.find(secret) is None
     assert [key.revoked_ms is None for key in keys.list()] == [False]
 
@@ -59,7 +60,7 @@ def test_a_revocation_by_another_process_takes_effect_within_the_cache_time(
 def test_revoking_needs_one_match(keys: Keys) -> None:
     keys.create("client")
     keys.create("client")
-    keys._db.execute("UPDATE keys SET prefix = 'bhc_samesame'")
+    keys.known.register.write(lambda turn: turn.all("UPDATE keys SET prefix = 'bhc_samesame' RETURNING prefix"))
     with pytest.raises(KeyRefusal, match="2 live keys"):
         keys.revoke("bhc_s")
     with pytest.raises(KeyRefusal, match="No live key"):
@@ -130,7 +131,7 @@ class TestSecretFile:
 def test_a_broken_database_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "keys.sqlite"
     path.write_bytes(os.urandom(4096))
-    with pytest.raises(sqlite3.DatabaseError):
+    with pytest.raises(StoreError, match=r"not a database\. Restore it"):
         Keys(path)
 
 

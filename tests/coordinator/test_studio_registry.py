@@ -16,6 +16,7 @@ from coordinator import studio_registry as module
 from coordinator.access import is_open
 from coordinator.cli import main
 from coordinator.keys import FILE_NAME, Keys
+from coordinator.register.schema import MIGRATIONS
 from coordinator.studio import MAX_ADDRESSES, Rate
 from coordinator.studio_registry import NoRegistration, RegistrationRefusal, Registrations, TooManyPending
 from coordinator.testing import running
@@ -160,7 +161,7 @@ def test_the_table_is_added_to_a_file_of_keys_that_is_there(tmp_path: Path) -> N
     assert keys.find(secret) is not None
     keys.close()
     with sqlite3.connect(tmp_path / FILE_NAME) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     db.close()
 
 
