@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from coordinator import cli_usage
+from coordinator import cli_doctor, cli_usage
 from coordinator import config as configuration
 from coordinator.config import STORE_VARIABLE
 from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys, secret_file
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     revoke.set_defaults(command=_keys_revoke)
     _registration_verbs(commands, shared)
     cli_usage.add_parser(commands, shared)
+    cli_doctor.add_parser(commands, shared)
     migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
     migrate.add_argument(
         "--from", dest="source", required=True, metavar="sqlite:PATH", help="no coordinator may use it"
