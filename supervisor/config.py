@@ -151,7 +151,9 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
 
     link = settings.coordinator
     results = absolute(link.goliat.results_dir)
-    link = msgspec.structs.replace(link, goliat=msgspec.structs.replace(link.goliat, results_dir=results))
+    deploy = msgspec.structs.replace(link.deploy, token_file=absolute(link.deploy.token_file))
+    goliat = msgspec.structs.replace(link.goliat, results_dir=results)
+    link = msgspec.structs.replace(link, goliat=goliat, deploy=deploy)
     return msgspec.structs.replace(
         settings,
         coordinator=msgspec.structs.replace(

@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("--file", default="", help="of a repository: the file, or a part of its name such as Q4_K_M")
     pull.add_argument("--sha256", default="", help="expected digest of the file; required for http")
     pull.add_argument("--token-file", default="", metavar="FILE", help="holds the server's token; else HF_TOKEN")
+    pull.add_argument("--options", default="", metavar="JSON", help='load options of the engine: {"n_ctx": 8192}')
+    pull.add_argument("--max-gb", type=float, default=0.0, metavar="GIB", help="fetch no more than this; default: any")
     pull.add_argument("--offline", action="store_true", help="only from what is here; HF_HUB_OFFLINE=1 says the same")
     pull.add_argument("--force", action="store_true", help="replace a model of the same name")
     pull.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
@@ -114,9 +116,24 @@ def _read(args: argparse.Namespace, toml: WorkerToml) -> _Asked:
     else:
         request = read_source(source, args.file, args.sha256)
     token_file = str(Path(args.token_file).expanduser().absolute()) if args.token_file else ""
-    request = msgspec.structs.replace(request, token_file=token_file)
+    request = msgspec.structs.replace(request, token_file=token_file, max_bytes=_limit(args.max_gb))
     name = args.name or (source if known else default_name(request))
     return _Asked(request=request, name=name, engine=args.engine or (known.engine if known else ""), known=known)
+
+
+def _limit(gib: float) -> int:
+    """`--max-gb` in bytes. Raises PullError."""
+    if not 0 <= gib < 2**20:  # NaN fails, too
+        raise PullError("--max-gb: expected a number of GiB.")
+    return int(gib * 2**30)
+
+
+def _options(text: str) -> dict[str, Any]:
+    """`--options` as a table of worker.toml. Raises PullError."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any]) if text else {}
+    except msgspec.MsgspecError as error:
+        raise PullError(f"--options: expected an object in JSON: {error}.") from None
 
 
 def _pull(args: argparse.Namespace) -> int:
@@ -135,7 +152,7 @@ def _pull_shown(args: argparse.Namespace, line: ProgressLine | EventLines) -> in
     # With --force a mistake in it may be what this pull mends: an entry whose files are gone.
     toml = WorkerToml(config_path(args.config), whole=not args.force)
     asked = _read(args, toml)
-    name, key = asked.name, folder_name(asked.name)
+    name, key, options = asked.name, folder_name(asked.name), _options(args.options)
     if args.engine and args.engine not in {**CATALOG, **load_engines(toml)}:
         raise PullError(f"--engine: there is no engine {args.engine!r}; known are {', '.join(CATALOG)}.")
     _check_free(toml, name, args.force)
@@ -152,6 +169,8 @@ def _pull_shown(args: argparse.Namespace, line: ProgressLine | EventLines) -> in
         found = entry(name, chosen, folder, manifest.digests)
         if asked.known is not None and asked.known.options and chosen.engine == asked.known.engine:
             found["options"] = asked.known.options
+        if options:
+            found["options"] = {**found.get("options", {}), **options}
         with store.editing():
             toml = WorkerToml(toml.path, whole=not args.force)  # hours may have passed: others have edited it
             _check_free(toml, name, args.force)
@@ -291,6 +310,14 @@ def entry(name: str, chosen: Guess, folder: Path, digests: Mapping[str, str]) ->
     return found | {"sha256": sha256}
 
 
+def _beyond(said: Event, most: int) -> str:
+    """Why a pull ends because it is more than may be fetched, as its server says or as it turns out; else ""."""
+    size_ = said.total_bytes if isinstance(said, Plan) else said.done_bytes if isinstance(said, Progress) else None
+    if most and size_ is not None and size_ > most:
+        return f"It has {size(size_)}, and at most {size(most)} may be fetched; nothing of it was taken on."
+    return ""
+
+
 async def run_pull(request: Request, line: ProgressLine | EventLines) -> tuple[Plan, Finished]:
     """Run the child to its end.
 
@@ -303,7 +330,7 @@ async def run_pull(request: Request, line: ProgressLine | EventLines) -> tuple[P
     spec = ChildSpec(name="model pull", argv=argv, lifeline=True)
     plan: Plan | None = None
     last: Event | None = None
-    rest = b""
+    rest, beyond = b"", ""
     async with open_child(spec, term_grace_s=1.0) as child:
         await child.write(msgspec.json.encode(request))
         child.close_stdin()
@@ -313,9 +340,15 @@ async def run_pull(request: Request, line: ProgressLine | EventLines) -> tuple[P
                 last = msgspec.json.decode(text, type=Event)
                 if isinstance(last, Plan):
                     plan = last
+                beyond = beyond or _beyond(last, request.max_bytes)
                 if isinstance(last, Plan | Progress | Note):
                     line.say(last)
+            if beyond:
+                child.kill("it is more than may be fetched")
+                break
         how = await child.wait()
+    if beyond:
+        raise PullError(beyond)
     if isinstance(last, Finished) and plan is not None:
         return plan, last
     if isinstance(last, PullFailed):

@@ -22,12 +22,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         said_by: who says so, for the sentence when it is another one.
         token_file: holds the token for the server; "" leaves it to HF_TOKEN and the hub's own login. Never the token
             itself: requests are short-lived, but what is not passed on cannot leak.
+        max_bytes: more than that is not fetched; 0 sets no limit.
     """
 
     kind: SourceKind
     source: str
     staging: str
     file: str = ""
+    max_bytes: int = 0
     sha256: str = ""
     said_by: str = "--sha256"
     token_file: str = ""

@@ -187,6 +187,8 @@ def _words(order: Pull) -> list[str]:
         "--file": order.file,
         "--sha256": order.sha256,
         "--token-file": order.token_file,
+        "--options": order.options,
+        "--max-gb": f"{order.max_gb:.9f}" if order.max_gb else "",
     }
     words = [f"{option}={value}" for option, value in named.items() if value]
     words += [option for option, wanted in (("--offline", order.offline), ("--force", order.force)) if wanted]

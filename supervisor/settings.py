@@ -63,6 +63,23 @@ class GoliatTable(Table, frozen=True):
     results_dir: str = ""
 
 
+class DeployTable(Table, frozen=True):
+    """What a coordinator may have this worker serve: `[coordinator.deploy]`.
+
+    Attributes:
+        sources: patterns of addresses from which models may be fetched, such as "https://models.example.com/*" or
+            "my-team/*" of Hugging Face; none lets the coordinator deploy nothing.
+        engines: engines that may load them; none means all that need no program of the coordinator's choice.
+        max_gb: GiB that all deployed models together may take on the disk.
+        token_file: holds the token for the servers of the sources.
+    """
+
+    sources: list[Annotated[str, Meta(min_length=1, max_length=1000)]] = []
+    engines: list[str] = []
+    max_gb: _Gigabytes = 100.0
+    token_file: str = ""
+
+
 class CoordinatorTable(Table, frozen=True):
     """Where jobs come from.
 
@@ -75,6 +92,7 @@ class CoordinatorTable(Table, frozen=True):
         tls_ca: PEM file to trust for a remote coordinator.
         allow: keys of this file that the coordinator may change, such as "worker.labels" or "limits.*".
         connect_s: deadline over TCP + TLS + upgrade + welcome as a whole.
+        deploy: which models the coordinator may bring here.
         studio: what only the dialect "studio" asks for.
         goliat: what only the dialect "goliat" asks for.
     """
@@ -88,6 +106,7 @@ class CoordinatorTable(Table, frozen=True):
     tls_ca: str = ""
     allow: list[str] = []
     connect_s: _Seconds = 15.0
+    deploy: DeployTable = DeployTable()
     studio: StudioTable = StudioTable()
     goliat: GoliatTable = GoliatTable()
 

@@ -20,7 +20,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from coordinator.deploy.plan import due, plan
-from coordinator.deploy.spec import Deployment, Placement, PlacementState, model_name
+from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, PlacementState, model_name
 from coordinator.fleet import Fleet, Worker
 from coordinator.store import Store, StoreError
 from coordinator.store.threads import StoreThreads
@@ -79,6 +79,37 @@ class Deployer:
     def ring(self) -> None:
         """Something was asked for: do not wait for the next tick."""
         self._bell.set()
+
+    # ---- for admins ----------------------------------------------------------------------------------------
+
+    async def deploy(self, asked: Asked) -> Deployment:
+        """Ask for a model to be served. Raises StoreError, FaultError."""
+        made = await self._threads.write(self._store.deploy, asked)
+        log.info("%s is to be served by %d workers, revision %s", asked.name, asked.replicas, asked.revision)
+        self.ring()
+        return made
+
+    async def undeploy(self, name: str) -> Deployment | None:
+        """Let all workers go of it; None when there is no such deployment."""
+        left = await self._threads.write(self._store.undeploy, name)
+        if left is not None:
+            log.info("%s is not to be served any more", name)
+            self.ring()
+        return left
+
+    async def find(self, name: str) -> Deployment | None:
+        """The deployment of this name."""
+        found = await self._threads.read(self._store.deployments)
+        return next((one for one in found if one.name == name), None)
+
+    async def state(self) -> tuple[list[Deployment], list[Placement], dict[str, Candidate], int]:
+        """All deployments, placements and workers, and the store's clock in ms."""
+
+        def read() -> tuple[list[Deployment], list[Placement], dict[str, Candidate], int]:
+            store = self._store
+            return store.deployments(), store.placements(), store.candidates(), store.now_ms()
+
+        return await self._threads.read(read)
 
     # ---- the loop ------------------------------------------------------------------------------------------
 

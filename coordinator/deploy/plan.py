@@ -68,9 +68,14 @@ def plan(deployment: Deployment, placements: Sequence[Placement], candidates: Ma
 def due(placement: Placement, now_ms: int) -> bool:
     """Whether an order may be given for it now."""
     if placement.state == "failed":
-        pause = min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << max(0, placement.failures - 1))
-        return now_ms >= placement.changed_ms + pause
+        return due_in_s(placement, now_ms) <= 0
     return placement.state in ("wanted", "leaving")
+
+
+def due_in_s(placement: Placement, now_ms: int) -> float:
+    """How long one that failed is left alone from now on, in seconds."""
+    pause = min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << min(20, max(0, placement.failures - 1)))
+    return max(0.0, (placement.changed_ms + pause - now_ms) / 1000)
 
 
 def counts(asked: Asked, placement: Placement, candidates: Mapping[str, Candidate]) -> bool:

@@ -100,7 +100,10 @@ class Cordon(_Body, frozen=True):
 
 
 class Pull(_Body, frozen=True):
-    """As the arguments of `supervisor models pull`. No token: `token_file` names a file that holds it."""
+    """As the arguments of `supervisor models pull`. No token: `token_file` names a file that holds it.
+
+    `options` is an object in JSON.
+    """
 
     source: Annotated[str, Meta(min_length=1, max_length=4096)]
     name: _Name = ""
@@ -108,6 +111,8 @@ class Pull(_Body, frozen=True):
     file: _Text = ""
     sha256: Annotated[str, Meta(pattern="^([0-9a-fA-F]{64})?$")] = ""
     token_file: _Text = ""
+    options: Annotated[str, Meta(max_length=65_536)] = ""
+    max_gb: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     offline: bool = False
     force: bool = False
 

@@ -144,6 +144,7 @@ def capabilities(
     version: str,
     not_accepting: str = "",
     gpus: tuple[Gpu, ...] = (),
+    deploys: bool = False,
 ) -> Capabilities:
     """The whole announcement; `not_accepting` is the reason why no jobs are taken, or ""."""
     return Capabilities(
@@ -154,4 +155,5 @@ def capabilities(
         machine=machine,
         accepting=not not_accepting,
         reason=not_accepting,
+        deploys=deploys,
     )

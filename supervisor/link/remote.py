@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import trio
@@ -40,6 +40,33 @@ class _Configure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     changes: dict[str, Any]
 
 
+class Serve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of `serve`."""
+
+    name: Annotated[str, Meta(max_length=200)]
+    source: Annotated[str, Meta(min_length=1, max_length=4096)]
+    sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    file: Annotated[str, Meta(max_length=4096)] = ""
+    engine: Annotated[str, Meta(max_length=100)] = ""
+    options: dict[str, Any] = {}
+
+
+class Unserve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments of `unserve`."""
+
+    name: Annotated[str, Meta(max_length=200)]
+
+
+class Deploying(Protocol):
+    """Serves models that the coordinator wants."""
+
+    async def serve(self, order: Serve) -> str:
+        """Fetch a model and serve it; a sentence once it is proved. Raises Refused."""
+
+    async def unserve(self, order: Unserve) -> str:
+        """Serve a model no more. Raises Refused."""
+
+
 class Remote:
     """See the module.
 
@@ -48,6 +75,7 @@ class Remote:
         probe: proves a model again and returns what came of it; "" for all. Raises Refused.
         configure: writes these keys into the configuration and returns what came of each. Raises Refused.
         allow: patterns of keys that may be pushed, such as "worker.labels" or "limits.*".
+        deployed: carries out `serve` and `unserve`; without it both are refused.
     """
 
     def __init__(
@@ -58,8 +86,10 @@ class Remote:
         probe: Callable[[str], Awaitable[dict[str, str]]],
         configure: Callable[[Mapping[str, Any]], Awaitable[dict[str, str]]],
         allow: Callable[[], Collection[str]],
+        deployed: Deploying | None = None,
     ) -> None:
         self._nursery = nursery
+        self._deployed = deployed
         self._set_level, self._probe, self._configure, self._allow = set_level, probe, configure, allow
 
     def begin(self, order: wire.Order, answer: Callable[[wire.OrderDone], None]) -> None:
@@ -86,9 +116,18 @@ class Remote:
             case "configure":
                 detail = await self._pushed(msgspec.convert(order.arguments, _Configure).changes)
                 sentence = "The configuration was changed."
+            case "serve":
+                sentence, detail = await self._deploying().serve(msgspec.convert(order.arguments, Serve)), {}
+            case "unserve":
+                sentence, detail = await self._deploying().unserve(msgspec.convert(order.arguments, Unserve)), {}
             case _:
                 raise Refused(f"This worker does not know the order {order.verb[:50]!r}.")
         return wire.OrderDone(id=order.id, ok=True, message=sentence, detail=dict(detail))
+
+    def _deploying(self) -> Deploying:
+        if self._deployed is None:
+            raise Refused("This worker has no configuration file that a model could be written into.")
+        return self._deployed
 
     def _level(self, order: _Level) -> str:
         if order.level not in _LEVELS:

@@ -284,3 +284,29 @@ def test_files_that_another_entry_uses_stay(box: Any):
         file.write(f'\n[[models]]\nname = "twin"\nengine = "llm"\npath = "{path}"\n')
     assert box.run("remove", "my") == 0
     assert Path(path).exists()
+
+
+# ---- for deployments ------------------------------------------------------------------------------------------
+
+
+def test_load_options_come_into_the_entry(box: Any):
+    assert box.run("pull", str(CHAT), "--name", "my", "--options", '{"n_ctx": 512}') == 0, box.err
+    (entry,) = box.entries()
+    assert entry["options"] == {"n_ctx": 512}
+    box.check()
+
+
+@pytest.mark.parametrize("options", ["{", "[1]", '"n_ctx"'])
+def test_load_options_that_are_no_object_are_refused_before_anything_is_fetched(box: Any, options: str):
+    assert box.run("pull", str(CHAT), "--name", "my", "--options", options) == ExitCode.FAILED
+    assert "--options" in box.err
+    assert not (box.models / "my").exists()
+
+
+def test_no_more_is_fetched_than_is_allowed(box: Any):
+    assert box.run("pull", str(CHAT), "--name", "my", "--max-gb", "0.00001") == ExitCode.FAILED
+    assert "at most" in box.err
+    assert not (box.models / "my").exists()
+    assert box.run("pull", str(CHAT), "--name", "my", "--max-gb", "nan") == ExitCode.FAILED
+    assert "--max-gb" in box.err
+    assert box.run("pull", str(CHAT), "--name", "my", "--max-gb", "1") == 0, box.err
