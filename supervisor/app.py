@@ -17,7 +17,7 @@ import secrets
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ from supervisor.link.dialects.base import Features, Home, Spoken
 from supervisor.link.keeping import OnDisk
 from supervisor.link.outbox import Outbox
 from supervisor.link.reconnect import Backoff, keep_link
-from supervisor.link.register import Proof
 from supervisor.link.remote import Refused, Remote
 from supervisor.link.session import Address, SessionEnd, Why
 from supervisor.link.shipping import Shipping
@@ -65,6 +64,7 @@ from supervisor.observe.tally import Tally
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
 from supervisor.reload import Outcome, Reloader
+from supervisor.roster import Around, Roster
 from supervisor.secrets import TOKEN, secret
 from supervisor.served import Served
 from supervisor.service import Service, status_sentence
@@ -116,7 +116,7 @@ class _Supervisor:
         self._notices = notices
         self._path = path
         self._state = state
-        self._specs = config.build_models(settings)
+        self._specs: Sequence[ModelSpec] = config.build_models(settings)
         self._service = Service()
         self._cache = CacheSize(state.root / "models")
         self._tally = Tally(
@@ -200,13 +200,15 @@ class _Supervisor:
     ) -> None:
         """Serve until the drain is over. `around` is for what outlives the engines, whose end may take its time."""
         served = Served(self._specs, box)
+        self._specs = served.specs
         uses = ModelUses(Digests(self._state.digests).verify)
         prover = Prover(
             uses.verify,
             Verdicts(self._state.verdicts),
-            lambda spec, proof: self._proved(spec, proof, served, host, worker),
+            lambda spec, proof: roster.proved(spec, proof),
             probe=functools.partial(probe_engine, folder=self._state.empty_probes(), watch=box.watch),
         )
+        roster = Roster(lambda: self._settings, served, prover)
         means = box.means(uses.verify, prover.again, InstanceWatch(self._tally))
         async with (
             contextlib.AsyncExitStack() as stack,
@@ -241,11 +243,10 @@ class _Supervisor:
             worker.on_resume = lambda: box.pausing.lift(Source.COORDINATOR)
             nursery.start_soon(worker.keep_announced)
             nursery.start_soon(self._cache.run)
-            told = {spec.name: spec.vram_bytes * max(1, len(spec.model.devices)) for spec in self._specs}
+            told = {spec.name: _told(spec) for spec in self._specs}
             spill = Spill(self._tally.spilled)
             nursery.start_soon(SpillWatch(spill, host.snapshot, members, told).run)
             nursery.start_soon(spoken.warm_up)
-            nursery.start_soon(prover.prove_all, self._specs)
             nursery.start_soon(self._link, spoken, worker)
             front = Front(
                 Behind(
@@ -270,8 +271,20 @@ class _Supervisor:
             host.on_change = lambda: self._changed(worker, front)
             box.on_change = lambda: self._machine_changed(box, worker, front)
             self._drain.on_ask = front.look
+
+            def joined(spec: ModelSpec) -> None:
+                self._tally.joined(spec.name, spec.engine.name)
+                told[spec.name] = _told(spec)
+
+            concerned = Around(
+                joined=joined,
+                changed=lambda: self._changed(worker, front),
+                keep_files=uses.keep_only,
+                stopping=lambda: self._drain.reason,
+            )
+            await nursery.start(roster.run, host, attempts, concerned)
             if self._path is not None:
-                front.reloader = self._reloader(self._path, box, host, worker, front)
+                front.reloader = self._reloader(self._path, box, host, roster, worker, front)
                 await nursery.start(front.reloader.run)
             async with front.open():
                 around.start_soon(self._liveness(box, served, worker).run)
@@ -300,7 +313,7 @@ class _Supervisor:
         home = Home(table=table, address=address, folder=folder, name=name, person=box.watch_holds.person)
         return DIALECTS[table.dialect].open(home)
 
-    def _reloader(self, path: Path, box: Box, host: Host, worker: Worker, front: Front) -> Reloader:
+    def _reloader(self, path: Path, box: Box, host: Host, roster: Roster, worker: Worker, front: Front) -> Reloader:
         def take(settings: Settings) -> None:
             self._settings = settings
             worker.announce()
@@ -310,7 +323,7 @@ class _Supervisor:
             front.reloaded(outcome)
 
         log_parts = self._notices.apply if self._notices else None
-        parts = Parts(host=host.apply, holds=box.watch_holds.apply, log=log_parts)
+        parts = Parts(models=roster.follow, host=host.apply, holds=box.watch_holds.apply, log=log_parts)
         return Reloader(
             path,
             self._settings,
@@ -332,9 +345,9 @@ class _Supervisor:
 
     def _pace_of(self, model: str, host: Host) -> str:
         """What the pace of a model belongs to; "" while it is not loaded."""
-        spec = next(spec for spec in self._specs if spec.name == model)
+        spec = next((spec for spec in self._specs if spec.name == model), None)
         device = next((one.device for one in host.snapshot() if one.model == model and one.device), "")
-        return identity_of(spec, device) if device else ""
+        return identity_of(spec, device) if device and spec is not None else ""
 
     def _machine_changed(self, box: Box, worker: Worker, front: Front) -> None:
         self._changed(worker, front)
@@ -410,15 +423,6 @@ class _Supervisor:
             allow=lambda: self._settings.coordinator.allow,
         )
 
-    def _proved(self, spec: ModelSpec, proof: Proof, served: Served, host: Host, worker: Worker) -> None:
-        if proof.ok:
-            log.info("%s is served (%s)", spec.name, ", ".join(spec.model.kinds))
-        served.proved(spec.name, proof)
-        worker.announce()
-        preloads = any(model.preload for model in self._settings.models if model.name == spec.name)
-        if proof.ok and (preloads or spec.pin):
-            host.preload(spec.name)
-
     async def _link(self, spoken: Spoken, worker: Worker) -> None:
         end = await keep_link(lambda: spoken.converse(worker), Backoff())
         self._refused = _refusal(end, self._features)
@@ -438,6 +442,11 @@ class _Supervisor:
             with trio.move_on_after(self._limits.cancel_grace_s + LAST_WORDS_S):
                 await attempts.ledger.wait_empty()
         log.info("drained")
+
+
+def _told(spec: ModelSpec) -> int:
+    """What the operator says that a load takes of the GPUs, in bytes; 0 where he does not."""
+    return spec.vram_bytes * max(1, len(spec.model.devices))
 
 
 def _address(table: CoordinatorTable) -> Address:

@@ -46,11 +46,13 @@ class Parts:
     """Who goes on with other settings; None: that part of this supervisor cannot, its keys wait for a restart.
 
     Attributes:
+        models: whoever has models come and go as these settings describe them.
         host: the host, with limits and with models that differ from its own in `MODEL_KEYS` alone.
         holds: whoever watches the machine.
         log: the log; raises ConfigError when it cannot be had so.
     """
 
+    models: Callable[[Settings], None] | None = None
     host: Callable[[LimitsTable, Sequence[ModelSpec]], None] | None = None
     holds: Callable[[HoldsTable], None] | None = None
     log: Callable[[LogTable], None] | None = None
@@ -82,6 +84,8 @@ def appliers(
     if parts.host is not None:
         found |= {f"limits.{name}": _limit(name, read, write, parts.host) for name in HOST_LIMITS}
         found |= {f"models.*.{name}": _model(name, read, write, parts.host) for name in MODEL_KEYS}
+    if parts.models is not None:
+        found["models"] = found["engines"] = _models(read, write, parts.models, parts.host)
     if parts.holds is not None:
         found["holds"] = _holds(read, write, parts.holds)
     if parts.log is not None:
@@ -120,6 +124,23 @@ def _model(
         settings = msgspec.structs.replace(read(), models=[taken(model) for model in read().models])
         write(settings)
         tell(settings.limits, build_models(settings))
+
+    return apply
+
+
+def _models(
+    read: Callable[[], Settings],
+    write: Callable[[Settings], None],
+    follow: Callable[[Settings], None],
+    tell: Callable[[LimitsTable, Sequence[ModelSpec]], None] | None,
+) -> Applier:
+    async def apply(new: Settings, _changes: Sequence[Change]) -> None:
+        # Both tables at once: a model that comes together with its engine is not proved with another one first.
+        settings = msgspec.structs.replace(read(), models=new.models, engines=new.engines)
+        write(settings)
+        follow(settings)
+        if tell is not None:
+            tell(settings.limits, build_models(settings))
 
     return apply
 

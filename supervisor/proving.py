@@ -1,4 +1,4 @@
-"""Which of the configured models may be announced: files checked, engine probed, in the background from the start.
+"""Which models may be announced: files checked, engine probed, in the background from the start.
 
 Each engine is probed once for all models that use it in the same way, in a child, with the shipped fixture
 (supervisor/probe.py). A probe that was passed is remembered until something it depends on has changed, so that
@@ -90,7 +90,7 @@ class Prover:
         """Prove all models side by side; returns when all are proved, which may be never."""
         async with trio.open_nursery() as nursery:
             for spec in specs:
-                nursery.start_soon(self._prove, spec)
+                nursery.start_soon(self.prove, spec)
 
     async def again(self, spec: ModelSpec) -> str:
         """Prove a model that was proved before, whatever is remembered; why it fails, or "".
@@ -103,17 +103,25 @@ class Prover:
             return error.fault.message
         return await self._engine(spec.engine, spec.model.backend, spec.model.device, remembered=False)
 
-    async def _prove(self, spec: ModelSpec) -> None:
+    async def prove(self, spec: ModelSpec) -> None:
+        """Prove a model until it passes, with growing pauses; every proof is told to `on_proof`.
+
+        Cancellation: the probe's child is ended.
+        """
         backoff = self._backoff()
         while True:
-            proof = await self._once(spec)
+            proof = await self.once(spec)
             self._on_proof(spec, proof)
             if proof.ok:
                 return
             log.error("%s is not announced: %s", spec.name, proof.reason, extra={"engine": spec.engine.name})
             await trio.sleep(backoff.pause_s())
 
-    async def _once(self, spec: ModelSpec) -> Proof:
+    async def once(self, spec: ModelSpec) -> Proof:
+        """Check a model's files and prove its engine, unless that is remembered.
+
+        Cancellation: the probe's child is ended.
+        """
         try:
             revision = await self._verify(spec)
         except FaultError as error:

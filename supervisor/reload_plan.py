@@ -2,7 +2,8 @@
 
 `APPLY` says it as data, for the longest key that matches; "*" stands for any model.
 
-- live: takes effect within two seconds of the file's being saved, nothing is interrupted;
+- live: takes effect within two seconds of the file's being saved, nothing is interrupted: a model that was taken out or
+  changed finishes its jobs first, and what is new is announced when its proof has passed;
 - restart: only `supervisor drain --restart` brings it into force.
 
 Who brings the live ones into force is in live_settings.py, and a test holds both to the same keys. What nobody takes
@@ -35,9 +36,9 @@ APPLY: Mapping[str, Apply] = {
     "coordinator": Apply.RESTART,
     "worker": Apply.RESTART,  # name and folder are the identity of the process
     "worker.labels": Apply.LIVE,
-    "engines": Apply.RESTART,
-    "models": Apply.RESTART,
-    "models.*.stall_s": Apply.LIVE,
+    "engines": Apply.LIVE,  # models whose engine has changed go and come again
+    "models": Apply.LIVE,
+    "models.*.stall_s": Apply.LIVE,  # these two in force at once, the model stays loaded
     "models.*.keep_alive_s": Apply.LIVE,
     "limits": Apply.RESTART,  # those not below are given to an instance, or to a part of ours, at its start
     "limits.drain_s": Apply.LIVE,

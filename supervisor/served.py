@@ -1,4 +1,4 @@
-"""What this box serves at this moment: the configured models, as their proofs, the host and the machine let them be."""
+"""What this box serves at this moment: its models, as their proofs, the host and the machine let them be."""
 
 from __future__ import annotations
 
@@ -20,9 +20,28 @@ class Served:
     """
 
     def __init__(self, specs: Sequence[ModelSpec], box: Box) -> None:
-        self.specs, self._box = specs, box
+        self._specs, self._box = list(specs), box
         self.instances: Callable[[], Sequence[InstanceStatus]] = list
         self._proofs: dict[str, Proof] = {}
+
+    def take_on(self, spec: ModelSpec) -> None:
+        """One more model, which is not proved yet."""
+        self._specs.append(spec)
+
+    def let_go(self, name: str) -> None:
+        """One model less."""
+        self._specs[:] = [spec for spec in self._specs if spec.name != name]
+        self._proofs.pop(name, None)
+
+    def sort(self, names: Sequence[str]) -> None:
+        """Put the models into this order; others come behind them."""
+        places = {name: place for place, name in enumerate(names)}
+        self._specs.sort(key=lambda spec: places.get(spec.name, len(places)))
+
+    @property
+    def specs(self) -> Sequence[ModelSpec]:
+        """All models that have lanes. The same list for good: it shows those that come and go."""
+        return self._specs
 
     def proved(self, name: str, proof: Proof) -> None:
         """What the checks found out about a model."""

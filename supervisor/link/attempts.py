@@ -284,6 +284,7 @@ class Attempts:
                 await self._unwanted(claim)
                 return
         claim.end = end
+        self.ledger.moved()
         _log_end(claim, end)
         if isinstance(end, wire.Complete):
             self.on_done()
@@ -363,6 +364,7 @@ class Attempts:
     async def _deliver(self, claim: Claim, done: work.Done, folders: Attempt) -> wire.Complete:
         parcel = await self._keeping.done(claim.job, claim.attempt, done, folders)
         claim.kept = parcel.durable
+        self.ledger.moved()
         return await self._upload(claim, parcel)
 
     async def _upload(self, claim: Claim, parcel: Parcel) -> wire.Complete:

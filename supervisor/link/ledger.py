@@ -86,7 +86,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._claims: dict[Key, Claim] = {}
-        self._empty = trio.Event()
+        self._empty, self._moved = trio.Event(), trio.Event()
         self._empty.set()
 
     def __iter__(self) -> Iterator[Claim]:
@@ -108,6 +108,7 @@ class Ledger:
     def forget(self, claim: Claim) -> None:
         """The coordinator has its end, or wants none."""
         self._claims.pop(claim.key, None)
+        self.moved()
         if not self._claims:
             self._empty.set()
 
@@ -126,6 +127,16 @@ class Ledger:
     def running(self) -> int:
         """Attempts that have not ended."""
         return sum(claim.end is None for claim in self._claims.values())
+
+    def moved(self) -> None:
+        """A claim has ended, or its result is kept: its model is not needed for it any more."""
+        self._moved.set()
+        self._moved = trio.Event()
+
+    async def wait_without(self, model: str) -> None:
+        """Return when no attempt of a model is still to run, or runs."""
+        while self.taken(model):
+            await self._moved.wait()
 
     async def wait_empty(self) -> None:
         """Return when no claim is left."""

@@ -46,6 +46,14 @@ class Registry:
         self._room = {label: len(values) + MOST_VALUES for label, values in self._seen.items()}
         self._lock = threading.Lock()
 
+    def know(self, label: str, value: str) -> None:
+        """One more value that always stands for itself: what is served now must be seen, whoever filled the room."""
+        with self._lock:
+            seen = self._seen.setdefault(label, set())
+            if value not in seen:
+                seen.add(value)
+                self._room[label] = self._room.get(label, MOST_VALUES) + 1
+
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Count up; what is negative or no number is left out, a counter never goes down.
 

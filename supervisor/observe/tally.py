@@ -60,6 +60,11 @@ class Tally:
         self._heard: float | None = None
         self._self = psutil.Process()
 
+    def joined(self, model: str, engine: str) -> None:
+        """A model is served that was not at the start."""
+        self.registry.know("model", model)
+        self.registry.know("engine", engine)
+
     # ---- link
 
     def declined(self, code: str) -> None:

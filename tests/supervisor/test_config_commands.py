@@ -268,6 +268,6 @@ def test_what_a_change_takes_is_said(box):
     told = box.json("set", "models.synthetic-a.stall_s", "9")
     assert (told["apply"], told["stronger"], told["etag"]) == ("live", {}, etag(box.path))
     assert box.json("unset", "models.synthetic-a.stall_s")["apply"] == "live"
-    assert box.json("set", "models[0].device", "cpu")["apply"] == "restart"
+    assert box.json("set", "models[0].device", "cpu")["apply"] == "live"
     rows = {row["key"]: row["apply"] for row in box.json("show", "--origin")}
     assert (rows["worker.name"], rows["log.level"], rows["models.synthetic-a.stall_s"]) == ("restart", "live", "live")

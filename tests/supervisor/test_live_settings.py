@@ -163,13 +163,37 @@ async def test_models_and_limits_reach_the_host_with_nothing_else_changed(tmp_pa
     told: list[tuple[LimitsTable, Sequence[ModelSpec]]] = []
     running = Running(tmp_path, all_parts(host=lambda *what: told.append(what)), MODEL)
     outcome = await running.save(
-        f"[limits]\nload_s = 5\nmemory_gb = 3\n[limits.restart]\nhealthy_s = 9\n{MODEL}stall_s = 4\ndevice = 'cpu'\n"
+        f"[limits]\nload_s = 5\nmemory_gb = 3\n[limits.restart]\nhealthy_s = 9\n{MODEL}stall_s = 4\n"
     )
     limits, (spec,) = told[-1]
     assert (limits.load_s, limits.restart.healthy_s, limits.memory_gb) == (5, 9, 0)
     assert (spec.stall_s, spec.model.device, spec.memory_bytes) == (4, "auto", 0)
-    assert {change.key for change in outcome.restart} == {"limits.memory_gb", "models.synthetic-a.device"}
+    assert {change.key for change in outcome.restart} == {"limits.memory_gb"}
     assert running.settings.models[0].stall_s == 4
+
+
+async def test_models_and_engines_reach_whoever_has_them_come_and_go_and_are_in_force(tmp_path):
+    followed: list[Settings] = []
+    tuned: list[Sequence[ModelSpec]] = []
+    parts = all_parts(models=followed.append, host=lambda _limits, specs: tuned.append(specs))
+    running = Running(tmp_path, parts, MODEL)
+    extra = MODEL.replace("synthetic-a", "synthetic-b")
+    outcome = await running.save(f"{MODEL}device = 'cpu'\n{extra}[engines.synthetic]\noptions = {{ tokens = 1 }}\n")
+    assert outcome.restart == ()
+    assert {change.key for change in outcome.applied} == {
+        "models.synthetic-a.device", "models.synthetic-b", "engines.synthetic",
+    }  # fmt: skip
+    assert all(each == running.settings for each in followed), "never one table without the other"
+    assert [spec.model.options for spec in tuned[-1]] == [{"tokens": 1}] * 2
+    await running.save("")
+    assert followed[-1].models == []
+
+
+async def test_models_that_nobody_can_have_come_and_go_wait_for_a_restart(tmp_path):
+    running = Running(tmp_path, Parts(), MODEL)
+    outcome = await running.save("")
+    assert [change.key for change in outcome.restart] == ["models.synthetic-a"]
+    assert len(running.settings.models) == 1
 
 
 async def test_the_log_and_one_that_cannot_be_had(tmp_path, caplog):

@@ -66,3 +66,21 @@ async def test_waiting_for_an_empty_ledger():
         await trio.testing.wait_all_tasks_blocked()
         assert nursery.child_tasks
         ledger.forget(two)
+
+
+async def test_waiting_until_a_model_is_not_needed():
+    ledger = Ledger()
+    await ledger.wait_without("m")
+    ended, kept, gone = claim("a"), claim("b"), claim("c")
+    for one in (ended, kept, gone):
+        ledger.record(one)
+    await ledger.wait_without("n")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ledger.wait_without, "m")
+        ended.end = Fail(fault=Fault("engine_failed", "x"))
+        ledger.moved()
+        ledger.forget(gone)
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        kept.kept = True
+        ledger.moved()

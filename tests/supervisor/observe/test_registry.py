@@ -106,3 +106,16 @@ def test_threads_lose_no_count() -> None:
         thread.join()
     assert 'bulkhead_jobs_total{model="m"} 2000' in registry.lines()
     assert 'bulkhead_wait_seconds_count{kind="k"} 2000' in registry.lines()
+
+
+def test_a_value_that_becomes_known_later_has_its_place_though_the_room_is_full() -> None:
+    registry = Registry(TABLE, known={"model": ["mine"]})
+    for number in range(MOST_VALUES + 5):
+        registry.add("jobs_total", model=f"m{number}")
+    registry.know("model", "late")
+    registry.know("model", "late")
+    registry.add("jobs_total", model="late")
+    registry.add("jobs_total", model="one-more")
+    text = "\n".join(registry.lines())
+    assert 'model="late"' in text
+    assert 'model="one-more"' not in text
