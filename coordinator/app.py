@@ -27,6 +27,8 @@ from coordinator.blob_routes import blob_routes
 from coordinator.blobs_folder import FolderBlobs
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
+from coordinator.enrol_api import enrol_routes
+from coordinator.enrolments import Enrolments
 from coordinator.errors import EXCEPTION_HANDLERS, Json, RequestIds
 from coordinator.gateway import worker_endpoint
 from coordinator.kept_files import KeptFiles
@@ -125,6 +127,7 @@ class Coordinator:
         )
         workers = [
             WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
+            *enrol_routes(Enrolments(self._known)),
             *Studio(dispatcher, blobs, registrations, studio_models, studio, worker_doors).routes(),
         ]
         self.app = build_app(self.parts, workers, self._lifetime)

@@ -1,4 +1,4 @@
-"""The `coordinator` command: serve, keys, registrations, and migrate.
+"""The `coordinator` command: serve, migrate, and what `cli_keys` and others add to it.
 
 Exit codes: 0 done or stopped as asked, 1 failed, 64 usage, 70 internal, 73 another coordinator has this state
 folder, 78 bad configuration.
@@ -7,25 +7,25 @@ folder, 78 bad configuration.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
-from coordinator import cli_doctor, cli_usage
+from coordinator import cli_doctor, cli_keys, cli_usage
 from coordinator import config as configuration
 from coordinator.config import STORE_VARIABLE
-from coordinator.keys import DEFAULT_TENANT, FILE_NAME, SCOPES, KeyRefusal, Keys, secret_file
+from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
+from coordinator.register import Register, open_register
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.services import Limits
 from coordinator.store import Store, StoreBusy, StoreError
 from coordinator.store.opening import SQLITE, check_address, is_postgres, open_store, require_psycopg
-from coordinator.studio_registry import STATES, RegistrationRefusal, Registrations
+from coordinator.studio_registry import RegistrationRefusal
+from protocol.faults import FaultError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoreBusy as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return BUSY
-    except (StoreError, sqlite3.Error, OSError) as error:
+    except (StoreError, FaultError, OSError) as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return FAILED
 
@@ -91,20 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--store-pooled", action="store_true", help="PgBouncer in transaction mode is in between")
 
-    keys = commands.add_parser("keys", help="make, list and revoke API keys")
-    verbs = keys.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    create = verbs.add_parser("create", parents=[shared], help="make a key and print it once")
-    create.add_argument("--scope", choices=SCOPES, required=True)
-    create.add_argument("--name", default="")
-    create.add_argument("--tenant", default=DEFAULT_TENANT)
-    create.add_argument("--worker", default="", help="the only worker id that a worker key admits")
-    create.set_defaults(command=_keys_create)
-    show = verbs.add_parser("list", parents=[shared], help="show all keys, without their secrets")
-    show.set_defaults(command=_keys_list)
-    revoke = verbs.add_parser("revoke", parents=[shared], help="end a key; takes effect within a second")
-    revoke.add_argument("prefix")
-    revoke.set_defaults(command=_keys_revoke)
-    _registration_verbs(commands, shared)
+    cli_keys.add_parsers(commands, shared, _Parser)
     cli_usage.add_parser(commands, shared)
     cli_doctor.add_parser(commands, shared)
     migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
@@ -114,24 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     migrate.add_argument("--to", dest="target", metavar="URL", help=f"postgres://… (also {STORE_VARIABLE}); empty")
     migrate.set_defaults(command=_migrate)
     return parser
-
-
-def _registration_verbs(commands: Any, shared: argparse.ArgumentParser) -> None:
-    registrations = commands.add_parser("registrations", help="admit workers that speak the studio contract")
-    verbs = registrations.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    show = verbs.add_parser("list", parents=[shared], help="show requests to be admitted")
-    show.add_argument("--state-is", choices=STATES, help="only these")
-    show.set_defaults(command=_registrations_list)
-    approve = verbs.add_parser("approve", parents=[shared], help="admit a worker; it learns so within 30 s")
-    approve.add_argument("id")
-    approve.add_argument(
-        "--secret", default="", metavar="DIGITS", help="only while its secret's hash begins so, as the list shows it"
-    )
-    approve.set_defaults(command=_registrations_approve)
-    reject = verbs.add_parser("reject", parents=[shared], help="refuse a worker, or put out one that was admitted")
-    reject.add_argument("id")
-    reject.add_argument("--reason", default="", help="the worker's owner reads it")
-    reject.set_defaults(command=_registrations_reject)
 
 
 # ---- serve --------------------------------------------------------------------------------------------------
@@ -162,9 +131,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         def store() -> Store:
             return open_store(where, state / STORE_FILE, pooled=settings.store_pooled)
 
-        coordinator = _patiently(
-            lambda: Coordinator(state, limits, settings.studio_models, open_store=store), patience_s
-        )
+        def register() -> Register:
+            return open_register(where, state / FILE_NAME, pooled=settings.store_pooled)
+
+        def opened() -> Coordinator:
+            return Coordinator(state, limits, settings.studio_models, open_store=store, open_register=register)
+
+        coordinator = _patiently(opened, patience_s)
         try:
             _prepare_keys(coordinator.keys, state, arguments.worker_token_fd)
         except BaseException:
@@ -247,87 +220,4 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
     counts = move(Path(arguments.source.removeprefix(SQLITE)), target, lambda text: print(text, file=sys.stderr))
     print(", ".join(f"{count} {table}" for table, count in counts.items()), "copied and counted on both sides.")
-    return OK
-
-
-# ---- keys ---------------------------------------------------------------------------------------------------
-
-
-def _keys_file(arguments: argparse.Namespace) -> Path:
-    state = configuration.state_dir(configuration.merged(configuration.load(arguments.config), arguments))
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return state / FILE_NAME
-
-
-def _open_keys(arguments: argparse.Namespace) -> Keys:
-    return Keys(_keys_file(arguments))
-
-
-def _keys_create(arguments: argparse.Namespace) -> int:
-    keys = _open_keys(arguments)
-    if arguments.worker and arguments.scope != "worker":
-        raise KeyRefusal("--worker goes with --scope worker only.")
-    print(keys.create(arguments.scope, name=arguments.name, tenant=arguments.tenant, worker=arguments.worker))
-    print("This is the only time that the key is shown.", file=sys.stderr)
-    keys.close()
-    return OK
-
-
-def _keys_list(arguments: argparse.Namespace) -> int:
-    keys = _open_keys(arguments)
-    rows: list[tuple[Any, ...]] = [("PREFIX", "SCOPE", "TENANT", "STATE", "CREATED", "NAME")]
-    for key in keys.list():
-        state = "live" if key.revoked_ms is None else "revoked"
-        created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(key.created_ms / 1000))
-        rows.append((key.prefix, key.scope, key.tenant, state, created, key.name or key.worker))
-    keys.close()
-    _print_table(rows)
-    return OK
-
-
-def _print_table(rows: list[tuple[Any, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _keys_revoke(arguments: argparse.Namespace) -> int:
-    keys = _open_keys(arguments)
-    key = keys.revoke(arguments.prefix)
-    keys.close()
-    print(f"Revoked {key.prefix} ({key.scope}{', ' + key.name if key.name else ''}).")
-    return OK
-
-
-# ---- registrations ------------------------------------------------------------------------------------------
-
-
-def _plain(text: str) -> str:
-    """What a stranger wrote, fit for a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:60]
-
-
-def _registrations_list(arguments: argparse.Namespace) -> int:
-    rows: list[tuple[Any, ...]] = [("ID", "STATE", "MACHINE", "USER", "ADDRESS", "SECRET", "ASKED", "WORKER OR REASON")]
-    with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
-        for one in registrations.list(arguments.state_is):
-            asked = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.created_ms / 1000))
-            machine, user = _plain(one.machine), _plain(one.user)
-            end = _plain(one.reason) if one.state == "rejected" else one.worker or ""
-            rows.append((one.id, one.state, machine, user, one.address, one.secret_begins, asked, end))
-    _print_table(rows)
-    return OK
-
-
-def _registrations_approve(arguments: argparse.Namespace) -> int:
-    with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
-        one = registrations.approve(arguments.id, arguments.secret)
-    print(f"Admitted {_plain(one.machine) or one.install} as the worker {one.worker}.")
-    return OK
-
-
-def _registrations_reject(arguments: argparse.Namespace) -> int:
-    with contextlib.closing(Registrations(_keys_file(arguments))) as registrations:
-        one = registrations.reject(arguments.id, arguments.reason)
-    print(f"Rejected {_plain(one.machine) or one.install}.")
     return OK

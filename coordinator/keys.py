@@ -218,11 +218,15 @@ class Keys:
             KeyRefusal: none or several match.
         """
 
+        nobody = KeyRefusal(f"No live key begins with {prefix[:50]!r}; `coordinator keys list` shows them.")
+        if not LEAST_PREFIX <= len(prefix) <= PREFIX_CHARS or not prefix.isascii() or not prefix.isprintable():
+            raise nobody
+
         def end(turn: Turn) -> Key:
             begins = {"length": len(prefix), "begins": prefix}
             live = turn.all(f"{_SELECT} WHERE revoked_ms IS NULL AND substr(prefix, 1, :length) = :begins", **begins)
-            if len(prefix) < LEAST_PREFIX or not prefix.isascii() or not live:
-                raise KeyRefusal(f"No live key begins with {prefix[:50]!r}; `coordinator keys list` shows them.")
+            if not live:
+                raise nobody
             if len(live) > 1:
                 raise KeyRefusal(f"{len(live)} live keys begin with {prefix!r}; give more of the prefix.")
             key = key_of(live[0])
