@@ -21,7 +21,7 @@ from anyio.abc import TaskGroup
 
 from coordinator.deploy.plan import due, plan
 from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, PlacementState, model_name
-from coordinator.fleet import Fleet, Worker
+from coordinator.fleet import FOREVER, Fleet, Worker
 from coordinator.store import Store, StoreError
 from coordinator.store.threads import StoreThreads
 from protocol.faults import FaultError
@@ -46,7 +46,7 @@ class _Errand:
     worker: Worker
     verb: str
     scope: anyio.CancelScope = dataclasses.field(default_factory=anyio.CancelScope)
-    until: float = float("inf")
+    until: float = FOREVER
 
 
 class Deployer:
@@ -155,7 +155,7 @@ class Deployer:
                 self._written[worker.id] = now
 
     def _learn(self, known: Sequence[Deployment], placements: Sequence[Placement]) -> None:
-        self._names = {one.name: model_name(one.name, one.current) for one in known if one.current}
+        self._names = {one.name: model_name(one.name, one.current or one.asked.revision) for one in known}
         self._hidden = frozenset(one.model for one in placements)
 
     def _forget_errands(self) -> None:
@@ -171,6 +171,8 @@ class Deployer:
         key = (worker.id, placement.model)
         announced = any(offer.name == placement.model and offer.kinds for offer in worker.capabilities.models)
         state = placement.state
+        if announced and (errand := self._errands.get(key)) is not None and errand.until < FOREVER:
+            del self._errands[key]  # that it was served is what the rest was for
         if announced and state in ("wanted", "fetching", "failed"):
             await self._write(placement, "ready", "")
         elif not announced and state == "ready":
@@ -200,39 +202,44 @@ class Deployer:
         worker: Worker,
         verb: str,
         tasks: TaskGroup,
-        step: Callable[..., Awaitable[None]],
+        step: Callable[..., Awaitable[float]],
         *arguments: Any,
     ) -> None:
         errand = self._errands[key] = _Errand(worker, verb)
 
         async def go() -> None:
             with errand.scope:
+                rest_s = 0.0
                 try:
-                    await step(*arguments)
+                    rest_s = await step(*arguments)
                 except (StoreError, FaultError, OSError) as error:
                     log.warning("%s of %s at %s: %s", verb, key[1], key[0], error)
-            errand.until = anyio.current_time() + (ANNOUNCE_S if verb == "serve" else 0.0)
+                errand.until = anyio.current_time() + rest_s
             self.ring()
 
         tasks.start_soon(go)
 
-    async def _serve(self, placement: Placement, worker: Worker, arguments: dict[str, Any]) -> None:
+    async def _serve(self, placement: Placement, worker: Worker, arguments: dict[str, Any]) -> float:
+        """How long nothing more needs to be asked, in seconds."""
         log.info("%s is to serve %s", worker.id, placement.model)
         fetching = msgspec.structs.replace(placement, state="fetching")
         try:
             done = await self._give(worker, "serve", arguments, SERVE_S)
         except FaultError as error:
             await self._write(fetching, "failed", error.fault.message, failed=True)
-            return
+            return 0.0
         if not done.ok:
             log.warning("%s cannot serve %s: %s", worker.id, placement.model, done.message)
             await self._write(fetching, "failed", done.message, failed=True)
+            return 0.0
+        return ANNOUNCE_S
 
-    async def _unserve(self, placement: Placement, worker: Worker) -> None:
+    async def _unserve(self, placement: Placement, worker: Worker) -> float:
         done = await self._give(worker, "unserve", {"name": placement.model}, UNSERVE_S)
         if not done.ok:  # its owner decides what lies on his disk
             log.warning("%s does not let go of %s: %s", worker.id, placement.model, done.message)
         await self._threads.write(self._store.unplaced, placement)
+        return 0.0
 
     async def _write(self, placement: Placement, state: PlacementState, reason: str, *, failed: bool = False) -> bool:
         failures = placement.failures + 1 if failed else 0 if state == "ready" else placement.failures

@@ -163,13 +163,15 @@ class SqlDeploy(SqlSteps):
             self._all("DELETE FROM deployments WHERE name = :name RETURNING name", name=deployment.name)
 
     def _flip(self, deployment: Deployment, revision: str, now: int) -> None:
-        """From now on this revision answers; jobs that wait for the old one wait for it."""
-        if deployment.current:
-            self._all(
-                "UPDATE jobs SET model = :new WHERE state = 'queued' AND model = :old RETURNING id",
-                old=model_name(deployment.name, deployment.current),
-                new=model_name(deployment.name, revision),
-            )
+        """From now on this revision answers; jobs that wait for another one wait for it."""
+        beginning = model_name(deployment.name, "")
+        self._all(
+            "UPDATE jobs SET model = :new WHERE state = 'queued' AND model <> :new "
+            "AND substr(model, 1, :length) = :beginning RETURNING id",
+            new=model_name(deployment.name, revision),
+            beginning=beginning,
+            length=len(beginning),
+        )
         self._save(
             msgspec.structs.replace(
                 deployment, current=revision, served=None, version=deployment.version + 1, changed_ms=now

@@ -1,0 +1,207 @@
+"""Orders of a deployment: given to the workers that are here, written down, and given again when an answer is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from coordinator.deploy.deployer import Deployer
+from coordinator.deploy.spec import Asked, model_name
+from coordinator.fleet import Fleet, HeldAttempt, Worker
+from coordinator.store import SqliteStore
+from coordinator.store.threads import StoreThreads
+from protocol.faults import refuse
+from protocol.link_wire import Body, Capabilities, ModelOffer, OrderDone
+
+ASKED = Asked(name="chat", source="https://models.test/chat.gguf", sha256="a" * 64, options={"n_ctx": 512})
+MODEL = model_name("chat", ASKED.revision)
+
+
+class NoPort:
+    def send(self, body: Body, job: str = "", attempt: int = 0) -> None:
+        raise AssertionError("orders go through `give`")
+
+    def close(self, code: str, message: str) -> None:
+        raise AssertionError("nobody is thrown out")
+
+
+class House:
+    """A coordinator with workers that obey, refuse or say nothing."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.store, self.fleet = store, Fleet()
+        self.orders: list[tuple[str, str, dict[str, Any]]] = []
+        self.refusals: dict[tuple[str, str], str] = {}
+        self.silent = anyio.Event()
+        self.silence: set[str] = set()
+        self.deployer = Deployer(store, StoreThreads(), self.fleet, self.give)
+
+    def worker(self, name: str, *, deploys: bool = True) -> Worker:
+        worker = Worker(name, NoPort(), Capabilities(deploys=deploys))
+        self.fleet.add(worker)
+        return worker
+
+    def announce(self, worker: Worker, *models: str) -> None:
+        offers = tuple(ModelOffer(name=model, kinds=("llm",), engine="llm") for model in models)
+        self.fleet.announce(worker, msgspec.structs.replace(worker.capabilities, models=offers))
+
+    async def give(self, worker: Worker, verb: str, arguments: dict[str, Any], patience_s: float) -> OrderDone:
+        self.orders.append((worker.id, verb, arguments))
+        if worker.id in self.silence:
+            await self.silent.wait()
+        if message := self.refusals.get((worker.id, verb)):
+            return OrderDone(id="1", ok=False, message=message)
+        if verb == "serve":
+            self.announce(worker, arguments["name"])
+        else:
+            self.announce(worker)
+        return OrderDone(id="1", ok=True)
+
+    async def ticks(self, count: int = 4) -> None:
+        for _ in range(count):
+            async with anyio.create_task_group() as tasks:
+                await self.deployer.tick(tasks)
+
+    def states(self) -> dict[str, str]:
+        return {one.worker: one.state for one in self.store.placements()}
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    yield House(store)
+    store.close()
+
+
+async def test_workers_are_ordered_to_serve_and_ready_when_they_announce_it(house: House) -> None:
+    house.worker("a")
+    house.worker("b", deploys=False)
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    assert [(worker, verb) for worker, verb, _ in house.orders] == [("a", "serve")]
+    assert house.orders[0][2] == {
+        "name": MODEL,
+        "source": ASKED.source,
+        "sha256": ASKED.sha256,
+        "file": "",
+        "engine": "",
+        "options": {"n_ctx": 512},
+    }
+    assert house.states() == {"a": "ready"}
+    assert house.deployer.model_of("chat") == MODEL
+    assert house.deployer.name_of(MODEL) == "chat"
+    assert house.deployer.name_of("somebody's own") == "somebody's own"
+
+
+async def test_a_refusal_is_kept_and_tried_again_after_a_pause(house: House) -> None:
+    house.worker("a")
+    house.refusals["a", "serve"] = "No room on the disk."
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    [placement] = house.store.placements()
+    assert (placement.state, placement.reason, placement.failures) == ("failed", "No room on the disk.", 1)
+    assert len(house.orders) == 1
+    house.store.shift_clock(20_000)
+    house.refusals.clear()
+    await house.ticks()
+    assert house.states() == {"a": "ready"}
+    assert house.store.placements()[0].failures == 0
+
+
+async def test_an_answer_that_is_lost_with_the_session_is_asked_for_again(house: House) -> None:
+    first = house.worker("a")
+    house.silence.add("a")
+    await house.deployer.deploy(ASKED)
+    async with anyio.create_task_group() as tasks:
+        await house.deployer.tick(tasks)
+        house.fleet.remove(first)
+        house.silence.clear()
+        house.worker("a")
+        await house.deployer.tick(tasks)
+        await house.deployer.tick(tasks)
+    await house.ticks()
+    assert [verb for _, verb, _ in house.orders] == ["serve", "serve"]
+    assert house.states() == {"a": "ready"}
+
+
+async def test_a_model_that_is_served_no_more_is_ordered_again(house: House) -> None:
+    worker = house.worker("a")
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    house.announce(worker)
+    await house.ticks(1)
+    assert house.states() == {"a": "failed"}
+    house.store.shift_clock(60_000)
+    await house.ticks()
+    assert house.states() == {"a": "ready"}
+
+
+async def test_what_is_given_up_is_let_go_when_its_jobs_are_done(house: House) -> None:
+    worker = house.worker("a")
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    held = HeldAttempt("job_1", 1, "llm", MODEL, "running")
+    worker.attempts[held.key] = held
+    await house.deployer.undeploy("chat")
+    await house.ticks()
+    assert [verb for _, verb, _ in house.orders] == ["serve"]
+    del worker.attempts[held.key]
+    await house.ticks()
+    assert [verb for _, verb, _ in house.orders] == ["serve", "unserve"]
+    assert house.store.deployments() == []
+    assert house.deployer.model_of("chat") == "chat"
+
+
+async def test_a_worker_that_does_not_let_go_is_not_asked_for_ever(house: House) -> None:
+    house.worker("a")
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    house.refusals["a", "unserve"] = "Its owner keeps it."
+    await house.deployer.undeploy("chat")
+    await house.ticks()
+    assert house.store.placements() == []
+
+
+async def test_another_revision_comes_beside_the_old_one_and_takes_its_name(house: House) -> None:
+    worker = house.worker("a")
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    newer = msgspec.structs.replace(ASKED, sha256="b" * 64)
+    house.silence.add("a")
+    await house.deployer.deploy(newer)
+    async with anyio.create_task_group() as tasks:
+        await house.deployer.tick(tasks)
+        await house.deployer.tick(tasks)
+        assert house.deployer.model_of("chat") == MODEL
+        house.announce(worker, MODEL, model_name("chat", newer.revision))
+        await house.deployer.tick(tasks)
+        await house.deployer.tick(tasks)
+        assert house.deployer.model_of("chat") == model_name("chat", newer.revision)
+        assert house.deployer.name_of(MODEL) is None
+        tasks.cancel_scope.cancel()
+
+
+async def test_trouble_with_the_store_ends_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.worker("a")
+    await house.deployer.deploy(ASKED)
+    broken = iter([True, True])
+    real: Callable[..., Any] = house.store.deployments
+
+    def deployments() -> Any:
+        if next(broken, False):
+            raise refuse("storage_full", "The disk is full.")
+        return real()
+
+    monkeypatch.setattr(house.store, "deployments", deployments)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(house.deployer.run)
+        with anyio.fail_after(20):
+            while house.states() != {"a": "ready"}:
+                house.deployer.ring()
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
