@@ -16,6 +16,7 @@ import anyio
 
 from coordinator.blobs import Blobs
 from coordinator.bus import Bus
+from coordinator.costs import Costs
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
@@ -85,7 +86,7 @@ class Attempts:
         freed: Callable[[], None],
     ) -> None:
         """`ring` says that jobs are due in so many seconds, `freed` that a slot may be free."""
-        self.fleet, self.counters = Fleet(), Counters()
+        self.fleet, self.counters, self.costs = Fleet(), Counters(), Costs()
         self._store, self._threads, self._blobs, self._bus = store, threads, blobs, bus
         self._ring, self._freed = ring, freed
         self._accept = Together(threads, store.accept_many)
@@ -155,6 +156,7 @@ class Attempts:
         held = known or HeldAttempt(
             *key, record.kind, record.model, "running", record.stream, record.streamed, next_seq=None
         )
+        held.needs, held.vram_gb = record.needs, record.vram_gb_estimate
         worker.attempts[key] = held
         held.state = "running"
         if adoption.verdict == "cancelled":
@@ -191,11 +193,11 @@ class Attempts:
         if body.retry_after_ms > 0:
             pause = min(60.0, body.retry_after_ms / 1000)
         self._block(worker, held, body.code, now + pause)
-        if self.fleet.refused_by_all(held.kind, held.model, held.job):
+        if self.fleet.refused_by_all(held):
             fault = Fault("unsupported", f"No worker can run this job: {body.reason or body.code}")
             await self._ended(await self._threads.write(self._store.end, *key, fault))
             return
-        elsewhere = self.fleet.others(held.kind, held.model, held.job, worker.id, now)
+        elsewhere = self.fleet.others(held, worker.id, now)
         delay = 0.0 if elsewhere else pause
         await self._threads.write(self._store.release, *key, int(delay * 1000))
         self._ring(delay)
@@ -379,6 +381,7 @@ class Attempts:
     def announce_end(self, record: JobRecord) -> None:
         """A row has just become terminal: count it and end its watchers."""
         self.counters.jobs[record.kind, record.model, record.state] += 1
+        self.costs.note(record)
         if record.fault is not None:
             self.counters.faults[record.kind, record.model, record.fault.code] += 1
         self.fleet.forget_job(record.id)

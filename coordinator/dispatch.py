@@ -22,9 +22,20 @@ from coordinator.attempts import Attempts, Counters
 from coordinator.blobs import Blobs
 from coordinator.bus import Bus, BusClosed, Lagged, LocalBus, Subscription
 from coordinator.fleet import HeldAttempt, Worker
-from coordinator.records import JobEnded, JobEvent, JobRecord, ServedModel, Submission, WorkerView
+from coordinator.lots import Lots
+from coordinator.offers import to_offer
+from coordinator.records import (
+    AttemptRecord,
+    JobEnded,
+    JobEvent,
+    JobRecord,
+    ServedModel,
+    Submission,
+    WorkerView,
+)
 from coordinator.store import Store, StoreError
-from coordinator.store.base import Claimed
+from coordinator.store.base import Claimed, Want
+from coordinator.store.needs import MAX_NEEDS_BYTES, needs_of
 from coordinator.store.threads import StoreThreads, hear
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError, refuse
@@ -40,6 +51,7 @@ UNPLACED_MS = 500
 
 # Inside the class `list` is the method.
 Records = list[JobRecord]
+Attempted = list[AttemptRecord]
 Models = list[ServedModel]
 Rows = list[dict[str, Any]]
 Workers = list[WorkerView]
@@ -91,6 +103,7 @@ class Dispatcher:
         self.attempts = Attempts(store, self._threads, blobs, self._bus, ring=self._ring, freed=self._slot_freed)
         # Lays over each submission what its tenant and key say, or refuses it.
         self.terms: Callable[[Submission], Submission] = lambda s: s
+        self.lots = Lots(self, store, self._threads)
         self._accepting = True
         self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
         self._bell = anyio.Event()
@@ -99,7 +112,7 @@ class Dispatcher:
         self._claiming = anyio.Lock(fast_acquire=True)  # from counting free slots to filling them
         # What the queue had nothing for. A ring or the poll clears it, a slot that becomes free does not: so a job
         # that ends does not cost a look at a queue that is known to be empty.
-        self._nothing_for: set[tuple[str, tuple[str, ...]]] = set()
+        self._nothing_for: set[tuple[object, ...]] = set()
 
     @property
     def counters(self) -> Counters:
@@ -158,9 +171,9 @@ class Dispatcher:
         """The row, when it belongs to the tenant."""
         return await self._threads.read(self._store.get, job_id, tenant)
 
-    async def list(self, tenant: str, limit: int, state: str | None = None) -> Records:
-        """Newest first, without params and result."""
-        return await self._threads.read(self._store.recent, tenant, limit, state)
+    async def list(self, tenant: str, limit: int, state: str | None = None, dead: bool = False) -> Records:
+        """Newest first, without params and result; with `dead` only those that somebody may want to try again."""
+        return await self._threads.read(self._store.recent, tenant, limit, state, dead)
 
     async def cancel(self, job_id: str, tenant: str, reason: str) -> JobRecord | None:
         """Cancel; returns the row as it is afterwards (unchanged when it had ended before), None when unknown.
@@ -183,6 +196,24 @@ class Dispatcher:
     async def now_ms(self) -> int:
         """The store's clock, milliseconds since the epoch."""
         return await self._threads.read(self._store.now_ms)
+
+    async def attempts_of(self, record: JobRecord) -> Attempted:
+        """The attempts that workers accepted, in their order."""
+        return await self._threads.read(self._store.attempts_of, record)
+
+    async def retry(self, job_id: str, tenant: str | None) -> JobRecord | None:
+        """A failed job goes back to the queue with all its tries, whether or not anybody serves it now.
+
+        None when there is no such job (of the tenant's, unless that is None). Raises FaultError(conflict) for a job
+        that has not failed.
+        """
+        record = await self._threads.write(self._store.retry, job_id, tenant)
+        if record is not None:
+            self.counters.events["retried"] += 1
+            self._waiting += 1
+            self.attempts.fleet.ask(record.labels)
+            self._ring(0)
+        return record
 
     async def remove(self, job_id: str, tenant: str) -> bool:
         """Delete a job that has ended, with its files; False when the tenant has no such job."""
@@ -223,8 +254,7 @@ class Dispatcher:
     async def _insert(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
         if s.idempotency_key and (known := await self._threads.read(self._store.by_key, s)):
             return known, False
-        s = self.terms(s)
-        self._check(s)
+        s = self.ready(s)
         # Shielded: a row that was made is made known, so that whoever watches it can cancel it, and what was claimed
         # is offered. It lasts as long as one transaction.
         with anyio.CancelScope(shield=True):
@@ -232,6 +262,26 @@ class Dispatcher:
         if created:
             self.counters.submitted[s.kind, s.model] += 1
         return record, created
+
+    def ready(self, s: Submission, more: int = 0) -> Submission:
+        """Check a submission that is about to be queued, with `more` of the same call before it; completed.
+
+        What such jobs of its tenant have cost lately is how far apart its turns are.
+
+        Raises:
+            FaultError: as `submit` does.
+        """
+        s = self.terms(s)
+        self._check(s, more)
+        self.attempts.fleet.ask(s.labels)
+        return msgspec.structs.replace(s, cost=self.attempts.costs.of(s.tenant, s.model))
+
+    def queued(self, records: Sequence[JobRecord]) -> None:
+        """Rows were made of jobs that were ready."""
+        self._waiting += len(records)
+        for record in records:
+            self.counters.submitted[record.kind, record.model] += 1
+        self._ring(0)
 
     async def _insert_row(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
         """Make the row; when a slot is free, claim in the same transaction instead of leaving that to the loop."""
@@ -251,10 +301,10 @@ class Dispatcher:
             self._ring(0)
         return record, created
 
-    def _check(self, s: Submission) -> None:
+    def _check(self, s: Submission, more: int = 0) -> None:
         if not self._accepting:
             raise refuse("overloaded", "The coordinator is shutting down; try again later.", retry_after_s=RETRY_HINT_S)
-        if self._waiting >= self.settings.max_queued:
+        if self._waiting + more >= self.settings.max_queued:
             raise refuse("overloaded", "Too many jobs wait; try again later.", retry_after_s=RETRY_HINT_S)
         if not is_kind(s.kind):
             raise refuse("unsupported", f"There is no task kind named {s.kind!r}.", "kind")
@@ -264,7 +314,10 @@ class Dispatcher:
             raise refuse("invalid_parameter", "max_attempts: Expected at least 1.", "max_attempts")
         if s.deadline_ms < 0:
             raise refuse("invalid_parameter", "deadline_ms: Expected 0 (none) or more.", "deadline_ms")
-        fault = None if s.wait_for_worker else self.attempts.fleet.judge(s.kind, s.model)
+        if len(needs_of(s.labels, s.vram_gb_estimate).encode()) > MAX_NEEDS_BYTES:
+            message = f"labels: Expected at most {MAX_NEEDS_BYTES} bytes of names and values together."
+            raise refuse("invalid_parameter", message, "labels")
+        fault = None if s.wait_for_worker else self.attempts.fleet.judge(s.kind, s.model, s.labels, s.vram_gb_estimate)
         if fault is not None:
             raise FaultError(fault)
 
@@ -346,13 +399,13 @@ class Dispatcher:
         """Claim what free slots allow, and offer it."""
         async with self._claiming:
             wants = self.attempts.fleet.wants(anyio.current_time())
-            wants = [want for want in wants if (want.model, want.kinds) not in self._nothing_for]
+            wants = [want for want in wants if _slots_of(want) not in self._nothing_for]
             if not wants:
                 return
             claimed = await self._threads.write(self._store.claim, wants)
             for want in wants:
-                if sum(job.model == want.model and job.kind in want.kinds for job, _ in claimed) < want.limit:
-                    self._nothing_for.add((want.model, want.kinds))
+                if sum(want.takes(job) for job, _ in claimed) < want.limit:
+                    self._nothing_for.add(_slots_of(want))
             await self._place(claimed)
 
     async def _place(self, claimed: Sequence[Claimed]) -> None:
@@ -367,7 +420,6 @@ class Dispatcher:
             self._offer(worker, record, left_ms)
 
     def _offer(self, worker: Worker, record: JobRecord, left_ms: int) -> None:
-        ttl_s = self.settings.blob_url_s
         held = HeldAttempt(
             record.id,
             record.attempt,
@@ -376,34 +428,12 @@ class Dispatcher:
             "offered",
             stream=record.stream,
             since=anyio.current_time(),
+            needs=record.needs,
+            vram_gb=record.vram_gb_estimate,
         )
         worker.attempts[held.key] = held
         self.counters.events["offers"] += 1
-        offer = wire.Offer(
-            kind=record.kind,
-            model=record.model,
-            params=msgspec.Raw(record.params),
-            inputs=tuple(
-                wire.FileRef(
-                    name=file.name,
-                    url=self._blobs.url(file.blob, ttl_s),
-                    size=file.size,
-                    sha256=file.sha256,
-                    mime=file.mime,
-                )
-                for file in record.inputs
-            ),
-            upload=self._blobs.upload_template(record.id, record.attempt, ttl_s),
-            stream=record.stream,
-            deadline_ms=left_ms,
-            traceparent=record.traceparent,
-            labels=record.labels,
-            tenant=record.tenant,
-            priority=record.priority,
-            vram_gb_estimate=record.vram_gb_estimate,
-            alone=record.alone,
-        )
-        worker.port.send(offer, *held.key)
+        worker.port.send(to_offer(record, left_ms, self._blobs, self.settings.blob_url_s), *held.key)
 
     async def _reconcile_first(self) -> None:
         await self.attempts.reconcile(self.settings.startup_grace_s)
@@ -419,6 +449,7 @@ class Dispatcher:
         await self.attempts.give_up_offers(self.settings.offer_s)
         await self.attempts.reconcile(self.settings.worker_grace_s)
         self._waiting = sum((await self._threads.read(self._store.queued)).values())
+        self.attempts.fleet.asked(await self._threads.read(self._store.asked_labels))
 
     async def _purge(self) -> None:
         """Delete old jobs; rows first, so that no row ever names a file that is gone."""
@@ -442,6 +473,11 @@ class Dispatcher:
         except (StoreError, FaultError, OSError):
             log.exception("The dispatcher goes on after trouble with its store")
             await anyio.sleep(self.settings.poll_s)
+
+
+def _slots_of(want: Want) -> tuple[object, ...]:
+    """Which slots these are, however many of them are free."""
+    return (want.model, want.kinds, want.labels, want.vram_gb, want.but)
 
 
 def _new_job_id() -> str:

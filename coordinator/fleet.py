@@ -7,11 +7,12 @@ there is never more than one offer at a time per free slot.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from coordinator.records import JobRecord, ServedModel, WorkerView
 from coordinator.store.base import Want
+from coordinator.store.needs import Labels, fits, needs_of
 from protocol.faults import Fault
 from protocol.link_wire import Body, Capabilities, GpuState, ModelOffer, OrderDone
 
@@ -40,6 +41,7 @@ class HeldAttempt:
         state: "abandoned" means the row went on without it: it still takes a slot until the worker ends it.
         next_seq: number of the next chunk to forward; None when it is unknown after a restart of ours.
         since: when it was offered.
+        needs, vram_gb: what its job needs of a worker, as in the row.
     """
 
     job: str
@@ -51,6 +53,8 @@ class HeldAttempt:
     streamed: bool = False
     next_seq: int | None = 0
     since: float = 0.0
+    needs: str = ""
+    vram_gb: float = 0.0
 
     @property
     def key(self) -> Key:
@@ -65,7 +69,8 @@ class Worker:
     Attributes:
         protocol: what its session speaks.
         at_once: how many jobs it takes at a time over all its models; None when only their slots count.
-        vram_gb: it takes no job that is reckoned to need more; None when it judges that itself.
+        vram_gb: its dialect's word for the most GPU memory that a job may be reckoned to need; None when the
+            announcement says it.
     """
 
     id: str
@@ -87,6 +92,27 @@ class Worker:
         """Concurrent jobs over all its models."""
         slots = sum(offer.slots for offer in self.capabilities.models)
         return slots if self.at_once is None else min(slots, self.at_once)
+
+    @property
+    def room_gb(self) -> float | None:
+        """Most GPU memory that a job may be reckoned to need here; None sets no limit.
+
+        Without a word of the worker's own it is all its GPUs together: what one of them holds, only it can tell.
+        """
+        if self.vram_gb is not None:
+            return self.vram_gb
+        if self.capabilities.vram_threshold_gb > 0:
+            return self.capabilities.vram_threshold_gb
+        return sum(gpu.vram_bytes for gpu in self.capabilities.gpus) / 2**30 if self.capabilities.gpus else None
+
+    @property
+    def labels(self) -> Labels:
+        """Its labels, as jobs ask for them."""
+        return frozenset(self.capabilities.labels.items())
+
+    def fits(self, needs: str, vram_gb: float) -> bool:
+        """Whether it has what a job needs beside its model."""
+        return fits(needs, vram_gb, self.labels, self.room_gb)
 
     def offer_of(self, kind: str, model: str) -> ModelOffer | None:
         """Its announcement of this model for this kind."""
@@ -120,18 +146,44 @@ class Fleet:
         self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
         self._shunned: dict[str, set[str]] = {}  # job -> workers on which it has failed
         self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
+        self._asked: Labels = frozenset()  # what waiting jobs ask for, as last looked up
+        self._asked_before: set[tuple[str, str]] = set()  # by jobs that came while that was looked up, or since
+        self._asked_lately: set[tuple[str, str]] = set()
 
     # ---- choosing ------------------------------------------------------------------------------------------
 
     def wants(self, now: float) -> list[Want]:
-        """Free slots of all workers, summed over equal announcements."""
-        total: dict[tuple[str, tuple[str, ...]], int] = {}
+        """Free slots of all workers, summed over those that are alike to the jobs that wait.
+
+        Of labels only those count that some job asks for: so a thousand workers with names of their own are one want.
+        """
+        asked = self._asked | self._asked_before | self._asked_lately
+        alike: dict[tuple[str, tuple[str, ...], Labels, float | None], list[tuple[str, int]]] = {}
         for worker in self.workers.values():
+            traits = (worker.labels & asked if asked else asked, worker.room_gb)
             for offer in worker.capabilities.models:
                 if offer.kinds and worker.open_to(offer.name, now) and (free := worker.free(offer)):
-                    key = (offer.name, tuple(sorted(offer.kinds)))
-                    total[key] = total.get(key, 0) + free
-        return [Want(model, kinds, limit) for (model, kinds), limit in total.items()]
+                    key = (offer.name, tuple(sorted(offer.kinds)), *traits)
+                    alike.setdefault(key, []).append((worker.id, free))
+        return [
+            Want(model, kinds, sum(free for _, free in ones), labels, vram, self._avoided_by(ones, now))
+            for (model, kinds, labels, vram), ones in alike.items()
+        ]
+
+    def _avoided_by(self, slots: Sequence[tuple[str, int]], now: float) -> tuple[str, ...]:
+        """Jobs that none of these workers is to be offered now."""
+        return tuple(
+            job for job, avoided in self._avoid.items() if all(avoided.get(worker, 0.0) > now for worker, _ in slots)
+        )
+
+    def ask(self, labels: Mapping[str, str]) -> None:
+        """A job that asks for these labels was queued."""
+        if len(self._asked_lately) < MAX_REMEMBERED:
+            self._asked_lately.update(labels.items())
+
+    def asked(self, labels: Labels) -> None:
+        """What all waiting jobs ask for was looked up just now."""
+        self._asked, self._asked_before, self._asked_lately = labels, self._asked_lately, set()
 
     def place(self, record: JobRecord, now: float) -> Worker | None:
         """The worker for a claimed job; None when no slot is free.
@@ -148,7 +200,7 @@ class Fleet:
                 continue
             if avoided.get(worker.id, 0.0) > now:
                 continue
-            if worker.vram_gb is not None and record.vram_gb_estimate > worker.vram_gb:
+            if not worker.fits(record.needs, record.vram_gb_estimate):
                 continue
             rank = (worker.id in shunned, not offer.resident, _load(worker))
             if best is None or rank < best[0]:
@@ -168,19 +220,19 @@ class Fleet:
         self._avoid.pop(job, None)
         self._shunned.pop(job, None)
 
-    def refused_by_all(self, kind: str, model: str, job: str) -> bool:
-        """Whether every connected worker that serves this has refused the job for good."""
-        avoided = self._avoid.get(job, {})
-        serving = [worker for worker in self.workers.values() if worker.offer_of(kind, model)]
+    def refused_by_all(self, held: HeldAttempt) -> bool:
+        """Whether every connected worker that could have the job has refused it for good."""
+        avoided = self._avoid.get(held.job, {})
+        serving = [worker for worker in self.workers.values() if _suits(worker, held)]
         return bool(serving) and all(avoided.get(worker.id) == FOREVER for worker in serving)
 
-    def others(self, record_kind: str, model: str, job: str, but: str, now: float) -> bool:
+    def others(self, held: HeldAttempt, but: str, now: float) -> bool:
         """Whether a worker other than `but` could take the job now or when it has a free slot."""
-        avoided = self._avoid.get(job, {})
+        avoided = self._avoid.get(held.job, {})
         return any(
             worker.id != but
-            and worker.offer_of(record_kind, model) is not None
-            and worker.open_to(model, now)
+            and _suits(worker, held)
+            and worker.open_to(held.model, now)
             and avoided.get(worker.id, 0.0) <= now
             for worker in self.workers.values()
         )
@@ -219,11 +271,13 @@ class Fleet:
 
     # ---- views ---------------------------------------------------------------------------------------------
 
-    def judge(self, kind: str, model: str) -> Fault | None:
+    def judge(
+        self, kind: str, model: str, labels: Mapping[str, str] | None = None, vram_gb: float = 0.0
+    ) -> Fault | None:
         """Why nobody could run such a job now; None when somebody could."""
         kinds = {k for offer in self._live_offers() if offer.name == model for k in offer.kinds}
         if kind in kinds:
-            return None
+            return self._judge_needs(kind, model, labels or {}, vram_gb)
         hint = {"retry_after_s": RETRY_HINT_S}
         if kinds:
             listed = ", ".join(sorted(kinds))
@@ -239,6 +293,24 @@ class Fleet:
         return Fault(
             "model_not_found", f"The model {model!r} is not served here; GET /v1/models lists what is.", "model"
         )
+
+    def _judge_needs(self, kind: str, model: str, labels: Mapping[str, str], vram_gb: float) -> Fault | None:
+        serving = [worker for worker in self._live() if worker.offer_of(kind, model)]
+        needs = needs_of(labels, vram_gb)
+        if any(worker.fits(needs, vram_gb) for worker in serving):
+            return None
+        hint = {"retry_after_s": RETRY_HINT_S}
+        cure = "ask for less, or set wait_for_worker to queue it for one that has"
+        labelled = [worker for worker in serving if frozenset(labels.items()) <= worker.labels]
+        if not labelled:
+            asked = ", ".join(f"{name}={text}" for name, text in sorted(labels.items()))[:300]
+            message = f"labels: No worker that serves {model!r} has {asked}; {cure}."
+            return Fault("no_worker", message, "labels", detail=hint)
+        most = max(worker.room_gb or 0.0 for worker in labelled)
+        message = (
+            f"vram_gb_estimate: No worker that serves {model!r} takes {vram_gb:g} GB, the most is {most:g}; {cure}."
+        )
+        return Fault("no_worker", message, "vram_gb_estimate", detail=hint)
 
     def models(self) -> list[ServedModel]:
         """What is served now, by name."""
@@ -302,6 +374,10 @@ class Fleet:
         for offer in capabilities.models:
             if offer.name in self._seen or len(self._seen) < MAX_REMEMBERED:
                 self._seen.setdefault(offer.name, set()).update(offer.kinds)
+
+
+def _suits(worker: Worker, held: HeldAttempt) -> bool:
+    return worker.offer_of(held.kind, held.model) is not None and worker.fits(held.needs, held.vram_gb)
 
 
 def _load(worker: Worker) -> float:

@@ -48,8 +48,13 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         max_attempts: how many accepted attempts a job may have in all.
         wait_for_worker: queue even when nobody serves the model now.
         attended: its client waits on an open connection and cannot come back for the answer.
-        weight: share of its tenant.
+        run_after_ms: no worker gets it before this instant; its deadline counts from then on.
+        labels: what its worker's labels must say.
+        vram_gb_estimate: its worker must have so much GPU memory for one job.
+        weight: share of its tenant: with 2 a tenant's jobs come up twice as often as with 1.
         key_open, tenant_open: refused when its key, or its tenant, has so many jobs open already; 0 is no limit.
+        cost: estimated seconds of a GPU, 1 when nothing is known; a tenant's turns are as rare as they are dear.
+        lot: the call with which many jobs were submitted at once; "" for a single one.
     """
 
     kind: str
@@ -68,9 +73,12 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     wait_for_worker: bool = False
     traceparent: str = ""
     attended: bool = False
+    run_after_ms: int = 0
     weight: float = 1.0
     key_open: int = 0
     tenant_open: int = 0
+    cost: float = 1.0
+    lot: str = ""
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +93,11 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         worker: who runs or ran the latest attempt.
         deadline_at_ms: 0 means none.
         alone: the next attempt must have its instance for itself: an engine crashed while it ran.
+        run_after_ms: a waiting job is given to no worker before this instant: its scheduled start, or the pause
+            before its next attempt; 0 means none.
+        needs: its labels and GPU memory, as `coordinator.store.needs` writes them.
+        lot: see `Submission`.
+        dead: it failed, and not by its caller's doing: somebody may want to look at it and try it again.
     """
 
     id: str
@@ -115,11 +128,50 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str = ""
     idempotency_key: str = ""
     alone: bool = False
+    run_after_ms: int = 0
+    needs: str = ""
+    lot: str = ""
+    dead: bool = False
 
     @property
     def ended(self) -> bool:
         """Whether the state is terminal."""
         return self.state in TERMINAL
+
+
+class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt that a worker accepted; offers that were declined have used numbers, and leave no record.
+
+    Attributes:
+        n: its number, the fencing token.
+        ended_ms: None while it runs.
+        outcome: how it ended; a failed attempt's job may have been tried again.
+        fault: of this attempt.
+    """
+
+    n: int
+    worker: str
+    began_ms: int | None
+    ended_ms: int | None
+    outcome: Literal["running", "succeeded", "failed", "cancelled"]
+    fault: Fault | None = None
+
+
+class LotRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Many jobs that were submitted in one call.
+
+    Attributes:
+        total: lines of the call.
+        refused: lines that made no job.
+        counts: state -> jobs that are kept; one that was deleted since is in none.
+    """
+
+    id: str
+    tenant: str
+    created_ms: int
+    total: int
+    refused: int
+    counts: dict[str, int] = {}
 
 
 class JobEvent(msgspec.Struct, frozen=True):

@@ -161,12 +161,18 @@ Script = Callable[[OfferedJob], None]
 class FakeWorker:
     """A worker whose engine is `script`, called once per offer in a thread of its own.
 
-    A script that raises FaultError fails its job with that fault. Use as a context manager; offers come after
-    the coordinator said welcome.
+    `announced` is more of its capabilities. A script that raises FaultError fails its job with that fault.
+
+    Use as a context manager; offers come after the coordinator said welcome.
     """
 
     def __init__(
-        self, running: Running, models: tuple[wire.ModelOffer, ...], script: Script, name: str = "fake"
+        self,
+        running: Running,
+        models: tuple[wire.ModelOffer, ...],
+        script: Script,
+        name: str = "fake",
+        **announced: Any,
     ) -> None:
         self.url = running.url
         self.script = script
@@ -174,7 +180,10 @@ class FakeWorker:
         self.errors: list[Exception] = []
         self._token = running.worker_token
         self._hello = wire.Hello(
-            worker=name, low=LINK_WIRE.low, high=LINK_WIRE.high, capabilities=wire.Capabilities(models=models)
+            worker=name,
+            low=LINK_WIRE.low,
+            high=LINK_WIRE.high,
+            capabilities=wire.Capabilities(models=models, **announced),
         )
         self._link = LinkSession(Role.WORKER)
         self._lock = threading.Lock()

@@ -85,6 +85,7 @@ class Capabilities(Body, frozen=True):
     models: tuple[ModelOffer, ...] = ()
     gpus: tuple[Gpu, ...] = ()
     labels: dict[str, str] = {}
+    vram_threshold_gb: float = 0.0  # most GPU memory that a job may be reckoned to need; 0: the worker says nothing
     version: str = ""
     machine: str = ""
     accepting: bool = True

@@ -20,8 +20,9 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from coordinator.records import JobRecord, StoredFile, Submission
+from coordinator.records import AttemptRecord, JobRecord, LotRecord, StoredFile, Submission
 from coordinator.store.deployments import Deployments
+from coordinator.store.needs import Labels, fits
 from coordinator.store.shelf import Shelf
 from coordinator.store.watch import Watch
 from protocol.faults import Fault, FaultError
@@ -53,11 +54,26 @@ class StoreAway(FaultError, StoreError):
 
 
 class Want(msgspec.Struct, frozen=True):
-    """Free slots: up to `limit` jobs of this model whose kind is one of `kinds`."""
+    """Free slots: up to `limit` jobs of this model whose kind is one of `kinds`.
+
+    Attributes:
+        labels: what the workers with these slots are labelled; jobs that ask for others are not for them.
+        vram_gb: most GPU memory that a job may be reckoned to need; None sets no limit.
+        but: jobs that none of these workers takes now.
+    """
 
     model: str
     kinds: tuple[str, ...]
     limit: int
+    labels: Labels = frozenset()
+    vram_gb: float | None = None
+    but: tuple[str, ...] = ()
+
+    def takes(self, job: JobRecord) -> bool:
+        """Whether a slot of these could have the job."""
+        if job.model != self.model or job.kind not in self.kinds or job.id in self.but:
+            return False
+        return fits(job.needs, job.vram_gb_estimate, self.labels, self.vram_gb)
 
 
 Claimed = tuple[JobRecord, int]  # with the time left until its deadline in ms, 0 when it has none
@@ -196,8 +212,32 @@ class Store(Shelf, Deployments, Watch, Protocol):
     def get(self, job_id: str, tenant: str | None = None) -> JobRecord | None:
         """The row; with a tenant only when it is the tenant's."""
 
-    def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
-        """Newest first, without params and result."""
+    def recent(self, tenant: str, limit: int, state: str | None = None, dead: bool = False) -> list[JobRecord]:
+        """Newest first, without params and result; with `dead` only those that somebody may want to try again."""
+
+    def attempts_of(self, record: JobRecord) -> list[AttemptRecord]:
+        """The attempts that workers accepted, in their order; of very many the latest."""
+
+    def retry(self, job_id: str, tenant: str | None) -> JobRecord | None:
+        """Failed back to queued, with all its tries, and its whole time; what became of earlier attempts is kept.
+
+        None when there is no such job (of the tenant's, unless that is None). Raises FaultError(conflict) for a job
+        that has not failed.
+        """
+
+    def insert_lot(
+        self, lot: LotRecord, jobs: Sequence[tuple[str, Submission]]
+    ) -> tuple[LotRecord, list[tuple[JobRecord, bool] | Fault]]:
+        """`insert` of each, in one transaction; one whose idempotency key conflicts gets its fault, and no row."""
+
+    def get_lot(self, lot_id: str, tenant: str) -> LotRecord | None:
+        """The tenant's lot, with its jobs counted by state."""
+
+    def cancel_lot(self, lot_id: str, tenant: str, fault: Fault) -> list[JobRecord]:
+        """`cancel` of all jobs of a lot; those that this call cancelled."""
+
+    def asked_labels(self) -> Labels:
+        """All labels that waiting jobs ask for."""
 
     def claim(self, wants: Sequence[Want]) -> list[Claimed]:
         """Take due jobs (higher priority first, then in fair turns of the tenants, then older) as offered, each with

@@ -26,6 +26,7 @@ from coordinator.store.base import (
     Want,
 )
 from coordinator.store.doorbell import Doorbell
+from coordinator.store.needs import NO_LIMIT_GB
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.postgres_schema import MIGRATIONS
 from coordinator.store.rows import Row, record
@@ -41,24 +42,29 @@ _MIGRATING = 0x62756C6B  # of the advisory lock, so that coordinators that start
 _BETWEEN = "\x1f"
 _FORGET_GATEWAY_MS = 3_600_000
 _LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
-# One index walk per want, and none waits for rows that another coordinator claims just now. `kind = ANY` filters what
-# the walk finds; in the place of `model =` it would sort the whole queue. MATERIALIZED: it is run once, not per row.
+# One index walk per want and line, and none waits for rows that another coordinator claims just now. `kind = ANY`
+# filters what the walk finds; in the place of `model =` it would sort the whole queue. MATERIALIZED: it is run once,
+# not per row. A want of several lines locks up to its limit in each and takes the first of them all: for the rest of
+# this statement others pass over what it leaves, and find it when they look again.
 _CLAIM = """
     WITH wants AS (
-        SELECT model, string_to_array(kinds, chr(31)) AS kinds, wanted
-        FROM unnest(:models::text[], :kinds::text[], :limits::int[]) AS want (model, kinds, wanted)
+        SELECT model, needs, string_to_array(kinds, chr(31)) AS kinds, wanted, vram,
+            string_to_array(but, chr(31)) AS but
+        FROM unnest(:models::text[], :needs::text[], :kinds::text[], :limits::int[], :vrams::float8[], :buts::text[])
+            AS want (model, needs, kinds, wanted, vram, but)
     ), due AS MATERIALIZED (
-        SELECT picked.seq FROM wants CROSS JOIN LATERAL (
-            SELECT seq FROM jobs WHERE state = 'queued' AND model = wants.model AND kind = ANY (wants.kinds)
-            AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)
+        SELECT picked.seq, wants.wanted,
+            row_number() OVER (PARTITION BY wants.model ORDER BY picked.priority DESC, picked.vt, picked.seq) AS place
+        FROM wants CROSS JOIN LATERAL (
+            SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = wants.model AND needs = wants.needs
+            AND kind = ANY (wants.kinds) AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)
+            AND vram_gb_estimate <= wants.vram AND id <> ALL (wants.but)
             ORDER BY priority DESC, vt, seq LIMIT wants.wanted FOR UPDATE SKIP LOCKED
         ) AS picked
     )
     UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '', gateway = :me
-    FROM due WHERE jobs.seq = due.seq RETURNING jobs.*
+    FROM due WHERE jobs.seq = due.seq AND due.place <= due.wanted RETURNING jobs.*
 """
-
-
 _ACCEPT = """
     UPDATE jobs SET state = 'running', worker = held.worker, tries = tries + 1, started_ms = :now
     FROM unnest(:ids::text[], :attempts::bigint[], :workers::text[]) AS held (id, attempt, worker)
@@ -98,6 +104,8 @@ class PostgresStore(SqlStore):
     ) -> None:
         self.gateway = f"gw_{secrets.token_hex(8)}"
         self.parallel, self.silent_ms = connections, silent_ms
+        self.advertised = ""  # the URL of this replica's door, said with every beat
+        self._judges_from = 0  # before this, silence of others is put down to ourselves or the database
         self._link = PostgresLink(url, pooled=pooled, connections=connections)
         self._bell: Doorbell | None = None
         try:
@@ -120,6 +128,12 @@ class PostgresStore(SqlStore):
         with self._transaction() as now:
             before = self._one("SELECT beat_ms FROM gateways WHERE id = :me", me=self.gateway)
             self._say_alive(now)
+            lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
+            if lapsed:
+                # The database was away, or this process was stopped: the others may be as late as we are.
+                self._judges_from = now + self.silent_ms
+            if now < self._judges_from:
+                return Beat(lapsed)
             silent = {"now": now, "silent": self.silent_ms}
             found = self._all(
                 "SELECT id FROM jobs WHERE state IN ('offered', 'running') AND gateway <> :me "
@@ -131,15 +145,35 @@ class PostgresStore(SqlStore):
                 self._all("UPDATE jobs SET gateway = :me WHERE id = :id RETURNING id", me=self.gateway, id=row["id"])
             self._all("DELETE FROM gateways WHERE beat_ms < :before RETURNING id", before=now - _FORGET_GATEWAY_MS)
             left = self._leave(LEFT_BEHIND, now)
-            lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
-            return Beat(lapsed, len(found), tuple(left))
+            return Beat(False, len(found), tuple(left))
+
+    @whole
+    def peers(self) -> list[tuple[str, str]]:
+        """(name, URL) of the other coordinators that live and have a door for us."""
+        rows = self._read(
+            "SELECT id, url FROM gateways WHERE beat_ms > now_ms() - :silent AND id <> :me AND url <> '' ORDER BY id",
+            silent=self.silent_ms,
+            me=self.gateway,
+        )
+        return [(row["id"], row["url"]) for row in rows]
+
+    @whole
+    def ended_of(self, jobs: Sequence[str]) -> list[str]:
+        """Those of these jobs that have ended, or are not there."""
+        rows = self._read(
+            "SELECT asked.id FROM unnest(:ids::text[]) AS asked (id) LEFT JOIN jobs ON jobs.id = asked.id "
+            "WHERE jobs.id IS NULL OR jobs.finished_ms IS NOT NULL",
+            ids=list(jobs),
+        )
+        return [row["id"] for row in rows]
 
     def _say_alive(self, now: int) -> None:
         self._all(
-            "INSERT INTO gateways (id, beat_ms) VALUES (:me, :now) "
-            "ON CONFLICT (id) DO UPDATE SET beat_ms = :now RETURNING id",
+            "INSERT INTO gateways (id, beat_ms, url) VALUES (:me, :now, :url) "
+            "ON CONFLICT (id) DO UPDATE SET beat_ms = :now, url = :url RETURNING id",
             me=self.gateway,
             now=now,
+            url=self.advertised,
         )
 
     @whole
@@ -165,12 +199,19 @@ class PostgresStore(SqlStore):
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
         claimed: list[Row] = []
+        lines: dict[str, list[str]] = {}
         for round_ in _rounds(wants):
+            asked = [(want, needs) for want in round_ for needs in self._lines_for(want, lines)]
+            if not asked:
+                continue
             claimed += self._all(
                 _CLAIM,
-                models=[want.model for want in round_],
-                kinds=[_BETWEEN.join(want.kinds) for want in round_],
-                limits=[want.limit for want in round_],
+                models=[want.model for want, _ in asked],
+                needs=[needs for _, needs in asked],
+                kinds=[_BETWEEN.join(want.kinds) for want, _ in asked],
+                limits=[want.limit for want, _ in asked],
+                vrams=[NO_LIMIT_GB if want.vram_gb is None else want.vram_gb for want, _ in asked],
+                buts=[_BETWEEN.join(want.but) for want, _ in asked],
                 me=self.gateway,
                 now=now,
             )
@@ -218,6 +259,9 @@ class PostgresStore(SqlStore):
 
     def _hold(self, job_id: str) -> bool:
         return self._one("SELECT id FROM jobs WHERE id = :id FOR UPDATE", id=job_id) is not None
+
+    def _one_by_one(self, name: str) -> None:
+        self._one("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))::text AS taken", name=name)
 
     def _all(self, sql: str, **names: Any) -> Sequence[Row]:
         return self._link.all(sql, names)

@@ -115,6 +115,10 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX batch_items_by_job ON batch_items (job) WHERE job IS NOT NULL;
     """,
     """
+    -- Where the other replicas reach this one; '' when it has no door for them.
+    ALTER TABLE gateways ADD COLUMN url TEXT NOT NULL DEFAULT '';
+    """,
+    """
     CREATE TABLE usage_days (
         day BIGINT NOT NULL,
         tenant TEXT NOT NULL,
@@ -187,5 +191,37 @@ MIGRATIONS: tuple[str, ...] = (
     -- Browsers that look at the dashboard: hashes alone, of their secret and of their key's.
     CREATE TABLE sessions (hash BYTEA PRIMARY KEY, key_hash BYTEA NOT NULL, expires_ms BIGINT NOT NULL);
     CREATE INDEX sessions_by_key ON sessions (key_hash, expires_ms);
+    """,
+    """
+    ALTER TABLE jobs ADD COLUMN needs TEXT NOT NULL DEFAULT '', ADD COLUMN lot TEXT NOT NULL DEFAULT '',
+        ADD COLUMN dead SMALLINT NOT NULL DEFAULT 0;
+    UPDATE jobs SET vt = vt * 1000 WHERE state = 'queued';
+    DROP INDEX jobs_waiting;
+    CREATE INDEX jobs_waiting ON jobs (model, needs, priority DESC, vt, seq, run_after_ms) WHERE state = 'queued';
+    CREATE INDEX jobs_front ON jobs (model, priority, vt) WHERE state = 'queued';
+    CREATE INDEX jobs_dead ON jobs (tenant, seq) WHERE dead = 1;
+    CREATE INDEX jobs_by_lot ON jobs (lot) WHERE lot <> '';
+
+    CREATE TABLE attempts (
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        n BIGINT NOT NULL,
+        worker TEXT NOT NULL,
+        began_ms BIGINT,
+        ended_ms BIGINT NOT NULL,
+        outcome TEXT NOT NULL,
+        fault BYTEA,
+        PRIMARY KEY (job, n)
+    );
+    CREATE TABLE lots (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        created_ms BIGINT NOT NULL,
+        total BIGINT NOT NULL,
+        refused BIGINT NOT NULL
+    );
+    CREATE INDEX lots_by_age ON lots (created_ms);
+    """,
+    """
+    CREATE INDEX jobs_unended ON jobs (tenant, key_id) WHERE state IN ('queued', 'offered', 'running');
     """,
 )

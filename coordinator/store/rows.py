@@ -9,6 +9,7 @@ import msgspec
 
 from coordinator.records import JobRecord, JobState, StoredFile, StoredInput, Submission
 from coordinator.store.base import Failing
+from coordinator.store.needs import needs_of
 from protocol.faults import Fault, refuse
 
 _pack = msgspec.msgpack.encode
@@ -31,8 +32,24 @@ class Row(Protocol):
 LIGHT = (
     "id, kind, model, state, tenant, attempt, created_ms, key_id, tries, started_ms, finished_ms, files, usage, fault, "
     "inputs, stream, streamed, worker, priority, deadline_at_ms, labels, vram_gb_estimate, max_attempts, traceparent, "
-    "idempotency_key, alone"
+    "idempotency_key, alone, run_after_ms, needs, lot, dead"
 )
+
+
+# Start-time fair queueing: a job stands behind its tenant's waiting jobs, and not before what is served next. So a
+# tenant with a thousand jobs does not make another wait for all of them. Relative to what waits, so it needs no
+# table that every submission would have to lock. `:step` is how far behind: what the job costs, by its tenant's share.
+FAIR_TURN = (
+    "coalesce((SELECT max(vt) FROM jobs WHERE state = 'queued' AND model = :model AND priority = :priority "
+    "AND tenant = :tenant), (SELECT min(vt) FROM jobs WHERE state = 'queued' AND model = :model "
+    "AND priority = :priority), 0) + :step"
+)
+_TURN = 1000  # of a job that costs 1, for a tenant with the weight 1
+
+
+def turn_step(cost: float = 1.0, weight: float = 1.0) -> int:
+    """How far a job stands behind the one before it of the same tenant."""
+    return max(1, round(_TURN * min(max(cost, 0.001), 86_400.0) / min(max(weight, 0.001), 1000.0)))
 
 
 def _fingerprint(submission: Submission) -> bytes:
@@ -64,7 +81,8 @@ def columns(job_id: str, submission: Submission, now: int, origin: str) -> dict[
         "model": submission.model,
         "max_attempts": submission.max_attempts,
         "priority": submission.priority,
-        "deadline_at_ms": now + submission.deadline_ms if submission.deadline_ms else 0,
+        "run_after_ms": submission.run_after_ms if submission.run_after_ms > now else 0,
+        "deadline_at_ms": max(now, submission.run_after_ms) + submission.deadline_ms if submission.deadline_ms else 0,
         "created_ms": now,
         "stream": int(submission.stream),
         "vram_gb_estimate": submission.vram_gb_estimate,
@@ -72,6 +90,8 @@ def columns(job_id: str, submission: Submission, now: int, origin: str) -> dict[
         "attended": int(submission.attended),
         "origin": origin,
         "labels": _pack(submission.labels),
+        "needs": needs_of(submission.labels, submission.vram_gb_estimate),
+        "lot": submission.lot,
         "params": submission.params,
         "inputs": _pack(submission.inputs),
     }
@@ -122,4 +142,8 @@ def record(row: Row, *, light: bool = False) -> JobRecord:
         traceparent=row["traceparent"],
         idempotency_key=row["idempotency_key"],
         alone=bool(row["alone"]),
+        run_after_ms=row["run_after_ms"],
+        needs=row["needs"],
+        lot=row["lot"],
+        dead=bool(row["dead"]),
     )

@@ -26,13 +26,17 @@ from coordinator.store.base import (
     after_failure,
     deadline_fault,
 )
-from coordinator.store.rows import Row, columns, failing, record, same_request
+from coordinator.store.needs import may_fit
+from coordinator.store.open_limits import check_open
+from coordinator.store.rows import FAIR_TURN, Row, columns, failing, record, same_request, turn_step
 from coordinator.store.sql_deploy import SqlDeploy
+from coordinator.store.sql_history import SqlHistory
+from coordinator.store.sql_lots import SqlLots
 from coordinator.store.sql_reads import SqlReads
 from coordinator.store.sql_shelf import SqlShelf
 from coordinator.store.sql_steps import whole
 from coordinator.store.sql_usage import SqlUsage
-from protocol.faults import Fault
+from protocol.faults import Fault, Owner
 
 _pack = msgspec.msgpack.encode
 
@@ -40,14 +44,6 @@ _THIS_ATTEMPT = "id = :id AND attempt = :attempt AND worker = :worker"
 _RUNNING = f"{_THIS_ATTEMPT} AND state = 'running'"
 _OPEN = "state IN ('offered', 'running')"
 _UNENDED = "state IN ('queued', 'offered', 'running')"
-# Start-time fair queueing: a job stands behind its tenant's waiting jobs, and not before what is served next. So a
-# tenant with a thousand jobs does not make another wait for all of them. Relative to what waits, so it needs no
-# table that every submission would have to lock.
-_FAIR_TURN = (
-    "coalesce((SELECT max(vt) FROM jobs WHERE state = 'queued' AND model = :model AND priority = :priority "
-    "AND tenant = :tenant), (SELECT min(vt) FROM jobs WHERE state = 'queued' AND model = :model "
-    "AND priority = :priority), 0) + 1"
-)
 
 
 def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
@@ -56,13 +52,29 @@ def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
     return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in ordered]
 
 
-class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
+class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlLots):
     """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
 
     ORPHANED = "attended = 1"  # whose client's coordinator is gone; with one coordinator: each, at its start
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
         raise NotImplementedError
+
+    def _lines(self, model: str) -> list[str]:
+        """What the model's waiting jobs need, each once: a step of the index per line, however many jobs wait."""
+        first = "SELECT min(needs) FROM jobs WHERE state = 'queued' AND model = :model"
+        rows = self._all(
+            f"WITH RECURSIVE line (needs) AS ({first} UNION ALL SELECT ({first} AND needs > line.needs) FROM line "
+            "WHERE line.needs IS NOT NULL) SELECT needs FROM line WHERE needs IS NOT NULL",
+            model=model,
+        )
+        return [row["needs"] for row in rows]
+
+    def _lines_for(self, want: Want, lines: dict[str, list[str]]) -> list[str]:
+        """Those of the model's lines whose jobs a want may take; `lines` keeps what was looked up."""
+        if want.model not in lines:
+            lines[want.model] = self._lines(want.model)
+        return [needs for needs in lines[want.model] if may_fit(needs, want.labels, want.vram_gb)]
 
     def _due_now(self) -> None:
         """There is work that was not claimed in the same breath: other coordinators may want to know."""
@@ -91,14 +103,15 @@ class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
         return row, created, claimed
 
     def _insert(self, job_id: str, submission: Submission, now: int) -> tuple[JobRecord, bool]:
-        values = columns(job_id, submission, now, self.gateway)
+        check_open(self, submission)
+        values, step = columns(job_id, submission, now, self.gateway), turn_step(submission.cost, submission.weight)
         names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
         statement = (
-            f"INSERT INTO jobs ({names}, vt) VALUES ({places}, {_FAIR_TURN}) "
+            f"INSERT INTO jobs ({names}, vt) VALUES ({places}, {FAIR_TURN}) "
             "ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key <> '' DO NOTHING RETURNING *"
         )
         # A row that was in the way may be deleted before it is read; then there is nothing in the way any more.
-        while (row := self._one(statement, **values)) is None:
+        while (row := self._one(statement, step=step, **values)) is None:
             known = self._one(
                 "SELECT * FROM jobs WHERE tenant = :tenant AND idempotency_key = :key AND idempotency_key <> ''",
                 tenant=submission.tenant,
@@ -189,6 +202,7 @@ class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
                 **names,
             )
             if row is not None:
+                self._reopen_attempt(job_id, attempt)  # it waited for its next try, and this one goes on after all
                 return Adoption("adopted", record(row))
             row = self._one("SELECT * FROM jobs WHERE id = :id AND attempt = :attempt", id=job_id, attempt=attempt)
         if row is None or row["worker"] not in ("", worker):
@@ -244,6 +258,7 @@ class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
             row = self._one(f"SELECT * FROM jobs WHERE {_RUNNING}{self.LOCK}", **names)
             if row is None:
                 return self._not_ours(names, "failed")
+            self._keep_attempt(row, "failed", fault, now)
             decided = after_failure(failing(row, streamed=streamed), fault, now)
             if isinstance(decided, Fault):
                 self._count([ended := self._fail_row(job_id, decided, now)], now)
@@ -335,6 +350,7 @@ class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
         """Delete jobs that ended more than `retention_ms` ago and that no open batch needs."""
         with self._transaction() as now:
+            self._purge_lots(now - retention_ms, limit)
             rows = self._all(
                 "SELECT id FROM jobs WHERE finished_ms <= :before AND NOT EXISTS "
                 f"(SELECT 1 FROM batch_items WHERE job = jobs.id) ORDER BY finished_ms LIMIT :limit{self.SKIP}",
@@ -385,10 +401,12 @@ class SqlStore(SqlDeploy, SqlShelf, SqlReads, SqlUsage):
 
     def _fail_row(self, job_id: str, fault: Fault, now: int) -> JobRecord:
         row = self._one(
-            "UPDATE jobs SET state = 'failed', finished_ms = :now, fault = :fault WHERE id = :id RETURNING *",
+            "UPDATE jobs SET state = 'failed', finished_ms = :now, fault = :fault, dead = :dead WHERE id = :id "
+            "RETURNING *",
             id=job_id,
             now=now,
             fault=_pack(fault),
+            dead=int(fault.owner != Owner.CALLER),
         )
         assert row is not None
         return record(row)

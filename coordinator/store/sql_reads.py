@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.records import JobRecord, Submission
 from coordinator.store.base import SILENT_MS, OpenAttempt
+from coordinator.store.needs import Labels, asked_labels
 from coordinator.store.rows import LIGHT, record, same_request
 from coordinator.store.sql_watch import SqlWatch
 
@@ -42,9 +43,10 @@ class SqlReads(SqlWatch):
         )
         return same_request(rows[0], submission) if rows else None
 
-    def recent(self, tenant: str, limit: int, state: str | None = None) -> list[JobRecord]:
-        """Newest first, without params and result."""
+    def recent(self, tenant: str, limit: int, state: str | None = None, dead: bool = False) -> list[JobRecord]:
+        """Newest first, without params and result; with `dead` only those that somebody may want to try again."""
         inside = {None: "", "queued": " AND state IN ('queued', 'offered')"}.get(state, " AND state = :state")
+        inside += " AND dead = 1" if dead else ""
         rows = self._read(
             f"SELECT {LIGHT} FROM jobs WHERE tenant = :tenant{inside} ORDER BY seq DESC LIMIT :limit",
             tenant=tenant,
@@ -69,6 +71,11 @@ class SqlReads(SqlWatch):
         """(kind, model) -> jobs that wait."""
         rows = self._read("SELECT kind, model, count(*) AS n FROM jobs WHERE state = 'queued' GROUP BY kind, model")
         return {(row["kind"], row["model"]): row["n"] for row in rows}
+
+    def asked_labels(self) -> Labels:
+        """All labels that waiting jobs ask for."""
+        rows = self._read("SELECT DISTINCT needs FROM jobs WHERE state = 'queued' AND needs <> ''")
+        return frozenset().union(*(asked_labels(row["needs"]) for row in rows))
 
     def has_blob(self, key: str) -> bool:
         """Whether a job's input or a kept file has this key."""

@@ -7,6 +7,7 @@ A transaction cannot be half-cancelled that way. What the statements mean is in 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.store.base import Beat, Claimed, StoreError, Want
+from coordinator.store.needs import NO_LIMIT_GB
 from coordinator.store.sql import SqlStore, in_turn
 from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
 from coordinator.store.sqlite_schema import CLOCK
@@ -67,22 +69,39 @@ class SqliteStore(SqlStore):
         """Nobody else writes to this file, so `ring` is never called."""
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
+        """One writer, so what was looked at is still so when it is changed."""
         claimed: list[Row] = []
+        lines: dict[str, list[str]] = {}
         for want in wants:
-            kinds = {f"kind{n}": kind for n, kind in enumerate(want.kinds)}
-            claimed += self._all(
-                "UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '', gateway = :me WHERE seq IN ("
-                "  SELECT seq FROM jobs WHERE state = 'queued' AND model = :model"
-                f"   AND kind IN ({', '.join(':' + name for name in kinds)})"
-                "    AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)"
-                "  ORDER BY priority DESC, vt, seq LIMIT :limit) RETURNING *",
-                me=self.gateway,
-                model=want.model,
-                limit=want.limit,
-                now=now,
-                **kinds,
-            )
+            fitting = self._lines_for(want, lines)
+            due = [row for needs in fitting for row in self._due(want, needs, now)]
+            if len(fitting) > 1:
+                due = sorted(due, key=lambda row: (-row["priority"], row["vt"], row["seq"]))[: want.limit]
+            if due:
+                claimed += self._all(
+                    "UPDATE jobs SET state = 'offered', attempt = attempt + 1, worker = '', gateway = :me "
+                    "WHERE seq IN (SELECT value FROM json_each(:due)) RETURNING *",
+                    me=self.gateway,
+                    due=json.dumps([row["seq"] for row in due]),
+                )
         return in_turn(claimed, now)
+
+    def _due(self, want: Want, needs: str, now: int) -> Sequence[Row]:
+        kinds = {f"kind{n}": kind for n, kind in enumerate(want.kinds)}
+        but = " AND id NOT IN (SELECT value FROM json_each(:but))" if want.but else ""
+        return self._all(
+            "SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = :model AND needs = :needs"
+            f" AND kind IN ({', '.join(':' + name for name in kinds)})"
+            " AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)"
+            f" AND vram_gb_estimate <= :vram{but} ORDER BY priority DESC, vt, seq LIMIT :limit",
+            model=want.model,
+            needs=needs,
+            vram=NO_LIMIT_GB if want.vram_gb is None else want.vram_gb,
+            but=json.dumps(want.but),
+            limit=want.limit,
+            now=now,
+            **kinds,
+        )
 
     @contextlib.contextmanager
     def _transaction(self, *, synced: bool = True) -> Iterator[int]:

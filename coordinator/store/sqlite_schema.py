@@ -196,4 +196,37 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE sessions (hash BLOB PRIMARY KEY, key_hash BLOB NOT NULL, expires_ms INTEGER NOT NULL) WITHOUT ROWID;
     CREATE INDEX sessions_by_key ON sessions (key_hash, expires_ms);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN needs TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN lot TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN dead INTEGER NOT NULL DEFAULT 0;
+    UPDATE jobs SET vt = vt * 1000 WHERE state = 'queued';
+    DROP INDEX jobs_waiting;
+    CREATE INDEX jobs_waiting ON jobs (model, needs, priority DESC, vt, seq, run_after_ms) WHERE state = 'queued';
+    CREATE INDEX jobs_front ON jobs (model, priority, vt) WHERE state = 'queued';
+    CREATE INDEX jobs_dead ON jobs (tenant, seq) WHERE dead = 1;
+    CREATE INDEX jobs_by_lot ON jobs (lot) WHERE lot <> '';
+
+    CREATE TABLE attempts (
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        n INTEGER NOT NULL,
+        worker TEXT NOT NULL,
+        began_ms INTEGER,
+        ended_ms INTEGER NOT NULL,
+        outcome TEXT NOT NULL,
+        fault BLOB,
+        PRIMARY KEY (job, n)
+    ) WITHOUT ROWID;
+    CREATE TABLE lots (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        created_ms INTEGER NOT NULL,
+        total INTEGER NOT NULL,
+        refused INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX lots_by_age ON lots (created_ms);
+    """,
+    """
+    CREATE INDEX jobs_unended ON jobs (tenant, key_id) WHERE state IN ('queued', 'offered', 'running');
+    """,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import openai
@@ -46,9 +47,9 @@ def serve(served: Running) -> Iterator[Serve]:
     """`serve(script, "model", "kind", …)` connects a worker that serves the model by the script."""
     with ExitStack() as stack:
 
-        def start(script: Script, model: str, *kinds: str, slots: int = 4) -> FakeWorker:
+        def start(script: Script, model: str, *kinds: str, slots: int = 4, **announced: Any) -> FakeWorker:
             offer = ModelOffer(name=model, kinds=kinds, engine="fake", slots=slots)
-            return stack.enter_context(FakeWorker(served, (offer,), script, f"fake-{next(_numbers)}"))
+            return stack.enter_context(FakeWorker(served, (offer,), script, f"fake-{next(_numbers)}", **announced))
 
         yield start
 

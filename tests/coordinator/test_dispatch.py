@@ -50,7 +50,10 @@ def refused(code: str) -> Iterator[pytest.ExceptionInfo[FaultError]]:
 
 
 def test_a_job_goes_out_and_its_answer_comes_back(desk: Desk, worker: RawWorker) -> None:
-    record, events = desk.follow(stream=True, labels={"a": "b"}, tenant="t", priority=2, traceparent="tp")
+    worker.send(wire.Announce(capabilities=wire.Capabilities(models=(CHAT,), labels={"a": "b"})))
+    record, events = desk.follow(
+        wait_for_worker=True, stream=True, labels={"a": "b"}, tenant="t", priority=2, traceparent="tp"
+    )
     assert (record.state, record.attempt) == ("queued", 0)
     offer = worker.take()
     assert (offer.job, offer.attempt) == (record.id, 1)

@@ -9,6 +9,7 @@ import pytest
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Worker
 from coordinator.records import JobRecord
 from coordinator.store.base import Want
+from coordinator.store.needs import needs_of
 from protocol import link_wire as wire
 
 
@@ -33,6 +34,10 @@ def worker(name: str, *models: wire.ModelOffer, busy: int = 0, **capabilities: A
 
 def hold(made: Worker, job: str, name: str = "chat", kind: str = "llm") -> None:
     made.attempts[job, 1] = HeldAttempt(job, 1, kind, name, "running")
+
+
+def offered(**options: Any) -> HeldAttempt:
+    return HeldAttempt(**{"job": "j", "attempt": 1, "kind": "llm", "model": "chat", "state": "offered", **options})
 
 
 def fleet(*workers: Worker) -> Fleet:
@@ -113,8 +118,8 @@ def test_a_job_avoids_who_declined_it() -> None:
     assert placed(made, now=9.0) == "b"
     assert placed(made, "another", now=9.0) == "a"
     assert placed(made, now=10.0) == "a"
-    assert made.others("llm", "chat", "j", "b", 9.0) is False
-    assert made.others("llm", "chat", "j", "a", 9.0) is True
+    assert made.others(offered(), "b", 9.0) is False
+    assert made.others(offered(), "a", 9.0) is True
     made.forget_job("j")
     assert placed(made, now=9.0) == "a"
 
@@ -135,10 +140,10 @@ def test_refused_by_all_needs_everybody_for_good() -> None:
     made = fleet(worker("a"), worker("b"), worker("c", model("other")))
     made.avoid("j", "a", FOREVER)
     made.avoid("j", "b", 1e9)
-    assert not made.refused_by_all("llm", "chat", "j")
+    assert not made.refused_by_all(offered())
     made.avoid("j", "b", FOREVER)
-    assert made.refused_by_all("llm", "chat", "j")
-    assert not made.refused_by_all("llm", "nobody serves this", "j")
+    assert made.refused_by_all(offered())
+    assert not made.refused_by_all(offered(model="nobody serves this"))
 
 
 def test_judge_says_what_is_wrong() -> None:
@@ -206,3 +211,96 @@ def test_a_job_that_needs_more_memory_than_the_threshold_is_not_for_it() -> None
 
 def test_of_equals_the_one_that_connected_first_is_taken() -> None:
     assert placed(fleet(worker("z"), worker("a"))) == "z"
+
+
+# ---- labels and memory --------------------------------------------------------------------------------------
+
+GIB = 2**30
+TRUSTED = {"trusted": "true"}
+
+
+def gpu(gb: int) -> wire.Gpu:
+    return wire.Gpu(uuid=f"GPU-{gb}", name="A GPU", vram_bytes=gb * GIB)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "said", "expected"),
+    [
+        ({}, None, None),
+        ({"gpus": (gpu(24), gpu(16))}, None, 40.0),
+        ({"gpus": (gpu(24),), "vram_threshold_gb": 10.0}, None, 10.0),
+        ({"gpus": (gpu(24),), "vram_threshold_gb": 10.0}, 0.0, 0.0),
+    ],
+)
+def test_how_much_memory_a_job_may_need(
+    capabilities: dict[str, Any], said: float | None, expected: float | None
+) -> None:
+    one = worker("a", **capabilities)
+    one.vram_gb = said
+    assert one.room_gb == expected
+
+
+def test_a_job_is_placed_where_its_labels_and_its_memory_are() -> None:
+    made = fleet(worker("plain"), worker("small", labels=TRUSTED, gpus=(gpu(8),)), worker("large", gpus=(gpu(80),)))
+    assert placed(made, needs=needs_of(TRUSTED, 0)) == "small"
+    assert placed(made, needs=needs_of(TRUSTED, 9), vram_gb_estimate=9.0) is None
+    made.remove(made.workers["plain"])
+    assert placed(made, needs=needs_of({}, 9), vram_gb_estimate=9.0) == "large"
+
+
+def test_workers_are_told_apart_by_what_is_asked_for_and_by_nothing_else() -> None:
+    made = fleet(*(worker(f"w{n}", labels={"name": str(n), **(TRUSTED if n < 2 else {})}) for n in range(5)))
+    assert made.wants(0.0) == [Want("chat", ("llm",), 5)]
+    made.ask(TRUSTED)
+    told = [Want("chat", ("llm",), 2, frozenset(TRUSTED.items())), Want("chat", ("llm",), 3)]
+    assert made.wants(0.0) == told
+    made.asked(frozenset())  # looked up before the job was there
+    assert made.wants(0.0) == told
+    made.asked(frozenset())
+    assert made.wants(0.0) == [Want("chat", ("llm",), 5)]
+    made.asked(frozenset(TRUSTED.items()))
+    assert made.wants(0.0) == told
+    assert len(fleet(worker("a", gpus=(gpu(8),)), worker("b", gpus=(gpu(80),))).wants(0.0)) == 2
+
+
+def test_a_job_is_not_asked_for_while_all_who_are_free_avoid_it() -> None:
+    made = fleet(worker("a", model(slots=2)), worker("b"))
+    made.avoid("j", "a", FOREVER)
+    assert [want.but for want in made.wants(0.0)] == [()]
+    hold(made.workers["b"], "another")
+    assert [(want.limit, want.but) for want in made.wants(0.0)] == [(2, ("j",))]
+    made.avoid("k", "a", 5.0)
+    assert [want.but for want in made.wants(4.9)] == [("j", "k")]
+    assert [want.but for want in made.wants(5.0)] == [("j",)]
+
+
+def test_refused_by_all_asks_only_those_that_could_have_it() -> None:
+    made = fleet(worker("a", labels=TRUSTED), worker("b"))
+    made.avoid("j", "a", FOREVER)
+    assert not made.refused_by_all(offered())
+    trusted = offered(needs=needs_of(TRUSTED, 0))
+    assert made.refused_by_all(trusted)
+    assert not made.others(trusted, "a", 0.0)
+    assert made.others(offered(), "a", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "vram", "field", "words"),
+    [
+        (TRUSTED, 8.0, None, ""),
+        ({}, 80.0, None, ""),
+        ({"trusted": "yes", "pool": "eu"}, 0.0, "labels", "pool=eu, trusted=yes"),
+        (TRUSTED, 8.5, "vram_gb_estimate", "8.5 GB, the most is 8"),
+        ({}, 81.0, "vram_gb_estimate", "81 GB, the most is 80"),
+    ],
+)
+def test_what_nobody_has_is_said_at_once(labels: dict[str, str], vram: float, field: str | None, words: str) -> None:
+    made = fleet(worker("a", labels=TRUSTED, gpus=(gpu(8),)), worker("b", gpus=(gpu(80),)))
+    fault = made.judge("llm", "chat", labels, vram)
+    if field is None:
+        assert fault is None
+        return
+    assert fault is not None
+    assert (fault.code, fault.field) == ("no_worker", field)
+    assert words in fault.message
+    assert "wait_for_worker" in fault.message

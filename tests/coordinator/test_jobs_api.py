@@ -36,7 +36,7 @@ def command(job: Any) -> None:
 
 
 def test_the_life_of_a_job(http: httpx.Client, serve: Any) -> None:
-    worker = serve(command, "tool", "command")
+    worker = serve(command, "tool", "command", labels={"team": "a", "more": "b"})
     body = {
         "kind": "command",
         "model": "tool",

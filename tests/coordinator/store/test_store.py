@@ -77,7 +77,7 @@ def test_a_row_says_everything_that_was_submitted(store: Store) -> None:
     assert made.deadline_at_ms == made.created_ms + 5000
     assert before <= made.created_ms <= store.now_ms()
     for name in msgspec.structs.asdict(asked):
-        if name not in ("deadline_ms", "wait_for_worker", "attended"):
+        if name not in ("deadline_ms", "wait_for_worker", "attended", "weight", "cost"):
             assert getattr(made, name) == getattr(asked, name), name
     assert (made.state, made.attempt, made.tries, made.result, made.fault) == ("queued", 0, 0, None, None)
 
