@@ -142,13 +142,15 @@ def _unsaid(name: str) -> FaultError:
 
 def _image(params: ImageParams, inputs: Mapping[str, str]) -> dict[str, Any]:
     _no_word(params, "n", "quality")
-    if "mask" in inputs:  # theirs is white where the picture may change, ours transparent
+    mask = inputs.get("mask")
+    if mask is not None and params.mask_marks != "white":  # theirs is always white where the picture may change
         raise _unsaid("mask")
     start = inputs.get("image")
     return {
         "prompt": params.prompt,
         "negativePrompt": params.negative_prompt or None,
         "initImageUrl": start,
+        "maskUrl": mask,
         "denoise": params.strength if start else None,
         "cfgScale": params.guidance,
         "width": params.width,

@@ -289,7 +289,8 @@ IMAGE_MIME: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": 
 class ImageParams(Params, frozen=True):
     """Text to image; with an input named "image" it is the start of the diffusion, weighted by `strength`.
 
-    With an input named "mask", of the image's size, only its fully transparent places change.
+    With an input named "mask", of the image's size, only the places that it marks change: those that are fully
+    transparent, or with `mask_marks` "white" those that are nearer to white than to black.
 
     Sizes are in pixels and multiples of 8, as latent diffusion needs them. `steps` and `guidance` None mean the
     model's own defaults.
@@ -304,6 +305,7 @@ class ImageParams(Params, frozen=True):
     seed: _Seed | None = None
     n: Annotated[int, Meta(ge=1, le=16)] = 1
     strength: Annotated[float, Meta(gt=0, le=1)] = 0.75
+    mask_marks: Literal["transparent", "white"] = "transparent"
     format: ImageFormat = "png"
     quality: Annotated[int, Meta(ge=1, le=100)] = 90
 

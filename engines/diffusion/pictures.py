@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Content decides, never the file name. Pillow knows more formats; some start other programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_START_PIXELS = 64 * 2**20  # about 200 MB decoded; a PNG of a few KB can claim gigapixels
+NEARER_WHITE = 128  # of 255
 _WEBP_METHOD = 4  # Pillow's middle way between speed and size
 
 
@@ -56,12 +57,15 @@ def open_start(path: Path, width: int, height: int, field: str = "image") -> Pix
         return _fit(image, width, height, field)
 
 
-def open_mask(path: Path, start: Path, width: int, height: int) -> Mask:
+def open_mask(path: Path, start: Path, width: int, height: int, *, white: bool = False) -> Mask:
     """Decode a mask: its fully transparent places are where the start image may change; fitted as that image is.
+
+    Args:
+        white: it marks them by white instead; what is transparent is black then.
 
     Raises:
         FaultError: as `open_start`, naming "mask"; `invalid_input_file` when it has another size than the start
-            image, no transparency, or no place that is fully transparent.
+            image, no transparency where that marks, or no place that is marked.
     """
     import numpy as np
 
@@ -71,18 +75,25 @@ def open_mask(path: Path, start: Path, width: int, height: int) -> Mask:
         if mask.width * mask.height > MAX_START_PIXELS:
             raise _too_many_pixels("mask")
         mask.load()
-        if not mask.has_transparency_data:
+        if not white and not mask.has_transparency_data:
             raise refuse("invalid_input_file", "mask: nothing of it is transparent, so nothing may change.", "mask")
         upright = ImageOps.exif_transpose(mask)
         if upright.size != size:
             sizes = f"{upright.width} x {upright.height}, and the image has {size[0]} x {size[1]}"
             raise refuse("invalid_input_file", f"mask: it has {sizes} pixels; they must be the same.", "mask")
-        alpha = upright.convert("RGBA").getchannel("A")
-        fitted = ImageOps.fit(alpha, (width, height), Image.Resampling.NEAREST)
-        found: Mask = np.asarray(fitted) == 0
+        marks = _lightness(upright) if white else upright.convert("RGBA").getchannel("A")
+        levels = np.asarray(ImageOps.fit(marks, (width, height), Image.Resampling.NEAREST))
+        found: Mask = levels >= NEARER_WHITE if white else levels == 0
     if not found.any():
-        raise refuse("invalid_input_file", "mask: nothing of it is fully transparent, so nothing may change.", "mask")
+        mark = "white" if white else "fully transparent"
+        raise refuse("invalid_input_file", f"mask: nothing of it is {mark}, so nothing may change.", "mask")
     return found
+
+
+def _lightness(image: Image.Image) -> Image.Image:
+    """On black, so that what is transparent marks nothing, whatever colour lies under it."""
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen).convert("L")
 
 
 def latent_mask(mask: Mask) -> NDArray[np.float32]:

@@ -81,13 +81,15 @@ class ImageEngine(DiffusionEngine):
     @staticmethod
     def _mask(job: Job) -> Mask | None:
         """Where the input file named "mask" lets the start image change; None when there is none."""
+        asked = job.params
         if "mask" not in job.inputs:
             return None
         if "image" not in job.inputs:
             raise refuse("invalid_parameter", "mask: it belongs to an image, and none came.", "mask")
         from engines.diffusion.pictures import open_mask
 
-        return open_mask(job.inputs["mask"], job.inputs["image"], job.params.width, job.params.height)
+        white = asked.mask_marks == "white"
+        return open_mask(job.inputs["mask"], job.inputs["image"], asked.width, asked.height, white=white)
 
 
 def _case(prompt: str, colour: str, shape: str, **params: Any) -> Case:

@@ -1,46 +1,30 @@
 """Files over HTTP: inputs in, outputs out, both checked by size and sha256.
 
 A relative URL belongs to the coordinator and is opened with this worker's token; an absolute one (a presigned
-store) gets no token. Delivery is retried apart from computing: one bad answer of a proxy must not cost a job its
-GPU time.
+store) gets no token.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import urllib.parse
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
-
-import trio
+from collections.abc import Callable
 
 from protocol.engine_wire import OutputFile
-from protocol.faults import Fault, FaultError, refuse
+from protocol.faults import refuse
 from protocol.link_wire import FileRef
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import Address
+from supervisor.link.tries import Moved, Transient, judge, nobody, patience, persist, pour
 from supervisor.link.web import Web
 
-PIECE_BYTES = 2**20
 FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
 UPLOAD_PATIENCE_S = 600.0  # a result has cost GPU time: try much longer
 RESUME_BYTES = 2**20  # asking how much has come is worth it from here on
 IDLE_S = 30.0  # without a byte, in either direction
 
-_Value = TypeVar("_Value")
 Output = Callable[[], int] | bytes
-# Told of bytes as they move, those of tries that failed too: a link is paid for by what went over it.
-Moved = Callable[[int], None]
-
-
-def _nobody(_count: int) -> None:
-    """Counts nothing."""
-
-
-class _Transient(Exception):
-    """Worth another try."""
 
 
 class Transfer(Web):
@@ -75,7 +59,7 @@ class Transfer(Web):
 
     # ---- in
 
-    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = _nobody) -> None:
+    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = nobody) -> None:
         """Write an input file.
 
         Args:
@@ -92,36 +76,23 @@ class Transfer(Web):
             await self._fetch_once(file, target, moved)
 
         try:
-            await self._with_retries(once, self._fetch_patience_s)
-        except _Transient as error:
+            await persist(self, once, "input_unavailable", self._backoff(), self._fetch_patience_s)
+        except Transient as error:
             sentence = f"The input {file.name!r} cannot be fetched: {error}."
             raise refuse("input_unavailable", sentence, file.name) from None
 
     async def _fetch_once(self, file: FileRef, target: Callable[[], int], moved: Moved) -> None:
         client = await self.client()
         url, headers = self._target(file.url)
-        digest, size = hashlib.sha256(), 0
+        digest = hashlib.sha256()
         async with client.stream("GET", url, headers=headers) as response:
-            self._judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
-            async with trio.wrap_file(os.fdopen(target(), "wb")) as out:
-                trouble: OSError | None = None
-                # httpx iterates by generators within generators, which only end well from inside: so no `break`,
-                # no error and no cancellation may happen between two pieces.
-                with trio.CancelScope() as enough:
-                    async for piece in response.aiter_bytes(PIECE_BYTES):
-                        size += len(piece)
-                        moved(len(piece))
-                        digest.update(piece)
-                        trouble = trouble or await _written(out, piece)
-                        if trouble or size > file.size:
-                            enough.cancel()
-                if trouble:
-                    raise trouble
+            judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
+            size = await pour(response, target(), file.size, moved, digest.update)
         if size != file.size:
             more = "more than " if size > file.size else ""
-            raise _Transient(f"{more}{min(size, file.size)} of {file.size} bytes came")
+            raise Transient(f"{more}{min(size, file.size)} of {file.size} bytes came")
         if digest.hexdigest() != file.sha256.lower():
-            raise _Transient(f"its sha256 is {digest.hexdigest()}, not {file.sha256.lower()}")
+            raise Transient(f"its sha256 is {digest.hexdigest()}, not {file.sha256.lower()}")
 
     # ---- out
 
@@ -131,7 +102,7 @@ class Transfer(Web):
         file: OutputFile,
         source: Output,
         until: float | None = None,
-        moved: Moved = _nobody,
+        moved: Moved = nobody,
         patience_s: float | None = None,
     ) -> None:
         """PUT an output to `template` with its name filled in.
@@ -156,12 +127,10 @@ class Transfer(Web):
             at = await self._received(template, file) if tries > 1 and file.size >= RESUME_BYTES else 0
             await self._upload_once(template, file, source, moved, at)
 
-        patience_s = self._upload_patience_s if patience_s is None else patience_s
-        if until is not None:
-            patience_s = max(0.0, min(patience_s, until - trio.current_time()))
+        patience_s = patience(self._upload_patience_s if patience_s is None else patience_s, until)
         try:
-            await self._with_retries(once, patience_s)
-        except _Transient as error:
+            await persist(self, once, "upload_failed", self._backoff(), patience_s)
+        except Transient as error:
             sentence = f"The output {file.name!r} cannot be delivered: {error}."
             raise refuse("upload_failed", sentence, file.name) from None
 
@@ -197,46 +166,5 @@ class Transfer(Web):
             if fd >= 0:
                 os.close(fd)
         if at and response.status_code == 409:
-            raise _Transient("the coordinator has another part of it")  # asked for anew, and sent from there
-        self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
-
-    # ---- both
-
-    def _judge(self, status: int, code: str, sentence: str) -> None:
-        if status < 300:
-            return
-        if status >= 500 or status in (408, 425, 429):
-            raise _Transient(f"HTTP {status}")
-        # Too large will be too large for every worker: running the job again would only cost its GPU time again.
-        again = False if status == 413 else None
-        raise FaultError(Fault(code, f"{sentence}: HTTP {status}.", retryable=again))
-
-    async def _with_retries(self, once: Callable[[], Awaitable[_Value]], patience_s: float) -> _Value:
-        await self.client()  # imports httpx in a thread, so that the line below costs nothing
-        import httpx
-
-        backoff, until = self._backoff(), trio.current_time() + patience_s
-        while True:
-            try:
-                return await once()
-            except _Transient as error:
-                last = error
-            except (httpx.TransportError, httpx.StreamError) as error:
-                last = _Transient(f"{type(error).__name__}: {error}")
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise refuse("worker_disk_full", f"The worker's disk is full: {error.strerror}.") from None
-                raise refuse("worker_failed", f"A file of the job cannot be used: {error}.") from None
-            pause_s = backoff.pause_s()
-            if trio.current_time() + pause_s >= until:
-                raise last
-            await trio.sleep(pause_s)
-
-
-async def _written(out: Any, piece: bytes) -> OSError | None:
-    with trio.CancelScope(shield=True):
-        try:
-            await out.write(piece)
-        except OSError as error:
-            return error
-    return None
+            raise Transient("the coordinator has another part of it")  # asked for anew, and sent from there
+        judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")

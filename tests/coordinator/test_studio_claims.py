@@ -128,6 +128,12 @@ def test_what_the_contract_has_no_word_for_is_named(kind: str, params: dict[str,
     assert (refused.value.fault.code, refused.value.fault.field) == ("unsupported", field)
 
 
+def test_a_mask_that_marks_by_white_is_theirs() -> None:
+    said = task("image", {"prompt": "p", "mask_marks": "white"}, "image", "mask")
+    assert said["maskUrl"] == URL
+    assert task("image", {"prompt": "p", "mask_marks": "white"}).get("maskUrl") is None
+
+
 def test_a_mask_is_not_left_out() -> None:
     with pytest.raises(FaultError) as refused:
         task("image", {"prompt": "p"}, "image", "mask")

@@ -22,7 +22,8 @@ from protocol.engine_wire import OutputFile
 from protocol.link_wire import FileRef
 from supervisor.intake.observed import Person
 from supervisor.link.session import Address, SessionEnd, Side
-from supervisor.link.transfer import Moved, Output
+from supervisor.link.transfer import Output
+from supervisor.link.tries import Moved
 from supervisor.settings import CoordinatorTable
 
 

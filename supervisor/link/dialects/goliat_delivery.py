@@ -8,7 +8,6 @@ attempt's folder is about to go.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import logging
@@ -28,7 +27,8 @@ from supervisor.link.dialects.goliat_http import Http, Trouble
 from supervisor.link.dialects.goliat_wire import Slip
 from supervisor.link.ledger import Key
 from supervisor.link.outbox import Outbox
-from supervisor.link.transfer import Moved, Output
+from supervisor.link.transfer import Output
+from supervisor.link.tries import Moved, nobody, unusable
 
 if TYPE_CHECKING:
     from supervisor.link.dialects.goliat_upload import Part
@@ -37,10 +37,6 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config"  # name of the input file
 _SCHEME = "assignment:"
-
-
-def _nobody(_count: int) -> None:
-    """Counts nothing."""
 
 
 class _Taken(NamedTuple):
@@ -71,7 +67,7 @@ class GoliatDelivery:
         digest = hashlib.sha256(config).hexdigest()
         return FileRef(name=CONFIG, url=_SCHEME + slip.job, size=len(config), sha256=digest)
 
-    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = _nobody) -> None:
+    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = nobody) -> None:
         """Write an input file; see `Transfer.fetch`. It was downloaded before the offer."""
         config = self._configs.get(file.url.removeprefix(_SCHEME))
         if config is None:
@@ -84,8 +80,7 @@ class GoliatDelivery:
         try:
             await trio.to_thread.run_sync(write)
         except OSError as error:
-            code = "worker_disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "worker_failed"
-            raise refuse(code, f"The study's config cannot be written: {error.strerror}.") from None
+            raise unusable(error) from None
         moved(len(config))
 
     # ---- out
@@ -96,7 +91,7 @@ class GoliatDelivery:
         file: OutputFile,
         source: Output,
         until: float | None = None,
-        moved: Moved = _nobody,
+        moved: Moved = nobody,
         patience_s: float | None = None,
     ) -> None:
         """Take an output into its parcel; see `Transfer.upload`. `template` is the slip of its attempt."""
@@ -117,7 +112,7 @@ class GoliatDelivery:
         try:
             fd = source()
         except OSError as error:
-            raise refuse("worker_failed", f"A file of the job cannot be used: {error}.") from None
+            raise unusable(error) from None
         parcel[file.name] = _Taken(file, functools.partial(_again, fd), moved, fd)
 
     def slip(self, key: Key) -> Slip | None:

@@ -8,7 +8,7 @@ session, and that the same job is about to be offered here again.
 
 from __future__ import annotations
 
-import errno
+import base64
 import logging
 import os
 import re
@@ -20,23 +20,21 @@ import trio
 
 from protocol import work
 from protocol.engine_wire import OutputFile
-from protocol.faults import Fault, FaultError, refuse
+from protocol.faults import refuse
 from protocol.link_wire import RESULT_FILE, FileRef
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_http import Http
 from supervisor.link.dialects.studio_offers import Slip
 from supervisor.link.dialects.studio_register import Credentials
 from supervisor.link.reconnect import Backoff
-from supervisor.link.transfer import Moved, Output
+from supervisor.link.transfer import FETCH_PATIENCE_S, UPLOAD_PATIENCE_S, Output
+from supervisor.link.tries import AGAIN, Moved, Transient, judge, nobody, patience, persist, pour, unusable
 
 if TYPE_CHECKING:
     import httpx
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES = 2**18
-FETCH_PATIENCE_S = 60.0
-UPLOAD_PATIENCE_S = 600.0  # of a result that could not be kept on disk
 MAX_REDIRECTS = 5
 MAX_LARGE_BYTES = 64 * 2**20  # of a JSON result, which has to be in memory
 _MIME = {
@@ -50,19 +48,11 @@ _MIME = {
 _CONFLICT = 409
 _GONE = (404, 410)
 # The session says what a refused token means, and it may be another one by the next try.
-_AGAIN = (401, 403, 408, 425, 429)
-
-
-class _Again(Exception):
-    """Worth another try."""
+_AGAIN = (401, 403, *AGAIN)
 
 
 class _Released(Exception):
     """The claim is not ours now."""
-
-
-def _nobody(_count: int) -> None:
-    """Counts nothing."""
 
 
 class StudioDelivery:
@@ -96,15 +86,21 @@ class StudioDelivery:
 
     # ---- in
 
-    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = _nobody) -> None:
-        """Write an input file; see `Transfer.fetch`. A size of 0 and no sha256 mean that they are not known."""
+    async def fetch(self, file: FileRef, target: Callable[[], int], moved: Moved = nobody) -> None:
+        """Write an input file; see `Transfer.fetch`. A size of 0 and no sha256 mean that they are not known.
+
+        An address with data: is the content itself.
+        """
+        if file.url[:5].lower() == "data:":
+            moved(await trio.to_thread.run_sync(_unpack, file, target))
+            return
 
         async def once() -> None:
             await self._fetch_once(file, target, moved)
 
         try:
-            await self._with_retries(once, FETCH_PATIENCE_S)
-        except _Again as error:
+            await persist(self._http, once, "input_unavailable", self._backoff(), FETCH_PATIENCE_S)
+        except Transient as error:
             sentence = f"The input {file.name!r} cannot be fetched: {error}."
             raise refuse("input_unavailable", sentence, file.name) from None
 
@@ -118,37 +114,19 @@ class StudioDelivery:
                     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
                         raise refuse("input_unavailable", f"The input {file.name!r} is redirected to no http address.")
                     continue
-                if not response.is_success:
-                    self._judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched")
+                judge(response.status_code, "input_unavailable", f"The input {file.name!r} cannot be fetched", _AGAIN)
                 await self._write(response, file, target, moved)
                 return
         raise refuse("input_unavailable", f"The input {file.name!r} is redirected more than {MAX_REDIRECTS} times.")
 
     async def _write(self, response: httpx.Response, file: FileRef, target: Callable[[], int], moved: Moved) -> None:
         ceiling = work.MAX_INPUT_BYTES.get(file.name, work.MAX_AUDIO_BYTES)
-        size, trouble = 0, None
-        async with trio.wrap_file(os.fdopen(target(), "wb")) as out:
-            # httpx iterates by generators within generators, which only end well from inside: so no `break`, no
-            # error and no cancellation may happen between two pieces.
-            with trio.CancelScope() as enough:
-                async for piece in response.aiter_bytes(PIECE_BYTES):
-                    size += len(piece)
-                    moved(len(piece))
-                    if size <= ceiling and trouble is None:
-                        with trio.CancelScope(shield=True):
-                            try:
-                                await out.write(piece)
-                            except OSError as error:
-                                trouble = error
-                    if trouble or size > ceiling:
-                        enough.cancel()
-        if trouble:
-            raise trouble
+        size = await pour(response, target(), ceiling, moved, lambda _piece: None)
         if size > ceiling:
             raise refuse("payload_too_large", f"The input {file.name!r} has more than {ceiling} bytes.", file.name)
         told = response.headers.get("content-length", "")
         if told.isdecimal() and "content-encoding" not in response.headers and int(told) != size:
-            raise _Again(f"{size} of {told} bytes came")
+            raise Transient(f"{size} of {told} bytes came")
 
     def _headers(self, url: str) -> dict[str, str]:
         known = self._credentials()
@@ -163,7 +141,7 @@ class StudioDelivery:
         file: OutputFile,
         source: Output,
         until: float | None = None,
-        moved: Moved = _nobody,
+        moved: Moved = nobody,
         patience_s: float | None = None,
     ) -> None:
         """Deliver an output; see `Transfer.upload`. `template` is the slip of its claim."""
@@ -186,12 +164,10 @@ class StudioDelivery:
                 if not done:
                     self._on_uploading(slip, False)
 
-        patience_s = UPLOAD_PATIENCE_S if patience_s is None else patience_s
-        if until is not None:
-            patience_s = max(0.0, min(patience_s, until - trio.current_time()))
+        patience_s = patience(UPLOAD_PATIENCE_S if patience_s is None else patience_s, until)
         try:
             await self._until_released(slip, file, once, patience_s)
-        except _Again as error:
+        except Transient as error:
             raise refuse("upload_failed", f"The output {file.name!r} cannot be delivered: {error}.") from None
 
     async def _until_released(
@@ -199,17 +175,17 @@ class StudioDelivery:
     ) -> None:
         while True:
             try:
-                return await self._with_retries(once, patience_s)
+                return await persist(self._http, once, "upload_failed", self._backoff(), patience_s)
             except _Released:
                 log.info("the studio does not count this job as ours now", extra={"job": slip.job})
             if not await self._on_conflict(slip):
                 self._on_gone(slip)
-                self._judge(_CONFLICT, "upload_failed", f"The output {file.name!r} cannot be delivered")
+                judge(_CONFLICT, "upload_failed", f"The output {file.name!r} cannot be delivered")
 
     async def _upload_once(self, slip: Slip, file: OutputFile, source: Output, moved: Moved) -> None:
         known = self._credentials()
         if known is None:
-            raise _Again("this worker is not registered")
+            raise Transient("this worker is not registered")
         client = await self._http.client()
         from supervisor.link.dialects.studio_multipart import Multipart  # after httpx, which takes its time
 
@@ -235,40 +211,29 @@ class StudioDelivery:
             raise _Released
         if response.status_code in _GONE:
             self._on_gone(slip)
-        if not response.is_success:
-            self._judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
+        judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered", _AGAIN)
 
-    # ---- both
 
-    def _judge(self, status: int, code: str, sentence: str) -> None:
-        if status >= 500 or status in _AGAIN:
-            raise _Again(f"HTTP {status}")
-        # What is too large for one is too large for all.
-        again = False if status == 413 else None
-        raise FaultError(Fault(code, f"{sentence}: HTTP {status}.", retryable=again))
-
-    async def _with_retries(self, once: Callable[[], Awaitable[None]], patience_s: float) -> None:
-        await self._http.client()
-        import httpx
-
-        backoff, until = self._backoff(), trio.current_time() + patience_s
-        while True:
-            try:
-                return await once()
-            except _Again as error:
-                last = error
-            except (httpx.TransportError, httpx.StreamError) as error:
-                last = _Again(f"{type(error).__name__}: {error}")
-            except httpx.InvalidURL as error:
-                raise refuse("input_unavailable", f"The address of an input is none: {error}.") from None
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise refuse("worker_disk_full", f"The worker's disk is full: {error.strerror}.") from None
-                raise refuse("worker_failed", f"A file of the job cannot be used: {error}.") from None
-            pause_s = backoff.pause_s()
-            if trio.current_time() + pause_s >= until:
-                raise last
-            await trio.sleep(pause_s)
+def _unpack(file: FileRef, target: Callable[[], int]) -> int:
+    """Write what a data: address holds; its size. Raises FaultError."""
+    head, comma, text = file.url[5:].partition(",")
+    try:
+        if not comma:
+            raise ValueError("there is no comma")
+        plain = urllib.parse.unquote_to_bytes(text)
+        content = base64.b64decode(plain, validate=True) if head.lower().endswith(";base64") else plain
+    except ValueError as error:
+        sentence = f"The input {file.name!r} is no data: address: {error}."
+        raise refuse("invalid_input_file", sentence, file.name) from None
+    ceiling = work.MAX_INPUT_BYTES.get(file.name, work.MAX_AUDIO_BYTES)
+    if len(content) > ceiling:
+        raise refuse("payload_too_large", f"The input {file.name!r} has more than {ceiling} bytes.", file.name)
+    try:
+        with os.fdopen(target(), "wb") as out:
+            out.write(content)
+    except OSError as error:
+        raise unusable(error) from None
+    return len(content)
 
 
 async def _whole(file: OutputFile, source: Output) -> bytes:

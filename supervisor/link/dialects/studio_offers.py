@@ -1,8 +1,8 @@
 """What a studio's claim means to us, what our result means to a studio, and what we announce to it. Pure.
 
 A claim becomes a native offer with parameters of our own kinds, whose ranges admission judges. What would change the
-picture or the text and cannot be done here (a mask, a reference picture) refuses the job; what only colours it (the
-sampling method) is left to the model, and told.
+picture or the text and cannot be done here (a reference picture) refuses the job; what only colours it (the sampling
+method) is left to the model, and told.
 """
 
 from __future__ import annotations
@@ -105,10 +105,12 @@ def _task(task: object) -> _Task:
 
 
 def _image(task: frames.ImageTask) -> _Task:
-    for name, value in (("maskUrl", task.mask_url), ("refImageUrl", task.ref_image_url)):
-        if value:
-            raise Unfit(f"{name}: no engine of this worker takes such a picture.")
+    if task.ref_image_url:
+        raise Unfit("refImageUrl: no engine of this worker takes such a picture.")
     inputs = _input("image", "initImageUrl", task.init_image_url)
+    if task.mask_url and not inputs:
+        raise Unfit("maskUrl: it belongs to an initImageUrl, and none came.")
+    inputs += _input("mask", "maskUrl", task.mask_url)
     if task.denoise == 0 and inputs:
         raise Unfit("denoise: 0 would leave the picture as it is; give more than 0, or no initImageUrl.")
     left = []
@@ -124,6 +126,7 @@ def _image(task: frames.ImageTask) -> _Task:
         # Ours has 63 bits. The same seed still gives the same picture, which is what it is for.
         "seed": None if task.seed is None else task.seed % 2**63,
         "strength": task.denoise if inputs else None,
+        "mask_marks": "white" if task.mask_url else None,
         "format": "jpeg" if task.ext == "jpg" else task.ext,
     }
     return "image", params, inputs, task.prompt, task.ext, left
@@ -190,12 +193,12 @@ def _video(task: frames.VideoTask) -> _Task:
 
 
 def _input(name: str, field: str, url: str | None) -> list[wire.FileRef]:
-    """An input of which only the address is known; delivery bounds its size."""
+    """An input of which only the address is known, which may be its content itself; delivery bounds its size."""
     if not url:
         return []
     scheme = url.partition(":")[0].lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) else ""
-    if scheme not in ("", "http", "https"):
-        raise Unfit(f"{field}: an address with {scheme}: cannot be fetched; give one with https: or http:.")
+    if scheme not in ("", "http", "https", "data"):
+        raise Unfit(f"{field}: an address with {scheme}: cannot be fetched; give one with https:, http: or data:.")
     return [wire.FileRef(name=name, url=url, size=0, sha256="")]
 
 

@@ -151,6 +151,28 @@ def test_a_mask_is_fitted_as_its_image_is(tmp_path: Path) -> None:
     assert pictures.latent_mask(found).tolist() == [[[[1.0] * 4 + [0.0] * 4] * 8]]
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1", "P"])
+def test_a_mask_may_mark_by_white(tmp_path: Path, mode: str) -> None:
+    start, path = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.new("RGB", (64, 64), "blue").save(start)
+    mask = Image.new("RGBA", (64, 64), (100, 100, 100, 255))
+    mask.paste((200, 200, 200, 255), (0, 0, 32, 64))
+    mask.paste((0, 0, 0, 255), (32, 0, 64, 64))
+    mask.convert(mode).save(path)
+    found = pictures.open_mask(path, start, 64, 64, white=True)
+    assert found[:, 32:].sum() == 0
+    assert found[:, :32].all() or mode == "1", "dithered"
+    assert found.any()
+
+
+def test_what_is_transparent_is_not_white(tmp_path: Path) -> None:
+    start, path = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.new("RGB", (64, 64), "blue").save(start)
+    Image.new("RGBA", (64, 64), (255, 255, 255, 0)).save(path)
+    with pytest.raises(FaultError, match="nothing of it is white"):
+        pictures.open_mask(path, start, 64, 64, white=True)
+
+
 def test_a_place_of_latents_changes_with_any_of_its_pixels() -> None:
     mask = np.zeros((16, 16), np.bool_)
     mask[15, 0] = True

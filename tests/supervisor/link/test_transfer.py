@@ -165,6 +165,16 @@ async def test_a_full_disk_is_the_workers_own_trouble(shop, transfer):
     assert caught.value.fault.code == "worker_disk_full"
 
 
+async def test_an_address_that_is_none_costs_that_job_alone(transfer, tmp_path):
+    for url in ("http://[bad", "http://x:port/", "https://\x00/"):
+        with pytest.raises(FaultError) as caught:
+            await transfer.fetch(ref(b"x", url), into(tmp_path / "x"))
+        assert caught.value.fault.code == "input_unavailable"
+        with pytest.raises(FaultError) as caught:
+            await transfer.upload(url, out("x", b"x"), b"x")
+        assert caught.value.fault.code == "upload_failed"
+
+
 async def test_uploads_carry_name_digest_and_type_and_survive_bad_answers(shop, transfer, tmp_path):
     path = tmp_path / "a b.png"
     path.write_bytes(CONTENT)

@@ -27,7 +27,8 @@ from supervisor.link.attempts import Attempts
 from supervisor.link.keeping import OnDisk
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, converse
-from supervisor.link.transfer import Moved, Output
+from supervisor.link.transfer import Output
+from supervisor.link.tries import Moved
 from supervisor.link.worker import Identity, Worker
 from supervisor.observe.jobwatch import Watches
 from supervisor.observe.tally import Tally

@@ -140,6 +140,39 @@ async def test_an_input_that_is_not_there(tmp_path, status, code):
     assert f"HTTP {status}" in caught.value.fault.message
 
 
+@pytest.mark.parametrize(
+    ("url", "content"),
+    [
+        ("data:image/png;base64,iVBORw==", b"\x89PNG"),
+        ("DATA:;BASE64,aGk%3D", b"hi"),
+        ("data:,a%20b", b"a b"),
+        ("data:,", b""),
+    ],
+)
+async def test_an_address_may_be_the_content_itself(tmp_path, url, content):
+    async with delivering("http://127.0.0.1:9") as (delivery, _told):
+        moved: list[int] = []
+        await delivery.fetch(wanted(url), into(tmp_path / "x"), moved.append)
+        assert (tmp_path / "x").read_bytes() == content
+        assert moved == [len(content)]
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64", "data:;base64,a", "data:;base64,?!?!", "data:;base64,\u00e4"])
+async def test_content_that_cannot_be_read_is_the_callers_fault(tmp_path, url):
+    async with delivering("http://127.0.0.1:9") as (delivery, _told):
+        with pytest.raises(FaultError) as refused:
+            await delivery.fetch(wanted(url), into(tmp_path / "x"))
+        assert (refused.value.fault.code, refused.value.fault.may_retry) == ("invalid_input_file", False)
+
+
+async def test_content_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(work.MAX_INPUT_BYTES, "image", 3)
+    async with delivering("http://127.0.0.1:9") as (delivery, _told):
+        with pytest.raises(FaultError) as refused:
+            await delivery.fetch(wanted("data:,abcd"), into(tmp_path / "x"))
+        assert refused.value.fault.code == "payload_too_large"
+
+
 async def test_an_input_without_end_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setitem(work.MAX_INPUT_BYTES, "image", 1000)
     async with open_site() as site, delivering(site.url) as (delivery, _told):

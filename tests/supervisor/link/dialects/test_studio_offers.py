@@ -116,7 +116,7 @@ def test_speaking_and_filming():
         ({"kind": "image", "prompt": "p", "maskUrl": "https://x/y"}, "maskUrl"),
         ({"kind": "image", "prompt": "p", "refImageUrl": "https://x/y"}, "refImageUrl"),
         ({"kind": "image", "prompt": "p", "initImageUrl": "https://x/y", "denoise": 0}, "denoise"),
-        ({"kind": "image", "prompt": "p", "initImageUrl": "data:image/png;base64,AA"}, "initImageUrl"),
+        ({"kind": "image", "prompt": "p", "initImageUrl": "ftp://x/y.png"}, "initImageUrl"),
         ({"kind": "audio_stt", "inputUrl": "file:///etc/passwd"}, "inputUrl"),
         ({"kind": "audio_stt", "inputUrl": "x", "language": "klingon!"}, "language"),
     ],
@@ -124,6 +124,16 @@ def test_speaking_and_filming():
 def test_what_cannot_be_done_here_names_the_field(task, word):
     with pytest.raises(Unfit, match=word):
         offers.offer(claim(task), 1)
+
+
+def test_a_mask_is_white_where_the_picture_may_change():
+    task = {"kind": "image", "prompt": "p", "initImageUrl": "data:image/png;base64,AA", "maskUrl": "/goods/mask.png"}
+    params, offer, _slip = taken(task)
+    assert params.mask_marks == "white"
+    assert [(file.name, file.url) for file in offer.inputs] == [
+        ("image", "data:image/png;base64,AA"),
+        ("mask", "/goods/mask.png"),
+    ]
 
 
 def test_engines_are_those_of_studios_and_ours():
