@@ -11,12 +11,14 @@ import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.dashboard.files import LOGIN, files
 from coordinator.errors import fault_response
 from coordinator.limits import RateLimited, counted
 from coordinator.records import WorkerScope
 from protocol.faults import Fault, FaultError, refuse
 
 if TYPE_CHECKING:
+    from coordinator.dashboard.sessions import Sessions
     from coordinator.doors import Doors
     from coordinator.keys import Key, Keys
     from coordinator.limits import Rates
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 # Open to everybody: health says nothing secret, blob URLs carry a signature of their own.
 OPEN_PATHS = frozenset({"/healthz", "/v1/workers/enrol"})  # the second judges a token of its own
 OPEN_PREFIXES = ("/v1/blobs/",)
+# The dashboard's files hold no secret; its login judges the key that is typed there.
+OPEN_DASHBOARD = frozenset({*files(), LOGIN})
 # Studio workers have no key of ours: each of these routes judges a secret, a token or a signature of its own. Their
 # base URL may have a path before it.
 OPEN_STUDIO = re.compile(
@@ -37,13 +41,17 @@ CLIENT_SCOPES = frozenset({"client", "admin"})
 class Access:
     """Judges keys, and counts what they do."""
 
-    def __init__(self, keys: Keys, tenants: Tenants, rates: Rates, doors: Doors) -> None:
-        self.keys, self.tenants, self.rates, self.doors = keys, tenants, rates, doors
+    def __init__(
+        self, keys: Keys, tenants: Tenants, rates: Rates, doors: Doors, sessions: Sessions | None = None
+    ) -> None:
+        self.keys, self.tenants, self.rates, self.doors, self.sessions = keys, tenants, rates, doors, sessions
 
     async def judge(self, scope: Scope) -> Key:
         """The key of a request. Raises FaultError."""
         secret = bearer(Headers(scope=scope).get("authorization", ""))
         if not secret:
+            if self.sessions is not None and (opened := await self.sessions.admit(scope)) is not None:
+                return opened
             raise refuse("unauthorized", "An API key is required: send the header Authorization: Bearer KEY.")
         key = await self.keys.look_up(secret)
         if key is None:
@@ -125,7 +133,9 @@ class _Answer:
 
 def is_open(path: str) -> bool:
     """Whether a route needs no key of ours."""
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or OPEN_STUDIO.fullmatch(path) is not None
+    if path in OPEN_PATHS or path in OPEN_DASHBOARD or path.startswith(OPEN_PREFIXES):
+        return True
+    return OPEN_STUDIO.fullmatch(path) is not None
 
 
 def bearer(header: str) -> str:

@@ -20,11 +20,15 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from coordinator import jobs_api, metrics, studio_admin, usage_api, workers_api
+from coordinator import admin_api, jobs_api, metrics, studio_admin, usage_api, workers_api
 from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
 from coordinator.blobs_folder import FolderBlobs
+from coordinator.dashboard.feed import Feed
+from coordinator.dashboard.look import Look
+from coordinator.dashboard.routes import Dashboard
+from coordinator.dashboard.sessions import Sessions
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
 from coordinator.enrol_api import enrol_routes
@@ -111,6 +115,9 @@ class Coordinator:
         self._known.on_change += [self._doors.look, worker_doors.look]
         dispatcher.terms = terms(self._known, tenants)
         http = HttpCounters()
+        sessions, look = Sessions(self._store, self.keys), Look(self._store)
+        self.feed = Feed(look)
+        self.dashboard = Dashboard(sessions, self.feed)
         files = KeptFiles(self._store, blobs)
         self.parts = Services(
             dispatcher,
@@ -123,12 +130,15 @@ class Coordinator:
             files,
             Batches(self._store, dispatcher, blobs, files),
             tenants,
-            Access(self.keys, tenants, Rates(time.monotonic, lambda: self._known.replicas), self._doors),
+            Access(self.keys, tenants, Rates(time.monotonic, lambda: self._known.replicas), self._doors, sessions),
+            look,
         )
+        look.parts = self.parts
         workers = [
             WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
             *enrol_routes(Enrolments(self._known)),
             *Studio(dispatcher, blobs, registrations, studio_models, studio, worker_doors).routes(),
+            *self.dashboard.routes(),
         ]
         self.app = build_app(self.parts, workers, self._lifetime)
 
@@ -139,6 +149,7 @@ class Coordinator:
 
     def stop_dispatching(self) -> None:
         """End the dispatcher: requests that wait for a job are answered 503, streams end with an error event."""
+        self.feed.end()
         if self._dispatching is not None:
             self._dispatching.cancel()
 
@@ -152,6 +163,7 @@ class Coordinator:
             group.start_soon(self._dispatch)
             group.start_soon(self.parts.progress.run)
             group.start_soon(self.parts.batches.run)
+            group.start_soon(self.feed.run)
             yield
             with anyio.move_on_after(LAST_WORDS_S):
                 await self.parts.http.wait_idle()
@@ -189,7 +201,7 @@ def build_app(
 
     Args:
         parts: what the routes use.
-        workers: routes by which workers come, in whatever protocol.
+        workers: routes by which workers come, in whatever protocol, and others that bring their own parts.
         lifespan: async context manager around the serving.
     """
     routes: list[BaseRoute] = [
@@ -200,6 +212,7 @@ def build_app(
         *workers_api.ROUTES,
         *studio_admin.ROUTES,
         *usage_api.ROUTES,
+        *admin_api.ROUTES,
         *blob_routes(parts.blobs, parts.dispatcher.wants_output),
         *workers,
     ]

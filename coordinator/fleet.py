@@ -68,6 +68,7 @@ class Worker:
 
     Attributes:
         protocol: what its session speaks.
+        key_id: prefix of the key that it came with, where it came with one.
         at_once: how many jobs it takes at a time over all its models; None when only their slots count.
         vram_gb: its dialect's word for the most GPU memory that a job may be reckoned to need; None when the
             announcement says it.
@@ -86,6 +87,7 @@ class Worker:
     protocol: str = "native"
     at_once: int | None = None
     vram_gb: float | None = None
+    key_id: str = ""
 
     @property
     def slots(self) -> int:

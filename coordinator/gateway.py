@@ -250,7 +250,7 @@ class WorkerSession:
             worker, follow_up = await self._attempts.join(self, body, self._grace_s)
             self._worker = worker
             session = secrets.token_hex(8)
-            worker.revision = revision
+            worker.revision, worker.key_id = revision, self._scope.key_id
             self.send(wire.Welcome(session=session, revision=revision, heartbeat_ms=self._settings.heartbeat_ms))
             for message, job, attempt in follow_up:
                 self.send(message, job, attempt)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
@@ -49,6 +50,17 @@ class HttpCounters:
         self.in_flight -= 1
         if self.in_flight == 0:
             self._idle.set()
+
+    @contextmanager
+    def not_waited_for(self) -> Iterator[None]:
+        """A request that is counted, and that the end of the coordinator does not wait for: it would never end."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
+        try:
+            yield
+        finally:
+            self.begin()
 
     async def wait_idle(self) -> None:
         """Return when no request is being answered."""

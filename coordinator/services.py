@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from coordinator.access import Access
     from coordinator.batches import Batches
     from coordinator.blobs import Blobs
+    from coordinator.dashboard.look import Look
     from coordinator.dispatch import Dispatcher
     from coordinator.kept_files import KeptFiles
     from coordinator.keys import Keys
@@ -61,6 +62,7 @@ class Services:
         batches: Batches,
         tenants: Tenants,
         access: Access,
+        look: Look,
     ) -> None:
         self.dispatcher = dispatcher
         self.blobs = blobs
@@ -73,6 +75,7 @@ class Services:
         self.registrations = registrations
         self.tenants = tenants
         self.access = access
+        self.look = look
         self.started_s = int(time.time())
         self.alive = True
 

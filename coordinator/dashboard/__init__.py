@@ -1,0 +1,1 @@
+"""The dashboard at `/`: its page, its sessions, and the one feed that keeps it true."""

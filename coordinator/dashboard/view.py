@@ -1,0 +1,208 @@
+"""From what the coordinator knows to rows of the dashboard. Pure; every text is cut, because others chose it.
+
+A row has only what may be shown to an admin: never what a job was asked, and never what it answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from coordinator.fleet import Fleet, Worker
+from coordinator.records import JobRecord
+from coordinator.store.watch import QueueLoad
+from coordinator.studio_registry import Registration
+from protocol.link_wire import GpuState, ModelOffer
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
+
+MOST_WORKERS = 1000
+MOST_QUEUES = 200
+MOST_JOBS = 50
+MOST_PENDING = 100
+_TEXT = 300
+_SHORT = 128
+_MANY = 64  # of what a worker or a client may list
+_STEP = 64 * 2**20  # free memory is rounded to it: what flickers by less is no news
+
+
+def cut(text: object, most: int = _SHORT) -> str:
+    """A text of others, not longer than `most`."""
+    words = str(text)
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+# ---- workers ------------------------------------------------------------------------------------------------
+
+
+def workers(fleet: Iterable[Worker], now: float) -> Rows:
+    """By id: those that take no jobs first to be kept when there are too many. `now` is the fleet's clock."""
+    known = sorted(fleet, key=lambda worker: (worker.capabilities.accepting and not worker.draining, worker.id))
+    return {cut(worker.id): worker_row(worker, now) for worker in known[:MOST_WORKERS]}
+
+
+def worker_row(worker: Worker, now: float) -> Row:
+    """One connected worker."""
+    told = worker.capabilities
+    return {
+        "id": cut(worker.id),
+        "state": worker_state(worker),
+        "reason": cut("finishes what it has, and takes nothing new" if worker.draining else told.reason, _TEXT),
+        "running": len(worker.attempts),
+        "slots": worker.slots,
+        "protocol": worker.protocol,
+        "version": cut(told.version),
+        "machine": cut(told.machine),
+        "labels": labels(told.labels),
+        "gpus": gpus(worker),
+        "models": [model_row(offer) for offer in told.models[:_MANY]],
+        # Models of which it takes nothing for a while, because it declined or could not load them.
+        "declined": sorted(cut(name) or "all" for name, until in worker.blocked.items() if until > now)[:_MANY],
+        "jobs": sorted({held.job for held in worker.attempts.values()})[:_MANY],
+    }
+
+
+def worker_state(worker: Worker) -> str:
+    """One word for what it does."""
+    if worker.draining:
+        return "draining"
+    if not worker.capabilities.accepting:
+        return "paused"
+    return "busy" if worker.attempts else "idle"
+
+
+def gpus(worker: Worker) -> list[Row]:
+    """What it announced, with what its last heartbeat told."""
+    now: dict[str, GpuState] = {state.uuid: state for state in worker.gpus[:_MANY]}
+    rows = []
+    for gpu in worker.capabilities.gpus[:_MANY]:
+        state = now.pop(gpu.uuid, GpuState(uuid=gpu.uuid))
+        rows.append(_gpu(state, gpu.name, gpu.vram_bytes, gpu.free_bytes))
+    return rows + [_gpu(state, "", 0, None) for state in now.values()]
+
+
+def _gpu(state: GpuState, name: str, total: int, announced: int | None) -> Row:
+    free = state.free_bytes if state.free_bytes is not None else announced
+    return {
+        "uuid": cut(state.uuid),
+        "name": cut(name),
+        "total_bytes": total,
+        "free_bytes": None if free is None else free // _STEP * _STEP,
+        "busy": None if state.busy is None else round(state.busy, 2),
+        "temperature_c": None if state.temperature_c is None else round(state.temperature_c),
+        "power_w": None if state.power_w is None else round(state.power_w),
+    }
+
+
+def model_row(offer: ModelOffer) -> Row:
+    """One model that a worker announced."""
+    return {
+        "name": cut(offer.name),
+        "kinds": [cut(kind) for kind in offer.kinds[:_MANY]],
+        "engine": cut(offer.engine),
+        "slots": offer.slots,
+        "resident": offer.resident,
+        "device": cut(offer.device),
+        "vram_bytes": offer.vram_bytes,
+        "sandbox": {cut(layer): cut(word) for layer, word in sorted(offer.sandbox.items())[:_MANY]},
+    }
+
+
+def labels(told: Mapping[str, str]) -> dict[str, str]:
+    """As somebody set them."""
+    return {cut(name): cut(value) for name, value in sorted(told.items())[:_MANY]}
+
+
+# ---- the queue ----------------------------------------------------------------------------------------------
+
+
+def queues(loads: Iterable[QueueLoad], fleet: Fleet) -> Rows:
+    """What waits and runs, and every model that is served, by kind and model; the fullest first."""
+    found: Rows = {}
+    for load in sorted(loads, key=lambda load: -load.waiting)[:MOST_QUEUES]:
+        row = _queue(load.kind, load.model)
+        row |= {"waiting": load.waiting, "running": load.running, "oldest_ms": load.oldest_ms}
+        if load.waiting and (fault := fleet.judge(load.kind, load.model)) is not None:
+            row["why"] = cut(fault.message, _TEXT)
+        found[row["id"]] = row
+    for worker in fleet.workers.values():
+        for offer in worker.capabilities.models:
+            for kind in offer.kinds:
+                row = _queue(kind, offer.name)
+                if row["id"] not in found and len(found) >= MOST_QUEUES:
+                    continue
+                row = found.setdefault(row["id"], row)
+                row["workers"] += 1
+                row["slots"] += offer.slots
+    return found
+
+
+def _queue(kind: str, model: str) -> Row:
+    kind, model = cut(kind), cut(model)
+    return {
+        "id": f"{kind}/{model}",
+        "kind": kind,
+        "model": model,
+        "waiting": 0,
+        "running": 0,
+        "oldest_ms": 0,
+        "workers": 0,
+        "slots": 0,
+        "why": "",
+    }
+
+
+# ---- jobs ---------------------------------------------------------------------------------------------------
+
+
+def jobs(records: Iterable[JobRecord]) -> Rows:
+    """By id."""
+    return {record.id: job_row(record) for record in records}
+
+
+def job_row(record: JobRecord) -> Row:
+    """One job, without what it was asked and what it answered."""
+    fault = record.fault
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "model": cut(record.model),
+        "state": record.state,
+        "tenant": cut(record.tenant),
+        "key": cut(record.key_id),
+        "worker": cut(record.worker),
+        "attempt": record.attempt,
+        "tries": record.tries,
+        "max_attempts": record.max_attempts,
+        "priority": record.priority,
+        "alone": record.alone,
+        "labels": labels(record.labels),
+        "created_ms": record.created_ms,
+        "started_ms": record.started_ms,
+        "finished_ms": record.finished_ms,
+        "deadline_at_ms": record.deadline_at_ms,
+        "usage": {cut(name): value for name, value in sorted(record.usage.items())[:_MANY]},
+        "fault": None
+        if fault is None
+        else {"code": cut(fault.code), "message": cut(fault.message, _TEXT), "owner": str(fault.owner)},
+    }
+
+
+# ---- who asks to be let in ----------------------------------------------------------------------------------
+
+
+def pending(found: Iterable[Registration]) -> Rows:
+    """Requests that wait for an admin, by id."""
+    rows: Rows = {}
+    for one in found:
+        if len(rows) >= MOST_PENDING:
+            break
+        row = msgspec.to_builtins(one)
+        row |= {name: cut(row[name]) for name in ("machine", "user", "agent", "address", "install")}
+        row["models"] = [cut(model) for model in one.models[:_MANY]]
+        row.pop("seen_ms")  # it rises with every poll, which is no news
+        rows[one.id] = row
+    return rows

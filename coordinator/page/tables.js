@@ -1,0 +1,97 @@
+// Jobs, usage and keys as tables.
+
+import { h } from "./dom.js";
+import { badge, button, cell, heading, moment, none, table, tags } from "./parts.js";
+import { span } from "./words.js";
+
+const STATES = ["", "queued", "running", "succeeded", "failed", "cancelled"];
+const LOOKS = { queued: "starting", running: "busy", succeeded: "done", failed: "offline", cancelled: "none" };
+
+const option = (value, word, chosen) => h("option", { value, selected: value === chosen }, word);
+
+export function jobsTools(state) {
+  return heading("Jobs", h("label", null, "Show ", h("select", { id: "job-state" }, STATES.map((one) => option(one, one || "all", state)))));
+}
+
+/** @param found rows, a sentence in their place, or null while they come; `page` counts from 0. */
+export function jobs(found, now, page, more) {
+  if (found === null) return none("Loading…");
+  if (typeof found === "string") return h("p", { class: "bad" }, found);
+  const turn = (page > 0 || more) && h("nav", { class: "pager", "aria-label": "Pages of jobs" },
+    button("Newer", "jobs", { step: -1, disabled: page === 0 }),
+    h("span", { class: "quiet" }, `Page ${page + 1}`),
+    button("Older", "jobs", { step: 1, disabled: !more }));
+  if (!found.length) return [none(page ? "There are no older jobs." : "There are no such jobs."), turn];
+  const columns = [["Job", ""], ["State", ""], ["Made", "n"], ["Took", "n"], ["Tries", "n"], ["", ""]];
+  return [table(columns, found.map((one) => job(one, now)), "Jobs"), turn];
+}
+
+function job(one, now) {
+  const open = one.state === "queued" || one.state === "running";
+  const took = one.started_ms ? span(((one.finished_ms ?? now) - one.started_ms) / 1000) : open ? "–" : "not begun";
+  const act = (word, name, what) => button(word, name, { job: one.id, model: one.model, label: `${what} ${one.id}` });
+  return h("tr", { "data-key": one.id },
+    h("td", { class: "first" }, h("strong", null, one.model), h("span", { class: "quiet" }, ` ${one.kind}`),
+      h("div", { class: "quiet id" }, one.id),
+      h("div", { class: "quiet id" }, [`tenant ${one.tenant}`, one.worker && `on ${one.worker}`, one.priority !== 0 && `priority ${one.priority}`, one.alone && "must run alone"].filter(Boolean).join(" · ")),
+      Object.keys(one.labels).length > 0 && h("div", null, tags(one.labels)),
+      one.fault && one.state !== "cancelled" && h("div", { class: "bad" }, `${one.fault.code} (${one.fault.owner}): ${one.fault.message}`),
+      one.tries > 0 && h("details", { "data-history": one.id }, h("summary", { class: "quiet" }, "attempts"), one.history ? history(one.history) : none("Loading…"))),
+    cell("State", "", badge(LOOKS[one.state] ?? "none", one.state)),
+    cell("Made", "number right", moment(one.created_ms)),
+    cell("Took", "number right", took),
+    cell("Tries", "number right", `${one.tries} of ${one.max_attempts}`),
+    h("td", { class: "acts" }, open && act("Cancel…", "cancel", "Cancel job"), one.state === "failed" && act("Retry", "retry", "Retry job")));
+}
+
+/** @param told a sentence, or the attempts of a job */
+function history(told) {
+  if (typeof told === "string") return none(told);
+  if (!told.length) return none("No attempt has ended yet.");
+  return h("ol", null, told.map((one) => h("li", { class: "quiet wraps", "data-key": `${one.n}` },
+    `${one.n}: ${one.outcome || "runs"} on ${one.worker || "nobody"}`, one.ended_ms ? [", ", moment(one.ended_ms)] : "", one.fault ? `: ${one.fault.code}, ${one.fault.message}` : "")));
+}
+
+// ---- usage
+
+const GROUPS = [["tenant", "tenant"], ["worker", "worker"], ["model", "model"], ["key", "key"], ["day", "day"]];
+const DAYS = [["1", "today"], ["7", "7 days"], ["30", "30 days"]];
+const NUMBER = new Intl.NumberFormat(undefined, { maximumFractionDigits: 1 });
+const AMOUNTS = [["jobs", "Jobs"], ["failed", "Failed"], ["tokens_in", "Tokens in"], ["tokens_out", "Tokens out"], ["audio_s", "Audio"], ["images", "Images"], ["gpu_s", "GPU time"]];
+
+export function usageTools(by, days) {
+  return heading("Usage",
+    h("label", null, "By ", h("select", { id: "usage-by" }, GROUPS.map(([value, word]) => option(value, word, by)))),
+    h("label", null, "Of ", h("select", { id: "usage-days" }, DAYS.map(([value, word]) => option(value, word, days)))),
+    button("Save as CSV", "csv"));
+}
+
+export function usage(found, by) {
+  if (found === null) return none("Loading…");
+  if (typeof found === "string") return h("p", { class: "quiet" }, found);
+  if (!found.length) return none("No job has ended in this time.");
+  const shown = (name, value) => (name.endsWith("_s") ? span(value) : NUMBER.format(value));
+  const column = GROUPS.find(([value]) => value === by)[1];
+  return table([[column[0].toUpperCase() + column.slice(1), ""], ...AMOUNTS.map(([, word]) => [word, "n"])], found.map((row) => {
+    const name = String(row[by] ?? row[`${by}_id`] ?? "") || "none";
+    return h("tr", { "data-key": name }, h("td", { class: "first" }, h("strong", null, name)),
+      AMOUNTS.map(([field, word]) => cell(word, "number right", row[field] ? shown(field, row[field]) : "–")));
+  }), "Usage");
+}
+
+// ---- keys
+
+export function keys(found) {
+  if (found === null) return [heading("Keys"), none("Loading…")];
+  if (typeof found === "string") return [heading("Keys"), none(found)];
+  const live = found.filter((one) => one.revoked_ms === null);
+  const ended = found.length - live.length;
+  return [heading(`Keys (${live.length})`),
+    table([["Key", ""], ["Opens", ""], ["Tenant", ""], ["Made", "n"], ["", ""]], live.map((one) => h("tr", { "data-key": one.prefix },
+      h("td", { class: "first" }, h("code", null, `${one.prefix}…`), ` ${one.name}`),
+      cell("Opens", "", one.scope, one.worker && h("span", { class: "quiet" }, ` as ${one.worker}`)),
+      cell("Tenant", "number", one.tenant),
+      cell("Made", "number right", one.created_ms ? moment(one.created_ms) : "–"),
+      h("td", { class: "acts" }, button("Revoke…", "revoke-key", { prefix: one.prefix, label: `Revoke key ${one.prefix}` })))), "Keys"),
+    ended > 0 && none(`${ended} ${ended === 1 ? "key was" : "keys were"} revoked.`)];
+}
