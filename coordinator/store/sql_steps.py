@@ -61,6 +61,9 @@ class SqlSteps:
         """Lock a row that a statement did not find as wanted; False where nobody writes beside us."""
         return False
 
+    def _one_by_one(self, name: str) -> None:
+        """Let transactions that say the same name wait for each other; where nobody writes beside us, they do."""
+
     def _changed(self, sql: str, **names: Any) -> Row | None:
         """The row that a conditional UPDATE changed.
 
