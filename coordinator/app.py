@@ -52,6 +52,7 @@ from coordinator.studio_registry import Registrations
 from coordinator.studio_session import StudioSettings
 from coordinator.tenants import Tenants
 from coordinator.terms import terms
+from coordinator.vitals import Vitals
 from protocol.faults import Fault, FaultError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Coordinator:
     Attributes:
         app: the ASGI application; its lifespan runs the dispatcher.
         parts: what the routes use.
+        state: the folder.
         on_death: called once when the dispatcher fails; the server then ends.
     """
 
@@ -96,6 +98,7 @@ class Coordinator:
             StoreError, OSError.
         """
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.state = state
         self.on_death: Callable[[], None] = lambda: None
         self._dispatching: anyio.CancelScope | None = None
         self._store: Store = open_store() if open_store is not None else SqliteStore(state / STORE_FILE)
@@ -134,6 +137,7 @@ class Coordinator:
             look,
         )
         look.parts = self.parts
+        self.parts.vitals = Vitals(self._store, state)
         workers = [
             WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
             *enrol_routes(Enrolments(self._known)),

@@ -17,6 +17,7 @@ import anyio
 from coordinator.blobs import Blobs
 from coordinator.bus import Bus
 from coordinator.costs import Costs
+from coordinator.counting import MOST_SERIES, OTHER, Tally
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
@@ -49,17 +50,18 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self.jobs: Counter[tuple[str, str, str]] = Counter()
-        self.faults: Counter[tuple[str, str, str]] = Counter()
+        self.jobs: Tally[tuple[str, str, str]] = Tally()
+        self.faults: Tally[tuple[str, str, str]] = Tally()
         self.usage: dict[tuple[str, str], float] = {}
-        self.submitted: Counter[tuple[str, str]] = Counter()
-        self.declines: Counter[str] = Counter()
+        self.submitted: Tally[tuple[str, str]] = Tally()
+        self.declines: Tally[str] = Tally(50)
         self.events: Counter[str] = Counter()
 
     def add_usage(self, model: str, usage: dict[str, float]) -> None:
         """Add what one job used."""
         for key, value in usage.items():
-            self.usage[model, key] = self.usage.get((model, key), 0.0) + value
+            name = (model, key) if (model, key) in self.usage or len(self.usage) < MOST_SERIES else (OTHER, OTHER)
+            self.usage[name] = self.usage.get(name, 0.0) + value
 
 
 @dataclasses.dataclass
@@ -268,6 +270,8 @@ class Attempts:
         worker.attempts.pop(key, None)
         fenced = ending.verdict == "fenced"
         self.counters.events["fenced"] += fenced
+        self.counters.events["late"] += ending.verdict == "late"
+        self.counters.events["duplicate"] += ending.verdict == "again"
         worker.port.send(wire.Ack(verdict="fenced" if fenced else "stored"), *key)
         await self._ended(ending)
 

@@ -21,6 +21,7 @@ from anyio.to_thread import run_sync
 from coordinator.attempts import Attempts, Counters
 from coordinator.blobs import Blobs
 from coordinator.bus import Bus, BusClosed, Lagged, LocalBus, Subscription
+from coordinator.counting import Histogram
 from coordinator.fleet import HeldAttempt, Worker
 from coordinator.lots import Lots
 from coordinator.offers import to_offer
@@ -118,6 +119,11 @@ class Dispatcher:
     def counters(self) -> Counters:
         """What happened since the start."""
         return self.attempts.counters
+
+    @property
+    def store_timings(self) -> dict[str, Histogram]:
+        """How long the store's reads and writes took, in seconds."""
+        return self._threads.timings
 
     @property
     def waiting(self) -> int:
@@ -332,6 +338,7 @@ class Dispatcher:
                 with anyio.move_on_after(self.settings.repair_s):
                     event = await subscription.receive()
             except Lagged:
+                self.counters.events["lagged"] += 1
                 if record.stream:
                     raise refuse("overloaded", "The stream was read too slowly; parts of it are lost.") from None
             except BusClosed:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coordinator.progress import ProgressBoard
     from coordinator.studio_registry import Registrations
     from coordinator.tenants import Tenants
+    from coordinator.vitals import Vitals
 
 IDEMPOTENCY_KEY = "idempotency-key"
 MAX_IDEMPOTENCY_CHARS = 200
@@ -78,6 +79,7 @@ class Services:
         self.look = look
         self.started_s = int(time.time())
         self.alive = True
+        self.vitals: Vitals | None = None
 
 
 def services(request: Request) -> Services:

@@ -24,6 +24,7 @@ from coordinator.records import AttemptRecord, JobRecord, LotRecord, StoredFile,
 from coordinator.store.deployments import Deployments
 from coordinator.store.needs import Labels, fits
 from coordinator.store.shelf import Shelf
+from coordinator.store.vitals import StoreVitals
 from coordinator.store.watch import Watch
 from protocol.faults import Fault, FaultError
 
@@ -300,6 +301,9 @@ class Store(Shelf, Deployments, Watch, Protocol):
 
     def usage(self, first: int, last: int, group_by: Sequence[str], tenant: str | None = None) -> list[dict[str, Any]]:
         """Sums over days since the epoch, both included: a row per group; `group_by` as `coordinator.usage.GROUPS`."""
+
+    def vitals(self) -> StoreVitals:
+        """How the store is; cheap, and never a look at jobs that have ended."""
 
     def fold_usage(self) -> int:
         """Add up usage that was counted lately; how many rows went. Sums are right before and after."""

@@ -33,6 +33,7 @@ from coordinator.store.rows import Row, record
 from coordinator.store.sql import SqlStore, in_turn
 from coordinator.store.sql_steps import whole
 from coordinator.store.sql_usage import APPEND_ALL, FOLD, FOLD_ALL
+from coordinator.store.sql_vitals import gauges_of_postgres
 
 T = TypeVar("T")
 _pack = msgspec.msgpack.encode
@@ -247,6 +248,9 @@ class PostgresStore(SqlStore):
     def _append_usage(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
             self._all(APPEND_ALL, **{f"all_{name}": [row[name] for row in rows] for name in rows[0]})
+
+    def _gauges(self) -> dict[str, float]:
+        return gauges_of_postgres(self, self._link.pool(), self.silent_ms)
 
     def _fold(self) -> int:
         return int(self._all(FOLD_ALL, most=FOLD)[0]["moved"])

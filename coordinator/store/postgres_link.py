@@ -142,6 +142,10 @@ class PostgresLink:
         self._configure(connection)
         return connection
 
+    def pool(self) -> dict[str, int]:
+        """psycopg's numbers of the pool: pool_size, pool_available, requests_waiting and others."""
+        return self._pool.get_stats()
+
     def close(self) -> None:
         """Close all connections; later calls raise StoreError."""
         self._pool.close()

@@ -36,6 +36,7 @@ from coordinator.store.sql_reads import SqlReads
 from coordinator.store.sql_shelf import SqlShelf
 from coordinator.store.sql_steps import whole
 from coordinator.store.sql_usage import SqlUsage
+from coordinator.store.sql_vitals import SqlVitals
 from protocol.faults import Fault, Owner
 
 _pack = msgspec.msgpack.encode
@@ -52,7 +53,7 @@ def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
     return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in ordered]
 
 
-class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlLots):
+class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, SqlLots):
     """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
 
     ORPHANED = "attended = 1"  # whose client's coordinator is gone; with one coordinator: each, at its start

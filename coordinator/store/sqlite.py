@@ -103,6 +103,10 @@ class SqliteStore(SqlStore):
             **kinds,
         )
 
+    def _gauges(self) -> dict[str, float]:
+        log = Path(f"{self._path}-wal")
+        return {"bytes": self._path.stat().st_size, "log_bytes": log.stat().st_size if log.exists() else 0}
+
     @contextlib.contextmanager
     def _transaction(self, *, synced: bool = True) -> Iterator[int]:
         with self._writing, translated(self._path):

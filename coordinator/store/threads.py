@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Generic, ParamSpec, TypeVar
 
 import anyio
 from anyio.to_thread import run_sync
 
+from coordinator.counting import STORE_S, Histogram
 from coordinator.store.base import Store
 
 P = ParamSpec("P")
@@ -30,14 +32,25 @@ class StoreThreads:
 
     def __init__(self, readers: int = 4, writers: int = 1) -> None:
         self._writer, self._readers = anyio.CapacityLimiter(writers), anyio.CapacityLimiter(readers)
+        self.timings = {"write": Histogram(STORE_S), "read": Histogram(STORE_S)}  # in seconds, waiting for a turn too
 
     async def write(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run a function that changes rows."""
-        return await run_sync(partial(function, *args, **named), limiter=self._writer)
+        with self._timed("write"):
+            return await run_sync(partial(function, *args, **named), limiter=self._writer)
 
     async def read(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run a function that only reads."""
-        return await run_sync(partial(function, *args, **named), limiter=self._readers)
+        with self._timed("read"):
+            return await run_sync(partial(function, *args, **named), limiter=self._readers)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[what].observe(time.monotonic() - began)
 
 
 class Together(Generic[A, R]):

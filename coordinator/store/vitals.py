@@ -5,6 +5,11 @@ Reads of system views and counters only, never of the jobs themselves. A column 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import msgspec
+
+MOST_MODELS = 500
 # What keeps dead rows alive: the oldest snapshot of anybody, a prepared transaction, or a replication slot.
 POSTGRES_TRANSACTIONS = """
     SELECT pid, application_name AS who, state,
@@ -51,3 +56,28 @@ POSTGRES_GAUGES = """
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 POSTGRES_CLOCK = "SELECT CAST(extract(epoch FROM clock_timestamp()) AS DOUBLE PRECISION) AS now_s"
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """Jobs of one kind and model that wait, and for how long the oldest has been due."""
+
+    kind: str
+    model: str
+    jobs: int
+    oldest_s: float
+
+
+class StoreVitals(msgspec.Struct, frozen=True, kw_only=True):
+    """How a store is.
+
+    Attributes:
+        waiting: the longest queues first, at most `MOST_MODELS`.
+        batches: open ones by state.
+        usage_pending: rows of usage that are not added up yet.
+        gauges: what the database says of itself, under names for /metrics.
+    """
+
+    waiting: tuple[Waiting, ...]
+    batches: Mapping[str, int]
+    usage_pending: int
+    gauges: Mapping[str, float]

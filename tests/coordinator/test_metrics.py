@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from coordinator.metrics import HttpCounters, sample
+from coordinator.metrics import HttpCounters, _worker_lines, sample
 from coordinator.testing import FakeWorker, Running
+from coordinator.vitals import Vitals
 from protocol.link_wire import ModelOffer
 from protocol.work import FreeResult
 
@@ -61,3 +62,59 @@ async def test_idle_is_when_nothing_is_in_flight() -> None:
     counters.end("/x", "GET", 499, 0.1)
     await counters.wait_idle()
     assert counters.answered == {("/x", "GET", 200): 1, ("/x", "GET", 499): 1}
+
+
+def test_names_and_numbers_are_as_prometheus_has_them(http: Any) -> None:
+    """Counters end with _total, histograms rise to their count, every sample belongs to a family with its kind."""
+    http.get("/v1/models")
+    kinds, seen = {}, set()
+    buckets: dict[str, list[float]] = {}
+    for line in http.get("/metrics").text.splitlines():
+        if line.startswith("# TYPE"):
+            _, _, name, kind = line.split()
+            kinds[name] = kind
+            assert (kind == "counter") == name.endswith("_total"), name
+            assert not name.endswith(("_ms", "_mib", "_bucket", "_sum", "_count")), name
+            continue
+        if line.startswith("#"):
+            continue
+        name, _, _ = line.partition("{") if "{" in line else line.partition(" ")
+        family = next(found for found in (name, re.sub("_(bucket|sum|count)$", "", name)) if found in kinds)
+        assert (family == name) == (kinds[family] != "histogram"), line
+        series = line.rsplit(" ", 1)[0]
+        assert series not in seen, series
+        seen.add(series)
+        if name.endswith("_bucket"):
+            buckets.setdefault(re.sub(r',?le="[^"]*"', "", series), []).append(float(line.rsplit(" ", 1)[1]))
+    assert buckets
+    assert all(counts == sorted(counts) for counts in buckets.values())
+
+
+def test_the_queue_the_store_and_the_disk_are_told(http: Any, served: Running) -> None:
+    asked = {"kind": "x-late", "model": "nobody-has", "wait_for_worker": True}
+    job = http.post("/v1/jobs", json=asked).json()
+    served.coordinator.parts.vitals = Vitals(served.coordinator._store, served.coordinator.state, fresh_s=0.0)
+    lines = http.get("/metrics").text.splitlines()
+    assert 'bulkhead_coordinator_queue_jobs{kind="x-late",model="nobody-has"} 1' in lines
+    assert any(line.startswith('bulkhead_coordinator_queue_oldest_seconds{kind="x-late"') for line in lines)
+    assert "bulkhead_coordinator_store_up 1" in lines
+    assert any(line.startswith("bulkhead_coordinator_store_bytes ") for line in lines)
+    assert any(line.startswith("bulkhead_coordinator_state_disk_free_bytes ") for line in lines)
+    assert any('store_call_duration_seconds_bucket{call="write",le="+Inf"}' in line for line in lines)
+    assert http.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
+
+
+def test_workers_are_counted_by_state() -> None:
+    rows = [("a", True, 0, 2, "native"), ("b", True, 1, 2, "native"), ("c", True, 2, 2, "studio")]
+    rows.append(("d", False, 0, 2, "native"))
+    lines = list(_worker_lines(rows))
+    for state in ("idle", "busy", "full", "held"):
+        assert f'bulkhead_coordinator_worker_states{{state="{state}"}} 1' in lines
+
+
+def test_a_client_cannot_make_series() -> None:
+    counters = HttpCounters()
+    for n in range(5):
+        counters.begin()
+        counters.end("/x", f"VERB{n}", 400, 0.1)
+    assert counters.answered == {("/x", "other", 400): 5}

@@ -265,3 +265,18 @@ def _expect(expected: dict[tuple[str, ...], dict[str, int]], record: JobRecord) 
         sums[column] += int(record.usage.get(key, 0))
     if record.started_ms is not None and record.finished_ms is not None:
         sums["busy_ms"] += record.finished_ms - record.started_ms
+
+
+def test_what_waits_is_told_with_its_age(store: Store) -> None:
+    submit(store, "a", model="slow")
+    store.shift_clock(5000)
+    submit(store, "b", model="slow")
+    submit(store, "c", model="quick")
+    store.cancel("c", "default", CANCEL)
+    found = store.vitals()
+    (waiting,) = found.waiting
+    assert (waiting.kind, waiting.model, waiting.jobs) == ("llm", "slow", 2)
+    assert 5.0 <= waiting.oldest_s < 60.0
+    assert found.usage_pending == 1
+    assert found.batches == {}
+    assert found.gauges["bytes"] > 0

@@ -1,0 +1,60 @@
+"""Counters and histograms that cannot grow without end, whatever names callers and workers think of."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from typing import Any, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+MOST_SERIES = 1000
+OTHER = "(other)"
+# Seconds: from a request that only reads, to a job that runs for ten minutes.
+LATENCIES_S = (0.005, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 60.0, 600.0)
+STORE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+
+
+class Tally(Counter[K]):
+    """A counter of at most `most` names; what comes after them is counted together, under `(other)`.
+
+    Every name is a series that Prometheus keeps for weeks, and some names are made by callers.
+    """
+
+    def __init__(self, most: int = MOST_SERIES) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, name: K, count: int) -> None:
+        if name not in self and len(self) >= self._most:
+            other: Any = tuple(OTHER for _ in name) if isinstance(name, tuple) else OTHER
+            super().__setitem__(other, self.get(other, 0) + count)
+            return
+        super().__setitem__(name, count)
+
+
+class Histogram:
+    """Observations in buckets with these upper bounds, and their sum."""
+
+    def __init__(self, bounds: tuple[float, ...] = LATENCIES_S) -> None:
+        self.bounds = bounds
+        self.total = 0.0
+        self._counts = [0] * (len(bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return sum(self._counts)
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """(upper bound as Prometheus writes it, how many were not above it), up to all of them."""
+        below = 0
+        for bound, count in zip((*self.bounds, None), self._counts, strict=True):
+            below += count
+            yield "+Inf" if bound is None else f"{bound:g}", below
