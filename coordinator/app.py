@@ -20,15 +20,19 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from coordinator import admin_api, jobs_api, metrics, studio_admin, usage_api, workers_api
+from coordinator import admin_api, jobs_api, lots_api, metrics, studio_admin, usage_api, workers_api
 from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
+from coordinator.blobs import Blobs
 from coordinator.blobs_folder import FolderBlobs
 from coordinator.dashboard.feed import Feed
 from coordinator.dashboard.look import Look
 from coordinator.dashboard.routes import Dashboard
 from coordinator.dashboard.sessions import Sessions
+from coordinator.deliveries import Deliveries
+from coordinator.deploy import api as deployments_api
+from coordinator.deploy.deployer import Deployer
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
 from coordinator.enrol_api import enrol_routes
@@ -40,12 +44,14 @@ from coordinator.keys import Keys
 from coordinator.limits import Rates
 from coordinator.metrics import CountRequests, HttpCounters
 from coordinator.openai.routes import ROUTES as OPENAI_ROUTES
+from coordinator.privacy import Privacy, PrivacySettings
 from coordinator.progress import ProgressBoard
 from coordinator.records import WorkerScope
 from coordinator.register import FILE_NAME, Register, SqliteRegister
 from coordinator.register.known import Known
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
+from coordinator.store.threads import StoreThreads
 from coordinator.studio import Studio
 from coordinator.studio_claims import Sources
 from coordinator.studio_registry import Registrations
@@ -83,6 +89,8 @@ class Coordinator:
         studio: StudioSettings | None = None,
         open_store: Callable[[], Store] | None = None,
         open_register: Callable[[], Register] | None = None,
+        open_blobs: Callable[[], Blobs] | None = None,
+        undelivered_s: float = PrivacySettings().undelivered_s,
     ) -> None:
         """Open everything.
 
@@ -93,6 +101,8 @@ class Coordinator:
             studio: tunables of sessions with studio workers.
             open_store: opens the store that is used; without it, a SQLite file in the folder.
             open_register: opens the register of keys, likewise.
+            open_blobs: opens the store of files; without it, a folder in the folder.
+            undelivered_s: see `PrivacySettings`.
 
         Raises:
             StoreError, OSError.
@@ -107,7 +117,7 @@ class Coordinator:
             register = open_register() if open_register is not None else SqliteRegister(state / FILE_NAME)
             self._known = Known(register)
             self._known.refresh()
-            blobs = FolderBlobs(state / BLOB_FOLDER)
+            blobs = open_blobs() if open_blobs is not None else FolderBlobs(state / BLOB_FOLDER)
         except BaseException:
             self._store.close()
             raise
@@ -138,13 +148,23 @@ class Coordinator:
         )
         look.parts = self.parts
         self.parts.vitals = Vitals(self._store, state)
+        self.parts.deployer = _deployer(dispatcher, self._store)
         workers = [
             WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
             *enrol_routes(Enrolments(self._known)),
             *Studio(dispatcher, blobs, registrations, studio_models, studio, worker_doors).routes(),
             *self.dashboard.routes(),
         ]
-        self.app = build_app(self.parts, workers, self._lifetime)
+        known, batches = self._known, self.parts.batches
+        self.privacy = Privacy(
+            self._store,
+            blobs,
+            files,
+            lambda: [tenant.name for tenant in known.tenants.values() if not tenant.store_content],
+            PrivacySettings(undelivered_s=undelivered_s),
+        )
+        batches.on_end = self.privacy.look
+        self.app = Deliveries(build_app(self.parts, workers, self._lifetime), self.privacy.delivered)
 
     def close(self) -> None:
         """Close the files; for a coordinator whose application never ran."""
@@ -167,7 +187,9 @@ class Coordinator:
             group.start_soon(self._dispatch)
             group.start_soon(self.parts.progress.run)
             group.start_soon(self.parts.batches.run)
+            group.start_soon(self.privacy.run)
             group.start_soon(self.feed.run)
+            group.start_soon(self.parts.deployer.run)
             yield
             with anyio.move_on_after(LAST_WORDS_S):
                 await self.parts.http.wait_idle()
@@ -182,6 +204,13 @@ class Coordinator:
             log.exception("The dispatcher failed; the coordinator ends.")
             self.parts.alive = False
             self.on_death()
+
+
+def _deployer(dispatcher: Dispatcher, store: Store) -> Deployer:
+    """Sees to deployments, and tells the dispatcher what their models are called."""
+    deployer = Deployer(store, StoreThreads(), dispatcher.attempts.fleet, workers_api.give)
+    dispatcher.model_of, dispatcher.name_of = deployer.model_of, deployer.name_of
+    return deployer
 
 
 def _leave_unattended(store: Store) -> None:
@@ -212,8 +241,10 @@ def build_app(
         Route("/healthz", health, methods=["GET"]),
         *metrics.ROUTES,
         *OPENAI_ROUTES,
+        *lots_api.ROUTES,
         *jobs_api.ROUTES,
         *workers_api.ROUTES,
+        *deployments_api.ROUTES,
         *studio_admin.ROUTES,
         *usage_api.ROUTES,
         *admin_api.ROUTES,

@@ -105,6 +105,9 @@ class Dispatcher:
         # Lays over each submission what its tenant and key say, or refuses it.
         self.terms: Callable[[Submission], Submission] = lambda s: s
         self.lots = Lots(self, store, self._threads)
+        # What a deployment answers to: from a client's name to a worker's, and back (None: it answers nobody).
+        self.model_of: Callable[[str], str] = lambda name: name
+        self.name_of: Callable[[str], str | None] = lambda model: model
         self._accepting = True
         self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
         self._bell = anyio.Event()
@@ -173,8 +176,8 @@ class Dispatcher:
                 raise _no_job(job_id)
             yield self._events(record, subscription)
 
-    async def get(self, job_id: str, tenant: str) -> JobRecord | None:
-        """The row, when it belongs to the tenant."""
+    async def get(self, job_id: str, tenant: str | None) -> JobRecord | None:
+        """The row, when it belongs to the tenant; None asks for anybody's."""
         return await self._threads.read(self._store.get, job_id, tenant)
 
     async def list(self, tenant: str, limit: int, state: str | None = None, dead: bool = False) -> Records:
@@ -237,8 +240,9 @@ class Dispatcher:
         await self._threads.read(drop)
 
     def models(self) -> Models:
-        """Models of all connected workers that are not draining, by name."""
-        return self.attempts.fleet.models()
+        """Models of all connected workers that are not draining, by the name that clients ask for."""
+        named = [(self.name_of(model.name), model) for model in self.attempts.fleet.models()]
+        return [msgspec.structs.replace(model, name=name) for name, model in named if name is not None]
 
     def workers(self) -> Workers:
         """All connected workers, by id."""
@@ -278,6 +282,8 @@ class Dispatcher:
             FaultError: as `submit` does.
         """
         s = self.terms(s)
+        if (model := self.model_of(s.model)) != s.model:
+            s = msgspec.structs.replace(s, model=model, asked=s.model)
         self._check(s, more)
         self.attempts.fleet.ask(s.labels)
         return msgspec.structs.replace(s, cost=self.attempts.costs.of(s.tenant, s.model))
@@ -324,6 +330,12 @@ class Dispatcher:
             message = f"labels: Expected at most {MAX_NEEDS_BYTES} bytes of names and values together."
             raise refuse("invalid_parameter", message, "labels")
         fault = None if s.wait_for_worker else self.attempts.fleet.judge(s.kind, s.model, s.labels, s.vram_gb_estimate)
+        if fault is not None and s.asked:
+            raise refuse(
+                "no_worker",
+                f"The model {s.asked!r} is being deployed, and no worker is ready to take it; try again.",
+                retry_after_s=RETRY_HINT_S,
+            )
         if fault is not None:
             raise FaultError(fault)
 

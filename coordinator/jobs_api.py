@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -30,6 +32,7 @@ from coordinator.files import file_response
 from coordinator.media import UNKNOWN
 from coordinator.records import (
     TERMINAL,
+    AttemptRecord,
     JobChunk,
     JobEnded,
     JobEvent,
@@ -52,12 +55,13 @@ MAX_DEADLINE_MS = 7 * 86_400_000
 MAX_PRIORITY = 100
 MAX_WAIT_S = 3600.0
 MAX_VRAM_GB = 10_000.0
+MAX_AHEAD_S = 366 * 86_400
 LIST_LIMIT = 20
 MAX_LIST_LIMIT = 100
 STATES = ("queued", "running", *sorted(TERMINAL))
 
 FIELDS = FieldTable(
-    passed=frozenset({"idempotency_key", "priority", "deadline_ms", "labels", "vram_gb_estimate"}),
+    passed=frozenset({"idempotency_key", "priority", "deadline_ms", "labels", "vram_gb_estimate", "run_after"}),
     handled=frozenset({"kind", "model", "params", "inputs", "stream", "wait", "wait_for_worker"}),
 )
 
@@ -122,6 +126,8 @@ def to_ask(body: dict[str, Any]) -> Ask:
         checked["vram_gb_estimate"] = _number(more, "vram_gb_estimate", 0, MAX_VRAM_GB)
     if "labels" in more:
         checked["labels"] = _labels(more["labels"])
+    if "run_after" in more:
+        checked["run_after_ms"] = _instant(more["run_after"])
     return Ask(kind, model, params, inputs, flag(handled, "stream"), wait_s, checked)
 
 
@@ -171,6 +177,23 @@ def _labels(value: Any) -> dict[str, str]:
     return value  # type: ignore[no-any-return]
 
 
+def _instant(value: Any) -> int:
+    """`run_after` in milliseconds since the epoch: a date with its zone, or that number itself."""
+    ms = -1.0
+    if isinstance(value, str):
+        with suppress(ValueError, OverflowError):
+            date = datetime.fromisoformat(value)
+            ms = date.timestamp() * 1000 if date.tzinfo is not None else ms
+    elif isinstance(value, int) and not isinstance(value, bool):
+        ms = value
+    if not 0 <= ms <= (time.time() + MAX_AHEAD_S) * 1000:
+        message = (
+            "run_after: Expected a date with its time zone, such as 2026-11-22T06:00:00Z, or milliseconds since 1970"
+        )
+        raise refuse("invalid_parameter", f"{message}; at most {MAX_AHEAD_S // 86_400} days from now.", "run_after")
+    return int(ms)
+
+
 async def _submit(request: Request, parts: Services, job: Submission, wait_s: float) -> JobRecord:
     """Submit, and wait when asked. A client that leaves while it waits does not end the job."""
     if not wait_s:
@@ -191,12 +214,17 @@ async def _submit(request: Request, parts: Services, job: Submission, wait_s: fl
 
 
 async def get_job(request: Request) -> Response:
-    """One job."""
-    return Json(to_job(await _find(request)))
+    """One job, with its attempts."""
+    record = await _find(request)
+    attempts = await services(request).dispatcher.attempts_of(record)
+    return Json({**to_job(record), "attempts": [to_attempt(one) for one in attempts]})
 
 
 async def list_jobs(request: Request) -> Response:
-    """The tenant's newest jobs; `limit` and `state` as query parameters."""
+    """The tenant's newest jobs; `limit`, `state` and `dead` as query parameters.
+
+    With `dead=1` those that failed without their caller's doing: what an owner looks at, mends, and tries again.
+    """
     query = request.query_params
     limit = query.get("limit", str(LIST_LIMIT))
     if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_LIST_LIMIT:
@@ -204,7 +232,10 @@ async def list_jobs(request: Request) -> Response:
     state = query.get("state")
     if state is not None and state not in STATES:
         raise refuse("invalid_parameter", f"state: Expected one of {', '.join(STATES)}.", "state")
-    records = await services(request).dispatcher.list(caller(request).tenant, int(limit), state)
+    dead = query.get("dead", "0")
+    if dead not in ("0", "1"):
+        raise refuse("invalid_parameter", "dead: Expected 0 or 1.", "dead")
+    records = await services(request).dispatcher.list(caller(request).tenant, int(limit), state, dead == "1")
     return Json({"object": "list", "data": [to_job(record) for record in records]})
 
 
@@ -228,11 +259,21 @@ async def get_file(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     """Cancel; a job that has ended stays as it is."""
+    found = await _find(request)
+    by = "its owner" if found.tenant == caller(request).tenant else "an administrator"
+    record = await services(request).dispatcher.cancel(found.id, found.tenant, f"cancelled by {by}")
+    if record is None:
+        raise _unknown(found.id)
+    return Json(to_job(record))
+
+
+async def retry(request: Request) -> Response:
+    """Put a failed job back into the queue with all its tries; what became of the earlier ones is kept."""
     name = request.path_params["id"]
-    record = await services(request).dispatcher.cancel(name, caller(request).tenant, "cancelled by its owner")
+    record = await services(request).dispatcher.retry(name, owner(request))
     if record is None:
         raise _unknown(name)
-    return Json(to_job(record))
+    return Json(to_job(record), status_code=202, headers=job_headers(record))
 
 
 async def events(request: Request) -> Response:
@@ -248,12 +289,19 @@ ROUTES = [
     Route("/v1/jobs/{id}/files/{name}", get_file, methods=["GET"]),
     Route("/v1/jobs/{id}/events", events, methods=["GET"]),
     Route("/v1/jobs/{id}/cancel", cancel, methods=["POST"]),
+    Route("/v1/jobs/{id}/retry", retry, methods=["POST"]),
 ]
+
+
+def owner(request: Request) -> str | None:
+    """Whose jobs this key may touch by their ids: its tenant's, or with an admin key everybody's (None)."""
+    key = caller(request)
+    return None if key.scope == "admin" else key.tenant
 
 
 async def _find(request: Request) -> JobRecord:
     name = request.path_params["id"]
-    record = await services(request).dispatcher.get(name, caller(request).tenant)
+    record = await services(request).dispatcher.get(name, owner(request))
     if record is None:
         raise _unknown(name)
     return record
@@ -281,6 +329,11 @@ def to_job(record: JobRecord) -> dict[str, Any]:
         "worker": record.worker,
         "priority": record.priority,
         "labels": record.labels,
+        "vram_gb_estimate": record.vram_gb_estimate,
+        "run_after_ms": record.run_after_ms or None,
+        "deadline_at_ms": record.deadline_at_ms or None,
+        "batch": record.lot or None,
+        "dead": record.dead,
         "created_ms": record.created_ms,
         "started_ms": record.started_ms,
         "finished_ms": record.finished_ms,
@@ -296,6 +349,18 @@ def to_job(record: JobRecord) -> dict[str, Any]:
             }
             for file in record.files
         ],
+    }
+
+
+def to_attempt(attempt: AttemptRecord) -> dict[str, Any]:
+    """An attempt as JSON."""
+    return {
+        "number": attempt.n,
+        "worker": attempt.worker,
+        "began_ms": attempt.began_ms,
+        "ended_ms": attempt.ended_ms,
+        "outcome": attempt.outcome,
+        "fault": attempt.fault,
     }
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 import time
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import httpx
@@ -212,6 +213,12 @@ def test_a_job_may_wait_for_its_worker(http: httpx.Client, serve: Any) -> None:
         ({"stream": "yes"}, "stream"),
         ({"idempotency_key": "a\nb"}, "idempotency_key"),
         ({"vram_gb_estimate": -1}, "vram_gb_estimate"),
+        ({"labels": {str(n): "x" * 190 for n in range(20)}}, "labels"),
+        ({"run_after": "tomorrow"}, "run_after"),
+        ({"run_after": "2026-11-22T06:00:00"}, "run_after"),
+        ({"run_after": "9999-12-31T00:00:00Z"}, "run_after"),
+        ({"run_after": True}, "run_after"),
+        ({"run_after": -1}, "run_after"),
         ({"tenant": "me"}, "tenant"),
     ],
 )
@@ -230,3 +237,94 @@ def test_bad_queries(http: httpx.Client) -> None:
 def test_a_workers_type_is_believed_only_when_it_looks_like_one() -> None:
     assert safe_mime("image/png") == "image/png"
     assert safe_mime("text/html\r\nset-cookie: x") == "application/octet-stream"
+
+
+# ---- times, needs, attempts ---------------------------------------------------------------------------------
+
+
+def test_a_job_may_wait_for_its_hour(http: httpx.Client, serve: Any) -> None:
+    serve(command, "timed", "command")
+    later = int(time.time() * 1000) + 3_600_000
+    body = {"kind": "command", "model": "timed", "deadline_ms": 1000}
+    job = http.post("/v1/jobs", json={**body, "run_after": later}).json()
+    assert (job["state"], job["run_after_ms"], job["deadline_at_ms"]) == ("queued", later, later + 1000)
+    date = datetime.fromtimestamp(later / 1000, timezone(timedelta(hours=2))).isoformat()
+    dated = http.post("/v1/jobs", json={**body, "run_after": date}).json()
+    assert dated["run_after_ms"] == later
+    past = http.post("/v1/jobs", json={**body, "deadline_ms": 60_000, "run_after": "2026-01-01T00:00:00Z"}).json()
+    assert finished(http, past["id"])["state"] == "succeeded"
+    assert http.get(f"/v1/jobs/{job['id']}").json()["state"] == "queued"
+    for one in (job, dated):
+        assert http.post(f"/v1/jobs/{one['id']}/cancel").json()["state"] == "cancelled"
+
+
+def test_a_job_that_no_worker_can_have_is_refused_at_once_or_waits_if_asked_to(http: httpx.Client, serve: Any) -> None:
+    serve(command, "picky", "command", vram_threshold_gb=8.0)
+    body = {"kind": "command", "model": "picky"}
+    for more, field in (({"labels": {"trusted": "true"}}, "labels"), ({"vram_gb_estimate": 9}, "vram_gb_estimate")):
+        answer = http.post("/v1/jobs", json={**body, **more})
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("no_worker", field)
+    waiting = http.post("/v1/jobs", json={**body, "labels": {"trusted": "true"}, "wait_for_worker": True}).json()
+    assert waiting["state"] == "queued"
+    assert finished(http, http.post("/v1/jobs", json=body).json()["id"])["state"] == "succeeded", "it blocks nobody"
+    again = http.get(f"/v1/jobs/{waiting['id']}").json()
+    assert (again["state"], again["attempt"]) == ("queued", 0), "it was not claimed and put back"
+    trusted = serve(command, "picky", "command", labels={"trusted": "true"})
+    assert finished(http, waiting["id"])["state"] == "succeeded"
+    assert [job.id for job in trusted.jobs] == [waiting["id"]]
+
+
+def test_attempts_are_shown_and_a_failed_job_is_tried_again(http: httpx.Client, serve: Any, served: Any) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def script(job: Any) -> None:
+        if broken.is_set():
+            raise FaultError(Fault("engine_failed", "The engine has no idea."))
+        command(job)
+
+    worker = serve(script, "fragile", "command")
+    job = http.post("/v1/jobs", json={"kind": "command", "model": "fragile"}).json()["id"]
+    assert http.post(f"/v1/jobs/{job}/retry").status_code in (409, 202), "as long as it runs it has not failed"
+    failed = finished(http, job)
+    assert (failed["state"], failed["dead"]) == ("failed", True)
+    dead = http.get("/v1/jobs", params={"state": "failed", "dead": "1"}).json()["data"]
+    assert job in [one["id"] for one in dead]
+    assert http.get("/v1/jobs", params={"dead": "yes"}).status_code == 400
+    broken.clear()
+    answer = http.post(f"/v1/jobs/{job}/retry")
+    assert (answer.status_code, answer.json()["state"], answer.json()["fault"]) == (202, "queued", None)
+    done = finished(http, job)
+    assert (done["state"], done["tries"]) == ("succeeded", 1)
+    first, *_, last = done["attempts"]
+    assert (first["worker"], first["outcome"], first["fault"]["code"]) == (
+        worker.jobs[0] and failed["worker"],
+        "failed",
+        "engine_failed",
+    )
+    assert (last["outcome"], last["fault"]) == ("succeeded", None)
+    assert first["number"] < last["number"]
+    assert first["began_ms"] <= first["ended_ms"] <= last["ended_ms"]
+    again = http.post(f"/v1/jobs/{job}/retry")
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "conflict")
+    assert http.post("/v1/jobs/job_unknown/retry").status_code == 404
+
+
+def test_a_tenant_sees_its_own_jobs_and_an_administrator_everybodys(
+    http: httpx.Client, serve: Any, served: Any
+) -> None:
+    def fail(job: Any) -> None:
+        raise FaultError(Fault("engine_failed", "No."))
+
+    serve(fail, "owned", "command")
+    job = http.post("/v1/jobs", json={"kind": "command", "model": "owned"}).json()["id"]
+    assert finished(http, job)["state"] == "failed"
+    keys = served.coordinator.keys
+    for scope, status in (("client", 404), ("admin", 200)):
+        secret = keys.create(scope, name="other", tenant="another")
+        with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {secret}"}) as other:
+            assert other.get(f"/v1/jobs/{job}").status_code == status
+            assert other.post(f"/v1/jobs/{job}/cancel").status_code == status
+            assert other.post(f"/v1/jobs/{job}/retry").status_code == (404 if status == 404 else 202)
