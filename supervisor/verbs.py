@@ -189,6 +189,15 @@ refused this worker, 70 internal, 73 another process holds this identity,
         ),
         _ORDERING,
     ),
+    "enrol": Verb(
+        "exchange a one-time token for this worker's own key, and write it down",
+        _examples(
+            "supervisor enrol https://gpu.example.org          the token is asked for, or piped in",
+            "supervisor enrol https://gpu.example.org bhe_TOKEN",
+            "supervisor enrol https://gpu.example.org --token-file token --tls-ca ca.pem",
+        ),
+        "supervisor.enrolment",
+    ),
     "ui": Verb("open the page of this worker in a browser", ""),  # its own, in ui_command.py
     "setup": Verb(
         "make one environment per engine, for the GPU of this machine",

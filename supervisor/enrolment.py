@@ -1,0 +1,225 @@
+"""`supervisor enrol URL`: exchange a one-time token for this worker's own key, and write both down.
+
+What it does, in this order: worker.toml and the state folder are looked at, so that no token is spent on a machine that
+cannot keep its key; the coordinator is asked once (`POST /v1/workers/enrol`); the key is written to a file of its own
+(mode 0600, in the state folder); `[coordinator]` of worker.toml gets the address and the name of that file. No
+supervisor need run; one that does takes it up with its next start.
+
+A token is good once. When the answer is lost on its way the token is spent all the same, and the sentence says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import ssl
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+
+from protocol.ids import is_safe_id
+from supervisor.config import SEARCH, find_config, load, state_dir
+from supervisor.config_edit import edit
+from supervisor.errors import ConfigError, LinkRefused, NoPermission, SupervisorError
+from supervisor.registration import TOKEN_FILE
+from supervisor.secrets import MAX_BYTES, judge_file
+from supervisor.settings import Settings
+from supervisor.state import StateFolder, write_atomically
+
+if TYPE_CHECKING:
+    import httpx
+
+ASK_S = 30.0
+MAX_ANSWER_BYTES = 65_536
+ROUTE = "/v1/workers/enrol"
+_SOCKETS = {"https": "wss", "http": "ws", "wss": "wss", "ws": "ws"}
+_PAGES = {"wss": "https", "ws": "http"}
+
+
+class NotEnrolled(SupervisorError):
+    """The coordinator did not admit this worker, or could not be asked; nothing was changed here."""
+
+    exit_code = LinkRefused.exit_code
+
+
+class Enrolled(NamedTuple):
+    """What became of it.
+
+    Attributes:
+        url: of the coordinator's socket, as worker.toml has it now.
+        worker: the id under which this worker is known there.
+        token_file: holds its key.
+    """
+
+    url: str
+    worker: str
+    token_file: Path
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    worker: str
+    token: str
+
+
+def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of the verb."""
+    parser.add_argument("url", metavar="URL", help="https:// address of the coordinator")
+    parser.add_argument("token", metavar="TOKEN", nargs="?", default="", help="default: it is asked for, or piped in")
+    parser.add_argument("--token-file", metavar="FILE", default="", help="holds the token")
+    parser.add_argument("--tls-ca", metavar="FILE", default="", help="PEM file to trust")
+    parser.add_argument("--config", metavar="FILE", help="worker.toml; made when it is not there")
+    parser.set_defaults(command=command)
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Carry the verb out."""
+    done = enrol(
+        arguments.url,
+        _token(arguments),
+        config=_place(arguments.config),
+        tls_ca=str(Path(arguments.tls_ca).expanduser().absolute()) if arguments.tls_ca else "",
+    )
+    said = f"This worker is {done.worker} at {done.url}; its key is in {done.token_file}. `supervisor run` takes it up."
+    sys.stdout.write(said + "\n")
+    return 0
+
+
+def _place(given: str | None) -> Path:
+    """worker.toml: the one that is there, else where one is made."""
+    try:
+        return find_config(given)
+    except ConfigError:
+        return Path(given or os.environ.get("BULKHEAD_CONFIG", "") or SEARCH[1]).expanduser()
+
+
+def _token(arguments: argparse.Namespace) -> str:
+    if arguments.token and arguments.token_file:
+        raise ConfigError(["give TOKEN or --token-file, not both"])
+    if arguments.token:
+        return str(arguments.token).strip()
+    if arguments.token_file:
+        return read_token(Path(arguments.token_file).expanduser())
+    if sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass("Enrolment token: ").strip()
+    return sys.stdin.readline().strip()
+
+
+def read_token(path: Path) -> str:
+    """The token in a file of the operator's. Raises ConfigError."""
+    if sentence := judge_file(path, strict=True):
+        raise ConfigError([f"enrolment token: {sentence}"])
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"enrolment token: {path} cannot be read: {error}"]) from None
+
+
+def enrol(url: str, token: str, *, config: Path, tls_ca: str = "", environ: Mapping[str, str] = os.environ) -> Enrolled:
+    """See the module; blocks for up to `ASK_S`.
+
+    Args:
+        url: of the coordinator: https://, or wss:// as worker.toml has it.
+        token: good once.
+        config: worker.toml; made when it does not exist.
+        tls_ca: PEM file to trust, "" for the system's.
+
+    Raises:
+        NotEnrolled: the coordinator refused, or the answer did not come.
+        ConfigError, NoPermission: worker.toml is wrong or cannot be written.
+    """
+    page, socket = addresses(url)
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(["there is no enrolment token, or it has characters that no token has"])
+    settings = load(config, environ) if config.is_file() else Settings()
+    folder = state_dir(settings, environ)
+    key_file = folder / TOKEN_FILE
+    _check_writable(config, folder)
+    name = StateFolder(folder).worker_id(settings.worker.name)
+    answer = _ask(page, token, name, tls_ca or settings.coordinator.tls_ca)
+    write_atomically(key_file, answer.token.encode() + b"\n")
+    values: dict[str, Any] = {
+        "coordinator.url": socket,
+        "coordinator.dialect": "native",
+        "coordinator.token_file": str(key_file),
+    }
+    if tls_ca:
+        values["coordinator.tls_ca"] = tls_ca
+    if answer.worker != name:
+        values["worker.name"] = answer.worker
+    try:
+        edit(config, values)
+    except (ConfigError, NoPermission, OSError) as error:
+        kept = f"The key was given out and is in {key_file}, but {config} could not be changed"
+        raise NotEnrolled(f"{kept}: {error}. Set [coordinator] url and token_file by hand.") from None
+    return Enrolled(socket, answer.worker, key_file)
+
+
+def addresses(url: str) -> tuple[str, str]:
+    """The page to ask, and the socket for worker.toml. Raises ConfigError."""
+    parts = urlsplit(url)
+    if parts.scheme not in _SOCKETS or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ConfigError([f"{url[:200]}: expected https://HOST, the coordinator's address, without user and query"])
+    base = parts.path.rstrip("/").removesuffix("/v1/worker").removesuffix("/v1")
+    socket = f"{_SOCKETS[parts.scheme]}://{parts.netloc}{base}"
+    return f"{_PAGES[_SOCKETS[parts.scheme]]}://{parts.netloc}{base}{ROUTE}", socket
+
+
+def _check_writable(config: Path, folder: Path) -> None:
+    """Raises NoPermission before anything is spent."""
+    for place in (folder, config.absolute().parent):
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise NoPermission(f"{place} cannot be made: {error.strerror}.") from None
+        probe = place / f".enrol-{os.getpid()}"
+        try:
+            write_atomically(probe, b"")
+        except OSError as error:
+            raise NoPermission(f"{place} cannot be written: {error.strerror}.") from None
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+
+
+def _ask(page: str, token: str, name: str, tls_ca: str) -> _Answer:
+    import httpx
+
+    try:
+        tls: Any = ssl.create_default_context(cafile=tls_ca) if tls_ca else True
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"tls_ca: {tls_ca} cannot be read: {error}"]) from None
+    headers = {"authorization": f"Bearer {token}"}
+    try:
+        with httpx.Client(verify=tls, timeout=ASK_S, trust_env=False, follow_redirects=False) as client:
+            response = client.post(page, json={"worker": name}, headers=headers)
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
+        raise NotEnrolled(f"{page} cannot be reached: {error}. The token is good still.") from None
+    except httpx.HTTPError as error:
+        lost = f"{page} was asked, but its answer did not come ({error or type(error).__name__})"
+        raise NotEnrolled(f"{lost}. If the token is refused now, it was spent: make another one.") from None
+    if response.status_code != 201:
+        raise NotEnrolled(f"{page} does not admit this worker: {_reason(response)}")
+    try:
+        answer = msgspec.json.decode(response.content[:MAX_ANSWER_BYTES], type=_Answer)
+    except msgspec.DecodeError:
+        raise NotEnrolled(f"{page} answered what is no key; is this a coordinator?") from None
+    if not is_safe_id(answer.worker) or not answer.token.isascii() or not answer.token.isprintable():
+        raise NotEnrolled(f"{page} answered what is no key; is this a coordinator?")
+    return answer
+
+
+def _reason(response: httpx.Response) -> str:
+    """The coordinator's own sentence, fit for a terminal."""
+    try:
+        said = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        said = f"HTTP {response.status_code}; is this a coordinator?"
+    return "".join(letter if letter.isprintable() else "?" for letter in said)[:500]

@@ -1,0 +1,168 @@
+"""A worker exchanges its token for a key at a real coordinator; what goes wrong leaves everything as it was."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from coordinator.enrolments import Enrolments
+from coordinator.testing import Running, running
+from supervisor.cli import main
+from supervisor.config import load
+from supervisor.enrolment import NotEnrolled, addresses, enrol
+from supervisor.errors import ConfigError, ExitCode, NoPermission
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("coordinator")) as it:
+        yield it
+
+
+@pytest.fixture
+def tokens(there: Running) -> Enrolments:
+    return Enrolments(there.coordinator.keys.known)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "worker.toml"
+    path.write_text('# mine\n[worker]\nstate_dir = "state"\n')
+    return path
+
+
+def test_a_token_becomes_a_key_of_the_workers_own(there: Running, tokens: Enrolments, config: Path) -> None:
+    token = tokens.create(60)
+    done = enrol(there.url, token, config=config, environ={})
+    settings = load(config, {})
+    assert settings.coordinator.url == there.url.replace("http", "ws") == done.url
+    assert settings.coordinator.token_file == str(done.token_file)
+    assert stat.S_IMODE(done.token_file.stat().st_mode) == 0o600
+    key = there.coordinator.keys.find(done.token_file.read_text().strip())
+    assert key is not None
+    assert (key.scope, key.worker) == ("worker", done.worker)
+    assert (config.parent / "state" / "worker-id").read_text().strip() == done.worker
+    assert config.read_text().startswith("# mine\n")
+    assert not [path for path in config.parent.rglob(".enrol-*")]
+
+    with pytest.raises(NotEnrolled, match="used before"):
+        enrol(there.url, token, config=config, environ={})
+    assert there.coordinator.keys.find(done.token_file.read_text().strip()) == key
+
+
+def test_the_name_that_the_token_gives_is_taken_over(there: Running, tokens: Enrolments, tmp_path: Path) -> None:
+    config = tmp_path / "new" / "worker.toml"  # made
+    environ = {"XDG_STATE_HOME": str(tmp_path / "xdg")}
+    done = enrol(there.url + "/v1/", tokens.create(60, worker="box7"), config=config, environ=environ)
+    settings = load(config, environ)
+    assert (done.worker, settings.worker.name, settings.coordinator.dialect) == ("box7", "box7", "native")
+
+
+@pytest.mark.parametrize("token", ["bhe_" + "a" * 43, "x"])
+def test_a_token_that_is_not_good_changes_nothing(there: Running, config: Path, token: str) -> None:
+    before = config.read_bytes()
+    with pytest.raises(NotEnrolled, match="does not admit this worker"):
+        enrol(there.url, token, config=config, environ={})
+    assert config.read_bytes() == before
+    assert not (config.parent / "state" / "coordinator-token").exists()
+
+
+def test_a_machine_that_cannot_keep_a_key_spends_no_token(
+    there: Running, tokens: Enrolments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tokens.create(60)
+    broken = tmp_path / "worker.toml"
+    broken.write_text("[worker\n")
+    with pytest.raises(ConfigError):
+        enrol(there.url, token, config=broken, environ={})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NoPermission):
+        enrol(there.url, token, config=tmp_path / "file" / "worker.toml", environ={"XDG_STATE_HOME": str(tmp_path)})
+    good = tmp_path / "good.toml"
+    enrol(there.url, token, config=good, environ={"XDG_STATE_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize("url", ["", "box", "ftp://box", "https://", "https://u:p@box", "https://box/?x", "file:///x"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="expected https"):
+        addresses(url)
+
+
+def test_addresses() -> None:
+    both = ("https://box:1/a/v1/workers/enrol", "wss://box:1/a")
+    for url in ("https://box:1/a", "wss://box:1/a/v1/worker", "https://box:1/a/v1/"):
+        assert addresses(url) == both
+
+
+class _Odd(BaseHTTPRequestHandler):
+    """Answers, but is no coordinator."""
+
+    said: tuple[int, bytes] = (200, b"<html>")
+
+    def do_POST(self) -> None:
+        self.send_response(self.said[0])
+        self.send_header("content-length", str(len(self.said[1])))
+        self.end_headers()
+        self.wfile.write(self.said[1])
+
+    def log_message(self, *_words: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"<html>"),
+        (404, b""),
+        (500, b'{"error": 1}'),
+        (403, b'{"error": {"message": "\\u001b[31mno"}}'),
+        (201, b"{}"),
+        (201, b'{"worker": "../x", "token": "t"}'),
+        (201, b'{"worker": "x", "token": "a\\nb"}'),
+    ],
+)
+def test_a_server_that_is_no_coordinator_is_told_apart(config: Path, status: int, body: bytes) -> None:
+    _Odd.said = (status, body)
+    with HTTPServer(("127.0.0.1", 0), _Odd) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(NotEnrolled) as caught:
+            enrol(f"http://127.0.0.1:{server.server_port}", "bhe_x", config=config, environ={})
+        thread.join()
+    assert "\x1b" not in str(caught.value)
+    assert not (config.parent / "state" / "coordinator-token").exists()
+
+
+def test_a_coordinator_that_cannot_be_reached_leaves_the_token_good(config: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        with pytest.raises(NotEnrolled, match="good still"):
+            enrol(f"http://127.0.0.1:{taken.getsockname()[1]}", "bhe_x", config=config, environ={})
+
+
+def test_the_verb(
+    there: Running,
+    tokens: Enrolments,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(tokens.create(60, worker="box8") + "\n"))
+    assert main(["enrol", there.url, "--config", str(config)]) == 0
+    assert "This worker is box8" in capsys.readouterr().out
+    file = config.parent / "token"
+    file.write_text(tokens.create(60))
+    file.chmod(0o644)
+    assert main(["enrol", there.url, "--config", str(config), "--token-file", str(file)]) == ExitCode.BAD_CONFIG
+    os.chmod(file, 0o600)
+    assert main(["enrol", there.url, "--config", str(config), "--token-file", str(file)]) == 0
+    assert main(["enrol", there.url, "x", "--config", str(config)]) == ExitCode.REFUSED
+    assert "no enrolment token" in capsys.readouterr().err
