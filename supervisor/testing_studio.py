@@ -11,6 +11,7 @@ import collections
 import contextlib
 import datetime
 import itertools
+import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -413,18 +414,21 @@ class StudioServer(Approvals):
 
 
 @contextlib.asynccontextmanager
-async def open_studio_server(rules: Rules | None = None, port: int = 0) -> AsyncIterator[StudioServer]:
-    """A studio on loopback."""
+async def open_studio_server(
+    rules: Rules | None = None, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[StudioServer]:
+    """A studio on loopback, over TLS where there is a context for it."""
     server = StudioServer(rules)
 
-    async def serve(stream: trio.SocketStream) -> None:
+    async def serve(plain: trio.SocketStream) -> None:
+        secure = trio.SSLStream(plain, tls, server_side=True, https_compatible=True) if tls is not None else plain
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async with stream:
+            async with secure as stream:
                 await _serve(server, stream)
 
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
-        server.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        server.url = f"http{'s' if tls is not None else ''}://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         nursery.start_soon(trio.serve_listeners, serve, listeners)
         nursery.start_soon(server.push)
         nursery.start_soon(server.sweep)
@@ -432,7 +436,7 @@ async def open_studio_server(rules: Rules | None = None, port: int = 0) -> Async
         nursery.cancel_scope.cancel()
 
 
-async def _serve(server: StudioServer, stream: trio.SocketStream) -> None:
+async def _serve(server: StudioServer, stream: trio.abc.Stream) -> None:
     while found := await head(stream):
         raw, asked = found
         if asked.headers.get("upgrade", "").lower() != "websocket":

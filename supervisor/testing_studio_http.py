@@ -36,7 +36,7 @@ class Redirect(msgspec.Struct, frozen=True):
 class Replayed(trio.abc.Stream):
     """A stream whose beginning was read already."""
 
-    def __init__(self, stream: trio.SocketStream, first: bytes) -> None:
+    def __init__(self, stream: trio.abc.Stream, first: bytes) -> None:
         self._stream, self._first = stream, first
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -59,7 +59,7 @@ class Replayed(trio.abc.Stream):
         await self._stream.aclose()
 
 
-async def head(stream: trio.SocketStream) -> tuple[bytes, Exchange] | None:
+async def head(stream: trio.abc.Stream) -> tuple[bytes, Exchange] | None:
     """All that came up to the end of a request's head, and the request; None when there is none any more."""
     raw = b""
     while b"\r\n\r\n" not in raw:
@@ -75,7 +75,7 @@ async def head(stream: trio.SocketStream) -> tuple[bytes, Exchange] | None:
     return raw, Exchange(method=method, path=path, headers=headers, rest=bytes(rest))
 
 
-async def answer(stream: trio.SocketStream, asked: Exchange, exchange: Callable[[Exchange], tuple[int, Any]]) -> bool:
+async def answer(stream: trio.abc.Stream, asked: Exchange, exchange: Callable[[Exchange], tuple[int, Any]]) -> bool:
     """Read the body and answer; returns whether the connection goes on."""
     size = int(asked.headers.get("content-length", "0"))
     body = bytearray(asked.rest)

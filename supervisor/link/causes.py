@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import TypeVar
 
+import trio
 from trio_websocket import CloseReason, ConnectionRejected
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -23,6 +25,31 @@ def first(group: BaseExceptionGroup[BaseException], type_: type[_Error]) -> _Err
         if isinstance(found, type_):
             return found
     return None
+
+
+MOST_CAUSES = 16
+
+
+def broken_words(where: str, group: BaseExceptionGroup[BaseException]) -> str:
+    """What the network did to a connection, or instead of one."""
+    broken = first(group, trio.BrokenResourceError)
+    if broken is not None and not isinstance(root(broken), ssl.SSLCertVerificationError):
+        return f"the connection broke: {root(broken)}"
+    return unreachable(where, group)
+
+
+def unreachable(where: str, error: BaseException) -> str:
+    """Why there was no connection, with the cure where it is known."""
+    cause: BaseException | None = error
+    for _ in range(MOST_CAUSES):
+        if cause is None:
+            break
+        cause = root(cause)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            why = f"{where} shows a certificate that is not trusted here ({cause.verify_message.rstrip('.')})"
+            return f"{why}: name its authority in coordinator.tls_ca"
+        cause = cause.__context__
+    return f"{where} cannot be reached: {root(error)}"
 
 
 def closed_words(reason: CloseReason) -> str:

@@ -31,7 +31,7 @@ from trio_websocket import (
 from protocol import link_wire as wire
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
-from supervisor.link.causes import closed_words, first, rejected_words, root
+from supervisor.link.causes import broken_words, closed_words, first, rejected_words
 from supervisor.link.turns import Turns
 from supervisor.link.upgrade import Stream, open_stream, upgrade
 from supervisor.suspend import Clocks, SleepWatch
@@ -391,6 +391,4 @@ def _translated(group: BaseExceptionGroup[BaseException]) -> _Over | None:
         return _Over(Why.PROTOCOL, f"the session broke: {illegal}")
     if closed := first(group, ConnectionClosed):
         return _closed(closed.reason)
-    if broken := first(group, trio.BrokenResourceError):
-        return _Over(Why.LOST, f"the connection broke: {root(broken)}")
-    return _Over(Why.LOST, f"the coordinator cannot be reached: {root(group)}")
+    return _Over(Why.LOST, broken_words("the coordinator", group))

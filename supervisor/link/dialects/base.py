@@ -19,12 +19,14 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from protocol.engine_wire import OutputFile
+from protocol.faults import Fault
 from protocol.link_wire import FileRef
 from supervisor.intake.observed import Person
 from supervisor.link.session import Address, SessionEnd, Side
 from supervisor.link.transfer import Output
 from supervisor.link.tries import Moved
-from supervisor.settings import CoordinatorTable
+from supervisor.roster import Origin
+from supervisor.settings import CoordinatorTable, ModelTable
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +92,19 @@ class Spoken(Protocol):
         """Whatever takes time and is needed at the first job at the latest."""
 
 
+class Roll(Protocol):
+    """The models of this worker, as a dialect may change them: `supervisor.roster.Roster`."""
+
+    def origin(self, model: str) -> Origin | None:
+        """Who wanted a model; None when it is not here, or leaves."""
+
+    async def take_on(self, table: ModelTable, origin: Origin = ...) -> Fault | None:
+        """Serve one more, proved and announced; why not, when it cannot be."""
+
+    async def let_go(self, model: str, reason: str) -> Fault | None:
+        """Serve one no more; returns when its jobs are done and it has gone."""
+
+
 class Home(NamedTuple):
     """What a dialect may use of this worker.
 
@@ -99,6 +114,7 @@ class Home(NamedTuple):
         folder: for what it has to remember (credentials), private to it; made by the dialect when it needs it.
         name: this worker's id.
         person: who sits here now, as far as a coordinator is told.
+        roll: where models are taken on and let go while the supervisor runs.
     """
 
     table: CoordinatorTable
@@ -106,6 +122,7 @@ class Home(NamedTuple):
     folder: Path
     name: str
     person: Callable[[], Person] = Person
+    roll: Roll | None = None
 
 
 class Dialect(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from supervisor.link.causes import unreachable
 from supervisor.link.web import Web
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class Http(Web):
                     with trio.CancelScope(shield=True), trio.move_on_after(1):
                         await response.aclose()
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, trio.TooSlowError) as error:
+            if isinstance(error, httpx.ConnectError):
+                raise Trouble(unreachable("the dashboard", error)) from None
             name = "no answer in time" if isinstance(error, trio.TooSlowError) else type(error).__name__
             raise Trouble(f"the dashboard cannot be reached: {name}: {error}".rstrip(": ")) from None
         if body is None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from supervisor.link.causes import unreachable
 from supervisor.link.web import Web
 
 TIMEOUT_S = 60.0
@@ -58,6 +59,8 @@ class Http(Web):
             with trio.fail_after(self._timeout_s):
                 response = await client.request(method, url, headers=headers, content=content)
         except (httpx.HTTPError, httpx.StreamError, trio.TooSlowError) as error:
+            if isinstance(error, httpx.ConnectError):
+                raise Trouble(unreachable("the studio", error)) from None
             raise Trouble(f"the studio cannot be reached: {type(error).__name__}: {error}".rstrip(": ")) from None
         if len(response.content) > MAX_ANSWER_BYTES:
             raise Trouble(f"the studio's answer has {len(response.content)} bytes")

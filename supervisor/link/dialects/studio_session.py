@@ -26,7 +26,7 @@ from trio_websocket import (
     WebSocketConnection,
 )
 
-from supervisor.link.causes import closed_words, first, rejected_words, root
+from supervisor.link.causes import broken_words, closed_words, first, rejected_words
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
 from supervisor.link.session import SessionEnd, Side, Why
@@ -310,6 +310,4 @@ def _translated(group: BaseExceptionGroup[BaseException], base: str) -> _Over | 
         return _rejected(rejected)
     if closed := first(group, ConnectionClosed):
         return _closed(closed.reason)
-    if broken := first(group, trio.BrokenResourceError):
-        return _Over(Why.LOST, f"the connection broke: {root(broken)}")
-    return _Over(Why.LOST, f"{base} cannot be reached: {root(group)}")
+    return _Over(Why.LOST, broken_words(base, group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,13 @@ async def open_bench(
     play: bool = True,
     vram_gb: float = 24.0,
     clocks: Clocks | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Bench]:
     """A worker that is looking for its studio at `url`."""
     host = FakeHost()
     home = Home(
         table=CoordinatorTable(url=url, dialect="studio", studio=StudioTable(vram_gb=vram_gb)),
-        address=Address(url=url, token=""),
+        address=Address(url=url, token="", tls=tls),
         folder=folder / "studio",
         name="w1",
         person=lambda: bench.person,
