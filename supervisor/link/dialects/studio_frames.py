@@ -193,11 +193,9 @@ class VideoTask(Task, frozen=True, tag="video"):
 
 
 class ModelSource(Words, frozen=True):
-    """Where the model's files are. While the model is served here only the engine is looked at (studio_models.py)."""
+    """Where the model's files are. Models are those that this worker serves, so only the engine is looked at."""
 
     engine: _Text
-    files: Any = None
-    cli_defaults: Any = None
 
 
 class Claim(Words, frozen=True):
