@@ -381,6 +381,7 @@ class _Supervisor:
                 version=version(),
                 not_accepting=not_accepting,
                 gpus=box.gpus(),
+                vram_threshold_gb=self._settings.limits.vram_threshold_gb,
             )
 
         name = self._state.worker_id(self._settings.worker.name)

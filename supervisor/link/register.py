@@ -145,12 +145,14 @@ def capabilities(
     not_accepting: str = "",
     gpus: tuple[Gpu, ...] = (),
     deploys: bool = False,
+    vram_threshold_gb: float = 0.0,
 ) -> Capabilities:
     """The whole announcement; `not_accepting` is the reason why no jobs are taken, or ""."""
     return Capabilities(
         models=models,
         gpus=gpus,
         labels=dict(labels),
+        vram_threshold_gb=vram_threshold_gb,
         version=version,
         machine=machine,
         accepting=not not_accepting,

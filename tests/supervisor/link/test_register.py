@@ -54,6 +54,8 @@ def test_capabilities_say_why_no_jobs_are_taken():
     made = capabilities((), labels={"rack": "1"}, machine="Linux", version="1", not_accepting="it drains")
     assert (made.accepting, made.reason, made.labels) == (False, "it drains", {"rack": "1"})
     assert capabilities((), labels={}, machine="", version="").accepting
+    small = capabilities((), labels={}, machine="", version="", vram_threshold_gb=8.0)
+    assert small.vram_threshold_gb == 8.0
 
 
 def test_a_cordoned_kind_is_announced_by_nobody_and_refused_with_its_reason():
