@@ -48,6 +48,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         max_attempts: how many accepted attempts a job may have in all.
         wait_for_worker: queue even when nobody serves the model now.
         attended: its client waits on an open connection and cannot come back for the answer.
+        asked: what the client called the model, where that is another name of it.
         run_after_ms: no worker gets it before this instant; its deadline counts from then on.
         labels: what its worker's labels must say.
         vram_gb_estimate: its worker must have so much GPU memory for one job.
@@ -73,6 +74,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     wait_for_worker: bool = False
     traceparent: str = ""
     attended: bool = False
+    asked: str = ""
     run_after_ms: int = 0
     weight: float = 1.0
     key_open: int = 0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coordinator.batches import Batches
     from coordinator.blobs import Blobs
     from coordinator.dashboard.look import Look
+    from coordinator.deploy.deployer import Deployer
     from coordinator.dispatch import Dispatcher
     from coordinator.kept_files import KeptFiles
     from coordinator.keys import Keys
@@ -77,6 +78,7 @@ class Services:
         self.tenants = tenants
         self.access = access
         self.look = look
+        self.deployer: Deployer
         self.started_s = int(time.time())
         self.alive = True
         self.vitals: Vitals | None = None
