@@ -49,6 +49,7 @@ from coordinator.progress import ProgressBoard
 from coordinator.records import WorkerScope
 from coordinator.register import FILE_NAME, Register, SqliteRegister
 from coordinator.register.known import Known
+from coordinator.replicas.replicas import Directory, Replicas
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
 from coordinator.store.threads import StoreThreads
@@ -62,6 +63,7 @@ from coordinator.vitals import Vitals
 from protocol.faults import Fault, FaultError
 
 if TYPE_CHECKING:
+    from coordinator.replicas.opening import Doorway
     from coordinator.store import Store
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class Coordinator:
         open_register: Callable[[], Register] | None = None,
         open_blobs: Callable[[], Blobs] | None = None,
         undelivered_s: float = PrivacySettings().undelivered_s,
+        doorway: Doorway | None = None,
     ) -> None:
         """Open everything.
 
@@ -103,6 +106,7 @@ class Coordinator:
             open_register: opens the register of keys, likewise.
             open_blobs: opens the store of files; without it, a folder in the folder.
             undelivered_s: see `PrivacySettings`.
+            doorway: where the other replicas over the same database reach this one; without it, it is alone.
 
         Raises:
             StoreError, OSError.
@@ -121,7 +125,10 @@ class Coordinator:
         except BaseException:
             self._store.close()
             raise
-        dispatcher = Dispatcher(self._store, blobs)
+        self.replicas = _replicas(self._store, doorway)
+        dispatcher = Dispatcher(self._store, blobs, self.replicas)
+        if self.replicas is not None:
+            self.replicas.attach(dispatcher.attempts)
         self.keys, tenants, registrations = Keys(self._known), Tenants(self._known), Registrations(self._known)
         self._doors = Doors(self.keys.lives)
         worker_doors = Doors(registrations.knows)
@@ -171,6 +178,15 @@ class Coordinator:
         self._known.register.close()
         self._store.close()
 
+    async def hand_over(self) -> None:
+        """Take no new jobs; with other replicas there, send the workers to them, with what they hold.
+
+        Streams whose clients hang here go on: the workers' tokens come by way of their new replica.
+        """
+        self.parts.dispatcher.stop_accepting()
+        if self.replicas is not None and self.replicas.peers:
+            await self.parts.dispatcher.hand_over()
+
     def stop_dispatching(self) -> None:
         """End the dispatcher: requests that wait for a job are answered 503, streams end with an error event."""
         self.feed.end()
@@ -186,6 +202,8 @@ class Coordinator:
             group.start_soon(self._known.watch)
             group.start_soon(self._dispatch)
             group.start_soon(self.parts.progress.run)
+            if self.replicas is not None:
+                group.start_soon(self.replicas.run)
             group.start_soon(self.parts.batches.run)
             group.start_soon(self.privacy.run)
             group.start_soon(self.feed.run)
@@ -211,6 +229,14 @@ def _deployer(dispatcher: Dispatcher, store: Store) -> Deployer:
     deployer = Deployer(store, StoreThreads(), dispatcher.attempts.fleet, workers_api.give)
     dispatcher.model_of, dispatcher.name_of = deployer.model_of, deployer.name_of
     return deployer
+
+
+def _replicas(store: Store, doorway: Doorway | None) -> Replicas | None:
+    if doorway is None:
+        return None
+    if not isinstance(store, Directory):
+        raise StoreError("replica: Replicas share a PostgreSQL database; this store is another one.")
+    return Replicas(store, doorway)
 
 
 def _leave_unattended(store: Store) -> None:
@@ -263,8 +289,10 @@ def build_app(
 
 
 async def health(request: Request) -> Response:
-    """200 while jobs are taken or drained, 503 when the dispatcher has failed."""
+    """200 while jobs are taken or drained, 503 when the dispatcher has failed, or other replicas shall be asked."""
     parts = services(request)
     if not parts.alive:
         return Json({"status": "failed"}, status_code=503)
-    return Json({"status": "ok" if parts.dispatcher.accepting else "draining"})
+    handing_over = parts.dispatcher.handing_over
+    status = "ok" if parts.dispatcher.accepting else "draining"
+    return Json({"status": status}, status_code=503 if handing_over else 200)

@@ -11,21 +11,22 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Container
+from typing import Protocol
 
 import anyio
 
 from coordinator.blobs import Blobs
-from coordinator.bus import Bus
+from coordinator.bus import Bus, Whence
 from coordinator.costs import Costs
 from coordinator.counting import MOST_SERIES, OTHER, Tally
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
-from coordinator.store import Store
+from coordinator.store import Store, StoreError
 from coordinator.store.base import Done, Ending, Held, OpenAttempt
 from coordinator.store.threads import StoreThreads, Together
 from protocol import link_wire as wire
-from protocol.faults import Fault
+from protocol.faults import Fault, FaultError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,26 @@ _FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not ta
 _WHOLE_WORKER = ("paused", "draining")
 
 Message = tuple[wire.Body, str, int]
+
+
+class Elsewhere(Protocol):
+    """The other replicas. Neither method waits, and neither is sure: the rows tell them later, too."""
+
+    def stop(self, gateway: str, key: Key, reason: str) -> None:
+        """A replica holds an attempt that its row went on without."""
+
+    def joined(self, worker: str) -> None:
+        """A worker has connected here."""
+
+
+class Nobody:
+    """There are no other replicas."""
+
+    def stop(self, gateway: str, key: Key, reason: str) -> None:
+        """Nothing to do."""
+
+    def joined(self, worker: str) -> None:
+        """Nothing to do."""
 
 
 class Counters:
@@ -89,6 +110,7 @@ class Attempts:
     ) -> None:
         """`ring` says that jobs are due in so many seconds, `freed` that a slot may be free."""
         self.fleet, self.counters, self.costs = Fleet(), Counters(), Costs()
+        self.elsewhere: Elsewhere = Nobody()
         self._store, self._threads, self._blobs, self._bus = store, threads, blobs, bus
         self._ring, self._freed = ring, freed
         self._accept = Together(threads, store.accept_many)
@@ -124,6 +146,7 @@ class Attempts:
         """Welcome was sent: offers may follow."""
         self.counters.events["sessions"] += 1
         self.fleet.add(worker)
+        self.elsewhere.joined(worker.id)
         self._ring(0)
 
     def leave(self, worker: Worker, grace_s: float) -> None:
@@ -156,7 +179,7 @@ class Attempts:
             return [(verdict, claim.job, claim.attempt)]
         known = orphan.held if orphan else None
         held = known or HeldAttempt(
-            *key, record.kind, record.model, "running", record.stream, record.streamed, next_seq=None
+            *key, record.kind, record.model, "running", record.stream, record.streamed, None, origin=record.origin
         )
         held.needs, held.vram_gb = record.needs, record.vram_gb_estimate
         worker.attempts[key] = held
@@ -217,7 +240,7 @@ class Attempts:
     def started(self, worker: Worker, key: Key) -> None:
         """Validation passed, the engine works."""
         if worker.attempts[key].state == "running":
-            self._publish(key[0], JobStarted())
+            self._publish(worker.attempts[key], JobStarted())
 
     async def chunk(self, worker: Worker, key: Key, body: wire.Chunk) -> bool:
         """Forward a chunk to the watchers. False when a chunk before it is missing."""
@@ -235,13 +258,13 @@ class Attempts:
         held.next_seq = body.seq + 1
         if held.stream:
             self.counters.events["chunks"] += 1
-            self._publish(key[0], JobChunk(body.seq, bytes(body.data)))
+            self._publish(held, JobChunk(body.seq, bytes(body.data)))
         return True
 
     def progress(self, worker: Worker, key: Key, body: wire.Progress) -> None:
         """Tell the watchers how far it is."""
         if worker.attempts[key].state == "running":
-            self._publish(key[0], JobProgress(body.n, body.total, body.phase, body.text))
+            self._publish(worker.attempts[key], JobProgress(body.n, body.total, body.phase, body.text))
 
     async def complete(self, worker: Worker, key: Key, body: wire.Complete) -> None:
         """The attempt succeeded, says the worker: judge the result, store it, acknowledge."""
@@ -267,13 +290,13 @@ class Attempts:
         await self._finish(worker, key, ending)
 
     async def _finish(self, worker: Worker, key: Key, ending: Ending) -> None:
-        worker.attempts.pop(key, None)
+        held = worker.attempts.pop(key, None)
         fenced = ending.verdict == "fenced"
         self.counters.events["fenced"] += fenced
         self.counters.events["late"] += ending.verdict == "late"
         self.counters.events["duplicate"] += ending.verdict == "again"
         worker.port.send(wire.Ack(verdict="fenced" if fenced else "stored"), *key)
-        await self._ended(ending)
+        await self._ended(ending, -1 if held is None or held.next_seq is None else held.next_seq)
 
     def abandon(self, worker: Worker, held: HeldAttempt, reason: str) -> None:
         """The row went on without this attempt: let the worker stop it. Its slot is free when it has."""
@@ -340,12 +363,31 @@ class Attempts:
         self._gone = set(gone)
 
     async def hold_again(self) -> None:
-        """We were silent so long that others may have taken over what is held here: claim back what still goes on."""
-        for worker, held in list(self.fleet.all_attempts()):
-            if held.state == "running" and held.key in worker.attempts:
-                adoption = await self._threads.write(self._store.adopt, *held.key, worker.id)
-                if adoption.verdict != "adopted" and held.key in worker.attempts:
-                    self.abandon(worker, held, "The coordinator was silent too long; the job went on without it.")
+        """We were silent so long that others may have taken over what is held here.
+
+        Whose attempt is not ours by its row any more is asked to come again: what it says it holds then is the truth,
+        whether it comes back here or has long gone elsewhere.
+        """
+        rows = {(row.job, row.attempt) for row in await self._threads.read(self._store.open_attempts)}
+        for worker in list(self.fleet.workers.values()):
+            lost = [held for held in worker.attempts.values() if held.state == "running" and held.key not in rows]
+            if lost:
+                log.warning("Worker %s shall come again: %d of its attempts were taken over", worker.id, len(lost))
+                worker.port.close("", "")
+
+    async def hand_over(self) -> None:
+        """Every worker goes to another replica and takes along what it has accepted; open offers are taken back."""
+        for worker in list(self.fleet.workers.values()):
+            worker.draining = True
+        try:
+            for _, held in self.fleet.all_attempts():
+                if held.state == "offered":
+                    await self._threads.write(self._store.release, *held.key)
+                    held.state = "abandoned"
+        except (StoreError, FaultError):
+            log.exception("Open offers are not taken back; they are when this replica is gone")
+        for worker in list(self.fleet.workers.values()):
+            worker.port.close("", "")
 
     async def lose(self, row: OpenAttempt) -> None:
         """Nobody holds the attempt any more."""
@@ -371,7 +413,7 @@ class Attempts:
 
     # ---- endings -------------------------------------------------------------------------------------------
 
-    async def _ended(self, ending: Ending) -> None:
+    async def _ended(self, ending: Ending, chunks: int = -1) -> None:
         """Tell everybody what an ending changed."""
         record = ending.record
         if ending.verdict == "stored" and record is not None:
@@ -379,25 +421,27 @@ class Attempts:
                 self.counters.events["requeued"] += 1
                 self._ring(0.25)
             else:
-                self.announce_end(record)
+                self.announce_end(record, chunks)
         self._freed()
 
-    def announce_end(self, record: JobRecord) -> None:
-        """A row has just become terminal: count it and end its watchers."""
+    def announce_end(self, record: JobRecord, chunks: int = -1) -> None:
+        """A row has just become terminal, after so many chunks: count it and end its watchers."""
         self.counters.jobs[record.kind, record.model, record.state] += 1
         self.costs.note(record)
         if record.fault is not None:
             self.counters.faults[record.kind, record.model, record.fault.code] += 1
         self.fleet.forget_job(record.id)
         self._declined.pop(record.id, None)
-        self._publish(record.id, JobEnded(record))
+        self._bus.publish(record.id, JobEnded(record, chunks), Whence(record.attempt, record.origin))
 
     def stop(self, record: JobRecord, reason: str) -> None:
         """A row became terminal from our side: its worker, if any, stops the attempt."""
         if found := self.fleet.holder((record.id, record.attempt)):
             self.abandon(*found, reason)
+        elif record.gateway:
+            self.elsewhere.stop(record.gateway, (record.id, record.attempt), reason)
         self._orphans.pop((record.id, record.attempt), None)
         self.announce_end(record)
 
-    def _publish(self, job: str, event: JobEvent) -> None:
-        self._bus.publish(job, event)
+    def _publish(self, held: HeldAttempt, event: JobEvent) -> None:
+        self._bus.publish(held.job, event, Whence(held.attempt, held.origin))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import anyio
 
@@ -24,6 +24,21 @@ class Lagged(Exception):
 
 class BusClosed(Exception):
     """The bus was closed: no event will come any more."""
+
+
+class Whence(NamedTuple):
+    """Where an event of a job comes from, and who waits for it: what a bus between replicas goes by.
+
+    Attributes:
+        attempt: of the job.
+        origin: the replica that the job's client asked.
+    """
+
+    attempt: int = 0
+    origin: str = ""
+
+
+HERE = Whence()
 
 
 class Subscription:
@@ -91,11 +106,11 @@ class Subscription:
 class Bus(Protocol):
     """What the coordinator needs of a bus."""
 
-    def publish(self, topic: str, event: JobEvent) -> None:
+    def publish(self, topic: str, event: JobEvent, whence: Whence = HERE) -> None:
         """Hand the event to all that subscribe to the topic now. Never waits."""
 
-    def subscribe(self, topic: str) -> Subscription:
-        """Events from the moment of this call on."""
+    def subscribe(self, topic: str, *, everywhere: bool = False) -> Subscription:
+        """Events from the moment of this call on; `everywhere`: the job may have come in at another replica."""
 
     def close(self) -> None:
         """End all subscriptions with BusClosed."""
@@ -109,12 +124,12 @@ class LocalBus:
         self._topics: dict[str, list[Subscription]] = {}
         self._closed = False
 
-    def publish(self, topic: str, event: JobEvent) -> None:
+    def publish(self, topic: str, event: JobEvent, whence: Whence = HERE) -> None:
         """Hand the event to all that subscribe to the topic now. Never waits."""
         for subscription in self._topics.get(topic, ()):
             subscription.put(event)
 
-    def subscribe(self, topic: str) -> Subscription:
+    def subscribe(self, topic: str, *, everywhere: bool = False) -> Subscription:
         """Events from the moment of this call on."""
         subscription = Subscription(self, topic, *self._limits)
         if self._closed:
@@ -126,6 +141,10 @@ class LocalBus:
     def watched(self, topic: str) -> bool:
         """Whether anybody subscribes to the topic."""
         return topic in self._topics
+
+    def topics(self) -> list[str]:
+        """All topics that somebody subscribes to."""
+        return list(self._topics)
 
     def forget(self, topic: str, subscription: Subscription) -> None:
         """End one subscription; for the subscription itself."""

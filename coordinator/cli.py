@@ -20,6 +20,7 @@ from coordinator import config as configuration
 from coordinator.config import STORE_VARIABLE
 from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
 from coordinator.register import Register, open_register
+from coordinator.replicas.opening import open_doorway
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.services import Limits
 from coordinator.store import Store, StoreBusy, StoreError
@@ -115,6 +116,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     embedded = arguments.fd is not None
     if embedded != (arguments.worker_token_fd is not None):
         raise Refusal("--fd and --worker-token-fd belong together; both come from the supervisor.")
+    if settings.replica is not None and (embedded or not is_postgres(where)):
+        raise Refusal("replica: Replicas share a PostgreSQL database; give --store postgres://…, or leave it out.")
     cert = Path(settings.tls_cert) if settings.tls_cert else None
     key = Path(settings.tls_key) if settings.tls_key else None
     check_tls(cert, key)
@@ -134,8 +137,17 @@ def _serve(arguments: argparse.Namespace) -> int:
         def register() -> Register:
             return open_register(where, state / FILE_NAME, pooled=settings.store_pooled)
 
+        doorway = open_doorway(settings.replica) if settings.replica is not None else None
+
         def opened() -> Coordinator:
-            return Coordinator(state, limits, settings.studio_models, open_store=store, open_register=register)
+            return Coordinator(
+                state,
+                limits,
+                settings.studio_models,
+                open_store=store,
+                open_register=register,
+                doorway=doorway,
+            )
 
         coordinator = _patiently(opened, patience_s)
         try:

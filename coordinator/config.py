@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from coordinator.replicas.opening import ReplicaTable, in_folder
 from coordinator.server import Refusal
 from coordinator.studio_claims import Source
 
@@ -32,6 +33,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         behind_proxy: addresses of proxies that add TLS; their X-Forwarded-* headers are believed.
         drain_s: what running requests get at the end.
         job_s: deadline of jobs that bring none.
+        replica: how the other coordinators over the same database reach this one.
         studio_models: where studio workers get the files of a model, and its engine there, by model name.
     """
 
@@ -45,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     behind_proxy: list[str] = []
     drain_s: _Seconds = 30.0
     job_s: _Seconds = 3600.0
+    replica: ReplicaTable | None = None
     studio_models: dict[str, Source] = {}
 
 
@@ -63,7 +66,8 @@ def load(path: Path | None) -> Config:
         raise Refusal(f"{path}: config_version {config.config_version} is unknown; this program reads 1.")
     folder = path.resolve().parent
     paths = {name: str(folder / value) for name in ("state", "tls_cert", "tls_key") if (value := getattr(config, name))}
-    return msgspec.structs.replace(config, **paths)
+    replica = in_folder(config.replica, folder) if config.replica is not None else None
+    return msgspec.structs.replace(config, replica=replica, **paths)
 
 
 def merged(config: Config, arguments: argparse.Namespace) -> Config:

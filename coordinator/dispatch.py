@@ -27,8 +27,10 @@ from coordinator.lots import Lots
 from coordinator.offers import to_offer
 from coordinator.records import (
     AttemptRecord,
+    JobChunk,
     JobEnded,
     JobEvent,
+    JobNudge,
     JobRecord,
     ServedModel,
     Submission,
@@ -109,6 +111,7 @@ class Dispatcher:
         self.model_of: Callable[[str], str] = lambda name: name
         self.name_of: Callable[[str], str | None] = lambda model: model
         self._accepting = True
+        self.handing_over = False  # workers are sent to other replicas
         self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
         self._bell = anyio.Event()
         self._due = float("inf")  # when the next ring is wanted, on anyio's clock
@@ -163,14 +166,14 @@ class Dispatcher:
             if created:
                 yield record, self._events(record, early)
                 return
-        with self._bus.subscribe(record.id) as late:
+        with self._bus.subscribe(record.id, everywhere=True) as late:
             row = await self._row(record.id)
             yield row, self._events(row, late)
 
     @asynccontextmanager
     async def watch(self, job_id: str) -> AsyncIterator[Events]:
         """Events of a job from now on, as in `submit_and_watch`. Raises FaultError(not_found)."""
-        with self._bus.subscribe(job_id) as subscription:
+        with self._bus.subscribe(job_id, everywhere=True) as subscription:
             record = await self._threads.read(self._store.get, job_id)
             if record is None:
                 raise _no_job(job_id)
@@ -251,6 +254,12 @@ class Dispatcher:
     def sandboxes(self) -> Sandboxes:
         """(worker, model, layer -> verdict) of every announced model."""
         return self.attempts.fleet.sandboxes()
+
+    async def hand_over(self) -> None:
+        """Send all workers to other replicas, with what they hold; none is taken in here any more."""
+        self.handing_over = True
+        async with self._claiming:  # what is being claimed is offered first, and then given back
+            await self.attempts.hand_over()
 
     def stop_accepting(self) -> None:
         """From now on `submit` answers 503; jobs that are queued or running go on."""
@@ -344,6 +353,7 @@ class Dispatcher:
         if record.ended:
             yield JobEnded(record)
             return
+        due = 0
         while True:
             event: JobEvent | None = None
             try:
@@ -358,9 +368,14 @@ class Dispatcher:
                     yield JobEnded(row)
                     return
                 raise refuse("overloaded", "The coordinator is stopping; ask for the job again later.") from None
-            if event is None:  # silence, or events were dropped: the row knows whether the end was among them
+            if event is None or isinstance(event, JobNudge):
+                # Silence, or events were dropped: the row knows whether the end was among them.
                 row = await self._row(record.id)
-                event = JobEnded(row) if row.ended else None
+                event = JobEnded(row, -1 if event is None else event.chunks) if row.ended else None
+            if isinstance(event, JobChunk):
+                if event.seq < due:
+                    continue  # sent again, by way of another replica
+                due = event.seq + 1
             if event is not None:
                 yield event
             if isinstance(event, JobEnded):
@@ -449,6 +464,7 @@ class Dispatcher:
             since=anyio.current_time(),
             needs=record.needs,
             vram_gb=record.vram_gb_estimate,
+            origin=record.origin,
         )
         worker.attempts[held.key] = held
         self.counters.events["offers"] += 1

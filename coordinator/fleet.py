@@ -42,6 +42,7 @@ class HeldAttempt:
         next_seq: number of the next chunk to forward; None when it is unknown after a restart of ours.
         since: when it was offered.
         needs, vram_gb: what its job needs of a worker, as in the row.
+        origin: the replica that the job's client asked.
     """
 
     job: str
@@ -55,6 +56,7 @@ class HeldAttempt:
     since: float = 0.0
     needs: str = ""
     vram_gb: float = 0.0
+    origin: str = ""
 
     @property
     def key(self) -> Key:
@@ -72,6 +74,7 @@ class Worker:
         at_once: how many jobs it takes at a time over all its models; None when only their slots count.
         vram_gb: its dialect's word for the most GPU memory that a job may be reckoned to need; None when the
             announcement says it.
+        view: of a worker that is connected to another replica: what that one told of it last.
     """
 
     id: str
@@ -88,6 +91,7 @@ class Worker:
     at_once: int | None = None
     vram_gb: float | None = None
     key_id: str = ""
+    view: WorkerView | None = None
 
     @property
     def slots(self) -> int:
@@ -145,6 +149,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
+        self.elsewhere: Callable[[], Iterable[Worker]] = tuple  # those that are connected to other replicas
         self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
         self._shunned: dict[str, set[str]] = {}  # job -> workers on which it has failed
         self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
@@ -338,6 +343,10 @@ class Fleet:
             for _, worker in sorted(self.workers.items())
         ]
 
+    def views_elsewhere(self) -> list[WorkerView]:
+        """Workers of the other replicas, as those have told of them last."""
+        return [one.view for one in self.elsewhere() if one.view is not None and one.id not in self.workers]
+
     def sandboxes(self) -> list[tuple[str, str, dict[str, str]]]:
         """(worker, model, layer -> verdict) of every model whose instance has told its verdicts."""
         return [
@@ -366,7 +375,11 @@ class Fleet:
         )
 
     def _live(self) -> list[Worker]:
-        return [worker for worker in self.workers.values() if not worker.draining]
+        return [worker for worker in self.all_workers().values() if not worker.draining]
+
+    def all_workers(self) -> dict[str, Worker]:
+        """By id, those of other replicas included; one that is connected twice is the one that is connected here."""
+        return {worker.id: worker for worker in self.elsewhere()} | self.workers
 
     def _live_offers(self) -> Iterator[ModelOffer]:
         for worker in self._live():

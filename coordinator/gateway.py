@@ -109,7 +109,9 @@ def worker_endpoint(
         except FaultError as error:
             await deny(websocket, error.fault)
             return
-        if scope is None:
+        if dispatcher.handing_over:
+            await deny(websocket, Fault("overloaded", "This replica is being drained; ask another one."))
+        elif scope is None:
             await deny(websocket, Fault("unauthorized", "The worker token is missing or not good."))
         elif LINK_SUBPROTOCOL not in websocket.scope.get("subprotocols", ()):
             await deny(websocket, Fault("invalid_request", f"Ask for the WebSocket subprotocol {LINK_SUBPROTOCOL}."))

@@ -100,6 +100,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         needs: its labels and GPU memory, as `coordinator.store.needs` writes them.
         lot: see `Submission`.
         dead: it failed, and not by its caller's doing: somebody may want to look at it and try it again.
+        origin: the coordinator that its client asked; watchers of its stream are there. "" in lists.
+        gateway: the coordinator that holds, or held, the latest attempt. "" in lists.
     """
 
     id: str
@@ -134,6 +136,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     needs: str = ""
     lot: str = ""
     dead: bool = False
+    origin: str = ""
+    gateway: str = ""
 
     @property
     def ended(self) -> bool:
@@ -191,6 +195,12 @@ class JobChunk(JobEvent, frozen=True):
     data: bytes
 
 
+class JobNudge(JobEvent, frozen=True):
+    """The job has ended, they say elsewhere: whoever watches looks at the row. `chunks` as in `JobEnded`."""
+
+    chunks: int = -1
+
+
 class JobProgress(JobEvent, frozen=True):
     """How far the work is; may be dropped when the watcher is slow."""
 
@@ -201,9 +211,13 @@ class JobProgress(JobEvent, frozen=True):
 
 
 class JobEnded(JobEvent, frozen=True):
-    """The job's terminal row; always the last event."""
+    """The job's terminal row; always the last event.
+
+    `chunks`: how many its last attempt has streamed; -1 when it is not known here, and then some may be missing.
+    """
 
     record: JobRecord
+    chunks: int = -1
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

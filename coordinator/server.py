@@ -159,9 +159,10 @@ class _Ending:
     async def _end(self, drain_s: float) -> None:
         parts = self._coordinator.parts
         if parts.alive:
-            parts.dispatcher.stop_accepting()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(parts.http.wait_idle(), drain_s)
+                async with asyncio.timeout(drain_s):
+                    await self._coordinator.hand_over()
+                    await parts.http.wait_idle()
         self._coordinator.stop_dispatching()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(parts.http.wait_idle(), LAST_ANSWERS_S)

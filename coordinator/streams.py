@@ -257,11 +257,11 @@ class JobStream(Response):
                 begun = True
                 await writer.write(*begin, *renderer.chunk(event.data))
             elif isinstance(event, JobChunk):
-                due = -1  # joined in the middle (idempotency key used again): the end brings the rest
+                due = -1  # joined in the middle, or one was lost between replicas: the end brings the rest
             elif isinstance(event, JobEnded):
                 record = succeeded(event.record, self._names)
                 begin = [] if begun else renderer.start(first)
-                await writer.write(*begin, *renderer.end(record, due > 0))
+                await writer.write(*begin, *renderer.end(record, 0 < due == event.chunks))
                 return record
         raise refuse("internal", "The job's events ended without its end.")
 

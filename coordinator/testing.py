@@ -72,9 +72,10 @@ def running(
     limits: Limits | None = None,
     studio: StudioSettings | None = None,
     studio_models: Sources | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
-    """Serve a real coordinator over `state` in a thread, on a free port of 127.0.0.1."""
-    coordinator = Coordinator(state, limits, studio_models, studio)
+    """Serve a real coordinator over `state` in a thread, on a free port of 127.0.0.1; options as of `Coordinator`."""
+    coordinator = Coordinator(state, limits, studio_models, studio, **options)
     client = coordinator.keys.create("client", name="test", tenant=TENANT)
     token = coordinator.keys.create("worker", name="test")
     listener = listen("127.0.0.1:0")

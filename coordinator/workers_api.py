@@ -19,7 +19,8 @@ from starlette.routing import Route
 from coordinator.bodies import read_json
 from coordinator.errors import Json
 from coordinator.fleet import Worker
-from coordinator.services import caller, services
+from coordinator.records import WorkerView
+from coordinator.services import Services, caller, services
 from protocol import link_wire as wire
 from protocol.faults import refuse
 from protocol.revision import ORDERS
@@ -43,9 +44,15 @@ class _Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 async def list_workers(request: Request) -> Response:
-    """Every connected worker, by id; for an admin."""
+    """Every connected worker of all replicas, by id; for an admin."""
     admin(request)
-    return Json({"object": "list", "data": msgspec.to_builtins(services(request).dispatcher.workers())})
+    return Json({"object": "list", "data": msgspec.to_builtins(all_workers(services(request)))})
+
+
+def all_workers(parts: Services) -> list[WorkerView]:
+    """Every connected worker by id, those of the other replicas as they told of them last, at most 5 s ago."""
+    views = [*parts.dispatcher.workers(), *parts.dispatcher.attempts.fleet.views_elsewhere()]
+    return sorted(views, key=lambda view: view.id)
 
 
 async def body_of(request: Request, type_: type[Any]) -> Any:
@@ -74,7 +81,7 @@ def _worker(request: Request) -> Worker:
     """The worker of the path, for an admin. Raises FaultError."""
     admin(request)
     name = request.path_params["id"]
-    worker = services(request).dispatcher.attempts.fleet.workers.get(name)
+    worker = services(request).dispatcher.attempts.fleet.all_workers().get(name)
     if worker is None:
         raise refuse("not_found", f"No worker {name[:100]!r} is connected; GET /v1/workers lists those that are.")
     return worker

@@ -146,4 +146,6 @@ def record(row: Row, *, light: bool = False) -> JobRecord:
         needs=row["needs"],
         lot=row["lot"],
         dead=bool(row["dead"]),
+        origin="" if light else row["origin"],
+        gateway="" if light else row["gateway"],
     )

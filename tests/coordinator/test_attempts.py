@@ -415,7 +415,8 @@ def test_an_attempt_that_another_coordinator_ended_is_stopped(desk: Desk, worker
     assert (stopped.job, stopped.attempt) == (offer.job, offer.attempt)
 
 
-def test_what_was_held_before_a_long_silence_is_claimed_back_or_stopped(tmp_path: Path) -> None:
+def test_after_a_long_silence_workers_say_again_what_they_hold(tmp_path: Path) -> None:
+    """Others may have taken over: who is asked is the worker, so nothing is claimed from where it has gone since."""
     with running_desk(tmp_path, msgspec.structs.replace(FAST, sweep_s=60.0)) as desk:
         with desk.worker("a") as first, desk.worker("b") as second:
             for _ in range(2):
@@ -423,6 +424,9 @@ def test_what_was_held_before_a_long_silence_is_claimed_back_or_stopped(tmp_path
             kept, lost = running(desk, first), running(desk, second)
             desk.store.cancel(lost.job, "default", Fault("cancelled", "The client left."))
             desk.portal.call(desk.dispatcher.attempts.hold_again)
-            assert second.expect(wire.Cancel).job == lost.job
+            assert second.expect_close() == (None, 1001)
             first.complete(kept)
             assert desk.get(kept.job).state == "succeeded"
+        with RawWorker(desk.port, "b") as again:
+            again.hello(held=(wire.Held(lost.job, lost.attempt, True),))
+            assert again.expect(wire.Cancel).job == lost.job

@@ -71,7 +71,7 @@ def test_a_job_goes_out_and_its_answer_comes_back(desk: Desk, worker: RawWorker)
     assert [(chunk.seq, msgspec.msgpack.decode(chunk.data)) for chunk in chunks if isinstance(chunk, JobChunk)] == [
         (seq, {"delta": {"content": f"w{seq}"}}) for seq in range(3)
     ]
-    assert end == JobEnded(desk.get(record.id))
+    assert end == JobEnded(desk.get(record.id), chunks=3)
     assert isinstance(end, JobEnded)
     assert (end.record.state, end.record.usage, end.record.worker) == ("succeeded", {"completion_tokens": 3.0}, "w1")
     counters = desk.dispatcher.counters
@@ -174,7 +174,8 @@ def test_an_idempotency_key_finds_its_job_even_without_a_worker(desk: Desk) -> N
     assert desk.submit(idempotency_key="k").id == first.id
     again, replay = desk.follow(idempotency_key="k")
     assert again.state == "succeeded"
-    assert replay.result(PATIENCE_S) == [ended]
+    assert isinstance(ended, JobEnded)
+    assert replay.result(PATIENCE_S) == [JobEnded(ended.record)]
     with refused("conflict"):
         desk.submit(idempotency_key="k", params=b"\x81\xa1a\x01")
 

@@ -65,14 +65,55 @@ def test_each_sees_what_it_holds_and_takes_over_from_the_silent(open_store: Open
     assert second.open_attempts() == []
     assert second.beat().taken == 0
     first.shift_clock(SILENT_MS)
+    second._appear()  # the clock went on for both, and only one of them was silent
     beat = second.beat()
-    assert (beat.lapsed, beat.taken) == (True, 1)  # the clock went on for both
+    assert (beat.lapsed, beat.taken) == (False, 1)
     assert first.open_attempts() == []
     assert [(one.job, one.state) for one in second.open_attempts()] == [("job_1", "running")]
     assert first.beat().lapsed
     # What it still has it may end: the attempt is the fence, not who holds it.
     assert first.complete("job_1", 1, "w1", Outcome(b"\x80")).verdict == "stored"
     assert second.fail("job_1", 1, "w1", CRASH).verdict == "fenced"
+
+
+def test_after_a_silence_of_all_nobody_is_taken_over(open_store: Open) -> None:
+    """The database was away: whoever comes back first must not believe that the others are gone."""
+    first, second = open_store(), open_store()
+    running(first, "job_1")
+    first.insert("job_2", submission(attended=True))
+    first.shift_clock(SILENT_MS)
+    for _ in range(2):
+        beat = second.beat()
+        assert (beat.taken, beat.left) == (0, ())
+    for _ in range(2):  # the other one stays away
+        first.shift_clock(SILENT_MS // 2)
+        beat = second.beat()
+    assert beat.taken == 1
+    row = second.get("job_2")
+    assert row is not None
+    assert row.state == "cancelled"
+
+
+def test_replicas_find_each_other_by_their_beats(open_store: Open) -> None:
+    first, second, third = open_store(), open_store(), open_store()
+    second.advertised, third.advertised = "ws://second:9090", "ws://third:9090"
+    assert first.peers() == []
+    for store in (second, third):
+        store.beat()
+    assert first.peers() == sorted([(second.gateway, "ws://second:9090"), (third.gateway, "ws://third:9090")])
+    assert [name for name, _ in second.peers()] == [third.gateway]
+    first.shift_clock(SILENT_MS)
+    third.beat()
+    assert [name for name, _ in first.peers()] == [third.gateway]
+
+
+def test_what_ended_is_told_of_many_jobs_at_once(open_store: Open) -> None:
+    store = open_store()
+    running(store, "job_1")
+    store.insert("job_2", submission())
+    store.complete("job_1", 1, "w1", Outcome(b"\x80"))
+    assert sorted(store.ended_of(["job_1", "job_2", "job_gone"])) == ["job_1", "job_gone"]
+    assert store.ended_of([]) == []
 
 
 def test_a_beat_says_whether_it_comes_too_late(open_store: Open) -> None:

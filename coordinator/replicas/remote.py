@@ -1,0 +1,70 @@
+"""Workers that are connected to another replica, as this one sees and orders them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coordinator.fleet import Fleet, Worker
+from coordinator.records import WorkerView
+from coordinator.replicas.frames import AnswerFrame, OrderFrame, RemoteWorker
+from protocol import link_wire as wire
+from protocol.faults import refuse
+
+_MAY_BE_SAID = (wire.Pause, wire.Resume, wire.Drain, wire.ShutdownWorker, wire.Order)
+RETRY_HINT_S = 2
+
+
+class RemotePort:
+    """The way to a worker by way of its replica; `send` says so when that cannot be reached."""
+
+    def __init__(self, worker: str, push: Callable[[OrderFrame], bool]) -> None:
+        self._worker, self._push = worker, push
+
+    def send(self, body: wire.Body, job: str = "", attempt: int = 0) -> None:
+        """Have it said. Raises FaultError(no_worker) when the other replica is not reached now."""
+        if not isinstance(body, _MAY_BE_SAID) or not self._push(OrderFrame(self._worker, wire.encode(body))):
+            message = f"The replica that the worker {self._worker} is connected to is not reached now; try again."
+            raise refuse("no_worker", message, retry_after_s=RETRY_HINT_S)
+
+    def close(self, code: str, message: str) -> None:
+        """A session is ended by the replica that has it."""
+        raise refuse("unsupported", f"The worker {self._worker} is connected to another replica.")
+
+
+def remote_worker(told: RemoteWorker, port: RemotePort) -> Worker:
+    """A worker of another replica in the form that listings and orders use."""
+    worker = Worker(told.view.id, port, told.capabilities)
+    worker.draining, worker.revision, worker.protocol = told.draining, told.revision, told.view.protocol
+    worker.view = told.view
+    return worker
+
+
+def told_of(fleet: Fleet) -> list[RemoteWorker]:
+    """All workers that are connected here, for the other replicas."""
+    views: dict[str, WorkerView] = {view.id: view for view in fleet.views()}
+    return [
+        RemoteWorker(views[worker.id], worker.capabilities, worker.draining, worker.revision)
+        for worker in fleet.workers.values()
+    ]
+
+
+def deliver(worker: Worker, frame: OrderFrame, answer: Callable[[AnswerFrame], None]) -> None:
+    """Say to a worker of ours what another replica wants said; what it may not want is not said."""
+    try:
+        body = wire.decode_body(wire.decode_envelope(frame.message), wire.DOWN)
+    except (wire.EnvelopeError, wire.BodyError):
+        return
+    if not isinstance(body, _MAY_BE_SAID):
+        return
+    if isinstance(body, wire.Order):
+        worker.orders[body.id] = lambda done: answer(AnswerFrame(worker.id, wire.encode(done)))
+    worker.port.send(body)
+
+
+def order_done(message: bytes) -> wire.OrderDone | None:
+    """The answer to an order; None for anything else."""
+    try:
+        body = wire.decode_body(wire.decode_envelope(message), wire.UP)
+    except (wire.EnvelopeError, wire.BodyError):
+        return None
+    return body if isinstance(body, wire.OrderDone) else None

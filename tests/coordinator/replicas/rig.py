@@ -1,0 +1,18 @@
+"""What the tests of replicas share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+PATIENCE_S = 30.0
+SECRET = "a-secret-of-all-replicas"
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what has no event of its own."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come true")
+        time.sleep(0.01)

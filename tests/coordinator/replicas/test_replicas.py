@@ -1,0 +1,231 @@
+"""What two replicas are to a client and to a worker: one coordinator."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from coordinator.replicas.replicas import Replicas
+from coordinator.testing import FakeWorker, OfferedJob, Running
+from coordinator.testing_link import RawWorker
+from protocol import link_wire as wire
+from tests.coordinator.replicas.rig import PATIENCE_S, until
+
+_numbers = itertools.count(1)
+Two = tuple[Running, Running]
+
+
+def model() -> str:
+    return f"m{next(_numbers)}"
+
+
+def offer(name: str) -> tuple[wire.ModelOffer, ...]:
+    return (wire.ModelOffer(name=name, kinds=("llm",), engine="fake", slots=4),)
+
+
+def replicas(one: Running) -> Replicas:
+    found = one.coordinator.replicas
+    assert found is not None
+    return found
+
+
+def serving(name: str, *there: Running) -> None:
+    """Wait until all of these know that somebody serves the model."""
+    for one in there:
+        until(lambda one=one: any(served.name == name for served in one.coordinator.parts.dispatcher.models()))
+
+
+def chat(name: str, **more: Any) -> dict[str, Any]:
+    return {"model": name, "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def deltas(lines: list[str]) -> str:
+    text = ""
+    for line in lines:
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                text += choice["delta"].get("content") or ""
+    return text
+
+
+def words(job: OfferedJob, count: int = 20, pause: float = 0.0) -> None:
+    job.started()
+    for n in range(count):
+        job.chunk({"delta": {"content": f"w{n} "}})
+        if pause:
+            job.cancelled.wait(pause)
+    job.complete({"content": "".join(f"w{n} " for n in range(count))})
+
+
+def test_tokens_reach_the_client_at_another_replica(two: Two) -> None:
+    here, there = two
+    name = model()
+    gate = threading.Event()
+
+    def script(job: OfferedJob) -> None:
+        job.started()
+        job.chunk({"delta": {"content": "first "}})
+        assert gate.wait(PATIENCE_S)  # the client has read the first one before there is a second
+        job.chunk({"delta": {"content": "second"}})
+        job.complete({"content": "first second"})
+
+    with FakeWorker(there, offer(name), script, name):
+        serving(name, here)
+        with httpx.Client(base_url=here.url, headers=here.headers, timeout=PATIENCE_S) as client:
+            with client.stream("POST", "/v1/chat/completions", json=chat(name, stream=True)) as answer:
+                seen = []
+                for line in answer.iter_lines():
+                    seen.append(line)
+                    if "first" in line:
+                        gate.set()
+    assert deltas(seen) == "first second"
+    assert seen[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in seen
+
+
+def test_somebody_may_follow_a_job_at_any_replica(two: Two) -> None:
+    here, there = two
+    name = model()
+    gate = threading.Event()
+
+    def script_words(job: OfferedJob) -> None:
+        assert gate.wait(PATIENCE_S)
+        words(job, 5)
+
+    with FakeWorker(here, offer(name), script_words, name):
+        with httpx.Client(headers=here.headers, timeout=PATIENCE_S) as client:
+            body = {"kind": "llm", "model": name, "params": {"prompt": "x"}, "stream": True}
+            job = client.post(f"{here.url}/v1/jobs", json=body).json()["id"]
+            with client.stream("GET", f"{there.url}/v1/jobs/{job}/events") as answer:
+                lines = []
+                for line in answer.iter_lines():
+                    lines.append(line)
+                    if line == "event: job":
+                        until(lambda: job in replicas(here)._followers)
+                        gate.set()
+    assert sum(line == "event: chunk" for line in lines) == 5
+    assert "event: ended" in lines
+    until(lambda: job not in replicas(here)._followers)
+
+
+@pytest.mark.parametrize("how", ["the client leaves", "asked here", "asked there"])
+def test_a_job_that_runs_elsewhere_is_cancelled_within_a_second(two: Two, how: str) -> None:
+    here, there = two
+    name = model()
+    jobs: list[OfferedJob] = []
+    took: list[float] = []
+    asked = 0.0
+
+    def script(job: OfferedJob) -> None:
+        jobs.append(job)
+        job.started()
+        assert job.cancelled.wait(PATIENCE_S)
+        took.append(time.monotonic() - asked)
+        job.complete({"content": ""})
+
+    with FakeWorker(there, offer(name), script, name):
+        serving(name, here)
+        with httpx.Client(headers=here.headers, timeout=PATIENCE_S) as client:
+            if how == "the client leaves":
+                with client.stream("POST", f"{here.url}/v1/chat/completions", json=chat(name, stream=True)):
+                    until(lambda: jobs)
+                    asked = time.monotonic()
+            else:
+                body = {"kind": "llm", "model": name, "params": {"prompt": "x"}}
+                job = client.post(f"{here.url}/v1/jobs", json=body).json()["id"]
+                until(lambda: jobs)
+                asked = time.monotonic()
+                at = here if how == "asked here" else there
+                assert client.post(f"{at.url}/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
+        until(lambda: took)
+    # The rows alone would tell it in two sweeps, which are a second apart: this is the peers' doing.
+    assert took[0] < 1.0 or pytest.fail(f"it took {took[0]:.2f} s")
+
+
+def port(one: Running) -> int:
+    found = urlsplit(one.url).port
+    assert found is not None
+    return found
+
+
+def test_an_admin_sees_and_orders_workers_of_all_replicas(two: Two) -> None:
+    here, there = two
+    name = model()
+    admin = {"authorization": f"Bearer {here.coordinator.keys.create('admin', name='a')}"}
+    with (
+        RawWorker(port(there), name, there.worker_token) as worker,
+        httpx.Client(headers=admin, timeout=PATIENCE_S) as client,
+    ):
+        worker.hello(*offer(name))
+        serving(name, here)
+        for one in two:
+            listed = client.get(f"{one.url}/v1/workers").json()["data"]
+            assert [row["models"] for row in listed if row["id"] == name] == [[name]]
+        said = client.post(f"{here.url}/v1/workers/{name}/pause", json={"reason": "lunch"})
+        assert (said.status_code, said.json()["said"]) == (202, "pause")
+        assert worker.expect(wire.Pause).body.reason == "lunch"
+        with ThreadPoolExecutor(1) as pool:
+            body = {"verb": "probe", "arguments": {"model": name}}
+            asked = pool.submit(client.post, f"{here.url}/v1/workers/{name}/order", json=body)
+            order = worker.expect(wire.Order).body
+            assert (order.verb, order.arguments) == ("probe", {"model": name})
+            worker.send(wire.OrderDone(id=order.id, ok=True, message="It went well."))
+            answer = asked.result(PATIENCE_S)
+        assert (answer.status_code, answer.json()["message"]) == (200, "It went well.")
+        assert client.post(f"{here.url}/v1/workers/nobody/pause").status_code == 404
+
+
+def test_a_worker_that_comes_to_another_replica_leaves_no_dead_session_behind(two: Two) -> None:
+    here, there = two
+    name = model()
+    with RawWorker(port(here), name, here.worker_token) as dead, RawWorker(port(there), name, here.worker_token) as new:
+        dead.hello(*offer(name))
+        job = httpx.post(
+            f"{here.url}/v1/jobs", headers=here.headers, json={"kind": "llm", "model": name, "params": {"prompt": "x"}}
+        ).json()["id"]
+        taken = dead.take()
+        new.hello(*offer(name), held=(wire.Held(taken.job, taken.attempt, True),))
+        assert dead.expect_close() == (None, 1001)
+        assert new.complete(taken).verdict == "stored"
+        assert httpx.get(f"{there.url}/v1/jobs/{job}", headers=here.headers).json()["state"] == "succeeded"
+
+
+def test_a_model_that_only_another_replica_serves_is_listed_and_not_refused(two: Two) -> None:
+    here, there = two
+    name = model()
+    with httpx.Client(base_url=here.url, headers=here.headers, timeout=PATIENCE_S) as client:
+        assert client.post("/v1/chat/completions", json=chat(name)).status_code in (404, 503)
+        with FakeWorker(there, offer(name), words, name):
+            serving(name, here)
+            assert name in [one["id"] for one in client.get("/v1/models").json()["data"]]
+            answer = client.post("/v1/chat/completions", json=chat(name))
+            assert answer.json()["choices"][0]["message"]["content"].startswith("w0 w1 ")
+
+
+def test_an_end_that_nobody_told_of_is_found_in_the_database(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = two
+    name = model()
+    for peer in replicas(there).peers:
+        monkeypatch.setattr(peer, "push", lambda _frame, *, urgent=False: False)
+    with FakeWorker(there, offer(name), words, name):
+        serving(name, there)
+        body = {"kind": "llm", "model": name, "params": {"prompt": "x"}, "wait": 20, "wait_for_worker": True}
+        with httpx.Client(base_url=here.url, headers=here.headers, timeout=PATIENCE_S) as client:
+            began = time.monotonic()
+            answer = client.post("/v1/jobs", json=body)
+            assert answer.json()["state"] == "succeeded"
+            assert time.monotonic() - began < 4.0  # a silent watcher alone would look after 5 s
+            text = chat(name, stream=True)
+            with client.stream("POST", "/v1/chat/completions", json=text, headers={"x-bulkhead-begin-s": "60"}) as all_:
+                lines = list(all_.iter_lines())
+    if all_.status_code == 200:
+        assert deltas(lines) == "".join(f"w{n} " for n in range(20))
+    else:  # this replica has not heard that the model is served
+        assert all_.status_code in (404, 503)
