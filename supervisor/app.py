@@ -29,6 +29,7 @@ from supervisor import config, config_edit
 from supervisor.box import Box
 from supervisor.control.jobs_seen import JobBook
 from supervisor.control.knock import knock
+from supervisor.deployed import Deployed
 from supervisor.drain import Drain
 from supervisor.embedded import Ready, open_embedded
 from supervisor.errors import ConfigError, ExitCode, GpuUnkillable, IdentityHeld, LinkRefused, SupervisorError
@@ -64,6 +65,7 @@ from supervisor.observe.tally import Tally
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
 from supervisor.reload import Outcome, Reloader
+from supervisor.pulls import Pulls
 from supervisor.roster import Around, Roster
 from supervisor.secrets import TOKEN, secret
 from supervisor.served import Served
@@ -228,7 +230,15 @@ class _Supervisor:
             attempts.restore(await keeping.restore())
             nursery.start_soon(keeping.run)
             attempts.on_done = box.watch_holds.note_good
-            worker = self._worker(box, served, attempts, keeping, self._remote(prover, nursery))
+            pulls = Pulls(self._path, nursery, box.spawn) if self._path is not None else None
+
+            async def reload() -> None:
+                if front.reloader is None:
+                    raise Refused("The worker is still starting; order it again.")
+                await front.reloader.reload("the coordinator deploys")
+
+            deployed = Deployed(lambda: self._settings, pulls, roster, reload) if pulls is not None else None
+            worker = self._worker(box, served, attempts, keeping, self._remote(prover, nursery, deployed))
             if self._notices is not None:
                 nursery.start_soon(Shipping(self._notices.ring, worker.say).run)
             keeping.on_change = worker.announce
@@ -264,7 +274,7 @@ class _Supervisor:
                     tally=self._tally,
                     notices=self._notices,
                     jobs=self._jobs,
-                    nursery=nursery,
+                    pulls=pulls,
                     slow=lambda model: spill.sentence(model) or paces.sentence(model),
                 )
             )
@@ -381,6 +391,7 @@ class _Supervisor:
                 version=version(),
                 not_accepting=not_accepting,
                 gpus=box.gpus(),
+                deploys=self._path is not None and bool(self._settings.coordinator.deploy.sources),
                 vram_threshold_gb=self._settings.limits.vram_threshold_gb,
             )
 
@@ -397,7 +408,7 @@ class _Supervisor:
             gpus=box.gpu_states,
         )
 
-    def _remote(self, prover: Prover, nursery: trio.Nursery) -> Remote:
+    def _remote(self, prover: Prover, nursery: trio.Nursery, deployed: Deployed | None) -> Remote:
         """What the coordinator may order here."""
 
         async def probe(model: str) -> dict[str, str]:
@@ -422,6 +433,7 @@ class _Supervisor:
             probe=probe,
             configure=configure,
             allow=lambda: self._settings.coordinator.allow,
+            deployed=deployed,
         )
 
     async def _link(self, spoken: Spoken, worker: Worker) -> None:

@@ -29,6 +29,7 @@ from supervisor.observe.tally import Tally
 from supervisor.orders import Orders
 from supervisor.orders_engines import HostEngines
 from supervisor.orders_wiring import Around, complete
+from supervisor.pulls import Pulls
 from supervisor.reload import Outcome, Reloader
 from supervisor.served import Served
 from supervisor.settings import Settings
@@ -42,7 +43,7 @@ class Behind(NamedTuple):
         settings: those in force.
         url: of the coordinator.
         path: of worker.toml, when it can be changed.
-        nursery: for pulls; ends with the engines.
+        pulls: of models, where there is a worker.toml for them.
         slow: why a model is slower than it was; "" when it is not.
     """
 
@@ -60,7 +61,7 @@ class Behind(NamedTuple):
     tally: Tally
     notices: Log | None
     jobs: JobBook
-    nursery: trio.Nursery
+    pulls: Pulls | None
     slow: Callable[[str], str]
 
 
@@ -170,8 +171,7 @@ class Front:
             gpus=lambda: list(box.watch.readings()),
             engines=HostEngines(behind.host, behind.attempts.stop_models, behind.served.why_not),
             attempts=behind.attempts,
-            nursery=behind.nursery,
-            spawn=box.spawn,
+            pulls=behind.pulls,
             config=path,
             reloader=reloader,
             state=behind.state.root,

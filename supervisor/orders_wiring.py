@@ -14,7 +14,6 @@ from supervisor.control.snapshot import IncidentView, Snapshot
 from supervisor.control.surface import Surface
 from supervisor.diagnostics import MAX_LINES, Seen, bundle
 from supervisor.doctor_run import SelfExamination
-from supervisor.host.means import OpenChild
 from supervisor.link.attempts import Attempts
 from supervisor.observe.ring import Ring
 from supervisor.orders import Engines, Orders, Parts
@@ -34,8 +33,6 @@ class Around(NamedTuple):
         ending: None before a drain, else whether it ends in a new start.
         hurry: gives back what runs, in a drain that has begun.
         gpus: UUIDs, in the order of their numbers.
-        nursery: pulls live in it.
-        spawn: starts their children.
         name: this worker's id.
         connected: address of the coordinator while there is a session, else "".
     """
@@ -47,8 +44,7 @@ class Around(NamedTuple):
     gpus: Callable[[], Sequence[str]]
     engines: Engines | None
     attempts: Attempts
-    nursery: trio.Nursery
-    spawn: OpenChild
+    pulls: Pulls | None
     config: Path | None
     reloader: Reloader | None
     state: Path
@@ -75,7 +71,7 @@ def orders(around: Around) -> Orders:
         gpus=around.gpus,
         engines=around.engines,
         jobs=LinkJobs(around.attempts.ledger, around.attempts.give_back),
-        pulls=Pulls(around.config, around.nursery, around.spawn) if around.config is not None else None,
+        pulls=around.pulls,
         reload=reload if around.reloader is not None else None,
         register=registered if around.config is not None else None,
         log_level=notices.set_level,

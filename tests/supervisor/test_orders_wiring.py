@@ -19,11 +19,11 @@ from supervisor.control.server import open_control
 from supervisor.control.snapshot import Snapshot
 from supervisor.control.surface import Surface
 from supervisor.control.why import explained
-from supervisor.host.child import open_child
 from supervisor.link.ledger import Ledger
 from supervisor.observe.ring import Ring
 from supervisor.orders_wiring import Around, complete, orders
 from supervisor.pausing import Pausing
+from supervisor.pulls import Pulls
 from supervisor.reload import Reloader
 
 
@@ -56,8 +56,7 @@ class Served:
             gpus=lambda: ["GPU-1"],
             engines=None,
             attempts=Attempts(),
-            nursery=nursery,
-            spawn=open_child,
+            pulls=Pulls(self.config, nursery) if file else None,
             config=self.config if file else None,
             reloader=reloader,
             state=state,
