@@ -20,17 +20,14 @@ from anyio.to_thread import run_sync
 
 from coordinator.attempts import Attempts, Counters
 from coordinator.blobs import Blobs
-from coordinator.bus import Bus, BusClosed, Lagged, LocalBus, Subscription
+from coordinator.bus import Bus, LocalBus, Subscription
 from coordinator.counting import Histogram
 from coordinator.fleet import HeldAttempt, Worker
 from coordinator.lots import Lots
 from coordinator.offers import to_offer
 from coordinator.records import (
     AttemptRecord,
-    JobChunk,
-    JobEnded,
     JobEvent,
-    JobNudge,
     JobRecord,
     ServedModel,
     Submission,
@@ -40,6 +37,7 @@ from coordinator.store import Store, StoreError
 from coordinator.store.base import Claimed, Want
 from coordinator.store.needs import MAX_NEEDS_BYTES, needs_of
 from coordinator.store.threads import StoreThreads, hear
+from coordinator.watching import events_of
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError, refuse
 from protocol.ids import RANDOM_BYTES, new_id
@@ -164,11 +162,11 @@ class Dispatcher:
         with self._bus.subscribe(job_id) as early:
             record, created = await self._insert(job_id, s)
             if created:
-                yield record, self._events(record, early)
+                yield record, self._watched(record, early)
                 return
         with self._bus.subscribe(record.id, everywhere=True) as late:
             row = await self._row(record.id)
-            yield row, self._events(row, late)
+            yield row, self._watched(row, late)
 
     @asynccontextmanager
     async def watch(self, job_id: str) -> AsyncIterator[Events]:
@@ -177,7 +175,7 @@ class Dispatcher:
             record = await self._threads.read(self._store.get, job_id)
             if record is None:
                 raise _no_job(job_id)
-            yield self._events(record, subscription)
+            yield self._watched(record, subscription)
 
     async def get(self, job_id: str, tenant: str | None) -> JobRecord | None:
         """The row, when it belongs to the tenant; None asks for anybody's."""
@@ -348,38 +346,11 @@ class Dispatcher:
         if fault is not None:
             raise FaultError(fault)
 
-    async def _events(self, record: JobRecord, subscription: Subscription) -> Events:
-        """What a watcher iterates over. Only `receive` waits, so nothing needs finalising when it is dropped."""
-        if record.ended:
-            yield JobEnded(record)
-            return
-        due = 0
-        while True:
-            event: JobEvent | None = None
-            try:
-                with anyio.move_on_after(self.settings.repair_s):
-                    event = await subscription.receive()
-            except Lagged:
-                self.counters.events["lagged"] += 1
-                if record.stream:
-                    raise refuse("overloaded", "The stream was read too slowly; parts of it are lost.") from None
-            except BusClosed:
-                if (row := await self._row(record.id)).ended:
-                    yield JobEnded(row)
-                    return
-                raise refuse("overloaded", "The coordinator is stopping; ask for the job again later.") from None
-            if event is None or isinstance(event, JobNudge):
-                # Silence, or events were dropped: the row knows whether the end was among them.
-                row = await self._row(record.id)
-                event = JobEnded(row, -1 if event is None else event.chunks) if row.ended else None
-            if isinstance(event, JobChunk):
-                if event.seq < due:
-                    continue  # sent again, by way of another replica
-                due = event.seq + 1
-            if event is not None:
-                yield event
-            if isinstance(event, JobEnded):
-                return
+    def _watched(self, record: JobRecord, subscription: Subscription) -> Events:
+        def lagged() -> None:
+            self.counters.events["lagged"] += 1
+
+        return events_of(record, subscription, lambda: self._row(record.id), self.settings.repair_s, lagged)
 
     async def _row(self, job_id: str) -> JobRecord:
         row = await self._threads.read(self._store.get, job_id)
