@@ -37,7 +37,7 @@ MAX_ERRORS = 50
 PAGE = 64
 _OPEN = ("queued", "running")
 _END: Mapping[str, BatchState] = {"completed": "completed", "expired": "expired", "cancelled": "cancelled"}
-_BUSY = frozenset({"overloaded", "storage_full"})  # not the line's fault: its turn comes later
+_BUSY = frozenset({"overloaded", "storage_full", "rate_limited"})  # not the line's fault: its turn comes later
 
 # Inside the class `list` is the method.
 Records = list[BatchRecord]

@@ -2,7 +2,8 @@
 
 The source is locked, so no coordinator serves from it meanwhile. Jobs go over in pieces, each with a note of how far
 the copy is, so a copy that was interrupted goes on where it was; no coordinator opens a target before its copy is
-finished. Blobs and keys lie in the state folder and stay there.
+finished. What the register beside the file holds, such as keys and tenants, goes with them; blobs lie in the state
+folder and stay there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from coordinator.register.moving import copy_register
+from coordinator.register.postgres import migrate
 from coordinator.store.base import SILENT_MS, StoreError
-from coordinator.store.postgres import migrate
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.sqlite import SqliteStore
 
@@ -45,7 +47,6 @@ def move(source: Path, target: str, say: Callable[[str], None]) -> dict[str, int
     """
     if not source.is_file():
         raise StoreError(f"{source}: There is no such file.")
-    name = f"sqlite:{source.resolve()}"
     store = SqliteStore(source)
     try:
         link = PostgresLink(target, pooled=False, connections=1)
@@ -53,7 +54,7 @@ def move(source: Path, target: str, say: Callable[[str], None]) -> dict[str, int
             connection = link.connect()
             try:
                 migrate(connection)
-                return _copy(store, connection, name, say)
+                return _copy(store, connection, source, say)
             except psycopg.Error as error:
                 text = str(error).strip()
                 raise StoreError(f"The copy stopped: {text}. What was copied stays; run it again.") from None
@@ -65,7 +66,12 @@ def move(source: Path, target: str, say: Callable[[str], None]) -> dict[str, int
         store.close()
 
 
-def _copy(store: SqliteStore, connection: Connection, name: str, say: Callable[[str], None]) -> dict[str, int]:
+def _name(source: Path) -> str:
+    return f"sqlite:{source.resolve()}"
+
+
+def _copy(store: SqliteStore, connection: Connection, source: Path, say: Callable[[str], None]) -> dict[str, int]:
+    name = _name(source)
     last = _begin(connection, name)
     total = int(store._read("SELECT count(*) AS n FROM jobs")[0]["n"])
     done = int(store._read("SELECT count(*) AS n FROM jobs WHERE seq <= :last", last=last)[0]["n"])
@@ -82,7 +88,7 @@ def _copy(store: SqliteStore, connection: Connection, name: str, say: Callable[[
             rows = store._read(f"SELECT * FROM {table}")
             for first in range(0, len(rows), PIECE):
                 _insert(connection, table, rows[first : first + PIECE])
-        counts = _verified(store, connection)
+        counts = {**_verified(store, connection), **copy_register(source, connection)}
         for table in _NUMBERED:
             following = "SELECT setval(pg_get_serial_sequence('{0}', 'seq'), max(seq)) FROM {0} HAVING max(seq) > 0"
             connection.execute(following.format(table).encode())
