@@ -103,7 +103,7 @@ def test_choices_ranges_defaults_and_costs():
     assert "llm" in SCHEMA["$defs"]["ModelTable"]["properties"]["engine"]["examples"]
     assert {property_["x-apply"] for _, _, property_ in fields()} == {str(apply) for apply in Apply}
     assert SCHEMA["$defs"]["CoordinatorTable"]["properties"]["tls_ca"]["x-apply"] == "restart"
-    assert SCHEMA["$defs"]["ModelTable"]["properties"]["options"]["x-apply"] == "restart"
+    assert SCHEMA["$defs"]["ModelTable"]["properties"]["options"]["x-apply"] == "live"
     assert SCHEMA["$defs"]["ModelTable"]["properties"]["stall_s"]["x-apply"] == "live"
 
 
