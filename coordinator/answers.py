@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
+from coordinator import deliveries
 from coordinator.bodies import in_callers_words
 from coordinator.errors import JOB_ID
 from coordinator.records import JobEnded, JobEvent, JobProgress, JobRecord, Submission
@@ -91,7 +92,9 @@ async def watched_job(
         async def noted() -> AsyncIterator[JobEvent]:
             nonlocal ended
             async for event in events:
-                ended = ended or isinstance(event, JobEnded)
+                if isinstance(event, JobEnded):
+                    ended = True
+                    deliveries.note_job(event.record)
                 yield event
 
         try:
@@ -214,6 +217,8 @@ def succeeded(record: JobRecord, names: Mapping[str, str] = NO_NAMES) -> JobReco
     """Return the record of a succeeded job. Raises FaultError with the job's fault, in the route's words, otherwise."""
     if record.state != "succeeded":
         raise FaultError(in_callers_words(ending_fault(record), names))
+    if record.result is None:
+        raise refuse("not_found", "The job's content was deleted, as this tenant keeps none.")
     return record
 
 

@@ -83,6 +83,7 @@ class Batches:
         self._threads = StoreThreads()
         self._places: dict[str, _Place] = {}
         self._bell = anyio.Event()
+        self.on_end: Callable[[], None] = lambda: None  # called when a batch may have ended
 
     # ---- for routes ----------------------------------------------------------------------------------------
 
@@ -186,6 +187,7 @@ class Batches:
 
     async def _fail(self, batch: BatchRecord, errors: tuple[tuple[int, Fault], ...]) -> None:
         await self._save(msgspec.structs.replace(batch, errors=errors), "failed")
+        self.on_end()
 
     # ---- queueing ------------------------------------------------------------------------------------------
 
@@ -285,6 +287,7 @@ class Batches:
             usage=tally.usage,
         )
         await self._save(done, _END[batch.end])
+        self.on_end()
         self._places.pop(batch.id, None)
 
     async def _write(self, batch: BatchRecord, tally: _Tally, *, good: bool) -> str:

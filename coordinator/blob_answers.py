@@ -7,6 +7,7 @@ store would be answered without these headers.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from coordinator import deliveries
 from coordinator.blobs import Blobs
 from protocol.faults import refuse
 
@@ -39,10 +41,11 @@ class BlobResponse(StreamingResponse):
         sent_whole: called once when the last byte of the whole file was given to the connection.
     """
 
-    sent_whole: Callable[[], None] = staticmethod(lambda: None)
+    sent_whole: Callable[[], None]
 
     def __init__(self, blobs: Blobs, key: str, first: int, count: int, whole: bool, **more: Any) -> None:
         self._blobs, self._key, self._first, self._count, self._whole = blobs, key, first, count, whole
+        self.sent_whole = functools.partial(deliveries.note_blob, key)
         super().__init__(self._pieces(), **more)
 
     async def _pieces(self) -> Any:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from coordinator import cli_doctor, cli_keys, cli_usage
+from coordinator import cli_doctor, cli_jobs, cli_keys, cli_usage
 from coordinator import config as configuration
+from coordinator.blobs_opening import BlobsRefusal, open_blobs
 from coordinator.config import STORE_VARIABLE
 from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
 from coordinator.register import Register, open_register
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Refusal, KeyRefusal, RegistrationRefusal) as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return BAD_CONFIG
+    except cli_jobs.JobsError as error:
+        print(f"coordinator: {error}", file=sys.stderr)
+        return FAILED
     except StoreBusy as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return BUSY
@@ -95,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_keys.add_parsers(commands, shared, _Parser)
     cli_usage.add_parser(commands, shared)
     cli_doctor.add_parser(commands, shared)
+    cli_jobs.add_parser(commands, shared, _Parser)
     migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
     migrate.add_argument(
         "--from", dest="source", required=True, metavar="sqlite:PATH", help="no coordinator may use it"
@@ -126,7 +131,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         check_exposure(listener, tls=cert is not None, behind_proxy=bool(settings.behind_proxy))
         state = configuration.state_dir(settings)
         # Imported here so that a refusal above costs no imports; starlette alone takes 40 ms.
-        from coordinator.app import STORE_FILE, Coordinator
+        from coordinator.app import BLOB_FOLDER, STORE_FILE, Coordinator
 
         limits = Limits(job_s=settings.job_s)
         patience_s = PREDECESSOR_S if embedded else 0.0
@@ -140,14 +145,19 @@ def _serve(arguments: argparse.Namespace) -> int:
         doorway = open_doorway(settings.replica) if settings.replica is not None else None
 
         def opened() -> Coordinator:
-            return Coordinator(
-                state,
-                limits,
-                settings.studio_models,
-                open_store=store,
-                open_register=register,
-                doorway=doorway,
-            )
+            try:
+                return Coordinator(
+                    state,
+                    limits,
+                    settings.studio_models,
+                    open_store=store,
+                    open_register=register,
+                    doorway=doorway,
+                    open_blobs=lambda: open_blobs(settings.blobs, state / BLOB_FOLDER),
+                    undelivered_s=settings.privacy.undelivered_s,
+                )
+            except BlobsRefusal as error:
+                raise Refusal(str(error)) from None
 
         coordinator = _patiently(opened, patience_s)
         try:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from coordinator.blobs_opening import BlobsConfig
 from coordinator.replicas.opening import ReplicaTable, in_folder
 from coordinator.server import Refusal
 from coordinator.studio_claims import Source
@@ -19,6 +20,16 @@ DEFAULT_LISTEN = "127.0.0.1:8080"
 LOOPBACK_PROXY = "127.0.0.1"
 _Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
 STORE_VARIABLE = "COORDINATOR_STORE"  # a URL with a password is nothing for a command line
+
+
+class Privacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section `[privacy]`.
+
+    Attributes:
+        undelivered_s: how long what nobody has fetched is kept after its job has ended.
+    """
+
+    undelivered_s: _Seconds = 3600.0
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +44,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         behind_proxy: addresses of proxies that add TLS; their X-Forwarded-* headers are believed.
         drain_s: what running requests get at the end.
         job_s: deadline of jobs that bring none.
+        blobs: where files lie: see `BlobsConfig`.
+        privacy: of tenants whose content is not kept.
         replica: how the other coordinators over the same database reach this one.
         studio_models: where studio workers get the files of a model, and its engine there, by model name.
     """
@@ -49,6 +62,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     job_s: _Seconds = 3600.0
     replica: ReplicaTable | None = None
     studio_models: dict[str, Source] = {}
+    blobs: BlobsConfig = BlobsConfig()
+    privacy: Privacy = Privacy()
 
 
 def load(path: Path | None) -> Config:
@@ -66,8 +81,12 @@ def load(path: Path | None) -> Config:
         raise Refusal(f"{path}: config_version {config.config_version} is unknown; this program reads 1.")
     folder = path.resolve().parent
     paths = {name: str(folder / value) for name in ("state", "tls_cert", "tls_key") if (value := getattr(config, name))}
+    blobs = {"credentials": config.blobs.credentials, "url": config.blobs.url}
+    places = {name: str(folder / value) for name, value in blobs.items() if value and "://" not in value}
     replica = in_folder(config.replica, folder) if config.replica is not None else None
-    return msgspec.structs.replace(config, replica=replica, **paths)
+    return msgspec.structs.replace(
+        config, replica=replica, **paths, blobs=msgspec.structs.replace(config.blobs, **places)
+    )
 
 
 def merged(config: Config, arguments: argparse.Namespace) -> Config:

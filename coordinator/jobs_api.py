@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from coordinator import deliveries
 from coordinator.answers import job_headers, result_of, succeeded, while_connected
 from coordinator.bodies import (
     JSON_WITH_FILES_BYTES,
@@ -102,6 +103,7 @@ async def create(request: Request) -> Response:
             inputs += (await store_data_url(data, name, f"inputs.{name}", blobs),)
         job = submission(request, ask.kind, ask.model, ask.params, inputs=inputs, stream=ask.stream, **ask.more)
         record = await _submit(request, parts, job, ask.wait_s)
+    deliveries.note_fault(record)
     return Json(to_job(record), status_code=200 if record.ended else 202, headers=job_headers(record))
 
 
@@ -216,6 +218,7 @@ async def _submit(request: Request, parts: Services, job: Submission, wait_s: fl
 async def get_job(request: Request) -> Response:
     """One job, with its attempts."""
     record = await _find(request)
+    deliveries.note_fault(record)
     attempts = await services(request).dispatcher.attempts_of(record)
     return Json({**to_job(record), "attempts": [to_attempt(one) for one in attempts]})
 
@@ -244,6 +247,8 @@ async def get_result(request: Request) -> Response:
     record = await _find(request)
     if not record.ended:
         raise refuse("conflict", f"The job has no result yet: it is {record.state}.")
+    if not record.files:  # with files it is delivered when they are
+        deliveries.note_job(record)
     return Json(result_of(succeeded(record)), headers=job_headers(record))
 
 
@@ -395,6 +400,7 @@ async def _relay(source: AsyncIterator[JobEvent], writer: EventWriter) -> bytes:
     try:
         async for event in source:
             if isinstance(event, JobEnded):
+                deliveries.note_fault(event.record)
                 return sse(to_job(event.record), "ended") + DONE
             await writer.write(to_event(event))
     except FaultError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from coordinator import deliveries
 from coordinator.blob_answers import UNKNOWN, blob_response
 from coordinator.bodies import check_length
 from coordinator.errors import Json
@@ -30,6 +32,7 @@ from coordinator.uploads import (
 from protocol.faults import refuse
 
 # What something here reads, or what its owner wants back as it is.
+OUTPUT = "batch_output"  # what a batch made
 PURPOSES = ("batch", "user_data")
 LIST_LIMIT = 10_000
 BATCH_KEEP_S = 30 * 86_400  # OpenAI's own default for this purpose
@@ -133,7 +136,10 @@ async def retrieve(request: Request) -> Response:
 async def content(request: Request) -> Response:
     """Its bytes."""
     record = await _find(request)
-    return await blob_response(request, services(request).blobs, record.blob, UNKNOWN, record.name)
+    response = await blob_response(request, services(request).blobs, record.blob, UNKNOWN, record.name)
+    if record.purpose == OUTPUT:
+        response.sent_whole = functools.partial(deliveries.note_file, record.id, record.tenant)
+    return response
 
 
 async def delete(request: Request) -> Response:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from coordinator import deliveries
 from coordinator.answers import finished, job_headers, result_of
 from coordinator.bodies import FieldTable, choice, flag, model_name, read_json, work_params
 from coordinator.errors import Json
@@ -69,6 +70,7 @@ async def answer(
     if form == "b64_json":
         body = _with_bytes(parts, record, result, head)
         return StreamingResponse(body, media_type="application/json", headers=job_headers(record))
+    deliveries.not_yet(record)
     base = str(request.base_url).rstrip("/")
     data = [
         {"url": base + parts.blobs.client_url(file.blob, parts.limits.blob_url_s), **_seed(result, index)}

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from coordinator import deliveries
 from coordinator.answers import ending_fault, succeeded
 from coordinator.bodies import (
     JSON_WITH_FILES_BYTES,
@@ -100,6 +101,7 @@ async def content(request: Request) -> Response:
     record = await _find(request)
     if not record.ended:
         raise refuse("not_found", f"The video has no content yet: it is {_STATUS[record.state]}.")
+    deliveries.note_fault(record)
     params = _params(succeeded(record, NAMES))
     return await file_response(request, only_file(record), VIDEO_MIME[params.format], f"{record.id}.{params.format}")
 

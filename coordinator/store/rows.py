@@ -28,6 +28,7 @@ class Row(Protocol):
         """The value of a column."""
 
 
+FORGOTTEN = b""  # the fingerprint of a job whose content was deleted
 # Columns of a listing: no params, no result, which may be megabytes.
 LIGHT = (
     "id, kind, model, state, tenant, attempt, created_ms, key_id, tries, started_ms, finished_ms, files, usage, fault, "
@@ -59,7 +60,15 @@ def _fingerprint(submission: Submission) -> bytes:
 
 
 def same_request(row: Row, submission: Submission) -> JobRecord:
-    """The job that a used idempotency key names. Raises FaultError(conflict) for another request."""
+    """The job that a used idempotency key names. Raises FaultError(conflict) for another request, and for a job whose
+    content was deleted: nobody can tell any more whether it was this request, and there is no answer to give."""
+    if row["fingerprint"] == FORGOTTEN:
+        raise refuse(
+            "conflict",
+            f"This idempotency key was used before: its job {row['id']} is {row['state']}, and its content was "
+            "deleted, as this tenant keeps none; use a new key to run it again.",
+            "idempotency_key",
+        )
     if row["fingerprint"] != _fingerprint(submission):
         raise refuse(
             "conflict",

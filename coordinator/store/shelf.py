@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from coordinator.records import JobRecord
+from coordinator.store.forgetting import Forgets
 from protocol.faults import Fault
 
 BatchState = Literal[
@@ -97,7 +98,7 @@ class BatchItem(msgspec.Struct, frozen=True):
     fault: Fault | None = None
 
 
-class Shelf(Protocol):
+class Shelf(Forgets, Protocol):
     """The part of a store that keeps files and batches; each function is one transaction."""
 
     def add_file(self, file: FileRecord, keep_ms: int = 0) -> FileRecord:

@@ -9,14 +9,15 @@ import msgspec
 from coordinator.records import JobRecord
 from coordinator.store.rows import Row, record
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
-from coordinator.store.sql_steps import SqlSteps, whole
+from coordinator.store.sql_forget import SqlForget
+from coordinator.store.sql_steps import whole
 from protocol.faults import Fault, refuse
 
 _pack = msgspec.msgpack.encode
 _READERS = "SELECT id FROM batches WHERE ended_ms IS NULL AND input_file ="
 
 
-class SqlShelf(SqlSteps):
+class SqlShelf(SqlForget):
     """The part of a store that keeps files and batches."""
 
     # ---- files ---------------------------------------------------------------------------------------------

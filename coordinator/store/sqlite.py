@@ -34,6 +34,7 @@ class SqliteStore(SqlStore):
     """
 
     CLOCK = CLOCK
+    SETTLE = "PRAGMA wal_checkpoint(TRUNCATE)"
 
     def __init__(self, path: Path) -> None:
         self._path = path
