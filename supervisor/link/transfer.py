@@ -1,7 +1,8 @@
 """Files over HTTP: inputs in, outputs out, both checked by size and sha256.
 
 A relative URL belongs to the coordinator and is opened with this worker's token; an absolute one (a presigned
-store) gets no token.
+store) gets no token. Where the template of an offer says `direct=1`, a large output goes past the coordinator to a
+URL that it names for this one file, whole or anew, and the coordinator is told when it is there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 import os
 import urllib.parse
 from collections.abc import Callable
+
+import msgspec
 
 from protocol.engine_wire import OutputFile
 from protocol.faults import refuse
@@ -23,6 +26,8 @@ FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
 UPLOAD_PATIENCE_S = 600.0  # a result has cost GPU time: try much longer
 RESUME_BYTES = 2**20  # asking how much has come is worth it from here on
 IDLE_S = 30.0  # without a byte, in either direction
+DIRECT_TRIES = 3  # past the coordinator; then through it, as that way is known to work
+CLAIM_S = 120.0  # a coordinator reads 2 GiB from its store in this time
 
 Output = Callable[[], int] | bytes
 
@@ -124,6 +129,10 @@ class Transfer(Web):
         async def once() -> None:
             nonlocal tries
             tries += 1
+            if tries <= DIRECT_TRIES and file.size >= RESUME_BYTES and (url := await self._place(template, file)):
+                await self._upload_once(url, file, source, moved, 0)
+                await self._claim(template, file)
+                return
             at = await self._received(template, file) if tries > 1 and file.size >= RESUME_BYTES else 0
             await self._upload_once(template, file, source, moved, at)
 
@@ -134,11 +143,33 @@ class Transfer(Web):
             sentence = f"The output {file.name!r} cannot be delivered: {error}."
             raise refuse("upload_failed", sentence, file.name) from None
 
+    async def _place(self, template: str, file: OutputFile) -> str:
+        """Where past the coordinator this output goes; "" when it goes to the coordinator itself."""
+        query = template.partition("?")[2]
+        if "direct=1" not in query.split("&"):
+            return ""
+        client = await self.client()
+        url, headers = self._target(_filled(template, file, "/place"))
+        response = await client.get(url, headers={**headers, "X-Content-SHA256": file.sha256})
+        judge(response.status_code, "upload_failed", f"The output {file.name!r} has no place to go to")
+        told = _Place.of(response.content)
+        # A coordinator that is spoken to in TLS must not send a result out in the clear.
+        if told and not told.startswith("https://") and (told[:7] != "http://" or url.startswith("https:")):
+            raise refuse("upload_failed", "The coordinator named a place for an output that is no URL of its kind.")
+        return told
+
+    async def _claim(self, template: str, file: OutputFile) -> None:
+        """Tell the coordinator that the output is at its place; it looks at every byte before it says yes."""
+        client = await self.client()
+        url, headers = self._target(_filled(template, file))
+        headers |= {"X-Content-SHA256": file.sha256, "X-Placed-Bytes": str(file.size)}
+        response = await client.put(url, headers=headers, timeout=CLAIM_S)
+        judge(response.status_code, "upload_failed", f"The output {file.name!r} was not taken")
+
     async def _received(self, template: str, file: OutputFile) -> int:
         """How much of an output has come over before a connection broke; 0 when the store cannot tell."""
         client = await self.client()
-        path, mark, query = template.replace("{name}", urllib.parse.quote(file.name, safe="")).partition("?")
-        url, headers = self._target(f"{path}/received{mark}{query}")
+        url, headers = self._target(_filled(template, file, "/received"))
         if not headers:
             return 0  # a store of somebody else's
         response = await client.get(url, headers={**headers, "X-Content-SHA256": file.sha256})
@@ -149,7 +180,7 @@ class Transfer(Web):
         client = await self.client()
         from supervisor.link.pieces import Held, Pieces  # with httpx, which is here now
 
-        url, headers = self._target(template.replace("{name}", urllib.parse.quote(file.name, safe="")))
+        url, headers = self._target(_filled(template, file))
         headers |= {
             "Content-Type": file.mime,
             "Content-Length": str(file.size - at),
@@ -167,4 +198,26 @@ class Transfer(Web):
                 os.close(fd)
         if at and response.status_code == 409:
             raise Transient("the coordinator has another part of it")  # asked for anew, and sent from there
+        if response.status_code == 403 and "Authorization" not in headers:
+            raise Transient("HTTP 403")  # a URL that expired on the way; the next try gets another
         judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """Where an output may go; "" when only the coordinator itself takes it."""
+
+    url: str = ""
+
+    @staticmethod
+    def of(body: bytes) -> str:
+        """The URL that an answer names. Raises Transient: the answer is none of a coordinator."""
+        try:
+            return msgspec.json.decode(body, type=_Place).url
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Transient(f"the coordinator named no place: {error}") from None
+
+
+def _filled(template: str, file: OutputFile, suffix: str = "") -> str:
+    """The URL of an output, or of what is asked about it."""
+    path, mark, query = template.replace("{name}", urllib.parse.quote(file.name, safe="")).partition("?")
+    return f"{path}{suffix}{mark}{query}"
