@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,12 +42,20 @@ SLOW = {"kind": "llm", "messages": [{"role": "user", "content": "at length"}]}
 class Program:
     """`supervisor run` in a folder."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, authority: Path | None = None) -> None:
         self.log = folder / "log"
         self._config = folder / "worker.toml"
+        trust = f'tls_ca = "{authority}"\n' if authority is not None else ""
         self._config.write_text(
-            f'[coordinator]\nurl = "{url}"\ndialect = "studio"\n[worker]\nname = "box"\nstate_dir = "state"\n{MODELS}'
+            f'[coordinator]\nurl = "{url}"\ndialect = "studio"\n{trust}'
+            f'[worker]\nname = "box"\nstate_dir = "state"\n{MODELS}'
         )
+
+    async def says(self, *words: str) -> str:
+        """What `supervisor WORDS` prints beside it."""
+        argv = [sys.executable, "-m", "supervisor", *words, "--config", str(self._config)]
+        done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
+        return (done.stdout + done.stderr).decode()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -59,6 +69,18 @@ class Program:
         finally:
             process.kill()
             process.wait(PATIENCE_S)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of this address that signs itself, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    pem, key = folder / "mine.pem", folder / "mine.key"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=127.0.0.1"
+    words += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {pem}"
+    subprocess.run([openssl, *words.split()], check=True, capture_output=True)
+    return pem, key
 
 
 async def until(server: StudioServer, process: subprocess.Popen[bytes], true: Callable[[], object], what: str) -> None:
@@ -145,3 +167,30 @@ async def test_a_rejected_worker_ends_with_the_code_that_is_not_restarted(server
         assert await gone(process) == ExitCode.REFUSED
     assert "not one of ours" in program.log.read_text()
     assert "remove" in program.log.read_text()
+
+
+@pytest.mark.slow
+async def test_over_tls_its_owner_is_told_what_it_waits_for_and_may_send_a_job_elsewhere(tmp_path: Path) -> None:
+    pem, key = certificate(tmp_path)
+    served = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    served.load_cert_chain(pem, key)
+    async with open_studio_server(Rules(again_s=0.1), tls=served) as server:
+        program = Program(tmp_path, server.url, pem)
+        with program.running() as process:
+            await until(server, process, lambda: server.requests, "a request to be let in")
+            said = ""
+            with trio.fail_after(PATIENCE_S):
+                while "waiting for approval: ask the studio's admin" not in said:
+                    said = await program.says("status")
+            server.approve(next(iter(server.requests)))
+            painted = server.enqueue(TASKS["image"], "synthetic")
+            await until(server, process, lambda: painted.ends, "a picture")
+            long = server.enqueue(SLOW, "synthetic-slow")
+            session = server.past[0]
+            await until(server, process, lambda: session.accepted, "the long job")
+            said = await program.says("jobs", "cancel", long.id, "--reason", "a game")
+            await until(server, process, lambda: long.refused_by, "the job is declined when it comes again")
+            assert (long.state, long.attempts) == ("queued", 1), said
+            assert "a game" in session.said("fail")[0]["error"]
+            process.send_signal(signal.SIGTERM)
+            assert await gone(process) == ExitCode.STOPPED, program.log.read_text()

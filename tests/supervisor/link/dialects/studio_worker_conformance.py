@@ -382,7 +382,7 @@ class StudioWorkerCases:
                 {"task": {"kind": "llm", "messages": [{"role": "user", "content": "x"}], "temperature": 9}},
                 "temperature",
             ),
-            ({"task": {"kind": "image", "prompt": "x", "maskUrl": "https://x/y"}}, "maskUrl"),
+            ({"task": {"kind": "image", "prompt": "x", "refImageUrl": "https://x/y"}}, "refImageUrl"),
             ({"task": {"kind": "image", "prompt": "x", "initImageUrl": "file:///etc/passwd"}}, "initImageUrl"),
             ({"modelSource": {"engine": "of-tomorrow", "files": [], "cliDefaults": {}}}, "of-tomorrow"),
             ({"model": "nobody's"}, "nobody's"),
