@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from coordinator import admin_api, jobs_api, lots_api, metrics, studio_admin, usage_api, workers_api
+from coordinator import admin_api, jobs_api, logs_api, lots_api, metrics, studio_admin, usage_api, workers_api
 from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
 from coordinator.blob_routes import blob_routes
@@ -273,6 +273,7 @@ def build_app(
         *deployments_api.ROUTES,
         *studio_admin.ROUTES,
         *usage_api.ROUTES,
+        *logs_api.ROUTES,
         *admin_api.ROUTES,
         *blob_routes(parts.blobs, parts.dispatcher.wants_output),
         *workers,

@@ -20,11 +20,13 @@ from coordinator.bus import Bus, Whence
 from coordinator.costs import Costs
 from coordinator.counting import MOST_SERIES, OTHER, Tally
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
+from coordinator.logs import JobLines
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
 from coordinator.store import Store, StoreError
 from coordinator.store.base import Done, Ending, Held, OpenAttempt
 from coordinator.store.threads import StoreThreads, Together
+from coordinator.traces import NoTraces, Traces
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 
@@ -118,6 +120,8 @@ class Attempts:
         self._orphans: dict[Key, Orphan] = {}
         self._gone: set[Key] = set()  # held here, and not open in the last look at the rows
         self._declined: Counter[str] = Counter()
+        self.traces: Traces = NoTraces()
+        self.lines = JobLines()
         self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
 
     # ---- sessions ------------------------------------------------------------------------------------------
@@ -208,6 +212,7 @@ class Attempts:
         """The worker did not take it: back to the queue, uncounted, and not to the same worker at once."""
         held = worker.attempts.pop(key)
         self.counters.declines[body.code] += 1
+        self.traces.ended(key, "declined")
         if held.state == "abandoned":
             self._ring(0)
             return
@@ -394,6 +399,7 @@ class Attempts:
         self._orphans.pop((row.job, row.attempt), None)
         self.counters.events["lost"] += 1
         if row.state == "offered":
+            self.traces.ended((row.job, row.attempt), "lost")
             await self._threads.write(self._store.release, row.job, row.attempt)
             self._ring(0)
             return
@@ -406,6 +412,7 @@ class Attempts:
         for worker, held in self.fleet.all_attempts():
             if held.state == "offered" and held.since < before:
                 self.counters.events["offer_timeouts"] += 1
+                self.traces.ended(held.key, "unanswered")
                 self.fleet.shun(held.job, worker.id)
                 if await self._threads.write(self._store.release, *held.key):
                     self.abandon(worker, held, "The offer was not answered in time.")
@@ -419,6 +426,7 @@ class Attempts:
         if ending.verdict == "stored" and record is not None:
             if ending.requeued:
                 self.counters.events["requeued"] += 1
+                self.traces.ended((record.id, record.attempt), "requeued")
                 self._ring(0.25)
             else:
                 self.announce_end(record, chunks)
@@ -430,6 +438,8 @@ class Attempts:
         self.costs.note(record)
         if record.fault is not None:
             self.counters.faults[record.kind, record.model, record.fault.code] += 1
+        self.lines.ended(record)
+        self.traces.ended((record.id, record.attempt), record.fault.code if record.fault is not None else "")
         self.fleet.forget_job(record.id)
         self._declined.pop(record.id, None)
         self._bus.publish(record.id, JobEnded(record, chunks), Whence(record.attempt, record.origin))

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from coordinator import cli_doctor, cli_jobs, cli_keys, cli_usage
+from coordinator import cli_doctor, cli_jobs, cli_keys, cli_usage, logs
 from coordinator import config as configuration
 from coordinator.blobs_opening import BlobsRefusal, open_blobs
 from coordinator.config import STORE_VARIABLE
@@ -27,7 +27,11 @@ from coordinator.services import Limits
 from coordinator.store import Store, StoreBusy, StoreError
 from coordinator.store.opening import SQLITE, check_address, is_postgres, open_store, require_psycopg
 from coordinator.studio_registry import RegistrationRefusal
+from coordinator.traces import OtelConfig, TraceRefusal, open_traces
 from protocol.faults import FaultError
+
+if TYPE_CHECKING:
+    from coordinator.app import Coordinator
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +52,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    if not logging.getLogger().handlers:
+        logs.set_up()
     try:
         return int(arguments.command(arguments))
-    except (Refusal, KeyRefusal, RegistrationRefusal) as error:
+    except (Refusal, TraceRefusal, KeyRefusal, RegistrationRefusal) as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return BAD_CONFIG
     except cli_jobs.JobsError as error:
@@ -96,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--store-pooled", action="store_true", help="PgBouncer in transaction mode is in between")
 
+    serve.add_argument("--log-format", choices=("text", "json"), help="of the log on standard error")
+    serve.add_argument("--log-level", choices=logs.LEVELS)
+    serve.add_argument("--access-log", action="store_true", help="tell every request, without its content")
+
     cli_keys.add_parsers(commands, shared, _Parser)
     cli_usage.add_parser(commands, shared)
     cli_doctor.add_parser(commands, shared)
@@ -117,6 +125,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         arguments.behind_proxy = [configuration.LOOPBACK_PROXY]
     settings = configuration.merged(configuration.load(arguments.config), arguments)
     where = configuration.store_address(settings)
+    logs.set_up(settings.log_format, settings.log_level, access=settings.access_log)
     _check_store(where)
     embedded = arguments.fd is not None
     if embedded != (arguments.worker_token_fd is not None):
@@ -174,7 +183,21 @@ def _serve(arguments: argparse.Namespace) -> int:
             watch_stdin=embedded,
             ready=lambda url: _say_ready(url, client_key, embedded),
         )
-        return run(coordinator, listener, serving)
+        return _traced(coordinator, lambda: run(coordinator, listener, serving), settings.otel)
+
+
+def _traced(coordinator: Coordinator, serving: Callable[[], int], otel: OtelConfig) -> int:
+    """Serve with what `[otel]` asks for. Raises TraceRefusal."""
+    try:
+        traces = open_traces(otel)
+    except BaseException:
+        coordinator.close()
+        raise
+    coordinator.parts.dispatcher.attempts.traces = traces
+    try:
+        return serving()
+    finally:
+        traces.close()
 
 
 def _check_store(where: str) -> None:

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from coordinator import logs
 from coordinator.blobs_opening import BlobsConfig
 from coordinator.replicas.opening import ReplicaTable, in_folder
 from coordinator.server import Refusal
 from coordinator.studio_claims import Source
+from coordinator.traces import OtelConfig
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
 LOOPBACK_PROXY = "127.0.0.1"
@@ -47,6 +49,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         blobs: where files lie: see `BlobsConfig`.
         privacy: of tenants whose content is not kept.
         replica: how the other coordinators over the same database reach this one.
+        log_format, log_level: of the log on standard error.
+        access_log: whether every request is told, too.
+        otel: where traces go: see `OtelConfig`.
         studio_models: where studio workers get the files of a model, and its engine there, by model name.
     """
 
@@ -61,6 +66,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_s: _Seconds = 30.0
     job_s: _Seconds = 3600.0
     replica: ReplicaTable | None = None
+    log_format: logs.Format = "text"
+    log_level: logs.Level = "info"
+    access_log: bool = False
+    otel: OtelConfig = OtelConfig()
     studio_models: dict[str, Source] = {}
     blobs: BlobsConfig = BlobsConfig()
     privacy: Privacy = Privacy()

@@ -274,9 +274,10 @@ class Dispatcher:
         s = self.ready(s)
         # Shielded: a row that was made is made known, so that whoever watches it can cancel it, and what was claimed
         # is offered. It lasts as long as one transaction.
-        with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True), self.attempts.traces.submit(s) as s:
             record, created = await self._insert_row(job_id, s)
         if created:
+            self.attempts.lines.asked(record.id)
             self.counters.submitted[s.kind, s.model] += 1
         return record, created
 
@@ -439,6 +440,7 @@ class Dispatcher:
         )
         worker.attempts[held.key] = held
         self.counters.events["offers"] += 1
+        record = msgspec.structs.replace(record, traceparent=self.attempts.traces.offered(record))
         worker.port.send(to_offer(record, left_ms, self._blobs, self.settings.blob_url_s), *held.key)
 
     async def _reconcile_first(self) -> None:

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.logs import REQUEST
 from protocol.faults import Fault, FaultError
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class RequestIds:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        asking = REQUEST.set(request_id)
         started = False
 
         async def tagged(message: Message) -> None:
@@ -135,3 +137,5 @@ class RequestIds:
             log.exception("%s %s failed (%s)", scope.get("method"), scope.get("path"), request_id)
             if not started:
                 raise
+        finally:
+            REQUEST.reset(asking)

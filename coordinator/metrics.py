@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.counting import Histogram, Tally
+from coordinator.logs import access_log
 from coordinator.services import services
 
 if TYPE_CHECKING:
@@ -97,7 +98,18 @@ class CountRequests:
             await self._app(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self._counters.end(route, scope["method"], status, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._counters.end(route, scope["method"], status, seconds)
+            if not access_log.disabled:
+                _say(scope, route, status, seconds)
+
+
+def _say(scope: Scope, route: str, status: int, seconds: float) -> None:
+    """A line of the access log: the route's template, no path, no query, no header."""
+    key = scope.get("state", {}).get("key")
+    about = {"request": scope.get("state", {}).get("request_id", ""), "status": status, "seconds": round(seconds, 4)}
+    about |= {"tenant": key.tenant, "key": key.prefix} if key is not None else {}
+    access_log.info("%s %s", scope["method"], route, extra=about)
 
 
 async def metrics(request: Request) -> Response:

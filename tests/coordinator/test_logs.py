@@ -1,0 +1,113 @@
+"""Lines for people and programs, the line of a job, and the switches."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from coordinator import logs
+from coordinator.records import JobRecord
+from coordinator.testing import Running
+from protocol.faults import Fault
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    """Everything that is told goes here; afterwards all is as before."""
+    root, disabled = logging.getLogger(), logs.access_log.disabled
+    level = root.level
+    out = io.StringIO()
+    yield out
+    for handler in [one for one in root.handlers if one.get_name() == "coordinator"]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+    logs.access_log.disabled = disabled
+    for name in logs.CHATTY:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def job(**fields: object) -> JobRecord:
+    base = {"id": "job_1", "kind": "llm", "model": "m", "state": "succeeded", "tenant": "t", "attempt": 2}
+    base |= {"created_ms": 1000, "started_ms": 1500, "finished_ms": 3000, "worker": "box", "key_id": "bk_ab"}
+    return JobRecord(**{**base, "params": b"SECRET PROMPT", **fields})  # type: ignore[arg-type]
+
+
+def test_a_json_line_has_the_supervisors_names(stream: io.StringIO) -> None:
+    logs.set_up("json", stream=stream)
+    logging.getLogger("here").warning("It is %d", 3, extra={"job": "j", "attempt": 1})
+    line = json.loads(stream.getvalue())
+    assert line.pop("ts").endswith("Z")
+    assert line == {"level": "warning", "logger": "here", "message": "It is 3", "job": "j", "attempt": 1}
+
+
+def test_a_text_line_cannot_be_broken(stream: io.StringIO) -> None:
+    logs.set_up(stream=stream)
+    logging.getLogger("here").info("Said.", extra={"model": 'a b"\n2026 ERROR x'})
+    assert stream.getvalue().count("\n") == 1
+    assert 'INFO here: Said. model="a b\\"?2026 ERROR x"' in stream.getvalue()
+
+
+def test_a_traceback_is_one_field(stream: io.StringIO) -> None:
+    logs.set_up("json", stream=stream)
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("here").exception("Oh")
+    assert "ValueError: broken" in json.loads(stream.getvalue())["traceback"]
+
+
+def test_a_job_has_one_line_with_whose_fault_it_was(stream: io.StringIO) -> None:
+    logs.set_up("json", stream=stream)
+    lines = logs.JobLines()
+    token = logs.REQUEST.set("req_1")
+    lines.asked("job_1")
+    logs.REQUEST.reset(token)
+    fault = Fault("engine_crashed", "It crashed at SECRET PROMPT.")
+    lines.ended(job(state="failed", fault=fault, tries=2, usage={"completion_tokens": 5.0}))
+    line = json.loads(stream.getvalue())
+    assert "SECRET" not in stream.getvalue()
+    wanted = {"job": "job_1", "attempt": 2, "outcome": "failed", "fault": "engine_crashed", "owner": "engine"}
+    wanted |= {"request": "req_1", "tenant": "t", "key": "bk_ab", "worker": "box", "tries": 2}
+    wanted |= {"waited_s": 0.5, "ran_s": 1.5, "completion_tokens": 5, "level": "warning", "kind": "llm", "model": "m"}
+    assert wanted.items() <= line.items()
+
+
+def test_a_callers_fault_is_no_warning(stream: io.StringIO) -> None:
+    logs.set_up("json", "warning", stream=stream)
+    lines = logs.JobLines()
+    lines.ended(job(state="failed", fault=Fault("invalid_parameter", "Wrong.")))
+    lines.ended(job())
+    assert stream.getvalue() == ""
+
+
+def test_requests_that_never_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "REMEMBERED", 2)
+    lines = logs.JobLines()
+    token = logs.REQUEST.set("r")
+    for n in range(5):
+        lines.asked(f"job_{n}")
+    logs.REQUEST.reset(token)
+    assert list(lines._asked) == ["job_3", "job_4"]
+
+
+def test_there_is_one_line_per_request_when_wanted(stream: io.StringIO, served: Running) -> None:
+    import httpx
+
+    logs.set_up("json", access=True, stream=stream)
+    answer = httpx.get(f"{served.url}/v1/jobs/job_secret?q=SECRET", headers=served.headers)
+    served.call(_nothing)  # the line is written on the loop behind the answer
+    (line,) = [
+        found for found in map(json.loads, stream.getvalue().splitlines()) if found["logger"] == "coordinator.access"
+    ]
+    assert line["message"] == "GET /v1/jobs/{id}"
+    assert (line["status"], line["request"]) == (404, answer.headers["x-request-id"])
+    assert (line["tenant"], line["key"]) == ("default", served.key.partition(".")[0][: len(line["key"])])
+    assert "SECRET" not in stream.getvalue()
+    assert served.key not in stream.getvalue()
+
+
+async def _nothing() -> None: ...
