@@ -1,7 +1,7 @@
 """Log lines for the coordinator: what the ring has, a batch a second, never in the way of jobs.
 
-Nothing is kept for a coordinator that is away: the ring is bounded, and what it has lost by the next session is told
-as a number. Only lines about a job, and warnings, go out at all: the rest is the owner's.
+Lines wait in the ring while the coordinator is away; the ring is bounded, and what it has lost by the next session is
+told as a number. Only lines about a job, and warnings, go out at all: the rest is the owner's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Shipping:
     def __init__(self, ring: Ring, post: Callable[[wire.Body], bool]) -> None:
         self._ring, self._post = ring, post
         self._seen = ring.last
-        self._dropped = 0
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -40,20 +39,16 @@ class Shipping:
             await trio.sleep(EVERY_S)
 
     def ship(self) -> None:
-        """One batch of what came since the last, if anybody is there to take it."""
-        missed = max(0, self._ring.oldest - self._seen - 1)
+        """One batch of what came since the last; it stays in the ring when nobody is there to take it."""
         entries = self._ring.since(self._seen)
-        if entries:
-            self._seen = entries[-1].seq
-        lines = [_line(entry) for entry in entries if entry.job or entry.level in _SHIPPED]
-        self._dropped += missed + max(0, len(lines) - MOST_LINES)
-        lines = lines[-MOST_LINES:]
-        if not lines and not self._dropped:
+        if not entries:
             return
-        if self._post(wire.LogBatch(lines=tuple(lines), dropped=self._dropped)):
-            self._dropped = 0
-        else:
-            self._dropped += len(lines)
+        wanted = [entry for entry in entries if entry.job or entry.level in _SHIPPED]
+        dropped = max(0, entries[0].seq - self._seen - 1) + max(0, len(wanted) - MOST_LINES)
+        lines = tuple(_line(entry) for entry in wanted[-MOST_LINES:])
+        if (lines or dropped) and not self._post(wire.LogBatch(lines=lines, dropped=dropped)):
+            return
+        self._seen = entries[-1].seq
 
 
 def _line(entry: Entry) -> wire.LogLine:

@@ -50,15 +50,28 @@ def test_lines_of_jobs_and_warnings_go_out_once(parts):
     assert batch.dropped == 0
 
 
-def test_what_nobody_was_there_to_take_is_told_as_a_number(parts):
+def test_what_nobody_was_there_to_take_waits(parts):
     ring, coordinator, shipping = parts
     coordinator.here = False
     for number in range(3):
         add(ring, f"line {number}", job="j")
+        shipping.ship()
+    coordinator.here = True
+    shipping.ship()
+    shipping.ship()
+    (batch,) = coordinator.batches
+    assert ([line.message[-1] for line in batch.lines], batch.dropped) == (["0", "1", "2"], 0)
+
+
+def test_what_the_ring_has_lost_meanwhile_is_told_as_a_number(parts):
+    ring, coordinator, shipping = parts
+    coordinator.here = False
+    for number in range(53):  # it has room for 50
+        add(ring, f"line {number}", job="j")
     shipping.ship()
     coordinator.here = True
     shipping.ship()
-    assert coordinator.batches.pop() == wire.LogBatch(lines=(), dropped=3)
+    assert (len(coordinator.batches[0].lines), coordinator.batches.pop().dropped) == (50, 3)
     add(ring, "again", job="j")
     shipping.ship()
     assert coordinator.batches.pop().dropped == 0
