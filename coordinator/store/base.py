@@ -312,7 +312,7 @@ class Store(Shelf, Deployments, Watch, Protocol):
         """Whether a job's input or a kept file has this key."""
 
     def has_job(self, job_id: str) -> bool:
-        """Whether there is such a row."""
+        """Whether there is such a row, and its content was not deleted."""
 
     def close(self) -> None:
         """Release the store; later calls raise StoreError."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from coordinator.records import AttemptRecord, JobRecord
-from coordinator.store.rows import FAIR_TURN, Row, record, turn_step
+from coordinator.store.rows import FAIR_TURN, FORGOTTEN, Row, record, turn_step
 from coordinator.store.sql_steps import SqlSteps, whole
 from protocol.faults import Fault, refuse
 
@@ -76,6 +76,8 @@ class SqlHistory(SqlSteps):
             if row["state"] != "failed":
                 state = record(row).state
                 raise refuse("conflict", f"The job is {state}; only one that failed can be tried again.", "id")
+            if row["fingerprint"] == FORGOTTEN:
+                raise refuse("conflict", "The job's content was deleted, so there is nothing to try again.", "id")
             if row["worker"] and row["started_ms"] is not None:
                 self._keep_attempt(row, "failed", _fault(row["fault"]), row["finished_ms"])
             return record(self._again(row, now))

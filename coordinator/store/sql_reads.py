@@ -83,5 +83,5 @@ class SqlReads(SqlWatch):
         return bool(self._read(f"{owners} LIMIT 1", key=key))
 
     def has_job(self, job_id: str) -> bool:
-        """Whether there is such a row."""
-        return bool(self._read("SELECT 1 AS found FROM jobs WHERE id = :id", id=job_id))
+        """Whether there is such a row, and its content was not deleted: what a late upload left would be nobody's."""
+        return bool(self._read("SELECT 1 AS found FROM jobs WHERE id = :id AND length(fingerprint) > 0", id=job_id))
