@@ -175,14 +175,13 @@ class Deployer:
             del self._errands[key]  # that it was served is what the rest was for
         if announced and state in ("wanted", "fetching", "failed"):
             await self._write(placement, "ready", "")
-        elif not announced and state == "ready":
-            await self._write(placement, "failed", "It does not serve it any more.", failed=True)
-        elif key in self._errands or len(self._errands) >= MOST_AT_ONCE:
+        elif (announced and state == "ready") or key in self._errands or len(self._errands) >= MOST_AT_ONCE:
             return
         elif state == "leaving":
             if not any(held.model == placement.model for held in worker.attempts.values()):
                 self._begin(key, worker, "unserve", tasks, self._unserve, placement, worker)
-        elif state == "fetching" or due(placement, await self._threads.read(self._store.now_ms)):
+        # One that was ready and is not announced is asked for, too: the worker has begun anew, and proves it again.
+        elif state in ("ready", "fetching") or due(placement, await self._threads.read(self._store.now_ms)):
             deployment = next((one for one in known if one.name == placement.deployment), None)
             asked = deployment.of(placement.revision) if deployment is not None else None
             if asked is not None and await self._write(placement, "fetching", ""):
