@@ -290,7 +290,9 @@ class Attempts:
             self.on_done()
             claim.watch.end("succeeded", usage=end.usage)
         else:
-            claim.watch.end("cancelled" if end.fault.code == "cancelled" else "failed", end.fault.code)
+            ours = end.fault.code == "worker_stopping" and self.gave_back(claim.job)
+            code = "cancelled" if ours else end.fault.code  # whoever took it off us knows why
+            claim.watch.end("cancelled" if code == "cancelled" else "failed", code)
         self._tell(claim, end)
 
     async def _unwanted(self, claim: Claim) -> None:

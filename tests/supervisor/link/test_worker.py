@@ -391,6 +391,8 @@ async def test_a_job_that_the_owner_of_the_box_ends_goes_on_elsewhere_and_not_he
         assert "owner of the worker" in fail.fault.message
         assert "I need the machine" in fail.fault.message
         assert run.cancelled
+        ended = 'bulkhead_jobs_total{kind="llm",model="chat",outcome="cancelled"} 1'
+        assert {ended} <= {*r.tally.lines()}, "for the owner it is"
         await peer.send(wire.Ack(), "job_1", 1)
         await peer.offer("job_1", 2, "llm", "chat", CHAT)
         decline = await peer.expect(wire.Decline)
