@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from coordinator.tenants import Tenants
 
 # Open to everybody: health says nothing secret, blob URLs carry a signature of their own.
-OPEN_PATHS = frozenset({"/healthz", "/v1/workers/enrol"})  # the second judges a token of its own
+OPEN_PATHS = frozenset({"/healthz"})
+# Workers that have no key yet: each of these routes judges a token or a secret of its own, or only notes a request.
+OPEN_ENROL = re.compile(r"/v1/workers/enrol(?:/requests(?:/[^/]+)?)?")
 OPEN_PREFIXES = ("/v1/blobs/",)
 # The dashboard's files hold no secret; its login judges the key that is typed there.
 OPEN_DASHBOARD = frozenset({*files(), LOGIN})
@@ -135,7 +137,7 @@ def is_open(path: str) -> bool:
     """Whether a route needs no key of ours."""
     if path in OPEN_PATHS or path in OPEN_DASHBOARD or path.startswith(OPEN_PREFIXES):
         return True
-    return OPEN_STUDIO.fullmatch(path) is not None
+    return OPEN_ENROL.fullmatch(path) is not None or OPEN_STUDIO.fullmatch(path) is not None
 
 
 def bearer(header: str) -> str:

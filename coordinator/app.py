@@ -158,7 +158,7 @@ class Coordinator:
         self.parts.deployer = _deployer(dispatcher, self._store)
         workers = [
             WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
-            *enrol_routes(Enrolments(self._known)),
+            *enrol_routes(Enrolments(self._known), registrations),
             *Studio(dispatcher, blobs, registrations, studio_models, studio, worker_doors).routes(),
             *self.dashboard.routes(),
         ]

@@ -27,6 +27,7 @@ from coordinator.studio_registry import STATES, Registrations
 from coordinator.tenants import Tenants
 
 OK = 0
+_REGISTRATIONS = ("ID", "STATE", "PROTOCOL", "MACHINE", "USER", "ADDRESS", "SECRET", "ASKED", "WORKER OR REASON")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -153,7 +154,7 @@ def add_parsers(commands: Any, shared: argparse.ArgumentParser, kind: type[argpa
     withdraw = verbs.add_parser("revoke-token", parents=[shared], help="make a token that was not used useless")
     withdraw.add_argument("prefix")
     withdraw.set_defaults(command=_workers_revoke)
-    _add_registrations(family("registrations", "admit workers that ask for it (the studio contract)"), shared)
+    _add_registrations(family("registrations", "admit workers that ask for it"), shared)
 
 
 def _add_registrations(verbs: Any, shared: argparse.ArgumentParser) -> None:
@@ -281,12 +282,12 @@ def _workers_revoke(arguments: argparse.Namespace) -> int:
 
 
 def _registrations_list(arguments: argparse.Namespace) -> int:
-    rows: list[tuple[Any, ...]] = [("ID", "STATE", "MACHINE", "USER", "ADDRESS", "SECRET", "ASKED", "WORKER OR REASON")]
+    rows = [_REGISTRATIONS]
     with known(arguments) as place:
         for one in Registrations(place).list(arguments.state_is):
             machine, user, asked = plain(one.machine), plain(one.user), minute(one.created_ms)
-            end = plain(one.reason) if one.state == "rejected" else one.worker or ""
-            rows.append((one.id, one.state, machine, user, one.address, one.secret_begins, asked, end))
+            end = plain(one.reason) if one.state == "rejected" else one.worker or plain(one.install)
+            rows.append((one.id, one.state, one.protocol, machine, user, one.address, one.secret_begins, asked, end))
     print_table(rows)
     return OK
 

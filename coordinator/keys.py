@@ -231,6 +231,13 @@ class Keys:
                 raise KeyRefusal(f"{len(live)} live keys begin with {prefix!r}; give more of the prefix.")
             key = key_of(live[0])
             end_key(turn, bytes(live[0]["hash"]))
+            # A worker that was admitted at its request could ask for another key.
+            turn.all(
+                "UPDATE registrations SET state = 'rejected', reason = 'Its key was revoked.', token = NULL, "
+                "changed = :change WHERE token = :hash AND protocol = 'native' RETURNING id",
+                change=turn.change,
+                hash=bytes(live[0]["hash"]),
+            )
             turn.act(by, f"revoked the key {key.prefix} ({describe(key)})")
             return key
 

@@ -1,11 +1,14 @@
-"""Registration requests of studio workers: asked for by anybody, decided by an admin, kept beside the keys.
+"""Registration requests of workers: asked for by anybody, decided by an admin, kept beside the keys.
 
     pending ──approve──► approved ──reject──► rejected
        └───────reject───────────────────────────▲
 
 A worker proves that a request is its own with a secret of which only the hash is here. Each poll of an approved request
-makes a new token and ends the one before; of tokens, too, only hashes are kept. `coordinator registrations …` works
-beside a running server, which sees a decision at the worker's next poll, and a revocation within a second.
+makes a new token and ends the one before; of tokens, too, only hashes are kept. A studio worker gets an id and a token
+of the studio contract; a native one keeps its own id, and its token is a key of scope worker that admits no other.
+
+`coordinator registrations …` works beside a running server, which sees a decision at the worker's next poll, and a
+revocation within a second.
 """
 
 from __future__ import annotations
@@ -18,13 +21,23 @@ from typing import Any, Literal
 
 import msgspec
 
-from coordinator.keys import THE_PROGRAM, digest
+from coordinator.keys import (
+    DEFAULT_TENANT,
+    PREFIX_CHARS,
+    THE_PROGRAM,
+    Key,
+    digest,
+    end_key,
+    store_key,
+    unique_secret,
+)
 from coordinator.register import Register, Turn
 from coordinator.register.known import Known
 from coordinator.store.rows import Row
 from protocol.ids import RANDOM_BYTES, new_id
 
 State = Literal["pending", "approved", "rejected"]
+Protocol = Literal["studio", "native"]
 STATES: tuple[State, ...] = ("pending", "approved", "rejected")
 MAX_PENDING = 1000
 # Workers poll every 30 s. A request that was not polled for so long may be taken over by the same installation with
@@ -56,6 +69,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
         worker: the id that it got with its approval.
         reason: why it was rejected.
         models: what it says that it serves.
+        protocol: what it speaks; a native worker's `install` is its id.
         created_ms, seen_ms, decided_ms: milliseconds since the epoch; seen is the last request or poll.
     """
 
@@ -70,6 +84,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     created_ms: int
     seen_ms: int
     models: list[str] = []
+    protocol: Protocol = "studio"
     worker: str | None = None
     reason: str = ""
     decided_ms: int | None = None
@@ -107,7 +122,13 @@ class Registrations:
     # ---- for workers ---------------------------------------------------------------------------------------
 
     def request(
-        self, install: str, address: str, secret_hash: bytes, agent: str, capabilities: Any
+        self,
+        install: str,
+        address: str,
+        secret_hash: bytes,
+        agent: str,
+        capabilities: Any,
+        protocol: Protocol = "studio",
     ) -> tuple[str, bool]:
         """Ask to be admitted; returns the request's id, and whether it is new.
 
@@ -124,7 +145,8 @@ class Registrations:
             now = self._now_ms(turn)
             row = turn.one(
                 "SELECT id, secret, seen_ms FROM registrations "
-                "WHERE install = :install AND address = :address AND state = 'pending'",
+                "WHERE install = :install AND address = :address AND state = 'pending' AND protocol = :protocol",
+                protocol=protocol,
                 install=install,
                 address=address,
             )
@@ -144,8 +166,10 @@ class Registrations:
             _make_room(turn, now)
             request = f"rr-{new_id('reg', now, secrets.token_bytes(RANDOM_BYTES))}"
             turn.all(
-                "INSERT INTO registrations (id, install, address, secret, agent, capabilities, created_ms, seen_ms) "
-                "VALUES (:id, :install, :address, :secret, :agent, :known, :now, :now) RETURNING id",
+                "INSERT INTO registrations "
+                "(id, install, address, secret, agent, capabilities, created_ms, seen_ms, protocol) "
+                "VALUES (:id, :install, :address, :secret, :agent, :known, :now, :now, :protocol) RETURNING id",
+                protocol=protocol,
                 id=request,
                 install=install,
                 address=address,
@@ -163,7 +187,6 @@ class Registrations:
 
         An approved one gets a new token, and its last one is good no more.
         """
-        token = f"bhs_{secrets.token_urlsafe(32)}"
         if _own(self._register.read(_OWN, id=request), secret) is None:
             return None  # strangers take no lock: they may ask as often as they like
 
@@ -174,6 +197,7 @@ class Registrations:
             turn.all("UPDATE registrations SET seen_ms = :now WHERE id = :id RETURNING id", now=now, id=request)
             if row["state"] != "approved":
                 return Polled(row["state"], reason=row["reason"])
+            token = _token(turn, row)
             turn.all(
                 "UPDATE registrations SET token = :token, changed = :change WHERE id = :id RETURNING id",
                 token=digest(token),
@@ -232,7 +256,10 @@ class Registrations:
             if not bytes(row["secret"]).hex().startswith(secret_begins):
                 raise RegistrationRefusal(f"The secret behind {request} is another one; look at the list again.")
             if row["state"] == "pending":
-                worker = new_id("studio", now, secrets.token_bytes(RANDOM_BYTES))
+                native = row["protocol"] == "native"
+                worker = row["install"] if native else new_id("studio", now, secrets.token_bytes(RANDOM_BYTES))
+                if native:
+                    _replace(turn, worker)
                 turn.all(
                     "UPDATE registrations SET state = 'approved', worker = :worker, decided_ms = :now, "
                     "changed = :change WHERE id = :id RETURNING id",
@@ -256,7 +283,7 @@ class Registrations:
         """
 
         def refuse(turn: Turn) -> Registration:
-            _found(turn, request)
+            _end_token(turn, _found(turn, request))
             turn.all(
                 "UPDATE registrations SET state = 'rejected', reason = :reason, token = NULL, decided_ms = :now, "
                 "changed = :change WHERE id = :id RETURNING id",
@@ -273,12 +300,41 @@ class Registrations:
         return rejected
 
 
-_OWN = "SELECT secret, state, reason, worker FROM registrations WHERE id = :id"
+_OWN = "SELECT id, secret, state, reason, worker, token, protocol FROM registrations WHERE id = :id"
 
 
 def _own(rows: Sequence[Row], secret: str) -> Row | None:
     """The row, when this is its secret."""
     return rows[0] if rows and hmac.compare_digest(bytes(rows[0]["secret"]), digest(secret)) else None
+
+
+def _token(turn: Turn, row: Row) -> str:
+    """A new token for an approved worker; the one before ends."""
+    if row["protocol"] == "studio":
+        return f"bhs_{secrets.token_urlsafe(32)}"
+    _end_token(turn, row)
+    secret, worker = unique_secret(turn, "worker"), row["worker"]
+    store_key(turn, secret, Key(prefix="", scope="worker", tenant=DEFAULT_TENANT, name=worker, worker=worker), "[]")
+    turn.act(f"registration {row['id']}", f"made the key {secret[:PREFIX_CHARS]} (worker {worker!r})")
+    return secret
+
+
+def _end_token(turn: Turn, row: Row) -> None:
+    """A native worker's token is a key, which has to be revoked."""
+    if row["protocol"] == "native" and row["token"] is not None:
+        end_key(turn, bytes(row["token"]))
+
+
+def _replace(turn: Turn, worker: str) -> None:
+    """A native worker was admitted before: what it asked for then is over."""
+    for row in turn.all("SELECT * FROM registrations WHERE worker = :worker", worker=worker):
+        _end_token(turn, row)
+        turn.all(
+            "UPDATE registrations SET state = 'rejected', reason = 'It asked again, and was admitted anew.', "
+            "worker = NULL, token = NULL, changed = :change WHERE id = :id RETURNING id",
+            change=turn.change,
+            id=row["id"],
+        )
 
 
 def _found(turn: Turn, request: str) -> Row:
@@ -322,6 +378,7 @@ def _registration(row: Row) -> Registration:
         created_ms=row["created_ms"],
         seen_ms=row["seen_ms"],
         models=said["models"],
+        protocol=row["protocol"],
         worker=row["worker"],
         reason=row["reason"],
         decided_ms=row["decided_ms"],

@@ -160,7 +160,8 @@ class Known:
             tenant = tenant_of(row)
             self.tenants[tenant.name] = tenant
         for row in read(
-            "SELECT worker, token, state FROM registrations WHERE worker IS NOT NULL AND changed > :behind",
+            "SELECT worker, token, state FROM registrations "
+            "WHERE worker IS NOT NULL AND protocol = 'studio' AND changed > :behind",
             behind=behind,
         ):
             if row["state"] == "approved":

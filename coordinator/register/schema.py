@@ -93,6 +93,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE changes (one {int} PRIMARY KEY CHECK (one = 1), number {int} NOT NULL)",
         "INSERT INTO changes VALUES (1, 1)",
     ),
+    (
+        "DROP INDEX registrations_pending",
+        "CREATE UNIQUE INDEX registrations_asked ON registrations (install, address, protocol) WHERE state = 'pending'",
+    ),
 )
 # What `coordinator migrate` copies.
 TABLES = ("keys", "registrations", "tenants", "enrolments")

@@ -15,7 +15,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from coordinator.cli import main
 from coordinator.enrolments import Enrolments
-from coordinator.keys import FILE_NAME, Keys
+from coordinator.keys import FILE_NAME, Keys, digest
+from coordinator.studio_registry import Registrations
 from coordinator.tenants import Tenants
 from coordinator.testing import FakeWorker, OfferedJob, Running
 from protocol import link_wire as wire
@@ -187,6 +188,26 @@ def test_enrolment_over_http(served: Running, beside: Keys) -> None:
     for secret in (done.json()["token"], token):
         answer = httpx.get(served.url + "/v1/models", headers={"authorization": f"Bearer {secret}"})
         assert answer.status_code in (401, 403)
+
+
+def test_a_request_to_be_admitted_over_http(served: Running, beside: Keys) -> None:
+    url = served.url + "/v1/workers/enrol/requests"
+    asked = {"worker": "asker", "secret_sha256": digest("my secret").hex(), "machine": "box"}
+    for wrong in ({}, {**asked, "worker": "../x"}, {**asked, "secret_sha256": "x"}, {**asked, "more": 1}):
+        assert httpx.post(url, json=wrong).status_code == 400
+    made = httpx.post(url, json=asked)
+    assert (made.status_code, made.json()["status"]) == (201, "pending")
+    assert httpx.post(url, json=asked).status_code == 200
+    mine, other = {"authorization": "Bearer my secret"}, {"authorization": "Bearer another"}
+    at = f"{url}/{made.json()['id']}"
+    assert httpx.get(at, headers=mine).json() == {"status": "pending"}
+    assert httpx.get(at, headers=other).status_code == 404
+    assert httpx.get(at).status_code == 404
+    Registrations(beside.known).approve(made.json()["id"])
+    found = httpx.get(at, headers=mine).json()
+    assert (found["status"], found["worker"]) == ("approved", "asker")
+    assert beside.find(found["token"]) is not None
+    assert httpx.post(served.url + "/v1/workers/enrol/pause").status_code == 401  # a worker that is named so
 
 
 @pytest.mark.parametrize(

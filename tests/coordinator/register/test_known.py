@@ -291,3 +291,45 @@ async def test_a_registration_approved_at_one_replica_is_admitted_at_another(mak
     here.reject(request, "sold")
     assert not here.knows(worker)
     assert not there.admits(worker, polled.token)
+
+
+def test_a_native_worker_is_admitted_at_its_request(make: Open) -> None:
+    register = make()
+    known = Known(register)
+    asked, keys = Registrations(known), Keys(known)
+    said = {"machine": "box", "user": "me", "models": []}
+
+    def ask(secret: str) -> str:
+        return asked.request("box7", "192.0.2.1", digest(secret), "1.0", said, "native")[0]
+
+    studio, _ = asked.request("box7", "192.0.2.1", digest("s"), "x", said)
+    request = ask("s")
+    assert request != studio
+    assert asked.approve(request).worker == "box7"
+    first, second = asked.poll(request, "s"), asked.poll(request, "s")
+    assert first is not None
+    assert second is not None
+    key = keys.find(second.token)
+    assert key is not None
+    assert (key.scope, key.worker) == ("worker", "box7")
+    assert keys.find(first.token) is None  # its answer may have been lost
+    assert not asked.admits("box7", second.token)  # it opens no door of the studio contract
+
+    keys.revoke(key.prefix)
+    again = asked.poll(request, "s")
+    assert again is not None
+    assert (again.state, again.reason, again.token) == ("rejected", "Its key was revoked.", "")
+
+    third = ask("t")
+    asked.approve(third)
+    polled = asked.poll(third, "t")
+    assert polled is not None
+    fourth = ask("u")
+    assert keys.find(polled.token) is not None
+    asked.approve(fourth)  # it lost everything, and is admitted anew
+    assert keys.find(polled.token) is None
+    last = asked.poll(fourth, "u")
+    assert last is not None
+    assert keys.find(last.token) is not None
+    asked.reject(fourth)
+    assert keys.find(last.token) is None
