@@ -64,8 +64,8 @@ from supervisor.observe.spillwatch import SpillWatch
 from supervisor.observe.tally import Tally
 from supervisor.probe import probe_engine
 from supervisor.proving import Prover, Verdicts
-from supervisor.reload import Outcome, Reloader
 from supervisor.pulls import Pulls
+from supervisor.reload import Outcome, Reloader
 from supervisor.roster import Around, Roster
 from supervisor.secrets import TOKEN, secret
 from supervisor.served import Served
@@ -216,7 +216,7 @@ class _Supervisor:
             contextlib.AsyncExitStack() as stack,
             open_store(self._state.records) as store,
             open_host(self._specs, self._limits, self._state.instances, means=means) as host,
-            self._spoken(box, address) as spoken,
+            self._spoken(box, roster, address) as spoken,
             trio.open_nursery() as nursery,
         ):
             stack.callback(uses.close)
@@ -316,11 +316,11 @@ class _Supervisor:
     def _features(self) -> Features:
         return DIALECTS[self._settings.coordinator.dialect].features
 
-    def _spoken(self, box: Box, address: Address) -> contextlib.AbstractAsyncContextManager[Spoken]:
+    def _spoken(self, box: Box, roster: Roster, address: Address) -> contextlib.AbstractAsyncContextManager[Spoken]:
         table = self._settings.coordinator
         name = self._state.worker_id(self._settings.worker.name)
         folder = self._state.root / table.dialect
-        home = Home(table=table, address=address, folder=folder, name=name, person=box.watch_holds.person)
+        home = Home(table=table, address=address, folder=folder, name=name, person=box.watch_holds.person, roll=roster)
         return DIALECTS[table.dialect].open(home)
 
     def _reloader(self, path: Path, box: Box, host: Host, roster: Roster, worker: Worker, front: Front) -> Reloader:

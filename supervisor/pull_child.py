@@ -23,6 +23,7 @@ from supervisor.errors import ConfigError
 from supervisor.machine.weights import folder_files, hash_file
 from supervisor.model_guess import guess, shards
 from supervisor.pull_fetch import FetchFailed, Remote, client, fetch, need_space
+from supervisor.pull_guard import guarded_client
 from supervisor.pull_hub import look_up
 from supervisor.pull_wire import Event, Finished, Note, Plan, Progress, PullFailed, Request
 from supervisor.secrets import secret
@@ -68,6 +69,8 @@ def pull(request: Request, say: Callable[[Event], None]) -> Finished:
         _take(lock)
         if request.kind == "local":
             digests = _local(request, staging, say)
+        elif request.kind == "files":
+            digests = _named(request, staging, say)
         else:
             digests = _remote(request, staging, say)
         (staging / _LOCK).unlink()
@@ -118,6 +121,25 @@ class _Meter:
 
 
 # ---- network -----------------------------------------------------------------------------------------------
+
+
+def _named(request: Request, staging: Path, say: Callable[[Event], None]) -> dict[str, str]:
+    """Fetch files that somebody else has named one by one. How large they are is believed when it is seen."""
+    wanted = {one.name: one for one in request.files}
+    total = sum(one.approx_bytes for one in request.files) or None
+    say(Plan(files=tuple(wanted), total_bytes=total, origin=request.source))
+    _drop_others(staging, {name: Remote(url=one.url) for name, one in wanted.items()})
+    if total is not None:
+        need_space(staging, max(0, total - sum(_here(staging / name) for name in wanted)))
+    meter = _Meter(say, total, "fetch")
+    left, digests = request.limit_bytes, {}
+    with guarded_client(request.hosts) as http:
+        for name, one in wanted.items():
+            remote = Remote(url=one.url, sha256=one.sha256, limit_bytes=max(1, left) if request.limit_bytes else 0)
+            digests[name] = fetch(http, remote, staging / name, meter.on_bytes(name), lambda text: say(Note(text=text)))
+            left -= (staging / name).stat().st_size
+            meter.next_file(name)
+    return digests
 
 
 def _remote(request: Request, staging: Path, say: Callable[[Event], None]) -> dict[str, str]:

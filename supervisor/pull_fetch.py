@@ -59,12 +59,14 @@ class Remote(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         sha256: expected digest, "" when nobody knows it.
         size_bytes: None when nobody knows it.
+        limit_bytes: a larger file is not fetched; 0 sets no limit.
         headers: for the first host only; a redirect to another host loses the authorisation.
     """
 
     url: str
     sha256: str = ""
     size_bytes: int | None = None
+    limit_bytes: int = 0
     headers: Mapping[str, str] = {}
 
 
@@ -261,7 +263,16 @@ class _Download:
             missing = int(response.headers["Content-Length"])
         except (KeyError, ValueError):
             return
+        self._check_limit(self._have + missing)
         need_space(self._target.parent, missing)
+
+    def _check_limit(self, whole_bytes: int) -> None:
+        if self._remote.limit_bytes and whole_bytes > self._remote.limit_bytes:
+            self.forget()
+            raise FetchFailed(
+                f"{self._target.name} has {whole_bytes / 2**30:.2f} GiB or more, and only"
+                f" {self._remote.limit_bytes / 2**30:.2f} GiB are granted for it."
+            )
 
     def _receive(self, response: httpx.Response, file: BinaryIO) -> None:
         # No block size here: httpx would hold a block back and lose it when the connection is cut.
@@ -270,6 +281,7 @@ class _Download:
             self._hash.update(data)
             self._have += len(data)
             self._on_bytes(self._have)
+            self._check_limit(self._have)
             if self._remote.size_bytes is not None and self._have > self._remote.size_bytes:
                 return  # no use in fetching the rest of it; `_check_size` speaks
         length = response.headers.get("Content-Length")

@@ -8,7 +8,16 @@ import msgspec
 
 from supervisor.model_guess import Guess
 
-SourceKind = Literal["local", "url", "hub"]
+SourceKind = Literal["local", "url", "hub", "files"]
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several files that are named one by one: `name` is relative to the model's folder, "/" between parts."""
+
+    url: str
+    name: str
+    sha256: str = ""
+    approx_bytes: int = 0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +31,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         said_by: who says so, for the sentence when it is another one.
         token_file: holds the token for the server; "" leaves it to HF_TOKEN and the hub's own login. Never the token
             itself: requests are short-lived, but what is not passed on cannot leak.
+        files: of the kind "files", whose addresses are a stranger's: they are fetched past `pull_guard`.
+        hosts: those it lets through all the same.
+        limit_bytes: more than that is not fetched in all; 0 sets no limit.
         max_bytes: more than that is not fetched; 0 sets no limit.
     """
 
@@ -33,6 +45,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str = ""
     said_by: str = "--sha256"
     token_file: str = ""
+    files: tuple[Wanted, ...] = ()
+    hosts: tuple[str, ...] = ()
+    limit_bytes: int = 0
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="t", kw_only=True):

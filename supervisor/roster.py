@@ -123,7 +123,7 @@ class _Entry:
 
 
 class Roster:
-    """See the module. `run` is its task; `take_on`, `let_go` and `follow` come after it was started.
+    """See the module. `run` is its task; `take_on` waits until it was started, `follow` and `let_go` come later.
 
     Args:
         settings: those in force.
@@ -137,6 +137,7 @@ class Roster:
         self._entries = {spec.name: _Entry(tables[spec.name], spec, Origin.CONFIG) for spec in served.specs}
         self._dismissed: dict[str, ModelSpec] = {}  # of worker.toml, let go by somebody else's word
         self._around = Around()
+        self._begun = trio.Event()
         self._over = False
         self._lanes: Lanes
         self._jobs: Jobs
@@ -161,10 +162,12 @@ class Roster:
             async with trio.open_nursery() as self._nursery:
                 for entry in self._entries.values():
                     self._nursery.start_soon(self._prove, entry)
+                self._begun.set()
                 task_status.started()
                 await trio.sleep_forever()
         finally:
             self._over = True
+            self._begun.set()
             for entry in self._entries.values():
                 entry.tell(_stopping("the worker stops"))
                 entry.gone.set()
@@ -185,6 +188,7 @@ class Roster:
         if problems:
             return refuse("invalid_request", f"The model {table.name!r} cannot be served: {'; '.join(problems)}.").fault
         spec = self._spec(table)
+        await self._begun.wait()
         while (entry := self._entries.get(spec.name)) is not None and entry.leaving:
             if self._over:
                 break

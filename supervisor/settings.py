@@ -27,9 +27,17 @@ class StudioTable(Table, frozen=True):
 
     Attributes:
         vram_gb: GiB that a job's estimate may reach; 0 takes the largest GPU, or none where there is no GPU.
+        models: "own": those of this file; "download": a job's model is fetched, proved, served and kept, too.
+        models_gb: GiB that fetched models may take on the disk; the one unused for longest goes first.
+        kinds: kinds of jobs that are asked for though no model serves them yet.
+        hosts: models may be fetched from these though their addresses are not public, and over plain http.
     """
 
     vram_gb: _Gigabytes = 0.0
+    models: Literal["own", "download"] = "own"
+    models_gb: Annotated[float, Meta(gt=0, le=1e6)] = 50.0
+    kinds: list[Literal["image", "llm", "audio_stt", "audio_tts", "video"]] = []
+    hosts: list[Annotated[str, Meta(min_length=1, max_length=253)]] = []
 
 
 class GoliatTable(Table, frozen=True):

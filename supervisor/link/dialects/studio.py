@@ -25,6 +25,7 @@ from supervisor.link.dialects.base import Delivery, Dialect, Features, Home, Spo
 from supervisor.link.dialects.studio_claims import ANSWER_S, ASIDE_S, Claims
 from supervisor.link.dialects.studio_delivery import StudioDelivery
 from supervisor.link.dialects.studio_http import Http
+from supervisor.link.dialects.studio_models import Models
 from supervisor.link.dialects.studio_offers import Facts
 from supervisor.link.dialects.studio_register import (
     POLL_S,
@@ -60,7 +61,13 @@ class Studio:
     """The dialect in use."""
 
     def __init__(
-        self, home: Home, http: Http, tls: ssl.SSLContext | None, timing: Timing, clocks: Clocks | None
+        self,
+        home: Home,
+        http: Http,
+        tls: ssl.SSLContext | None,
+        timing: Timing,
+        clocks: Clocks | None,
+        models: Models | None = None,
     ) -> None:
         self._timing, self._tls, self._http, self._clocks = timing, tls, http, clocks
         self._base = base_url(home.address.url)
@@ -71,7 +78,13 @@ class Studio:
         self._waits_for = ""
         facts = Facts(machine=platform.node() or home.name, user=_user(), threshold_gb=home.table.studio.vram_gb)
         self._claims = Claims(
-            facts, clock=_clock(), utc=_utc, person=home.person, aside_s=timing.aside_s, answer_s=timing.answer_s
+            facts,
+            clock=_clock(),
+            utc=_utc,
+            person=home.person,
+            aside_s=timing.aside_s,
+            answer_s=timing.answer_s,
+            models=models,
         )
         self._delivery = StudioDelivery(
             self._base,
@@ -165,8 +178,22 @@ async def open_studio(home: Home, timing: Timing | None = None, clocks: Clocks |
     if tls is None and base_url(home.address.url).startswith("https:"):
         tls = ssl.create_default_context(cafile=home.table.tls_ca or None)
     timing = timing or Timing(pace=Pace(connect_s=home.address.connect_s))
-    async with Http(tls) as http:
-        yield Studio(home, http, tls, timing, clocks)
+    async with Http(tls) as http, _models(home) as models:
+        yield Studio(home, http, tls, timing, clocks, models)
+
+
+@contextlib.asynccontextmanager
+async def _models(home: Home) -> AsyncIterator[Models | None]:
+    """What fetches models, where the operator wants that; its fetches end with the block, and are resumed later."""
+    table = home.table.studio
+    if table.models != "download" or home.roll is None:
+        yield None
+        return
+    models = Models(home.folder / "models", table, home.roll)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(models.run)
+        yield models
+        nursery.cancel_scope.cancel()
 
 
 STUDIO = Dialect(

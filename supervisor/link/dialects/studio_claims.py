@@ -32,6 +32,7 @@ from protocol import link_wire as wire
 from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
+from supervisor.link.dialects.studio_models import Models, Source
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
 from supervisor.link.ledger import Key
 from supervisor.link.session import Side
@@ -56,6 +57,7 @@ class Claims:
         utc: the time of day in RFC 3339.
         person: who sits here now.
         aside_s, answer_s: see the module.
+        models: fetches models that jobs bring the address of; None where that is not wanted.
 
     Attributes:
         on_change: called when what is announced may be another.
@@ -70,9 +72,10 @@ class Claims:
         person: Callable[[], Person] = Person,
         aside_s: float = ASIDE_S,
         answer_s: float = ANSWER_S,
+        models: Models | None = None,
     ) -> None:
         self._facts, self._clock, self._utc, self._person = facts, clock, utc, person
-        self._aside_s, self._answer_s = aside_s, answer_s
+        self._aside_s, self._answer_s, self._models = aside_s, answer_s, models
         self.on_change: Callable[[], None] = lambda: None
         self._native = wire.Capabilities()
         self._draining = False
@@ -92,6 +95,8 @@ class Claims:
         self._offered: Key | None = None  # with the side, which has not answered yet
         self._held: Key | None = None
         self._told: Key | None = None  # its result went out, and is not acknowledged
+        self._fetching: Key | None = None  # accepted, and its model is being fetched
+        self._fetched: set[Key] = set()  # of these, what the side has to judge now
         self._answer_by = 0.0
         self._strays: collections.deque[Key] = collections.deque()
         self._waiting: collections.deque[frames.Offered] = collections.deque()
@@ -116,6 +121,8 @@ class Claims:
         side, self._side = self._side, None
         self._send = lambda _frame: None
         self._offered = self._held = self._told = None
+        self._fetching = None
+        self._fetched.clear()
         self._strays.clear()
         self._waiting.clear()
         if side is not None:
@@ -124,7 +131,9 @@ class Claims:
     @property
     def capabilities(self) -> frames.Capabilities:
         """As they are now."""
-        return offers.capabilities(self._native, self._facts, self._draining, self._person())
+        found = offers.capabilities(self._native, self._facts, self._draining, self._person())
+        kinds = {*found.task_kinds, *(self._models.kinds if self._models is not None else ())}
+        return msgspec.structs.replace(found, task_kinds=[kind for kind in frames.KINDS if kind in kinds])
 
     def greeting(self, hello: wire.Hello) -> frames.Capabilities:
         """Those for the first frame."""
@@ -201,7 +210,13 @@ class Claims:
         match body:
             case wire.Accept():
                 self._offered, self._held = None, key
-                self._send(frames.Accept(job_id=job))
+                if key in self._fetched:
+                    self._fetched.discard(key)  # accepted when its model was begun to be fetched
+                else:
+                    self._send(frames.Accept(job_id=job))
+            case wire.Decline() if key in self._fetched:
+                self._fetched.discard(key)
+                self._send(frames.Fail(job_id=job, error=body.reason, retryable=True))
             case wire.Decline():
                 self._offered = None
                 self._slips.pop(key, None)
@@ -217,6 +232,7 @@ class Claims:
                 self.on_change()
             case wire.Draining():
                 self._draining = True
+                self._give_back_fetching()
                 for aside in list(self._aside):  # nothing is offered here again
                     self._forget(aside, "fenced")
                 for event in self._released.values():
@@ -355,15 +371,43 @@ class Claims:
         job, attempt = claim.job_id, self._attempts.get(claim.job_id, 0) + 1
         try:
             offer, slip, left = offers.offer(claim, attempt, self._engines())
+            missing = self._models.missing(claim, offer.kind) if self._models is not None else None
         except Unfit as error:
             self._reject(job, str(error))
             return
         for sentence in left:
             log.warning("%s", sentence, extra={"job": job})
         self._remember(job, attempt)
-        self._offered = job, attempt
         self._slips[job, attempt] = slip
+        if missing is not None and not self._draining and self._native.accepting:
+            self._fetch(missing, offer, (job, attempt))
+            return
+        self._offered = job, attempt
         self._side.heard(offer, job, attempt)
+
+    def _fetch(self, source: Source, offer: wire.Offer, key: Key) -> None:
+        """Hold a claim while its model is fetched. A claim that the session has lost meanwhile is nobody's any more."""
+        assert self._models is not None
+        self._held = self._fetching = key
+        self._send(frames.Accept(job_id=key[0]))
+
+        def done(problem: str | None) -> None:
+            if self._fetching != key or self._side is None:
+                return
+            self._fetching = None
+            if problem is not None:
+                log.warning("the job's model cannot be had: %s", problem, extra={"job": key[0]})
+                self._send(frames.Fail(job_id=key[0], error=problem, retryable=True))
+                return
+            self._fetched.add(key)
+            self._side.heard(offer, *key)
+
+        self._models.begin(source, key[0], done)
+
+    def _give_back_fetching(self) -> None:
+        key, self._fetching = self._fetching, None
+        if key is not None:
+            self._send(frames.Fail(job_id=key[0], error="The worker is stopping.", retryable=True))
 
     def _engines(self) -> set[str]:
         return {model.engine for model in self._native.models}

@@ -193,9 +193,11 @@ class VideoTask(Task, frozen=True, tag="video"):
 
 
 class ModelSource(Words, frozen=True):
-    """Where the model's files are. Models are those that this worker serves, so only the engine is looked at."""
+    """Where the model's files are. While the model is served here only the engine is looked at (studio_models.py)."""
 
     engine: _Text
+    files: Any = None
+    cli_defaults: Any = None
 
 
 class Claim(Words, frozen=True):
