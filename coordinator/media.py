@@ -24,6 +24,12 @@ _EXACT = (
     (b"ID3", "audio/mpeg"),
     (b"\x1a\x45\xdf\xa3", "video/webm"),
 )
+_MIME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}/[a-z0-9][a-z0-9.+-]{0,60}(; ?[a-z0-9-]{1,40}=[A-Za-z0-9._-]{1,40})?\Z")
+_TIMED = frozenset({"audio", "video"})
+_MEDIA = frozenset({"audio", "video", "image"})
+_INERT = frozenset(
+    {"text/plain", "text/csv", "text/markdown", "application/json", "application/jsonl", "application/zip"}
+)
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(?:;[\w-]+=[\w.+-]+)*;base64,", re.ASCII)
 
 
@@ -42,6 +48,24 @@ def sniff(head: bytes) -> str:
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06:
         return "audio/mpeg"
     return UNKNOWN
+
+
+def output_type(declared: str, head: bytes) -> str:
+    """What an output may be called: a worker's word is kept only where nothing could come of it.
+
+    Content that shows its type has that type, unless both are audio or film, whose containers are the same. What a
+    browser would run or lay out (HTML, SVG, XML, PDF, scripts) has none.
+
+    Args:
+        declared: by the worker; any text.
+        head: the first `HEAD_BYTES` of the file.
+    """
+    found, major = sniff(head), declared.partition("/")[0]
+    if found != UNKNOWN and major != found.partition("/")[0] and not {major, found.partition("/")[0]} <= _TIMED:
+        return found
+    plain = declared.partition(";")[0]
+    inert = plain in _INERT or (major in _MEDIA and "+" not in plain)
+    return declared if inert and _MIME.match(declared) else UNKNOWN
 
 
 def check_input(name: str, mime: str, field: str) -> None:

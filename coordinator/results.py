@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 
 import msgspec
 from anyio.to_thread import run_sync
 
 from coordinator.blobs import Blobs
+from coordinator.media import HEAD_BYTES, output_type
 from coordinator.records import StoredFile
 from coordinator.store.base import Outcome
 from protocol.engine_wire import MAX_OUTPUT_FILES
@@ -18,7 +18,6 @@ from protocol.work import RESULTS, FreeResult
 
 MAX_RESULT_BYTES = 64 * 2**20
 MAX_USAGE_KEYS = 32
-_MIME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}/[a-z0-9][a-z0-9.+-]{0,60}(; ?[a-z0-9-]{1,40}=[A-Za-z0-9._-]{1,40})?\Z")
 _THREAD_BYTES = 2**20  # decoding more than this is not done on the event loop
 
 
@@ -38,7 +37,8 @@ async def judge_result(blobs: Blobs, job: str, attempt: int, kind: str, body: Co
         if file.name == RESULT_FILE and result is None:
             result = await _read(blobs, key)
         else:
-            files.append(StoredFile(file.name, key, clean_mime(file.mime), file.size, file.sha256))
+            mime = output_type(file.mime, await _head(blobs, key))
+            files.append(StoredFile(file.name, key, mime, file.size, file.sha256))
     if result is None and (key := await blobs.find_named(job, attempt, RESULT_FILE)):
         result = await _read(blobs, key)
     if result is None:
@@ -54,9 +54,9 @@ def clean_usage(usage: dict[str, float]) -> dict[str, float]:
     return dict(list(good.items())[:MAX_USAGE_KEYS])
 
 
-def clean_mime(mime: str) -> str:
-    """The type as it may stand in a response header."""
-    return mime if _MIME.match(mime) else "application/octet-stream"
+async def _head(blobs: Blobs, key: str) -> bytes:
+    async with await blobs.open(key) as file:
+        return await file.read(HEAD_BYTES)
 
 
 async def _read(blobs: Blobs, key: str) -> bytes | None:

@@ -6,7 +6,7 @@ import base64
 
 import pytest
 
-from coordinator.media import UNKNOWN, check_input, decode_data, input_limit, sniff
+from coordinator.media import UNKNOWN, check_input, decode_data, input_limit, output_type, sniff
 from protocol.faults import FaultError
 from protocol.work import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES
 
@@ -80,3 +80,30 @@ def test_refusals_name_the_field(text: object, code: str) -> None:
     with pytest.raises(FaultError) as caught:
         decode_data(text, "inputs.x", 50)
     assert (caught.value.fault.code, caught.value.fault.field) == (code, "inputs.x")
+
+
+@pytest.mark.parametrize(
+    ("declared", "head", "told"),
+    [
+        ("image/png", b"\x89PNG\r\n\x1a\n", "image/png"),
+        ("text/html", b"\x89PNG\r\n\x1a\n<script>", "image/png"),
+        ("text/html", b"<!doctype html>", UNKNOWN),
+        ("image/svg+xml", b"<svg onload=x>", UNKNOWN),
+        ("application/xhtml+xml", b"<?xml", UNKNOWN),
+        ("application/pdf", b"%PDF-1.7", UNKNOWN),
+        ("text/javascript", b"alert(1)", UNKNOWN),
+        ("text/plain; charset=utf-8", b"words", "text/plain; charset=utf-8"),
+        ("text/plain", b"GIF89a/*", "image/gif"),
+        ("application/json", b"{}", "application/json"),
+        ("audio/mp4", b"\0\0\0\x18ftypisom", "audio/mp4"),
+        ("audio/pcm", b"\0\0", "audio/pcm"),
+        ("image/png", b"no magic here", "image/png"),
+        ("image/png\r\nx-evil: 1", b"", UNKNOWN),
+        ("text/plain; charset=x\r\n", b"", UNKNOWN),
+        ("IMAGE/PNG", b"", UNKNOWN),
+        ("", b"", UNKNOWN),
+        ("x" * 400, b"", UNKNOWN),
+    ],
+)
+def test_a_workers_word_for_a_type_counts_where_nothing_comes_of_it(declared: str, head: bytes, told: str) -> None:
+    assert output_type(declared, head) == told
