@@ -5,6 +5,9 @@ cannot keep its key; the coordinator is asked once (`POST /v1/workers/enrol`); t
 (mode 0600, in the state folder); `[coordinator]` of worker.toml gets the address and the name of that file. No
 supervisor need run; one that does takes it up with its next start.
 
+Without a token it asks to be admitted (`--ask`), says by which digits an admin knows the request as this machine's, and
+waits for the decision.
+
 A token is good once. When the answer is lost on its way the token is spent all the same, and the sentence says so.
 """
 
@@ -12,10 +15,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
+import hashlib
 import os
+import secrets
+import socket
 import ssl
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -30,12 +38,14 @@ from supervisor.registration import TOKEN_FILE
 from supervisor.secrets import MAX_BYTES, judge_file
 from supervisor.settings import Settings
 from supervisor.state import StateFolder, write_atomically
+from supervisor.version import version
 
 if TYPE_CHECKING:
     import httpx
 
 ASK_S = 30.0
 MAX_ANSWER_BYTES = 65_536
+POLL_S = 5.0
 ROUTE = "/v1/workers/enrol"
 _SOCKETS = {"https": "wss", "http": "ws", "wss": "wss", "ws": "ws"}
 _PAGES = {"wss": "https", "ws": "http"}
@@ -71,6 +81,7 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="https:// address of the coordinator")
     parser.add_argument("token", metavar="TOKEN", nargs="?", default="", help="default: it is asked for, or piped in")
     parser.add_argument("--token-file", metavar="FILE", default="", help="holds the token")
+    parser.add_argument("--ask", action="store_true", help="without a token: wait until an admin admits this worker")
     parser.add_argument("--tls-ca", metavar="FILE", default="", help="PEM file to trust")
     parser.add_argument("--config", metavar="FILE", help="worker.toml; made when it is not there")
     parser.set_defaults(command=command)
@@ -78,15 +89,22 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
 
 def command(arguments: argparse.Namespace) -> int:
     """Carry the verb out."""
+    if arguments.ask and (arguments.token or arguments.token_file):
+        raise ConfigError(["--ask needs no token"])
     done = enrol(
         arguments.url,
-        _token(arguments),
+        "" if arguments.ask else _token(arguments),
+        ask=_say if arguments.ask else None,
         config=_place(arguments.config),
         tls_ca=str(Path(arguments.tls_ca).expanduser().absolute()) if arguments.tls_ca else "",
     )
-    said = f"This worker is {done.worker} at {done.url}; its key is in {done.token_file}. `supervisor run` takes it up."
-    sys.stdout.write(said + "\n")
+    _say(f"This worker is {done.worker} at {done.url}; its key is in {done.token_file}. `supervisor run` takes it up.")
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _place(given: str | None) -> Path:
@@ -105,8 +123,6 @@ def _token(arguments: argparse.Namespace) -> str:
     if arguments.token_file:
         return read_token(Path(arguments.token_file).expanduser())
     if sys.stdin.isatty():
-        import getpass
-
         return getpass.getpass("Enrolment token: ").strip()
     return sys.stdin.readline().strip()
 
@@ -122,31 +138,43 @@ def read_token(path: Path) -> str:
         raise ConfigError([f"enrolment token: {path} cannot be read: {error}"]) from None
 
 
-def enrol(url: str, token: str, *, config: Path, tls_ca: str = "", environ: Mapping[str, str] = os.environ) -> Enrolled:
-    """See the module; blocks for up to `ASK_S`.
+def enrol(
+    url: str,
+    token: str,
+    *,
+    config: Path,
+    tls_ca: str = "",
+    environ: Mapping[str, str] = os.environ,
+    ask: Callable[[str], None] | None = None,
+    pause_s: float = POLL_S,
+) -> Enrolled:
+    """See the module; blocks for up to `ASK_S`, or until an admin has decided.
 
     Args:
         url: of the coordinator: https://, or wss:// as worker.toml has it.
         token: good once.
         config: worker.toml; made when it does not exist.
         tls_ca: PEM file to trust, "" for the system's.
+        ask: given, no token is used; called with what the operator has to know.
+        pause_s: between two questions whether it was decided.
 
     Raises:
         NotEnrolled: the coordinator refused, or the answer did not come.
         ConfigError, NoPermission: worker.toml is wrong or cannot be written.
     """
-    page, socket = addresses(url)
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
+    page, address = addresses(url)
+    if ask is None and (not token or not token.isascii() or not token.isprintable() or " " in token):
         raise ConfigError(["there is no enrolment token, or it has characters that no token has"])
     settings = load(config, environ) if config.is_file() else Settings()
     folder = state_dir(settings, environ)
     key_file = folder / TOKEN_FILE
     _check_writable(config, folder)
     name = StateFolder(folder).worker_id(settings.worker.name)
-    answer = _ask(page, token, name, tls_ca or settings.coordinator.tls_ca)
+    with _client(tls_ca or settings.coordinator.tls_ca) as client:
+        answer = _exchange(client, page, token, name) if ask is None else _request(client, page, name, ask, pause_s)
     write_atomically(key_file, answer.token.encode() + b"\n")
     values: dict[str, Any] = {
-        "coordinator.url": socket,
+        "coordinator.url": address,
         "coordinator.dialect": "native",
         "coordinator.token_file": str(key_file),
     }
@@ -159,7 +187,7 @@ def enrol(url: str, token: str, *, config: Path, tls_ca: str = "", environ: Mapp
     except (ConfigError, NoPermission, OSError) as error:
         kept = f"The key was given out and is in {key_file}, but {config} could not be changed"
         raise NotEnrolled(f"{kept}: {error}. Set [coordinator] url and token_file by hand.") from None
-    return Enrolled(socket, answer.worker, key_file)
+    return Enrolled(address, answer.worker, key_file)
 
 
 def addresses(url: str) -> tuple[str, str]:
@@ -168,8 +196,8 @@ def addresses(url: str) -> tuple[str, str]:
     if parts.scheme not in _SOCKETS or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ConfigError([f"{url[:200]}: expected https://HOST, the coordinator's address, without user and query"])
     base = parts.path.rstrip("/").removesuffix("/v1/worker").removesuffix("/v1")
-    socket = f"{_SOCKETS[parts.scheme]}://{parts.netloc}{base}"
-    return f"{_PAGES[_SOCKETS[parts.scheme]]}://{parts.netloc}{base}{ROUTE}", socket
+    address = f"{_SOCKETS[parts.scheme]}://{parts.netloc}{base}"
+    return f"{_PAGES[_SOCKETS[parts.scheme]]}://{parts.netloc}{base}{ROUTE}", address
 
 
 def _check_writable(config: Path, folder: Path) -> None:
@@ -189,17 +217,21 @@ def _check_writable(config: Path, folder: Path) -> None:
                 probe.unlink()
 
 
-def _ask(page: str, token: str, name: str, tls_ca: str) -> _Answer:
+def _client(tls_ca: str) -> httpx.Client:
     import httpx
 
     try:
         tls: Any = ssl.create_default_context(cafile=tls_ca) if tls_ca else True
     except (OSError, ValueError) as error:
         raise ConfigError([f"tls_ca: {tls_ca} cannot be read: {error}"]) from None
-    headers = {"authorization": f"Bearer {token}"}
+    return httpx.Client(verify=tls, timeout=ASK_S, trust_env=False, follow_redirects=False)
+
+
+def _exchange(client: httpx.Client, page: str, token: str, name: str) -> _Answer:
+    import httpx
+
     try:
-        with httpx.Client(verify=tls, timeout=ASK_S, trust_env=False, follow_redirects=False) as client:
-            response = client.post(page, json={"worker": name}, headers=headers)
+        response = client.post(page, json={"worker": name}, headers={"authorization": f"Bearer {token}"})
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
         raise NotEnrolled(f"{page} cannot be reached: {error}. The token is good still.") from None
     except httpx.HTTPError as error:
@@ -207,6 +239,65 @@ def _ask(page: str, token: str, name: str, tls_ca: str) -> _Answer:
         raise NotEnrolled(f"{lost}. If the token is refused now, it was spent: make another one.") from None
     if response.status_code != 201:
         raise NotEnrolled(f"{page} does not admit this worker: {_reason(response)}")
+    return _answer(page, response)
+
+
+def _request(client: httpx.Client, page: str, name: str, say: Callable[[str], None], pause_s: float) -> _Answer:
+    """Ask to be admitted, and again and again whether it was decided. Raises NotEnrolled."""
+    import httpx
+
+    secret = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    asked = {
+        "worker": name,
+        "secret_sha256": digest,
+        "machine": socket.gethostname()[:200],
+        "user": getpass.getuser()[:200],
+        "version": version()[:200],
+    }
+    try:
+        response = client.post(f"{page}/requests", json=asked)
+    except httpx.HTTPError as error:
+        raise NotEnrolled(f"{page} cannot be asked: {error or type(error).__name__}.") from None
+    if response.status_code not in (200, 201):
+        raise NotEnrolled(f"{page} does not take the request: {_reason(response)}")
+    number = _text_of(response, "id")
+    if not is_safe_id(number):
+        raise NotEnrolled(f"{page} answered what is no request; is this a coordinator?")
+    say(f"Waiting to be admitted as {name}: request {number}, secret {digest[:8]}. An admin runs:")
+    say(f"  coordinator registrations approve {number} --secret {digest[:8]}")
+    while (answer := _decided(client, f"{page}/requests/{number}", secret)) is None:
+        time.sleep(pause_s)
+    return answer
+
+
+def _decided(client: httpx.Client, page: str, secret: str) -> _Answer | None:
+    """The key, or None while nobody has decided. Raises NotEnrolled."""
+    import httpx
+
+    try:
+        response = client.get(page, headers={"authorization": f"Bearer {secret}"})
+    except httpx.HTTPError:
+        return None  # it is started anew, perhaps; the request is kept
+    if response.status_code >= 500:
+        return None
+    if response.status_code != 200:
+        raise NotEnrolled(f"{page} does not know the request any more: {_reason(response)}")
+    status = _text_of(response, "status")
+    if status == "rejected":
+        reason = _fit(_text_of(response, "reason"))
+        raise NotEnrolled(f"An admin has refused this worker{': ' + reason if reason else ''}.")
+    return _answer(page, response) if status == "approved" else None
+
+
+def _text_of(response: httpx.Response, name: str) -> str:
+    try:
+        return str(response.json().get(name, ""))
+    except (ValueError, AttributeError):
+        return ""
+
+
+def _answer(page: str, response: httpx.Response) -> _Answer:
     try:
         answer = msgspec.json.decode(response.content[:MAX_ANSWER_BYTES], type=_Answer)
     except msgspec.DecodeError:
@@ -222,4 +313,8 @@ def _reason(response: httpx.Response) -> str:
         said = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         said = f"HTTP {response.status_code}; is this a coordinator?"
-    return "".join(letter if letter.isprintable() else "?" for letter in said)[:500]
+    return _fit(said)
+
+
+def _fit(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:500]

@@ -192,9 +192,10 @@ refused this worker, 70 internal, 73 another process holds this identity,
     "enrol": Verb(
         "exchange a one-time token for this worker's own key, and write it down",
         _examples(
-            "supervisor enrol https://gpu.example.org          the token is asked for, or piped in",
+            "supervisor enrol https://gpu.example.org  its token is asked for",
             "supervisor enrol https://gpu.example.org bhe_TOKEN",
             "supervisor enrol https://gpu.example.org --token-file token --tls-ca ca.pem",
+            "supervisor enrol https://gpu.example.org --ask  wait for an admin",
         ),
         "supervisor.enrolment",
     ),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.enrolments import Enrolments
+from coordinator.studio_registry import Registrations
 from coordinator.testing import Running, running
 from supervisor.cli import main
 from supervisor.config import load
@@ -166,3 +167,32 @@ def test_the_verb(
     assert main(["enrol", there.url, "--config", str(config), "--token-file", str(file)]) == 0
     assert main(["enrol", there.url, "x", "--config", str(config)]) == ExitCode.REFUSED
     assert "no enrolment token" in capsys.readouterr().err
+
+
+def test_without_a_token_a_worker_waits_until_it_is_admitted(there: Running, config: Path) -> None:
+    registrations, said = Registrations(there.coordinator.keys.known), list[str]()
+
+    def decide(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:  # the command that an admin is told to run
+            words = text.split()
+            registrations.approve(words[3], words[5])
+
+    done = enrol(there.url, "", config=config, environ={}, ask=decide, pause_s=0.01)
+    key = there.coordinator.keys.find(done.token_file.read_text().strip())
+    assert key is not None
+    assert key.worker == done.worker
+    assert load(config, {}).coordinator.token_file == str(done.token_file)
+
+
+def test_a_worker_that_an_admin_refuses_is_told_so(there: Running, config: Path) -> None:
+    registrations = Registrations(there.coordinator.keys.known)
+
+    def refuse(text: str) -> None:
+        if text.startswith("  coordinator"):
+            registrations.reject(text.split()[3], "not \x1b[31mours")
+
+    with pytest.raises(NotEnrolled, match="has refused this worker: not ") as caught:
+        enrol(there.url, "", config=config, environ={}, ask=refuse, pause_s=0.01)
+    assert "\x1b" not in str(caught.value)
+    assert main(["enrol", there.url, "x", "--ask", "--config", str(config)]) == ExitCode.BAD_CONFIG
