@@ -1,7 +1,8 @@
 """What an admin may see and do beyond one tenant: every job, every key, and putting a worker out.
 
-The dashboard orders by these routes, and so may a script with an admin key. Workers and registrations have routes of
-their own (`workers_api`, `studio_admin`).
+The dashboard asks by these routes, and so may a script with an admin key. What there is already is not here again:
+jobs are cancelled and tried again by their ids under /v1/jobs, workers and registrations have `workers_api` and
+`studio_admin`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.dashboard.view import job_row
+from coordinator.dashboard.view import attempt_row, job_row
 from coordinator.errors import Json
 from coordinator.jobs_api import STATES
 from coordinator.keys import Key, KeyRefusal
@@ -49,17 +50,10 @@ async def list_jobs(request: Request) -> Response:
 
 
 async def get_job(request: Request) -> Response:
-    """One job, without what it was asked and what it answered."""
-    return Json(job_row(await _job(request)))
-
-
-async def cancel_job(request: Request) -> Response:
-    """Cancel a job of any tenant; one that has ended stays as it is."""
+    """One job with its attempts, without what it was asked and what it answered."""
     record = await _job(request)
-    after = await services(request).dispatcher.cancel(record.id, record.tenant, "cancelled by an admin")
-    if after is None:
-        raise _unknown(record.id)
-    return Json(job_row(after))
+    attempts = await services(request).dispatcher.attempts_of(record)
+    return Json({**job_row(record), "attempts": [attempt_row(attempt) for attempt in attempts]})
 
 
 async def list_keys(request: Request) -> Response:
@@ -83,7 +77,7 @@ async def revoke_worker(request: Request) -> Response:
     """
     admin(request)
     parts, name = services(request), request.path_params["id"]
-    worker = parts.dispatcher.attempts.fleet.workers.get(name)
+    worker = parts.dispatcher.attempts.fleet.all_workers().get(name)
     if worker is None:
         raise refuse("not_found", f"No worker {name[:100]!r} is connected; GET /v1/workers lists those that are.")
     if worker.protocol == "studio":
@@ -92,16 +86,16 @@ async def revoke_worker(request: Request) -> Response:
                 await run_sync(partial(parts.registrations.reject, one.id, "put out by an admin", by=actor(request)))
                 return Json({"worker": name, "said": "revoke", "message": f"{name} was put out."})
         raise refuse("not_found", f"{name[:100]} has no registration; GET /v1/registrations lists them.")
-    if not worker.key_id:
-        raise refuse("unsupported", f"Which key {name[:100]} came with is not known here; revoke it by GET /v1/keys.")
-    key = await _revoke(request, worker.key_id)
+    key_id = worker.key_id if worker.view is None else worker.view.key_id
+    if not key_id:
+        raise refuse("unsupported", f"Which key {name[:100]} came with is not known; GET /v1/keys lists them.")
+    key = await _revoke(request, key_id)
     return Json({"worker": name, "said": "revoke", "message": f"{name} was put out; its key {key.prefix}… ended."})
 
 
 ROUTES = [
     Route("/v1/admin/jobs", list_jobs, methods=["GET"]),
     Route("/v1/admin/jobs/{id}", get_job, methods=["GET"]),
-    Route("/v1/admin/jobs/{id}/cancel", cancel_job, methods=["POST"]),
     Route("/v1/keys", list_keys, methods=["GET"]),
     Route("/v1/keys/{prefix}/revoke", revoke_key, methods=["POST"]),
     Route("/v1/workers/{id}/revoke", revoke_worker, methods=["POST"]),

@@ -339,6 +339,7 @@ class Fleet:
                 labels=worker.capabilities.labels,
                 gpus=worker.gpus,
                 protocol=worker.protocol,
+                key_id=worker.key_id,
             )
             for _, worker in sorted(self.workers.items())
         ]

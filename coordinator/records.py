@@ -242,7 +242,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """One connected worker, for health and metrics. `accepting` is false while it drains or is paused.
 
-    `protocol` is what its session speaks: native or studio.
+    `protocol` is what its session speaks: native or studio; `key_id` the prefix of the key that it came with.
     """
 
     id: str
@@ -256,6 +256,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     gpus: tuple[GpuState, ...] = ()
     protocol: str = "native"
+    key_id: str = ""
 
 
 class WorkerScope(msgspec.Struct, frozen=True):

@@ -46,15 +46,16 @@ class Look:
         parts = self.parts
         assert parts is not None
         fleet = parts.dispatcher.attempts.fleet
+        known = fleet.all_workers()
         now = anyio.current_time()
         loads = await self._threads.read(self._store.load)
         jobs = await self.jobs(_NEWEST, view.MOST_JOBS)
         if now >= self._pending_at + PENDING_S:
             found = await self._threads.read(parts.registrations.list, "pending")
             self._pending, self._pending_at = view.pending(found), now
-        workers = view.workers(fleet.workers.values(), now)
+        workers = view.workers(known.values(), now)
         return {
-            "head": {"": self._head(parts, len(fleet.workers), sum(load.waiting for load in loads))},
+            "head": {"": self._head(parts, len(known), sum(load.waiting for load in loads))},
             "workers": workers,
             "queues": view.queues(loads, fleet),
             "jobs": view.jobs(jobs),

@@ -35,14 +35,8 @@ FAILED_MOST = 10  # wrong keys from one address within FAILED_S; a key has 256 r
 FAILED_S = 60.0
 MOST_ADDRESSES = 10_000
 # What a session opens: what the page asks for, and no more. A key opens the rest.
-OPENS = (
-    "/dashboard/",
-    "/v1/admin/",
-    "/v1/deployments",
-    "/v1/keys",
-    "/v1/registrations",
-    "/v1/usage",
-    "/v1/workers",
+OPENS = re.compile(
+    r"/dashboard/\w+|/v1/(?:admin|deployments|keys|registrations|usage|workers)(?:/.*)?|/v1/jobs/[^/]+/(?:cancel|retry)"
 )
 _HALF = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 
@@ -84,7 +78,7 @@ class Sessions:
         """
         headers = Headers(scope=scope)
         cookie, page = cookie_of(headers, is_secure(scope)), headers.get(PAGE_HEADER, "")
-        if not cookie or not page or not scope["path"].startswith(OPENS):
+        if not cookie or not page or OPENS.fullmatch(scope["path"]) is None:
             return None
         check_same_origin(headers, scope["method"])
         key = await self.find(cookie, page)

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 
 from coordinator.fleet import Fleet, Worker
-from coordinator.records import JobRecord
+from coordinator.records import AttemptRecord, JobRecord
 from coordinator.store.watch import QueueLoad
 from coordinator.studio_registry import Registration
+from protocol.faults import Fault
 from protocol.link_wire import GpuState, ModelOffer
 
 Row = dict[str, Any]
@@ -21,7 +22,7 @@ Rows = dict[str, Row]
 
 MOST_WORKERS = 1000
 MOST_QUEUES = 200
-MOST_JOBS = 50
+MOST_JOBS = 25  # a page of them; older ones are asked for
 MOST_PENDING = 100
 _TEXT = 300
 _SHORT = 128
@@ -51,7 +52,7 @@ def worker_row(worker: Worker, now: float) -> Row:
         "id": cut(worker.id),
         "state": worker_state(worker),
         "reason": cut("finishes what it has, and takes nothing new" if worker.draining else told.reason, _TEXT),
-        "running": len(worker.attempts),
+        "running": running(worker),
         "slots": worker.slots,
         "protocol": worker.protocol,
         "version": cut(told.version),
@@ -71,12 +72,18 @@ def worker_state(worker: Worker) -> str:
         return "draining"
     if not worker.capabilities.accepting:
         return "paused"
-    return "busy" if worker.attempts else "idle"
+    return "busy" if running(worker) else "idle"
+
+
+def running(worker: Worker) -> int:
+    """Jobs that it has; of one that is connected to another replica, as that one told last."""
+    return len(worker.attempts) if worker.view is None else worker.view.running
 
 
 def gpus(worker: Worker) -> list[Row]:
     """What it announced, with what its last heartbeat told."""
-    now: dict[str, GpuState] = {state.uuid: state for state in worker.gpus[:_MANY]}
+    told = worker.gpus if worker.view is None else worker.view.gpus
+    now: dict[str, GpuState] = {state.uuid: state for state in told[:_MANY]}
     rows = []
     for gpu in worker.capabilities.gpus[:_MANY]:
         state = now.pop(gpu.uuid, GpuState(uuid=gpu.uuid))
@@ -128,7 +135,7 @@ def queues(loads: Iterable[QueueLoad], fleet: Fleet) -> Rows:
         if load.waiting and (fault := fleet.judge(load.kind, load.model)) is not None:
             row["why"] = cut(fault.message, _TEXT)
         found[row["id"]] = row
-    for worker in fleet.workers.values():
+    for worker in fleet.all_workers().values():
         for offer in worker.capabilities.models:
             for kind in offer.kinds:
                 row = _queue(kind, offer.name)
@@ -165,7 +172,6 @@ def jobs(records: Iterable[JobRecord]) -> Rows:
 
 def job_row(record: JobRecord) -> Row:
     """One job, without what it was asked and what it answered."""
-    fault = record.fault
     return {
         "id": record.id,
         "kind": record.kind,
@@ -185,10 +191,27 @@ def job_row(record: JobRecord) -> Row:
         "finished_ms": record.finished_ms,
         "deadline_at_ms": record.deadline_at_ms,
         "usage": {cut(name): value for name, value in sorted(record.usage.items())[:_MANY]},
-        "fault": None
-        if fault is None
-        else {"code": cut(fault.code), "message": cut(fault.message, _TEXT), "owner": str(fault.owner)},
+        "fault": fault_row(record.fault),
     }
+
+
+def attempt_row(attempt: AttemptRecord) -> Row:
+    """One attempt of a job."""
+    return {
+        "n": attempt.n,
+        "worker": cut(attempt.worker),
+        "began_ms": attempt.began_ms,
+        "ended_ms": attempt.ended_ms,
+        "outcome": attempt.outcome,
+        "fault": fault_row(attempt.fault),
+    }
+
+
+def fault_row(fault: Fault | None) -> Row | None:
+    """What went wrong, in one sentence, and whose it is."""
+    if fault is None:
+        return None
+    return {"code": cut(fault.code), "message": cut(fault.message, _TEXT), "owner": str(fault.owner)}
 
 
 # ---- who asks to be let in ----------------------------------------------------------------------------------

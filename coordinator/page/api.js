@@ -106,6 +106,8 @@ export class Feed {
       if (document.hidden) this.#stop();
       else if (this.wanted) this.start();
     });
+    window.addEventListener("offline", () => this.#abort?.abort()); // said at once instead of after a silence
+    window.addEventListener("online", () => this.wanted && this.start());
   }
 
   start() {

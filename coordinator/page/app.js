@@ -6,7 +6,7 @@ import { h, show } from "./dom.js";
 import * as tables from "./tables.js";
 import * as view from "./view.js";
 
-const JOBS_SHOWN = 50; // as many as the feed brings
+const JOBS_SHOWN = 25; // as many as the feed brings
 const AGES_MS = 10_000; // how often ages go on where nothing else changes
 const USAGE_MS = 60_000;
 
@@ -63,7 +63,7 @@ function draw_jobs() {
     rows = rows.map((one) => seen.jobs[one.id] ?? one);
   }
   if (Array.isArray(rows)) rows = rows.map((one) => ({ ...one, history: job.history[one.id] }));
-  show(place("jobs"), tables.jobsTools(job.state), tables.jobs(rows, now(), job.page, job.more));
+  show(place("jobs"), tables.jobsTools(job.state), tables.jobs(rows, now(), job));
 }
 
 /** One line at the top; `kind` is "lost" (stays until it is replaced), "bad" or "good" (go by themselves). */
@@ -255,11 +255,11 @@ const ACTS = {
     if (wanted) await order(`/v1/registrations/${of(id)}/reject`, wanted, "Rejected.");
   },
   cancel: async ({ job, model }) => {
-    if (await dialogs.ask_cancel({ id: job, model })) await order(`/v1/admin/jobs/${of(job)}/cancel`, {}, "The job is cancelled.");
+    if (await dialogs.ask_cancel({ id: job, model })) await order(`/v1/jobs/${of(job)}/cancel`, {}, "The job is cancelled.");
     if (!live()) look_at_jobs();
   },
   retry: async ({ job }) => {
-    await order(`/v1/admin/jobs/${of(job)}/retry`, {}, "The job waits for another try.");
+    await order(`/v1/jobs/${of(job)}/retry`, {}, "The job waits for another try.");
     delete state.job.history[job];
     if (!live()) look_at_jobs();
   },
@@ -275,16 +275,18 @@ function turn(name, step) {
   draw();
 }
 
+const busy = new WeakSet();
+
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button[data-act]");
-  if (!button) return;
-  button.disabled = true;
+  if (!button || busy.has(button)) return;
+  busy.add(button); // and not disabled: what is disabled loses the focus that a closed dialog gives back
   try {
     await ACTS[button.dataset.act](button.dataset);
   } catch (problem) {
     failed(problem);
   } finally {
-    button.disabled = false;
+    busy.delete(button);
     draw();
   }
 });

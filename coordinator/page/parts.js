@@ -43,10 +43,10 @@ export const none = (sentence) => h("p", { class: "quiet" }, sentence);
 
 export const tags = (labels) => Object.entries(labels).map(([name, value]) => h("span", { class: "tag" }, value ? `${name}=${value}` : name));
 
-/** Rows that become cards on a phone. `columns` are [word, "number" or ""]. */
+/** Rows that become cards on a phone. `columns` are [word, "n" for numbers or "unseen" for readers of screens alone]. */
 export function table(columns, rows, label) {
   return h("table", { "aria-label": label },
-    h("thead", null, h("tr", null, columns.map(([word, kind]) => h("th", { scope: "col", class: kind ? "right" : null }, word)))),
+    h("thead", null, h("tr", null, columns.map(([word, kind]) => h("th", { scope: "col", class: kind === "n" ? "right" : null }, kind === "unseen" ? h("span", { class: "unseen" }, word) : word)))),
     h("tbody", null, rows));
 }
 

@@ -13,16 +13,16 @@ export function jobsTools(state) {
   return heading("Jobs", h("label", null, "Show ", h("select", { id: "job-state" }, STATES.map((one) => option(one, one || "all", state)))));
 }
 
-/** @param found rows, a sentence in their place, or null while they come; `page` counts from 0. */
-export function jobs(found, now, page, more) {
+/** @param found rows, a sentence in their place, or null while they come; `page` counts from 0, `more` come behind it */
+export function jobs(found, now, { page, more, state }) {
   if (found === null) return none("Loading…");
   if (typeof found === "string") return h("p", { class: "bad" }, found);
   const turn = (page > 0 || more) && h("nav", { class: "pager", "aria-label": "Pages of jobs" },
     button("Newer", "jobs", { step: -1, disabled: page === 0 }),
     h("span", { class: "quiet" }, `Page ${page + 1}`),
     button("Older", "jobs", { step: 1, disabled: !more }));
-  if (!found.length) return [none(page ? "There are no older jobs." : "There are no such jobs."), turn];
-  const columns = [["Job", ""], ["State", ""], ["Made", "n"], ["Took", "n"], ["Tries", "n"], ["", ""]];
+  if (!found.length) return [none(page ? "There are no older jobs." : state ? `No job is ${state} now.` : "No job was submitted yet."), turn];
+  const columns = [["Job", ""], ["State", ""], ["Made", "n"], ["Took", "n"], ["Tries", "n"], ["Orders", "unseen"]];
   return [table(columns, found.map((one) => job(one, now)), "Jobs"), turn];
 }
 
@@ -87,7 +87,7 @@ export function keys(found) {
   const live = found.filter((one) => one.revoked_ms === null);
   const ended = found.length - live.length;
   return [heading(`Keys (${live.length})`),
-    table([["Key", ""], ["Opens", ""], ["Tenant", ""], ["Made", "n"], ["", ""]], live.map((one) => h("tr", { "data-key": one.prefix },
+    table([["Key", ""], ["Opens", ""], ["Tenant", ""], ["Made", "n"], ["Orders", "unseen"]], live.map((one) => h("tr", { "data-key": one.prefix },
       h("td", { class: "first" }, h("code", null, `${one.prefix}…`), ` ${one.name}`),
       cell("Opens", "", one.scope, one.worker && h("span", { class: "quiet" }, ` as ${one.worker}`)),
       cell("Tenant", "number", one.tenant),

@@ -26,8 +26,9 @@ export function login(problem) {
     h("label", { class: "field" }, "Admin key",
       h("input", { name: "key", type: "password", class: "wide", required: true, autocomplete: "off", autocapitalize: "off", spellcheck: "false" })),
     h("div", { class: "tools" }, h("button", { type: "submit", class: "main" }, "Open the dashboard")),
-    h("p", { class: "quiet" }, "Make one on the coordinator's machine with ", h("code", null, "coordinator keys create --scope admin"),
-      ". It is not kept in this browser: it opens a session that ends after twelve hours, or with the key."));
+    h("p", { class: "quiet" }, "Make one on the coordinator's machine:"),
+    h("pre", { class: "command" }, "coordinator keys create --scope admin"),
+    h("p", { class: "quiet" }, "The key is not kept in this browser: it opens a session that ends after twelve hours, or with the key."));
 }
 
 // ---- the head
@@ -51,7 +52,7 @@ export function headline(seen) {
       h("span", null, plural(head.workers, "worker"), head.workers !== taking && rows.length ? `, ${taking || "none"} taking jobs` : ""),
       h("span", null, `${running} of ${slots} slots busy`),
       h("span", null, `${plural(head.waiting, "job")} waiting`),
-      unserved > 0 && h("span", { class: "warn" }, `${plural(unserved, "model")} nobody can take now`)),
+      unserved > 0 && h("span", { class: "warn" }, `${plural(unserved, "model")} that nobody can take now`)),
     h("p", { class: "quiet" }, `Version ${head.version}, up since `, moment(head.began_ms)),
   ];
 }
@@ -80,7 +81,7 @@ const REASONS_LOOK = { idle: "idle", busy: "busy", paused: "paused", draining: "
 
 export function workersTools(count, query) {
   return heading(`Workers${count ? ` (${count})` : ""}`,
-    h("input", { id: "find-worker", class: "filter", type: "search", placeholder: "Find a worker", "aria-label": "Find a worker by its name, model, label or state", value: query }));
+    count > 0 && h("input", { id: "find-worker", class: "filter", type: "search", placeholder: "Find a worker", "aria-label": "Find a worker by its name, model, label or state", value: query }));
 }
 
 const matches = (one, query) => [one.id, one.state, one.machine, one.reason, ...one.models.map((model) => model.name), ...Object.entries(one.labels).flat()]
@@ -95,7 +96,7 @@ export function wanted(seen, query) {
 }
 
 export function workers(seen, query, first) {
-  if (!seen.head.workers) return join(seen);
+  if (!seen.head.workers) return join();
   const rows = wanted(seen, query);
   const more = seen.head.workers - seen.head.workers_shown;
   return [
@@ -106,14 +107,12 @@ export function workers(seen, query, first) {
 }
 
 function join() {
-  const wire = location.protocol === "https:" ? "wss" : "ws";
   return h("div", { class: "begin" },
     h("p", null, "No worker is connected. To let one join:"),
     h("ol", null,
-      h("li", null, "On the coordinator's machine, make a key for it:", h("pre", { class: "command" }, "coordinator keys create --scope worker --name my-box")),
-      h("li", null, "On the worker's machine, keep the key in a file that only its owner may read, and name it in worker.toml:",
-        h("pre", { class: "command" }, `[coordinator]\nurl = "${wire}://${location.host}"\ntoken_file = "coordinator-token"`)),
-      h("li", null, "Start it there; it shows up here by itself:", h("pre", { class: "command" }, "supervisor run"))));
+      h("li", null, "On the coordinator's machine, make a token that admits one worker:", h("pre", { class: "command" }, "coordinator workers enrol")),
+      h("li", null, "On the worker's machine, swap it there for a key of its own; the token is asked for:", h("pre", { class: "command" }, `supervisor enrol ${location.origin}`)),
+      h("li", null, "Start the worker; it shows up here by itself:", h("pre", { class: "command" }, "supervisor run"))));
 }
 
 function worker(one) {
@@ -134,7 +133,7 @@ function worker(one) {
         act("Revoke…", "revoke"))),
     one.reason && h("p", { class: held ? "warn wraps" : "quiet wraps" }, one.reason),
     one.declined.length > 0 && h("p", { class: "warn wraps" }, `Takes nothing for a while of: ${one.declined.join(", ")}`),
-    one.gpus.map(gpu),
+    one.gpus.length > 0 && h("div", { class: "gpus" }, one.gpus.map(gpu)),
     h("details", null,
       h("summary", null, `${plural(one.models.length, "model")}${weak ? `, ${weak} in a weak sandbox` : ""}; details`),
       h("div", { class: "inside" },
