@@ -1,0 +1,249 @@
+"""Three replicas, a crowd of workers and clients, and everything that breaks: no job is lost, none has two effects.
+
+The short run has every fault once. `scripts/soak coordinator` is the long one: more of everything, again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from tests.chaos.replicas_crowd import Ledger, SimClient, SimWorker
+from tests.chaos.replicas_proxy import PostgresProxy
+from tests.chaos.replicas_rig import Cluster
+
+if TYPE_CHECKING:
+    from coordinator.testing_postgres import PostgresServer
+    from tests.chaos.replicas_standby import Pair
+
+SEED = int(os.environ.get("BULKHEAD_COORDINATOR_SEED", "1"))
+JOBS = int(os.environ.get("BULKHEAD_COORDINATOR_JOBS", "0"))
+STOPPED_S = 8.0  # longer than the others wait for a beat
+SETTLE_S = 60.0
+log = logging.getLogger(__name__)
+
+
+Fault = Callable[[], Awaitable[None]]
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    workers: int
+    clients: int
+    jobs: int
+    rounds: int
+    tokens: int
+    pace_s: float
+
+
+SHORT = Size(workers=20, clients=10, jobs=120, rounds=1, tokens=30, pace_s=0.03)
+LONG = Size(workers=200, clients=60, jobs=JOBS, rounds=10_000, tokens=20, pace_s=0.05)
+
+
+class Faults:
+    """What is done to the cluster, one after the other."""
+
+    def __init__(self, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], dice: random.Random) -> None:
+        self._cluster, self._pair, self._proxies, self._dice = cluster, pair, proxies, dice
+        self.done: list[str] = []
+
+    def all_of_them(self) -> list[Fault]:
+        """In an order by the dice."""
+        faults: list[Fault] = [self.kill, self.freeze, self.roll, self.restart_database]
+        faults += [self.forget_commits, self.slow_network]
+        if self._pair.standby is not None:
+            faults.append(self.fail_over)
+        self._dice.shuffle(faults)
+        return faults
+
+    async def fail_over(self) -> None:
+        """The primary is killed for good; its synchronous standby is promoted."""
+        await asyncio.to_thread(self._pair.fail_over)
+
+    async def kill(self) -> None:
+        """kill -9 of a replica, and a new one after a while."""
+        one = self._dice.choice(self._cluster.replicas)
+        await one.end(signal.SIGKILL)
+        await asyncio.sleep(1.0)
+        await one.start()
+
+    async def freeze(self) -> None:
+        """A replica is stopped for longer than the others wait, and goes on as if nothing had been."""
+        one = self._dice.choice(self._cluster.replicas)
+        one.signal(signal.SIGSTOP)
+        await asyncio.sleep(STOPPED_S)
+        one.signal(signal.SIGCONT)
+
+    async def roll(self) -> None:
+        """A rolling upgrade of one replica: it is drained, ends by itself, and a new one takes its place."""
+        one = self._dice.choice(self._cluster.replicas)
+        code = await one.end(signal.SIGTERM)
+        assert code == 0, f"a drained replica ended with {code}"
+        await one.start()
+
+    async def restart_database(self) -> None:
+        """The database crashes and recovers."""
+        await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
+        await asyncio.to_thread(self._pair.now.start)
+
+    async def forget_commits(self) -> None:
+        """Commits whose answer is lost, together with the connection."""
+        for proxy in self._proxies:
+            proxy.forget = 10
+        await asyncio.sleep(4.0)
+        for proxy in self._proxies:
+            proxy.forget = 0
+
+    async def slow_network(self) -> None:
+        """50 ms and 2 % loss between the replicas and the database."""
+        for proxy in self._proxies:
+            proxy.delay_s, proxy.loss = 0.05, 0.02
+        await asyncio.sleep(4.0)
+        for proxy in self._proxies:
+            proxy.delay_s = proxy.loss = 0.0
+
+
+def rows(server: PostgresServer) -> list[tuple[str, str, str, int, int, float]]:
+    """(key, job, state, attempt, crowd's tokens, tokens used) of every row."""
+    import msgspec
+    import psycopg
+
+    with psycopg.connect(server.url) as connection:
+        found = connection.execute("SELECT idempotency_key, id, state, attempt, params, usage FROM jobs").fetchall()
+    return [
+        (
+            key,
+            job,
+            state,
+            attempt,
+            int(msgspec.msgpack.decode(params)["messages"][-1]["content"]),
+            (msgspec.msgpack.decode(usage) if usage else {}).get("completion_tokens", 0.0),
+        )
+        for key, job, state, attempt, params, usage in found
+    ]
+
+
+def judge(server: PostgresServer, ledger: Ledger) -> None:
+    """The ledger check: every job terminal, one effect each, and what clients saw agrees with the rows."""
+    found = rows(server)
+    assert not ledger.wrong, ledger.wrong[:10]
+    assert {row[0] for row in found} == ledger.submitted
+    assert len(found) == len(ledger.submitted)
+    assert {row[2] for row in found} <= {"succeeded", "failed"}
+    for key, job, state, attempt, count, used in found:
+        assert ledger.answers[key] == (job, state), key
+        if state == "succeeded":
+            assert used == count, (job, used, count)
+            # An acknowledgement may be lost with its connection; then the worker never heard of its effect.
+            assert ledger.stored[job] <= {attempt}, (job, attempt, ledger.stored[job])
+    lost = sum(row[2] == "failed" for row in found)
+    assert lost <= len(found) // 4, f"{lost} of {len(found)} streams lost their worker for good"
+
+
+async def settled(server: PostgresServer) -> None:
+    """Wait for the end of all jobs."""
+    import psycopg
+
+    end = time.monotonic() + SETTLE_S
+    while True:
+        with psycopg.connect(server.url) as connection:
+            row = connection.execute("SELECT count(*) FROM jobs WHERE finished_ms IS NULL").fetchone()
+        assert row is not None
+        if not row[0]:
+            return
+        assert time.monotonic() < end, f"{row[0]} jobs have not ended"
+        await asyncio.sleep(0.2)
+
+
+async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger, Faults, float]:
+    """Run the crowd and the faults to their ends."""
+    dice, ledger = random.Random(seed), Ledger()
+    began = time.monotonic()
+    async with AsyncExitStack() as stack:
+        proxies = [
+            await stack.enter_async_context(PostgresProxy(server.folder / ".s.PGSQL.5432", seed + n))
+            for n, server in enumerate(pair.servers)
+        ]
+        hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in proxies)
+        store = f"postgresql://bulkhead@{hosts}/postgres?sslmode=disable"
+        async with Cluster(folder, store) as cluster:
+            faults = Faults(cluster, pair, proxies, dice)
+            calm = asyncio.Event()
+
+            def more() -> bool:
+                return not calm.is_set() or len(ledger.submitted) < size.jobs
+
+            workers = [
+                SimWorker(f"w{n}", cluster, ledger, random.Random(seed * 1000 + n), size.pace_s)
+                for n in range(size.workers)
+            ]
+            crowd = [asyncio.create_task(worker.run()) for worker in workers]
+            clients = [
+                SimClient(f"c{n}", cluster, ledger, random.Random(seed * 2000 + n), size.tokens)
+                for n in range(size.clients)
+            ]
+            asking = [asyncio.create_task(client.run(more)) for client in clients]
+            try:
+                for _ in range(size.rounds):
+                    for fault in faults.all_of_them():
+                        await asyncio.sleep(1.0)
+                        name = getattr(fault, "__name__", "")
+                        log.info("%5.1f s, %d jobs: %s", time.monotonic() - began, len(ledger.submitted), name)
+                        await fault()
+                        faults.done.append(name)
+                    if len(ledger.submitted) >= size.jobs:
+                        break
+                calm.set()
+                await asyncio.gather(*asking)
+                await settled(pair.now)
+            finally:
+                for task in (*asking, *crowd):
+                    task.cancel()
+                await asyncio.gather(*asking, *crowd, return_exceptions=True)
+            faults.done.append(f"{sum(proxy.forgotten for proxy in proxies)} commits forgotten")
+    return ledger, faults, time.monotonic() - began
+
+
+def test_no_job_is_lost_and_none_has_two_effects(tmp_path: Path) -> None:
+    """The seed decides the order of the faults and every choice; `BULKHEAD_COORDINATOR_SEED` repeats it."""
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("psycopg is not installed (extra: postgres)")
+    from coordinator.testing_postgres import why_not
+    from tests.chaos.replicas_standby import Pair
+
+    if reason := why_not():
+        pytest.skip(reason)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log.info("seed %d", SEED)
+    pair = Pair()
+    try:
+        if JOBS:
+            pair.add_standby()
+        ledger, faults, took = asyncio.run(storm(tmp_path, pair, LONG if JOBS else SHORT, SEED))
+        judge(pair.now, ledger)
+    finally:
+        pair.remove()
+    log.info(
+        "seed %d: %d jobs in %.0f s through %s; %d streams whole, %d resumed, %d sessions, %d late ends fenced, %s",
+        SEED,
+        len(ledger.submitted),
+        took,
+        ", ".join(faults.done),
+        ledger.whole,
+        ledger.resumed,
+        ledger.sessions,
+        ledger.fenced,
+        dict(ledger.faults),
+    )
