@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import trio
 
+from tests.certificates import self_signed
 from tests.chaos.asks import asks
 from tests.chaos.proxy import CALM, Odds
 from tests.chaos.world import World, looked, open_world, until
@@ -64,7 +63,7 @@ async def test_no_result_is_lost_on_a_rough_road(tmp_path: Path) -> None:
 
 async def test_over_tls_any_byte_may_be_wrong(tmp_path: Path) -> None:
     started = time.monotonic()
-    async with open_world(tmp_path, SEED, ROUGH_TLS, tls=certificate(tmp_path)) as world:
+    async with open_world(tmp_path, SEED, ROUGH_TLS, tls=self_signed(tmp_path)) as world:
         await world.ask_all(asks(JOBS // 2, SEED + 1))
         await settle(world)
         tell(world, started, await world.judge())
@@ -85,15 +84,3 @@ async def test_a_worker_that_is_killed_loses_no_job(tmp_path: Path) -> None:
         await until(lambda: len(world.jobs) == JOBS, "all were accepted", ENDS_S)
         await settle(world)
         tell(world, started, await world.judge(killed=True))
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of this address that signs itself, and its key."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("there is no openssl to make a certificate with")
-    pem, key = folder / "mine.pem", folder / "mine.key"
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=127.0.0.1"
-    words += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {pem}"
-    subprocess.run([openssl, *words.split()], check=True, capture_output=True)
-    return pem, key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import ssl
 import subprocess
@@ -16,6 +15,7 @@ import trio
 
 from supervisor.errors import ExitCode
 from supervisor.testing_studio import Rules, StudioServer, open_studio_server
+from tests.certificates import self_signed
 
 PATIENCE_S = 60.0
 MODELS = """
@@ -69,18 +69,6 @@ class Program:
         finally:
             process.kill()
             process.wait(PATIENCE_S)
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of this address that signs itself, and its key."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("there is no openssl to make a certificate with")
-    pem, key = folder / "mine.pem", folder / "mine.key"
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=127.0.0.1"
-    words += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {pem}"
-    subprocess.run([openssl, *words.split()], check=True, capture_output=True)
-    return pem, key
 
 
 async def until(server: StudioServer, process: subprocess.Popen[bytes], true: Callable[[], object], what: str) -> None:
@@ -171,7 +159,7 @@ async def test_a_rejected_worker_ends_with_the_code_that_is_not_restarted(server
 
 @pytest.mark.slow
 async def test_over_tls_its_owner_is_told_what_it_waits_for_and_may_send_a_job_elsewhere(tmp_path: Path) -> None:
-    pem, key = certificate(tmp_path)
+    pem, key = self_signed(tmp_path)
     served = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     served.load_cert_chain(pem, key)
     async with open_studio_server(Rules(again_s=0.1), tls=served) as server:

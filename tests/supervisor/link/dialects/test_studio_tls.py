@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import ssl
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from supervisor.link.dialects.studio_register import Credentials, CredentialsFile, base_url
 from supervisor.testing_studio import open_studio_server
+from tests.certificates import self_signed
 from tests.supervisor.link.dialects.studio_rig import TASKS, open_bench
 
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Path:
     """mine.pem and other.pem, which sign themselves, with their keys."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("there is no openssl to make a certificate with")
     for name in ("mine", "other"):
-        words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=127.0.0.1"
-        words += f" -addext subjectAltName=IP:127.0.0.1 -keyout {tmp_path}/{name}.key -out {tmp_path}/{name}.pem"
-        subprocess.run([openssl, *words.split()], check=True, capture_output=True)
+        self_signed(tmp_path, name)
     return tmp_path
 
 
