@@ -149,9 +149,14 @@ class Roster:
         return self._served.specs
 
     def origin(self, model: str) -> Origin | None:
-        """Who wanted a model; None when there is none of this name, or it leaves."""
+        """Who wanted a model; None when there is none of this name. One that leaves is still there."""
         entry = self._entries.get(model)
-        return None if entry is None or entry.leaving else entry.origin
+        return None if entry is None else entry.origin
+
+    def leaving(self, model: str) -> str:
+        """Why a model goes; "" when it stays, or there is none."""
+        entry = self._entries.get(model)
+        return "" if entry is None else entry.leaving
 
     async def run(
         self, lanes: Lanes, jobs: Jobs, around: Around, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -255,7 +255,7 @@ async def test_a_model_that_is_let_go_finishes_what_was_accepted_and_is_announce
         await trio.testing.wait_all_tasks_blocked()
         assert it.announced[-1] == (HERE.name,)
         assert it.served.why_not(NEW.name) == "it is let go: its owner says so"
-        assert it.roster.origin(NEW.name) is None
+        assert (it.roster.origin(NEW.name), it.roster.leaving(NEW.name)) == (Origin.ORDER, "its owner says so")
     assert 24 < trio.current_time() - began < 40
     assert isinstance(it.ends["a"], Done)
     assert isinstance(it.ends["b"], Done)

@@ -96,7 +96,7 @@ class Roll(Protocol):
     """The models of this worker, as a dialect may change them: `supervisor.roster.Roster`."""
 
     def origin(self, model: str) -> Origin | None:
-        """Who wanted a model; None when it is not here, or leaves."""
+        """Who wanted a model; None when it is not here."""
 
     async def take_on(self, table: ModelTable, origin: Origin = ...) -> Fault | None:
         """Serve one more, proved and announced; why not, when it cannot be."""

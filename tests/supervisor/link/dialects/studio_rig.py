@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
+from protocol.faults import Fault
 from supervisor.host.ground import Ground
 from supervisor.intake.admission import ModelState
 from supervisor.intake.observed import Person
@@ -27,7 +29,8 @@ from supervisor.link.outbox import Outbox
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, SessionEnd
 from supervisor.link.worker import Identity, Worker
-from supervisor.settings import CoordinatorTable, StudioTable
+from supervisor.roster import Origin
+from supervisor.settings import CoordinatorTable, ModelTable, StudioTable
 from supervisor.store import open_store
 from supervisor.suspend import Clocks
 from supervisor.testing import FakeHost, FakeRun
@@ -86,10 +89,42 @@ class HeldRun:
         self.run.fail(code, f"It ended with {code}.")
 
 
+class BenchRoll:
+    """The models of the bench's worker: one for each kind, and those that are taken on; a `Roll`."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, tuple[str, ...]] = {model: (kind,) for kind, model in MODELS.items()}
+        self.origins = dict.fromkeys(self.kinds, Origin.CONFIG)
+        self.on_change: Callable[[], None] = lambda: None
+
+    def offers(self) -> tuple[wire.ModelOffer, ...]:
+        """As they are announced."""
+        return tuple(wire.ModelOffer(name=name, kinds=kinds, engine="synthetic") for name, kinds in self.kinds.items())
+
+    def origin(self, model: str) -> Origin | None:
+        """See `Roll`."""
+        return self.origins.get(model)
+
+    async def take_on(self, table: ModelTable, origin: Origin = Origin.ORDER) -> Fault | None:
+        """See `Roll`."""
+        await trio.lowlevel.checkpoint()
+        self.kinds[table.name], self.origins[table.name] = tuple(KINDS), origin
+        self.on_change()
+        return None
+
+    async def let_go(self, model: str, _reason: str) -> Fault | None:
+        """See `Roll`."""
+        await trio.lowlevel.checkpoint()
+        del self.kinds[model], self.origins[model]
+        self.on_change()
+        return None
+
+
 class Bench:
     """One worker; a `WorkerUnderTest`."""
 
     spoken: Spoken
+    roll: BenchRoll
 
     def __init__(self, worker: Worker, attempts: Attempts, host: FakeHost) -> None:
         self.worker, self.attempts, self.host = worker, attempts, host
@@ -116,6 +151,10 @@ class Bench:
         """See the suite."""
         self.person = Person(first=here is not None, here=here)
         self.pause("the machine is in use" if here else "")
+
+    def drain(self, reason: str) -> None:
+        """See the suite of models."""
+        self.worker.drain(reason)
 
     def log(self, message: str) -> bool:
         """See the suite."""
@@ -144,19 +183,22 @@ async def open_bench(
     vram_gb: float = 24.0,
     clocks: Clocks | None = None,
     tls: ssl.SSLContext | None = None,
+    downloads: bool = False,
 ) -> AsyncIterator[Bench]:
-    """A worker that is looking for its studio at `url`."""
+    """A worker that is looking for its studio at `url`; with `downloads` it fetches models from this machine, too."""
     host = FakeHost()
+    studio = StudioTable(vram_gb=vram_gb)
+    if downloads:
+        studio = msgspec.structs.replace(studio, models="download", hosts=["127.0.0.1"], models_gb=0.01)
     home = Home(
-        table=CoordinatorTable(url=url, dialect="studio", studio=StudioTable(vram_gb=vram_gb)),
+        table=CoordinatorTable(url=url, dialect="studio", studio=studio),
         address=Address(url=url, token="", tls=tls),
         folder=folder / "studio",
         name="w1",
         person=lambda: bench.person,
+        roll=(roll := BenchRoll()),
     )
     ground = Ground(folder / "ground")
-    models = {model: ModelState(kinds=(kind,)) for kind, model in MODELS.items()}
-    offers = tuple(wire.ModelOffer(name=model, kinds=(kind,), engine="synthetic") for kind, model in MODELS.items())
     async with (
         open_store(folder / "records") as store,
         open_studio(home, timing, clocks) as spoken,
@@ -172,12 +214,16 @@ async def open_bench(
         worker = Worker(
             Identity(name="w1", boot="b1"),
             attempts,
-            offered=lambda reason: wire.Capabilities(models=offers, version="1", accepting=not reason, reason=reason),
-            models=lambda: models,
+            offered=lambda reason: wire.Capabilities(
+                models=roll.offers(), version="1", accepting=not reason, reason=reason
+            ),
+            models=lambda: {name: ModelState(kinds=kinds) for name, kinds in roll.kinds.items()},
             on_shutdown=lambda _reason: None,
             held=held,
         )
+        roll.on_change = worker.announce
         bench = Bench(worker, attempts, host)
+        bench.roll = roll
         bench.spoken = spoken
 
         async def converse() -> SessionEnd:
