@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from coordinator import cli_doctor, cli_jobs, cli_keys, cli_usage, logs
+from coordinator import cli_doctor, cli_jobs, cli_keys, cli_service, cli_usage, logs
 from coordinator import config as configuration
 from coordinator.blobs_opening import BlobsRefusal, open_blobs
 from coordinator.config import STORE_VARIABLE
@@ -23,6 +23,7 @@ from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
 from coordinator.register import Register, open_register
 from coordinator.replicas.opening import open_doorway
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
+from coordinator.service import notify
 from coordinator.services import Limits
 from coordinator.store import Store, StoreBusy, StoreError
 from coordinator.store.opening import SQLITE, check_address, is_postgres, open_store, require_psycopg
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_keys.add_parsers(commands, shared, _Parser)
     cli_usage.add_parser(commands, shared)
     cli_doctor.add_parser(commands, shared)
+    cli_service.add_parser(commands, shared, _Parser)
     cli_jobs.add_parser(commands, shared, _Parser)
     migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
     migrate.add_argument(
@@ -248,6 +250,7 @@ def _say_ready(url: str, client_key: Path, embedded: bool) -> None:
     if embedded:
         print(ready_line(url, client_key), flush=True)
     else:
+        notify("READY=1")
         print(f"Serving {url}/v1 with the client key in {client_key}", flush=True)
 
 
