@@ -57,7 +57,10 @@ def test_one_case_for_real_as_json(capsys):
     assert {"name", "title", "expected", "outcome", "contained", "seconds"} <= {*found}
 
 
-def test_the_table_says_what_was_tried_what_happened_how_long_and_whether_it_was_contained(pretend, capsys):
+def test_the_table_says_what_was_tried_what_happened_how_long_and_whether_it_was_contained(
+    pretend, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "160")
     pretend(row())
     assert main(["selftest", "--case", "segv"]) == 0
     head, line, *rest = capsys.readouterr().out.splitlines()
@@ -66,7 +69,8 @@ def test_the_table_says_what_was_tried_what_happened_how_long_and_whether_it_was
     assert "1 of 1 case was contained" in "\n".join(rest)
 
 
-def test_one_case_that_was_not_contained_is_exit_code_1_and_named(pretend, capsys):
+def test_one_case_that_was_not_contained_is_exit_code_1_and_named(pretend, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     pretend(row(contained=False))
     assert main(["selftest", "--case", "segv"]) == 1
     out = capsys.readouterr().out
