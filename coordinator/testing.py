@@ -132,7 +132,7 @@ class OfferedJob:
     def read(self, name: str) -> bytes:
         """Fetch an input by its signed URL."""
         (file,) = [item for item in self.offer.inputs if item.name == name]
-        answer = httpx.get(self._worker.url + file.url)
+        answer = httpx.get(file.url if "://" in file.url else self._worker.url + file.url)
         answer.raise_for_status()
         return answer.content
 

@@ -52,3 +52,16 @@ def test_the_default_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STATE_DIRECTORY")
     monkeypatch.setenv("XDG_STATE_HOME", "/home/u/st")
     assert state_dir(Config()) == Path("/home/u/st/bulkhead/coordinator")
+
+
+def test_where_files_lie_belongs_to_the_files_folder_unless_it_is_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "coordinator.toml"
+    file.write_text('[blobs]\nurl = "s3://files/x"\nendpoint = "https://s3.example.org"\ncredentials = "keys"\n')
+    config = load(file)
+    assert (config.blobs.url, config.blobs.credentials) == ("s3://files/x", str(tmp_path / "keys"))
+    file.write_text('[blobs]\nurl = "shared"\n[privacy]\nundelivered_s = 60\n')
+    config = load(file)
+    assert (config.blobs.url, config.privacy.undelivered_s) == (str(tmp_path / "shared"), 60)
+    file.write_text('[blobs]\nsecret_key = "no"\n')
+    with pytest.raises(Refusal, match="secret_key"):
+        load(file)

@@ -257,3 +257,66 @@ def test_no_prompt_is_in_any_log_by_default(there, http, state, caplog):
                 http.post(path, **ask)
     mine = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
     assert [line for line in mine if "canary" in line] == []
+
+
+# ---- the other stores --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Running, Any]]:
+    """A coordinator over PostgreSQL and S3, and its store."""
+    pytest.importorskip("obstore", reason="the extra s3 is not installed")
+    pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not installed")
+    pytest.importorskip("psycopg", reason="the extra postgres is not installed")
+    from coordinator.blobs_opening import BlobsConfig, open_blobs
+    from coordinator.store.postgres import PostgresStore
+    from coordinator.testing_postgres import postgres_server, why_not
+    from tests.coordinator.s3_rig import ID, SECRET, s3_server
+
+    if reason := why_not():
+        pytest.skip(reason)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with s3_server() as rig, postgres_server() as server, server.space() as url:
+        place = BlobsConfig(url="s3://files/far", endpoint=rig.endpoint)
+        store = PostgresStore(url)
+        with running(
+            tmp_path / "far",
+            open_store=lambda: store,
+            open_blobs=lambda: open_blobs(place, tmp_path / "far" / "blobs"),
+        ) as it:
+            it.coordinator.parts.tenants.set(TENANT, store_content=False)
+            yield it, store
+
+
+def test_nothing_is_left_in_the_tables_of_postgres_nor_in_s3(far: tuple[Running, Any], tmp_path: Path) -> None:
+    there, store = far
+    blobs: Any = there.coordinator.parts.blobs
+    tables = [
+        row["name"]
+        for row in store._read("SELECT tablename AS name FROM pg_tables WHERE schemaname = current_schema()")
+    ]
+    assert {"jobs", "attempts", "files", "batches", "batch_items", "input_blobs"} <= set(tables)
+
+    def held() -> list[str]:
+        found = [name for name in tables if store._read(f"SELECT 1 AS x FROM {name} AS t WHERE {_HOLDS} LIMIT 1")]
+        for name, _ in blobs._listed(""):
+            found += [name] if name.startswith(("in/", "out/", "up/")) else []
+        return found + where(tmp_path / "far", "canary-far")
+
+    with httpx.Client(base_url=there.url, headers=there.headers, timeout=20) as http, worker(there, answer):
+        asked = {"kind": "x-free", "model": "m", "params": {"say": "canary-far"}, "wait": 5}
+        job = http.post("/v1/jobs", json=asked).json()
+        assert "jobs" in held(), "the search finds what there is"
+        assert any(name.startswith("out/") for name in held())
+        for file in job["files"]:
+            assert "canary-far" in http.get(file["url"]).text
+        assert "canary-far" in http.post("/v1/chat/completions", json=chat("canary-far")).text
+        http.post("/v1/chat/completions", json=chat("fail-now canary-far"))
+        http.post("/v1/audio/transcriptions", data={"model": "m"}, files={"file": ("a", io.BytesIO(b"canary-far"))})
+        until(lambda: not held())
+
+
+# Each row as text; bytea is written in hexadecimal there.
+_TEXT = "CAST(t AS text)"
+_HOLDS = f"strpos({_TEXT}, 'canary-far') > 0 OR strpos({_TEXT}, '{b'canary-far'.hex()}') > 0"
