@@ -332,3 +332,13 @@ def test_a_full_disk_keeps_what_was_fetched(site, tmp_path: Path):
             need_space(disk, 2**20)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_larger_than_it_may_be_is_not_fetched(site, target: Path, told: bool):
+    if not told:
+        site.cut_after[PATH] = [len(BODY)]
+    with pytest.raises(FetchFailed, match="GiB are granted for it"):
+        get(site, target, limit_bytes=len(BODY) - 1, notes=[])
+    assert not list(target.parent.glob("*.part"))
+    assert get(site, target, limit_bytes=len(BODY)) == DIGEST

@@ -264,7 +264,7 @@ class Models:
             return ModelTable(name=source.name, engine=source.slug)
         key = self._key(source.name)
         record = self._record(key)
-        if record is not None and record.source.same_files(source) and self._store.folder(key).is_dir():
+        if record is not None and record.source.same_files(source) and self._whole(key):
             return record.table
         if self._roll.origin(source.name) is not None:
             await self._roll.let_go(source.name, "a job names other files for it")
@@ -343,6 +343,15 @@ class Models:
     def _last_used(self, key: str) -> float:
         manifest = self._store.manifest(key)
         return self._store.last_loaded(key) or (manifest.pulled_at if manifest is not None else 0.0)
+
+    def _whole(self, key: str) -> bool:
+        """Whether the files are there, in the sizes that they came with; their content is judged before each load."""
+        manifest, folder = self._store.manifest(key), self._store.folder(key)
+        with contextlib.suppress(OSError):
+            return manifest is not None and all(
+                (folder / name).stat().st_size == kept.size_bytes for name, kept in manifest.files.items()
+            )
+        return False
 
     def _record(self, key: str) -> _Record | None:
         with contextlib.suppress(OSError, msgspec.MsgspecError):

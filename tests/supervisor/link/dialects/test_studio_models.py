@@ -312,6 +312,23 @@ async def test_other_files_under_the_same_name_replace_it_and_odd_claims_leave_i
         assert it.roll.tables["synthetic-m"].sha256 == {"model": "2" * 64}
 
 
+async def test_what_somebody_has_deleted_by_hand_is_fetched_again(tmp_path):
+    fetches, roll = Fetches(), Roll()
+    async with desk(tmp_path, fetch=fetches, roll=roll) as it:
+        assert await it.ask(claim(file())) is None
+        path = Path(roll.tables["synthetic-m"].path)
+    for harm in (path.unlink, lambda: path.write_bytes(b"short")):
+        harm()
+        roll = Roll()
+        roll.fault = Fault("load_failed", "it is not there")  # what the next start says of it
+        async with desk(tmp_path, fetch=fetches, roll=roll) as it:
+            roll.fault = None
+            roll.origins.clear()
+            assert await it.ask(claim(file())) is None
+            assert path.stat().st_size == 1000
+    assert len(fetches.requests) == 3
+
+
 async def test_what_no_engine_takes_or_does_not_pass_its_proof_is_told(tmp_path):
     fetches = Fetches()
     async with desk(tmp_path, fetch=fetches) as it:
