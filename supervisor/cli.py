@@ -161,6 +161,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     path = find_config(arguments.config)
     settings = load(path)
+    if settings.coordinator.enrol_token_file:
+        from supervisor.enrolment import at_start
+
+        at_start(settings)
     from supervisor.app import run
 
     return int(run(settings, path))

@@ -156,9 +156,7 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
     link = msgspec.structs.replace(link, goliat=goliat, deploy=deploy)
     return msgspec.structs.replace(
         settings,
-        coordinator=msgspec.structs.replace(
-            link, **{name: absolute(getattr(link, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_ca")}
-        ),
+        coordinator=msgspec.structs.replace(link, **{name: absolute(getattr(link, name)) for name in _LINK_FILES}),
         worker=msgspec.structs.replace(settings.worker, state_dir=absolute(settings.worker.state_dir)),
         control=msgspec.structs.replace(settings.control, socket=absolute(settings.control.socket)),
         log=msgspec.structs.replace(
@@ -168,6 +166,9 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
         engines={name: table if table is BAD else engine(table) for name, table in settings.engines.items()},
         models=[table if table is BAD else model(table) for table in settings.models],
     )
+
+
+_LINK_FILES = ("token_file", "enrol_token_file", "tls_cert", "tls_key", "tls_ca")
 
 
 def state_dir(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
@@ -269,7 +270,10 @@ def _check_coordinator(table: CoordinatorTable, environ: Mapping[str, str]) -> I
     for name in ("tls_cert", "tls_key", "tls_ca"):
         if (path := getattr(table, name)) and not os.path.isfile(path):
             yield at(name, f"there is no file {path}")
-    if table.token_file and (sentence := judge_file(Path(table.token_file))):
+    if table.enrol_token_file and (table.dialect != "native" or table.url == "embedded" or not table.token_file):
+        yield at("enrol_token_file", "needs a remote coordinator that speaks native, and token_file: where the key is put")
+    awaited = table.enrol_token_file and not os.path.lexists(table.token_file)
+    if table.token_file and not awaited and (sentence := judge_file(Path(table.token_file))):
         yield at("token_file", sentence)
 
 

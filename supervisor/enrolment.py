@@ -33,7 +33,7 @@ import msgspec
 from protocol.ids import is_safe_id
 from supervisor.config import SEARCH, find_config, load, state_dir
 from supervisor.config_edit import edit
-from supervisor.errors import ConfigError, LinkRefused, NoPermission, SupervisorError
+from supervisor.errors import ConfigError, ExitCode, LinkRefused, NoPermission, SupervisorError
 from supervisor.registration import TOKEN_FILE
 from supervisor.secrets import MAX_BYTES, judge_file
 from supervisor.settings import Settings
@@ -55,6 +55,12 @@ class NotEnrolled(SupervisorError):
     """The coordinator did not admit this worker, or could not be asked; nothing was changed here."""
 
     exit_code = LinkRefused.exit_code
+
+
+class NotReached(NotEnrolled):
+    """The coordinator could not be asked; the token is good still, and another start may help."""
+
+    exit_code = ExitCode.INTERNAL
 
 
 class Enrolled(NamedTuple):
@@ -190,6 +196,35 @@ def enrol(
     return Enrolled(address, answer.worker, key_file)
 
 
+def at_start(settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
+    """`[coordinator] enrol_token_file`: enrol before the first run, for machines that nobody logs in to.
+
+    worker.toml is left as it is: it names the file already in which the key is put.
+
+    Raises:
+        NotEnrolled: the coordinator refused, or could not be asked.
+        ConfigError, NoPermission: the token or a folder cannot be used.
+    """
+    table = settings.coordinator
+    key_file = Path(table.token_file)
+    if key_file.exists():
+        return
+    token, folder = read_token(Path(table.enrol_token_file)), state_dir(settings, environ)
+    page, _ = addresses(table.url)
+    _check_writable(key_file, folder)
+    name = StateFolder(folder).worker_id(settings.worker.name)
+    with _client(table.tls_ca) as client:
+        answer = _exchange(client, page, token, name)
+    write_atomically(key_file, answer.token.encode() + b"\n")
+    if answer.worker == name:
+        return
+    if settings.worker.name:
+        raise ConfigError(
+            [f'worker.name: the token admits "{answer.worker}"; its key is in {key_file}, change the name']
+        )
+    write_atomically(folder / "worker-id", answer.worker.encode() + b"\n")
+
+
 def addresses(url: str) -> tuple[str, str]:
     """The page to ask, and the socket for worker.toml. Raises ConfigError."""
     parts = urlsplit(url)
@@ -233,7 +268,7 @@ def _exchange(client: httpx.Client, page: str, token: str, name: str) -> _Answer
     try:
         response = client.post(page, json={"worker": name}, headers={"authorization": f"Bearer {token}"})
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
-        raise NotEnrolled(f"{page} cannot be reached: {error}. The token is good still.") from None
+        raise NotReached(f"{page} cannot be reached: {error}. The token is good still.") from None
     except httpx.HTTPError as error:
         lost = f"{page} was asked, but its answer did not come ({error or type(error).__name__})"
         raise NotEnrolled(f"{lost}. If the token is refused now, it was spent: make another one.") from None

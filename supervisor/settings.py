@@ -96,6 +96,7 @@ class CoordinatorTable(Table, frozen=True):
         listen: HOST:PORT of the embedded coordinator; port 0 takes a free one.
         dialect: protocol spoken with the coordinator.
         token_file: file that holds this worker's token (remote coordinator); mode 0600.
+        enrol_token_file: file with a one-time token, exchanged at the start for the one that token_file does not hold.
         tls_cert, tls_key: PEM files for the embedded coordinator's HTTPS.
         tls_ca: PEM file to trust for a remote coordinator.
         allow: keys of this file that the coordinator may change, such as "worker.labels" or "limits.*".
@@ -109,6 +110,7 @@ class CoordinatorTable(Table, frozen=True):
     listen: str = "127.0.0.1:8080"
     dialect: Literal["native", "studio", "goliat"] = "native"
     token_file: str = ""
+    enrol_token_file: str = ""
     tls_cert: str = ""
     tls_key: str = ""
     tls_ca: str = ""

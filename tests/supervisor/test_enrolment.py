@@ -18,8 +18,10 @@ from coordinator.studio_registry import Registrations
 from coordinator.testing import Running, running
 from supervisor.cli import main
 from supervisor.config import load
-from supervisor.enrolment import NotEnrolled, addresses, enrol
+from supervisor.enrolment import NotEnrolled, addresses, at_start, enrol
 from supervisor.errors import ConfigError, ExitCode, NoPermission
+from supervisor.settings import Settings
+from supervisor.state import StateFolder
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,46 @@ def test_a_worker_that_an_admin_refuses_is_told_so(there: Running, config: Path)
         enrol(there.url, "", config=config, environ={}, ask=refuse, pause_s=0.01)
     assert "\x1b" not in str(caught.value)
     assert main(["enrol", there.url, "x", "--ask", "--config", str(config)]) == ExitCode.BAD_CONFIG
+
+
+def started(there: Running, folder: Path, token: str, more: str = "") -> Settings:
+    """The settings of a machine that was given a token only, after its start."""
+    (folder / "token").write_text(token)
+    (folder / "token").chmod(0o600)
+    url = there.url.replace("http", "ws")
+    files = 'token_file = "key"\nenrol_token_file = "token"'
+    path = folder / "worker.toml"
+    path.write_text(f'[worker]\nstate_dir = "state"\n{more}\n[coordinator]\nurl = "{url}"\n{files}\n')
+    settings = load(path, {})
+    at_start(settings, {})
+    return settings
+
+
+def test_a_machine_enrols_at_its_first_start_and_not_again(there: Running, tokens: Enrolments, tmp_path: Path) -> None:
+    settings = started(there, tmp_path, tokens.create(60, worker="box11"))
+    key = there.coordinator.keys.find((tmp_path / "key").read_text().strip())
+    assert key is not None
+    assert key.worker == "box11"
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    assert StateFolder(tmp_path / "state").worker_id("") == "box11"
+    (tmp_path / "token").unlink()
+    at_start(settings, {})
+    assert load(tmp_path / "worker.toml", {}).coordinator.token_file == str(tmp_path / "key")
+
+
+def test_a_name_that_is_not_the_tokens_is_told(there: Running, tokens: Enrolments, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='the token admits "box12"'):
+        started(there, tmp_path, tokens.create(60, worker="box12"), 'name = "other"')
+    assert (tmp_path / "key").exists()
+
+
+def test_a_start_without_a_good_token_ends(there: Running, tmp_path: Path) -> None:
+    with pytest.raises(NotEnrolled, match="unknown") as caught:
+        started(there, tmp_path, "bhe_" + "a" * 43)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    (tmp_path / "token").unlink()
+    with pytest.raises(ConfigError, match="enrolment token"):
+        at_start(load(tmp_path / "worker.toml", {}), {})
+    (tmp_path / "worker.toml").write_text('[coordinator]\nenrol_token_file = "token"\n')
+    with pytest.raises(ConfigError, match="enrol_token_file"):
+        load(tmp_path / "worker.toml", {})
