@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from coordinator import cli_doctor, cli_jobs, cli_keys, cli_service, cli_usage, logs
+from coordinator import cli_deploy, cli_doctor, cli_jobs, cli_keys, cli_service, cli_usage, logs
 from coordinator import config as configuration
 from coordinator.blobs_opening import BlobsRefusal, open_blobs
+from coordinator.cli_http import AskError
 from coordinator.config import STORE_VARIABLE
 from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
 from coordinator.register import Register, open_register
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Refusal, TraceRefusal, KeyRefusal, RegistrationRefusal) as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return BAD_CONFIG
-    except cli_jobs.JobsError as error:
+    except AskError as error:
         print(f"coordinator: {error}", file=sys.stderr)
         return FAILED
     except StoreBusy as error:
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_doctor.add_parser(commands, shared)
     cli_service.add_parser(commands, shared, _Parser)
     cli_jobs.add_parser(commands, shared, _Parser)
+    cli_deploy.add_parsers(commands, shared, _Parser)
     migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
     migrate.add_argument(
         "--from", dest="source", required=True, metavar="sqlite:PATH", help="no coordinator may use it"

@@ -191,17 +191,6 @@ def checked(asked: Asked) -> Asked:
     return asked
 
 
-def parse_on(words: list[str]) -> dict[str, str]:
-    """`gpu=L40S trusted=true` as `on`. Raises FaultError(invalid_parameter)."""
-    found: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key or not value:
-            raise refuse("invalid_parameter", f"--on {word}: write KEY=VALUE, such as gpu=L40S or trusted=true.", "on")
-        found[key] = value
-    return found
-
-
 def _is_number(text: str) -> bool:
     try:
         return 0 <= float(text) < 1e6

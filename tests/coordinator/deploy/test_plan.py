@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from coordinator.deploy.plan import GIVEN_UP_AFTER, GRACE_MS, Changes, due, plan
-from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, checked, parse_on, why_not
+from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, checked, why_not
 from protocol.faults import FaultError
 from protocol.link_wire import Capabilities, Gpu
 
@@ -233,9 +233,3 @@ def test_a_revision_is_the_bytes_and_how_they_are_loaded() -> None:
     assert asked(1).revision == asked(5).revision
     assert asked(sha256=OTHER).revision != asked().revision
     assert asked(options={"n_ctx": 4096}).revision != asked().revision
-
-
-def test_on_is_read_as_words() -> None:
-    assert parse_on(["gpu=L40S", "trusted=true"]) == {"gpu": "L40S", "trusted": "true"}
-    with pytest.raises(FaultError, match="KEY=VALUE"):
-        parse_on(["L40S"])
