@@ -271,7 +271,9 @@ def _check_coordinator(table: CoordinatorTable, environ: Mapping[str, str]) -> I
         if (path := getattr(table, name)) and not os.path.isfile(path):
             yield at(name, f"there is no file {path}")
     if table.enrol_token_file and (table.dialect != "native" or table.url == "embedded" or not table.token_file):
-        yield at("enrol_token_file", "needs a remote coordinator that speaks native, and token_file: where the key is put")
+        yield at(
+            "enrol_token_file", "needs a remote native coordinator, and token_file, which says where the key is put"
+        )
     awaited = table.enrol_token_file and not os.path.lexists(table.token_file)
     if table.token_file and not awaited and (sentence := judge_file(Path(table.token_file))):
         yield at("token_file", sentence)
