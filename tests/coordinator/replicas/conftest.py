@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from coordinator.testing import Running, running
-from tests.coordinator.replicas.rig import SECRET, until
+from tests.coordinator.replicas.rig import SECRET, Start, until
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,6 @@ def database() -> Iterator[str]:
         pytest.skip(reason)
     with postgres_server() as server, server.space() as url:
         yield url
-
-
-Start = Callable[[], Running]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from coordinator.testing import Running
+
 PATIENCE_S = 30.0
+Start = Callable[[], Running]
 SECRET = "a-secret-of-all-replicas"
 
 

@@ -12,12 +12,14 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
 
+from coordinator.replicas import frames
 from coordinator.replicas.replicas import Replicas
 from coordinator.testing import FakeWorker, OfferedJob, Running
 from coordinator.testing_link import RawWorker
 from protocol import link_wire as wire
-from tests.coordinator.replicas.rig import PATIENCE_S, until
+from tests.coordinator.replicas.rig import PATIENCE_S, Start, until
 
 _numbers = itertools.count(1)
 Two = tuple[Running, Running]
@@ -229,3 +231,56 @@ def test_an_end_that_nobody_told_of_is_found_in_the_database(two: Two, monkeypat
         assert deltas(lines) == "".join(f"w{n} " for n in range(20))
     else:  # this replica has not heard that the model is served
         assert all_.status_code in (404, 503)
+
+
+def test_a_drained_replica_hands_its_workers_over_without_a_lost_token(two: Two, start: Start) -> None:
+    """The client stays where it hangs; the worker goes elsewhere and says again what was not acknowledged."""
+    here, _ = two
+    old = start()
+    until(lambda: all(peer.connected for one in (here, old) for peer in replicas(one).peers))
+    until(lambda: replicas(old).name in [peer.name for peer in replicas(here).peers if peer.connected])
+    name = model()
+    with ThreadPoolExecutor(1) as pool, RawWorker(port(old), name, old.worker_token) as worker:
+        worker.hello(*offer(name))
+
+        def follow() -> list[str]:
+            with httpx.Client(base_url=old.url, headers=old.headers, timeout=PATIENCE_S) as client:
+                with client.stream("POST", "/v1/chat/completions", json=chat(name, stream=True)) as answer:
+                    return list(answer.iter_lines())
+
+        lines = pool.submit(follow)
+        job = worker.take()
+        for seq in range(3):
+            worker.chunk(job, seq)
+        until(lambda: old.coordinator.parts.dispatcher.counters.events["chunks"] == 3)
+        old.call(old.coordinator.hand_over)
+        assert worker.expect_close() == (None, 1001)
+        assert httpx.get(f"{old.url}/healthz").status_code == 503
+        with pytest.raises(InvalidStatus, match="503"):
+            RawWorker(port(old), name, old.worker_token)
+        with RawWorker(port(here), name, old.worker_token) as again:
+            again.hello(*offer(name), held=(wire.Held(job.job, job.attempt, True),))
+            for seq in range(1, 5):  # the acknowledgements of 1 and 2 were lost, say
+                again.chunk(job, seq)
+            assert again.complete(job, {"content": "w0w1w2w3w4"}).verdict == "stored"
+        assert deltas(lines.result(PATIENCE_S)) == "w0w1w2w3w4"
+        assert "data: [DONE]" in lines.result()
+
+
+def test_what_was_lost_between_replicas_comes_with_the_end(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow peer drops tokens: the client sees those before the gap, silence, and the rest with the end."""
+    here, there = two
+    name = model()
+    peer = next(peer for peer in replicas(there).peers if peer.name == replicas(here).name)
+    push = peer.push
+
+    def lossy(frame: frames.Frame, *, urgent: bool = False) -> bool:
+        return not (isinstance(frame, frames.ChunkFrame) and 3 <= frame.seq < 6) and push(frame, urgent=urgent)
+
+    monkeypatch.setattr(peer, "push", lossy)
+    with FakeWorker(there, offer(name), words, name), httpx.Client(headers=here.headers, timeout=PATIENCE_S) as client:
+        serving(name, here)
+        with client.stream("POST", f"{here.url}/v1/chat/completions", json=chat(name, stream=True)) as answer:
+            lines = list(answer.iter_lines())
+    assert deltas(lines) == "".join(f"w{n} " for n in range(20))
+    assert "data: [DONE]" in lines
