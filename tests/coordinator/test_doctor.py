@@ -39,9 +39,8 @@ def test_what_hangs_and_what_breaks_is_a_finding() -> None:
         never.wait(30)
         yield ok("x", "Too late.")
 
-    def breaks(_: Patient) -> Iterator[Finding]:
+    def breaks(_: Patient) -> list[Finding]:
         raise OSError("The disk\nsmokes.")
-        yield
 
     found = examine(HERE, (Check("x", hangs, within_s=0.05), Check("y", breaks)))
     never.set()

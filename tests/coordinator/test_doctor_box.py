@@ -23,7 +23,7 @@ def patient(tmp_path: Path, **options: Any) -> Patient:
 
 
 def one(findings: Any, name: str) -> Finding:
-    (found,) = [finding for finding in findings if finding.name == name]
+    found: Finding = next(finding for finding in findings if finding.name == name)
     return found
 
 
