@@ -40,12 +40,13 @@ class KeptFiles:
 
         Args:
             data: its bytes.
-            record: without blob, size and digest.
+            record: without blob and size; its digest, when it has one, is what the bytes must have.
             limit: most bytes it may have.
             bounded: whether the tenant's bound counts; what a batch has made is never thrown away for it.
 
         Raises:
-            FaultError: payload_too_large (this file, or all of the tenant's), storage_full.
+            FaultError: payload_too_large (this file, or all of the tenant's), storage_full, invalid_request (another
+                digest).
 
         Cancellation: nothing stays behind.
         """
@@ -55,8 +56,11 @@ class KeptFiles:
         if room <= 0:
             raise _tenant_full(self._tenant_bytes)
         try:
-            blob = await self._blobs.put(data, min(limit, room))
+            blob = await self._blobs.put(data, min(limit, room), record.sha256)
         except FaultError as error:
+            if error.fault.code == "upload_failed":
+                message = "file: The bytes that came have another sha256 than x-content-sha256 says; send them again."
+                raise refuse("invalid_request", message, "file") from None
             if error.fault.code == "payload_too_large" and room < limit:
                 raise _tenant_full(self._tenant_bytes) from None
             raise

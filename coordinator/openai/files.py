@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from protocol.faults import refuse
 # What something here reads, or what its owner wants back as it is.
 OUTPUT = "batch_output"  # what a batch made
 PURPOSES = ("batch", "user_data")
+SHA256 = "x-content-sha256"  # of the file in the form, for who wants it checked on the way
 LIST_LIMIT = 10_000
 BATCH_KEEP_S = 30 * 86_400  # OpenAI's own default for this purpose
 KEEP_S = (3600, 30 * 86_400)
@@ -46,6 +48,9 @@ async def upload(request: Request) -> Response:
         raise refuse("unsupported_media_type", "Expected a body of type multipart/form-data with the file in it.")
     limit = MAX_FILE_BYTES + FIELDS_BYTES + ENVELOPE_BYTES
     check_length(request, limit)
+    digest = request.headers.get(SHA256, "").lower()
+    if digest and not re.fullmatch("[0-9a-f]{64}", digest):
+        raise refuse("invalid_parameter", f"{SHA256}: Expected 64 hexadecimal digits.", SHA256)
     files, tenant = services(request).files, caller(request).tenant
     fields: dict[str, str] = {}
     kept: FileRecord | None = None
@@ -63,7 +68,7 @@ async def upload(request: Request) -> Response:
                         purpose="",
                         blob="",
                         size=0,
-                        sha256="",
+                        sha256=digest,
                     )
                     async with aclosing(part_pieces(events)) as pieces:
                         kept = await files.receive(pieces, draft)
@@ -164,11 +169,12 @@ async def _find(request: Request) -> FileRecord:
 
 
 def to_file(record: FileRecord) -> dict[str, Any]:
-    """OpenAI's file object."""
+    """OpenAI's file object, and the digest of the bytes as they lie here."""
     return {
         "id": record.id,
         "object": "file",
         "bytes": record.size,
+        "sha256": record.sha256,
         "created_at": record.created_ms // 1000,
         "expires_at": record.expires_ms // 1000 if record.expires_ms else None,
         "filename": record.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,3 +123,16 @@ def test_sizes_are_bounded(served: Any, http: httpx.Client, monkeypatch: pytest.
 def test_queries_are_checked(http: httpx.Client, query: str, field: str) -> None:
     answer = http.get(f"/v1/files?{query}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_a_digest_goes_with_a_file_both_ways(ai: openai.OpenAI, served: Any) -> None:
+    digest = hashlib.sha256(DATA).hexdigest()
+    said = {"x-content-sha256": digest.upper()}
+    made = ai.files.create(file=("a.jsonl", DATA), purpose="batch", extra_headers=said)
+    assert made.to_dict()["sha256"] == digest
+    folder = served.coordinator.parts.blobs.path("blob_" + "0" * 26).parent
+    before = set(folder.iterdir())
+    for header, words in (("0" * 64, "another sha256"), ("abc", "64 hexadecimal digits")):
+        with pytest.raises(openai.BadRequestError, match=words):
+            ai.files.create(file=("a.jsonl", DATA), purpose="batch", extra_headers={"x-content-sha256": header})
+    assert set(folder.iterdir()) == before
