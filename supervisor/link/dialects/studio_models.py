@@ -42,7 +42,8 @@ from supervisor.pull import entry, run_pull
 from supervisor.pull_source import folder_name
 from supervisor.pull_wire import Event, Finished, Note, Plan, Progress, Request, Wanted
 from supervisor.roster import Origin
-from supervisor.settings import ModelTable, StudioTable
+from supervisor.settings import ModelTable
+from supervisor.settings_dialects import StudioTable
 from supervisor.state import write_atomically
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from supervisor.model_guess import Guess
 from supervisor.model_store import Store
 from supervisor.pull_wire import Finished, Plan, Progress, Request
 from supervisor.roster import Origin
-from supervisor.settings import ModelTable, StudioTable
+from supervisor.settings import ModelTable
+from supervisor.settings_dialects import StudioTable
 from tests.supervisor.stand_in_hub import Site, serving
 
 DATA = b"a model of no known kind" * 100
