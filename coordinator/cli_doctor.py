@@ -15,7 +15,7 @@ CHECKS = (
     Check("store", doctor_store.store, within_s=30.0),
     Check("state", doctor_box.state),
     Check("disk", doctor_box.disk),
-    Check("blobs", doctor_box.blobs),
+    Check("blobs", doctor_box.blobs, within_s=40.0),
     Check("port", doctor_box.port),
     Check("certificate", doctor_box.tls),
     Check("limits", doctor_box.limits),

@@ -10,10 +10,12 @@ import shutil
 import socket
 import ssl
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from coordinator.blobs_opening import S3, BlobsRefusal, open_blobs
 from coordinator.doctor import Finding, Patient, bad, ok, warn
 from coordinator.keys import FILE_NAME
 
@@ -56,7 +58,7 @@ def _open_to_others(path: Path) -> str:
 def disk(patient: Patient) -> Iterator[Finding]:
     """There is room for jobs and files."""
     seen: set[int] = set()
-    for name, folder in (("disk of state", patient.state), ("disk of blobs", patient.state / BLOBS)):
+    for name, folder in (("disk of state", patient.state), ("disk of blobs", _blob_folder(patient))):
         near = _nearest(folder)
         if (device := near.stat().st_dev) in seen:
             continue
@@ -83,14 +85,29 @@ def _nearest(folder: Path) -> Path:
 
 
 def blobs(patient: Patient) -> Iterator[Finding]:
-    """Files of jobs can be left and fetched."""
-    folder = patient.state / BLOBS
+    """Files of jobs can be left and fetched; in S3 a small object is written and deleted again."""
+    settings = patient.config.blobs
+    if settings.url.startswith(S3):
+        try:
+            with tempfile.TemporaryDirectory() as drafts:
+                open_blobs(settings, Path(drafts))
+        except (BlobsRefusal, OSError, ValueError) as error:
+            yield bad("blobs", f"{settings.url} cannot be used: {str(error).splitlines()[0]}", "Correct [blobs].")
+        else:
+            yield ok("blobs", f"{settings.url} takes, gives, lists and deletes objects.")
+        return
+    folder = _blob_folder(patient)
     if not folder.exists():
         yield ok("blobs", f"{folder} does not exist yet; the first start makes it.")
     elif os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         yield ok("blobs", f"{folder} can be written.")
     else:
         yield bad("blobs", f"{folder} cannot be written by this user.", "Run as the coordinator's user, or chown.")
+
+
+def _blob_folder(patient: Patient) -> Path:
+    url = patient.config.blobs.url
+    return Path(url) if url and not url.startswith(S3) else patient.state / BLOBS
 
 
 def port(patient: Patient) -> Iterator[Finding]:

@@ -12,7 +12,8 @@ import msgspec
 
 from coordinator.records import AttemptRecord, JobRecord
 from coordinator.store.rows import FAIR_TURN, FORGOTTEN, Row, record, turn_step
-from coordinator.store.sql_steps import SqlSteps, whole
+from coordinator.store.sql_steps import whole
+from coordinator.store.sql_usage import SqlUsage
 from protocol.faults import Fault, refuse
 
 MOST_ATTEMPTS = 100  # in one answer
@@ -21,7 +22,7 @@ _pack = msgspec.msgpack.encode
 _fault = msgspec.msgpack.Decoder(Fault).decode
 
 
-class SqlHistory(SqlSteps):
+class SqlHistory(SqlUsage):
     """The part of a store that remembers attempts."""
 
     def _keep_attempt(
@@ -80,6 +81,7 @@ class SqlHistory(SqlSteps):
                 raise refuse("conflict", "The job's content was deleted, so there is nothing to try again.", "id")
             if row["worker"] and row["started_ms"] is not None:
                 self._keep_attempt(row, "failed", _fault(row["fault"]), row["finished_ms"])
+            self._uncount(record(row))
             return record(self._again(row, now))
 
     def _again(self, row: Row, now: int) -> Row:

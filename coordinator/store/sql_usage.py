@@ -55,6 +55,10 @@ class SqlUsage(SqlSteps):
         """Count what a job that was cancelled before had used, as its worker says now."""
         self._append_usage(added_up([(whose(cancelled, now), late_amounts(cancelled))]))
 
+    def _uncount(self, failed: JobRecord) -> None:
+        """A job that failed is tried again, so it has not ended. The time that it held a slot was used, and stays."""
+        self._append_usage(added_up([(whose(failed, failed.finished_ms or 0), {"failed": -1})]))
+
     def _append_usage(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             self._all(APPEND, **row)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from coordinator import doctor_box
+from coordinator.blobs_opening import BlobsConfig, BlobsRefusal
 from coordinator.config import Config
 from coordinator.doctor import Finding, Patient
 from coordinator.testing import Running
@@ -43,6 +44,25 @@ def test_the_folder_and_its_secrets_are_for_us_alone(tmp_path: Path) -> None:
 def test_a_new_coordinator_has_no_folder_yet(tmp_path: Path) -> None:
     where = patient(tmp_path / "new")
     assert [finding.verdict for finding in (*doctor_box.state(where), *doctor_box.blobs(where))] == ["ok", "ok"]
+
+
+def test_files_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    (found,) = doctor_box.blobs(patient(tmp_path, blobs=BlobsConfig(url=str(tmp_path / "shared"))))
+    assert found.sentence == f"{tmp_path / 'shared'} can be written."
+    opened: list[str] = []
+    monkeypatch.setattr(doctor_box, "open_blobs", lambda settings, _: opened.append(settings.url))
+    bucket = patient(tmp_path, blobs=BlobsConfig(url="s3://bucket"))
+    assert [finding.verdict for finding in doctor_box.blobs(bucket)] == ["ok"]
+    assert opened == ["s3://bucket"]
+
+    def refused(*_: object) -> None:
+        raise BlobsRefusal("blobs.url: NoSuchBucket. Make the bucket, or correct blobs.url.")
+
+    monkeypatch.setattr(doctor_box, "open_blobs", refused)
+    (found,) = doctor_box.blobs(bucket)
+    assert found.verdict == "bad"
+    assert "NoSuchBucket" in found.sentence
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,21 @@ def test_a_failed_attempt_that_is_tried_again_is_no_end(store: Store) -> None:
     assert total(store)["busy_ms"] == 0
 
 
+def test_a_failed_job_that_is_tried_again_is_one_job(store: Store) -> None:
+    submit(store, "a")
+    one = start(store)
+    store.shift_clock(300)
+    store.fail("a", one.attempt, "w", WRONG)
+    store.fold_usage()
+    store.shift_clock(2 * DAY_MS)
+    assert store.retry("a", "default") is not None
+    assert counts(store) == (0, 0, 0)
+    assert total(store)["busy_ms"] >= 300  # that time was used
+    two = start(store)
+    store.complete("a", two.attempt, "w", Outcome(b"\x80"))
+    assert counts(store) == (1, 0, 0)
+
+
 def test_what_a_cancelled_job_used_is_counted_late_and_once(store: Store) -> None:
     submit(store, "a")
     one = start(store)
