@@ -50,8 +50,6 @@ def start(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def two(start: Start) -> tuple[Running, Running]:
     """Two replicas that have found each other."""
     pair = start(), start()
-    for one in pair:
-        replicas = one.coordinator.replicas
-        assert replicas is not None
-        until(lambda replicas=replicas: any(peer.connected for peer in replicas.peers))
+    both = [one.coordinator.replicas for one in pair]
+    until(lambda: all(found is not None and any(peer.connected for peer in found.peers) for found in both))
     return pair

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import anyio
+
 from coordinator.testing import Running
 
 PATIENCE_S = 30.0
@@ -19,3 +21,9 @@ def until(condition: Callable[[], object]) -> None:
         if time.monotonic() > end:
             raise TimeoutError("it did not come true")
         time.sleep(0.01)
+
+
+async def came_true(condition: Callable[[], object]) -> None:
+    """`until` on an event loop; within somebody else's bound."""
+    while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        await anyio.sleep(0.005)

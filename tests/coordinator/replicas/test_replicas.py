@@ -41,8 +41,11 @@ def replicas(one: Running) -> Replicas:
 
 def serving(name: str, *there: Running) -> None:
     """Wait until all of these know that somebody serves the model."""
-    for one in there:
-        until(lambda one=one: any(served.name == name for served in one.coordinator.parts.dispatcher.models()))
+
+    def known(one: Running) -> bool:
+        return any(served.name == name for served in one.coordinator.parts.dispatcher.models())
+
+    until(lambda: all(known(one) for one in there))
 
 
 def chat(name: str, **more: Any) -> dict[str, Any]:
