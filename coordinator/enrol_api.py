@@ -26,7 +26,7 @@ from starlette.routing import Route
 from coordinator.access import bearer
 from coordinator.enrolments import Enrolments
 from coordinator.errors import Json
-from coordinator.studio import RATE_S, Rate
+from coordinator.studio import RATE_S, THREADS, Rate
 from coordinator.studio_registry import Registrations, TooManyPending
 from coordinator.workers_api import body_of
 from protocol.faults import refuse
@@ -49,7 +49,7 @@ class _Enrol(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def enrol_routes(enrolments: Enrolments, registrations: Registrations, asked: int = ASKED) -> list[Route]:
     """The routes over these tokens and requests."""
-    rate = Rate(anyio.current_time, asked)
+    rate, threads = Rate(anyio.current_time, asked), anyio.CapacityLimiter(THREADS)
 
     def slowed(request: Request) -> str:
         """The caller's address. Raises FaultError(rate_limited)."""
@@ -67,7 +67,7 @@ def enrol_routes(enrolments: Enrolments, registrations: Registrations, asked: in
             raise refuse("unauthorized", "The enrolment token is required: send Authorization: Bearer TOKEN.")
         body = await body_of(request, _Enrol)
         # A thread that has begun is not abandoned: the key is made, so its answer should be sent.
-        worker, secret = await run_sync(enrolments.use, token, body.worker, address)
+        worker, secret = await run_sync(enrolments.use, token, body.worker, address, limiter=threads)
         return Json({"worker": worker, "token": secret}, status_code=201, headers={"cache-control": "no-store"})
 
     async def ask(request: Request) -> Response:
@@ -80,7 +80,7 @@ def enrol_routes(enrolments: Enrolments, registrations: Registrations, asked: in
         secret = bytes.fromhex(body.secret_sha256)
         note = partial(registrations.request, body.worker, address, secret, body.version, said, "native")
         try:
-            number, created = await run_sync(note)
+            number, created = await run_sync(note, limiter=threads)
         except TooManyPending as error:
             raise refuse("rate_limited", str(error), retry_after_s=60) from None
         return Json({"id": number, "status": "pending"}, status_code=201 if created else 200)
@@ -88,7 +88,8 @@ def enrol_routes(enrolments: Enrolments, registrations: Registrations, asked: in
     async def poll(request: Request) -> Response:
         """How a request stands. A wrong secret and an unknown id look alike."""
         secret = bearer(request.headers.get("authorization", ""))
-        polled = await run_sync(registrations.poll, request.path_params["id"], secret) if secret else None
+        number = request.path_params["id"]
+        polled = await run_sync(registrations.poll, number, secret, limiter=threads) if secret else None
         if polled is None:
             raise refuse("not_found", "There is no such request, or the secret is another one; ask again.")
         found = {"status": polled.state, "worker": polled.worker, "token": polled.token, "reason": polled.reason}

@@ -41,6 +41,7 @@ BASE = "/graphics/api"
 REGISTER_BYTES = 256 * 2**10
 RATE_S = 60.0
 MAX_ADDRESSES = 10_000
+THREADS = 4  # that strangers may keep busy with a register that is slow
 
 
 class _Request(msgspec.Struct, frozen=True, rename="camel"):
@@ -99,6 +100,7 @@ class Studio:
         self.rate = Rate(anyio.current_time, self.settings.asked)
         self._dispatcher, self._blobs, self._sources = dispatcher, blobs, sources or {}
         self._doors = doors or Doors(lambda _worker: True)
+        self._threads = anyio.CapacityLimiter(THREADS)
         self._sessions: dict[str, StudioSession] = {}
 
     def routes(self) -> list[BaseRoute]:
@@ -129,7 +131,13 @@ class Studio:
         secret = bytes.fromhex(asked.registration_secret_hash)
         try:
             number, created = await run_sync(
-                self.registrations.request, asked.install_id, address, secret, asked.user_agent, known
+                self.registrations.request,
+                asked.install_id,
+                address,
+                secret,
+                asked.user_agent,
+                known,
+                limiter=self._threads,
             )
         except TooManyPending as error:
             raise refuse("rate_limited", str(error), retry_after_s=60) from None
@@ -140,7 +148,7 @@ class Studio:
         secret = bearer(request.headers.get("authorization", ""))
         if not secret:
             raise refuse("unauthorized", "The registration secret is required: Authorization: Bearer SECRET.")
-        polled = await run_sync(self.registrations.poll, request.path_params["id"], secret)
+        polled = await run_sync(self.registrations.poll, request.path_params["id"], secret, limiter=self._threads)
         if polled is None:
             raise refuse("not_found", "There is no such registration request; ask again.")
         headers = {"cache-control": "no-store"}

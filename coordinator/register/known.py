@@ -33,6 +33,7 @@ audit = logging.getLogger("coordinator.audit")
 POLL_S = 0.4
 CACHE_S = 1.0  # how old the picture may be where nobody polls
 STALE_S = 300.0
+ANSWER_S = 5.0  # a database that says nothing for so long is away
 REPLICAS_S = 5.0
 _COLUMNS = "prefix, scope, tenant, name, worker, created_ms, revoked_ms, rpm, concurrent, models"
 
@@ -107,6 +108,7 @@ class Known:
         self._read_at = float("-inf")
         self._reading = threading.Lock()
         self._turn = anyio.Lock()
+        self._thread = anyio.CapacityLimiter(1)  # one that hangs keeps its place: the next does not hang beside it
         self._begun = 0
         self._failure: Exception | None = None
         self.watched = False
@@ -186,14 +188,20 @@ class Known:
                 self._begun += 1
                 self._failure = None
                 try:
-                    await run_sync(self.refresh, abandon_on_cancel=True)
-                except (StoreError, FaultError) as error:
+                    with anyio.fail_after(ANSWER_S):
+                        await run_sync(self.refresh, limiter=self._thread, abandon_on_cancel=True)
+                except (StoreError, FaultError, TimeoutError) as error:
                     self._failure = error
             failure = self._failure
         if failure is not None:
             log.debug("The register cannot be read: %s", failure)
             raise _away() from failure
         self.tell()
+
+    async def _count(self) -> int:
+        with anyio.move_on_after(ANSWER_S):
+            return await run_sync(self.register.replicas, limiter=self._thread, abandon_on_cancel=True)
+        return self.replicas
 
     def tell(self) -> None:
         """Tell those who care when something has changed since they were told."""
@@ -210,7 +218,7 @@ class Known:
                 try:
                     await self.fresh()
                     if time.monotonic() - counted >= REPLICAS_S:
-                        self.replicas = await run_sync(self.register.replicas, abandon_on_cancel=True)
+                        self.replicas = await self._count()
                         counted = time.monotonic()
                     if self._away:
                         log.info("The register of keys can be read again")

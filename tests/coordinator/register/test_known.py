@@ -125,6 +125,32 @@ async def test_a_watcher_survives_a_database_that_goes_away(
     assert caplog.text.count("cannot be read") == 1
 
 
+async def test_a_database_that_hangs_keeps_nobody_waiting(make: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    keys, hang, hanging = Keys(make()), threading.Event(), 0
+    secret = keys.create("client")
+    assert await keys.look_up(secret) is not None
+    real = keys.known.refresh
+
+    def refresh() -> None:
+        nonlocal hanging
+        hanging += 1
+        assert hang.wait(20)
+        real()
+
+    monkeypatch.setattr(keys.known, "refresh", refresh)
+    keys.known.watched = True
+    try:
+        with trio.fail_after(15):
+            for number in range(3):
+                with pytest.raises(FaultError, match="try again"):
+                    await keys.look_up(f"bhc_{number:043d}")
+                assert await keys.look_up(secret) is not None
+        assert hanging == 1  # no thread hangs beside the first
+    finally:
+        hang.set()
+
+
 def test_a_register_put_back_from_a_backup_is_read_anew(make: Open) -> None:
     keys = Keys(make())
     old = keys.create("client")
