@@ -80,7 +80,7 @@ def whose(record: JobRecord, now_ms: int) -> Whose:
 
 
 def _measured(usage: Mapping[str, float]) -> dict[str, int]:
-    return {column: _whole(usage.get(key, 0.0) * scale) for column, (key, scale) in _MEASURED.items()}
+    return {column: _whole(usage[key] * scale) for column, (key, scale) in _MEASURED.items() if key in usage}
 
 
 def _busy_ms(record: JobRecord) -> int:

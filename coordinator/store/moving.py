@@ -116,14 +116,14 @@ def _begin(connection: Connection, name: str) -> int:
 
 
 def _insert(connection: Connection, table: str, rows: Sequence[Any]) -> None:
-    names = rows[0].keys()
+    names = list(rows[0])
     statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
         sql.Identifier(table),
         sql.SQL(", ").join(map(sql.Identifier, names)),
         sql.SQL(", ").join(sql.Placeholder() * len(names)),
     )
     with connection.cursor() as cursor:
-        cursor.executemany(statement, [tuple(row) for row in rows])
+        cursor.executemany(statement, [tuple(row.values()) for row in rows])
 
 
 def _verified(store: SqliteStore, connection: Connection) -> dict[str, int]:

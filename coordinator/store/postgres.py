@@ -30,9 +30,9 @@ from coordinator.store.needs import NO_LIMIT_GB
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.postgres_schema import MIGRATIONS
 from coordinator.store.rows import Row, record
-from coordinator.store.sql import SqlStore, in_turn
+from coordinator.store.sql import SqlStore, in_turn, once_each
 from coordinator.store.sql_steps import whole
-from coordinator.store.sql_usage import APPEND_ALL, FOLD, FOLD_ALL
+from coordinator.store.sql_usage import APPEND, APPEND_ALL, FOLD, FOLD_ALL
 from coordinator.store.sql_vitals import gauges_of_postgres
 
 T = TypeVar("T")
@@ -219,14 +219,7 @@ class PostgresStore(SqlStore):
         return in_turn(claimed, now)
 
     def _accept_all(self, held: Sequence[Held], now: int) -> list[bool]:
-        rows = self._all(_ACCEPT, now=now, **_names(held))
-        left = {(row["id"], row["attempt"], row["worker"]) for row in rows}
-        answers = []
-        for one in held:
-            key = (one.job, one.attempt, one.worker)
-            answers.append(key in left)
-            left.discard(key)  # said twice, it was accepted once
-        return answers
+        return once_each(held, self._all(_ACCEPT, now=now, **_names(held)))
 
     def _complete_all(self, done: Sequence[Done], now: int) -> list[Ending]:
         """All at once; what that did not change is looked at one by one."""
@@ -246,7 +239,9 @@ class PostgresStore(SqlStore):
         ]
 
     def _append_usage(self, rows: Sequence[dict[str, Any]]) -> None:
-        if rows:
+        if len(rows) == 1:  # as nearly always: twenty arrays of one cost more than the row
+            self._all(APPEND, **rows[0])
+        elif rows:
             self._all(APPEND_ALL, **{f"all_{name}": [row[name] for row in rows] for name in rows[0]})
 
     def _gauges(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from coordinator.records import JobRecord, JobState, StoredFile, StoredInput, Submission
-from coordinator.store.base import Failing
+from coordinator.store.base import Failing, Outcome
 from coordinator.store.needs import needs_of
 from protocol.faults import Fault, refuse
 
@@ -115,6 +115,19 @@ def failing(row: Row, *, streamed: bool) -> Failing:
         deadline_at_ms=row["deadline_at_ms"],
         crashes=row["crashes"],
         spared=row["spared"],
+    )
+
+
+def succeeded(running: JobRecord, outcome: Outcome, now: int) -> JobRecord:
+    """A running row after its success, as it would be read."""
+    return msgspec.structs.replace(
+        running,
+        state="succeeded",
+        result=outcome.result,
+        files=outcome.files,
+        usage=outcome.usage,
+        finished_ms=now,
+        fault=None,
     )
 
 

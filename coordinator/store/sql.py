@@ -53,6 +53,17 @@ def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
     return [(record(row), row["deadline_at_ms"] - now if row["deadline_at_ms"] else 0) for row in ordered]
 
 
+def once_each(held: Sequence[Held], accepted: Sequence[Row]) -> list[bool]:
+    """Which were accepted, by the rows that changed; what is said twice was accepted once."""
+    left = {(row["id"], row["attempt"], row["worker"]) for row in accepted}
+    answers = []
+    for one in held:
+        key = (one.job, one.attempt, one.worker)
+        answers.append(key in left)
+        left.discard(key)
+    return answers
+
+
 class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, SqlLots):
     """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
 

@@ -20,7 +20,8 @@ _PLACES = ", ".join(f":{name}" for name in (*DIMENSIONS, *AMOUNTS))
 _OWNER = ", ".join(DIMENSIONS)
 SUMS = ", ".join(f"CAST(sum({name}) AS BIGINT) AS {name}" for name in AMOUNTS)
 ADD = ", ".join(f"{name} = usage_days.{name} + excluded.{name}" for name in AMOUNTS)
-APPEND = f"INSERT INTO usage_fresh ({NAMES}) VALUES ({_PLACES}) RETURNING seq"
+APPEND_ONE = f"INSERT INTO usage_fresh ({NAMES}) VALUES ({_PLACES})"
+APPEND = f"{APPEND_ONE} RETURNING seq"
 _LAST = "SELECT max(seq) AS last FROM (SELECT seq FROM usage_fresh ORDER BY seq LIMIT :most) AS due"
 _MOVE = (
     f"INSERT INTO usage_days ({NAMES}) SELECT {_OWNER}, {SUMS} FROM usage_fresh WHERE seq <= :last "

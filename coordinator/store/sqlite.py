@@ -15,13 +15,42 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.store.base import Beat, Claimed, StoreError, Want
+import msgspec
+
+from coordinator.store.base import Beat, Claimed, Done, Ending, Held, StoreError, Want
 from coordinator.store.needs import NO_LIMIT_GB
-from coordinator.store.sql import SqlStore, in_turn
+from coordinator.store.rows import Row, record, succeeded
+from coordinator.store.sql import SqlStore, in_turn, once_each
+from coordinator.store.sql_usage import APPEND_ONE
 from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
 from coordinator.store.sqlite_schema import CLOCK
 
-Row = sqlite3.Row
+_pack = msgspec.msgpack.encode
+_ACCEPT = """
+    UPDATE jobs SET state = 'running', worker = held.worker, tries = tries + 1, started_ms = :now
+    FROM (SELECT value ->> 0 AS id, value ->> 1 AS attempt, value ->> 2 AS worker FROM json_each(:held)) AS held
+    WHERE jobs.id = held.id AND jobs.attempt = held.attempt AND state = 'offered'
+    RETURNING id, attempt, worker
+"""
+_RUNNING = "SELECT * FROM jobs WHERE id IN (SELECT value FROM json_each(:ids)) AND state = 'running'"
+_SUCCEED = (
+    "UPDATE jobs SET state = 'succeeded', result = ?, files = ?, usage = ?, finished_ms = ?, fault = NULL WHERE seq = ?"
+)
+
+
+class Named:
+    """Rows as dicts: sqlite3.Row looks a name up by going through all columns, and a job has forty of them."""
+
+    def __init__(self) -> None:
+        self._columns: Any = None
+        self._names: list[str] = []
+
+    def __call__(self, cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
+        """One row; called by one thread at a time, as its connection is."""
+        if cursor.description is not self._columns:  # the same object for all rows of a statement
+            self._columns = cursor.description
+            self._names = [column[0] for column in self._columns]
+        return dict(zip(self._names, values, strict=True))
 
 
 class SqliteStore(SqlStore):
@@ -45,6 +74,7 @@ class SqliteStore(SqlStore):
             with self._writing:
                 migrate(self._writer, path)
             self._reader.execute("PRAGMA query_only = ON")
+            self._writer.row_factory, self._reader.row_factory = Named(), Named()
         except sqlite3.Error as error:
             os.close(self._lock_file)
             raise StoreError(f"{path} cannot be opened as a job store: {error}. {cure(path, error)}") from None
@@ -107,6 +137,35 @@ class SqliteStore(SqlStore):
     def _gauges(self) -> dict[str, float]:
         log = Path(f"{self._path}-wal")
         return {"bytes": self._path.stat().st_size, "log_bytes": log.stat().st_size if log.exists() else 0}
+
+    def _accept_all(self, held: Sequence[Held], now: int) -> list[bool]:
+        rows = self._all(_ACCEPT, now=now, held=json.dumps([(one.job, one.attempt, one.worker) for one in held]))
+        return once_each(held, rows)
+
+    def _complete_all(self, done: Sequence[Done], now: int) -> list[Ending]:
+        """Look at all rows at once, and change all that are as they should be; the others are judged one by one.
+
+        Between the look and the change nobody else writes: a transaction here has the file for itself.
+        """
+        if len(done) == 1:
+            return super()._complete_all(done, now)
+        found = self._all(_RUNNING, ids=json.dumps([one.job for one in done]))
+        running = {(row["id"], row["attempt"], row["worker"]): row for row in found}
+        changes: list[tuple[bytes, bytes, bytes, int, int]] = []
+        stored: dict[int, Ending] = {}
+        for number, one in enumerate(done):
+            row = running.pop((one.job, one.attempt, one.worker), None)  # said twice, it is stored once
+            if row is not None:
+                out = one.outcome
+                changes.append((out.result, _pack(out.files), _pack(out.usage), now, row["seq"]))
+                ended = record(row)
+                stored[number] = Ending("stored", succeeded(ended, out, now))
+        self._writer.executemany(_SUCCEED, changes)
+        self._count([ending.record for ending in stored.values() if ending.record is not None], now)
+        return [stored.get(number) or self._complete(one, now) for number, one in enumerate(done)]
+
+    def _append_usage(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._writer.executemany(APPEND_ONE, rows)
 
     @contextlib.contextmanager
     def _transaction(self, *, synced: bool = True) -> Iterator[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.records import StoredInput, Submission
+from coordinator.records import LotRecord, StoredInput, Submission
 from coordinator.store import SqliteStore, StoreBusy, StoreError
 from coordinator.store.base import Outcome, Want
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
@@ -37,6 +37,7 @@ def source(tmp_path: Path) -> Path:
     store.fail("job_04", 1, "w1", Fault("engine_crashed", "It crashed."))
     store.fail("job_05", 1, "w1", Fault("invalid_parameter", "Wrong."))
     store.cancel("job_06", "default", Fault("cancelled", "Gone."))
+    store.insert_lot(LotRecord(id="lot_1", tenant="default", created_ms=0, total=1, refused=1), [])
     kept = FileRecord(id="file-1", tenant="default", name="a", purpose="batch", blob="b", size=1, sha256="0" * 64)
     store.add_file(kept)
     store.add_batch(BatchRecord(id="batch_1", tenant="default", endpoint="/v1/x", input_file="file-1"), 1000)
@@ -57,13 +58,24 @@ def test_everything_is_there_afterwards_and_goes_on(source: Path, space: str) ->
     before.close()
     counts = moving.move(source, space, silent)
     assert counts.pop("usage_days") > 0
-    expected = {"jobs": JOBS, "input_blobs": JOBS, "files": 1, "batches": 1, "batch_items": 2, "usage_fresh": 1}
+    expected = {
+        "jobs": JOBS,
+        "input_blobs": JOBS,
+        "attempts": 2,
+        "lots": 1,
+        "files": 1,
+        "batches": 1,
+        "batch_items": 2,
+        "usage_fresh": 1,
+    }
     assert counts == expected
     store = PostgresStore(space)
     try:
         assert [store.get(f"job_{n:02}") for n in range(JOBS)] == rows
         assert store.usage(0, 10**6, ("tenant", "worker", "model")) == used
         assert store.get_file("file-1", "default") is not None
+        assert [(one.n, one.outcome) for one in store.attempts_of(rows[4])] == [(1, "failed")]
+        assert store.get_lot("lot_1", "default") is not None
         assert store.batch_counts("batch_1") == {"succeeded": 1, "refused": 1}
         # What was held is held by whoever comes first, and the attempt is still the fence.
         assert store.beat().taken == 5

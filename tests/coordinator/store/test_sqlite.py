@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.records import StoredInput, Submission
+from coordinator.records import LotRecord, StoredInput, Submission
 from coordinator.store import SqliteStore, StoreBusy, StoreError, StoreTooNew
 from coordinator.store.base import Outcome, Want
 from coordinator.store.sqlite_schema import MIGRATIONS
@@ -20,9 +20,9 @@ def test_the_file_is_private_and_durable(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "jobs.sqlite")
     try:
         assert stat.S_IMODE((tmp_path / "jobs.sqlite").stat().st_mode) == 0o600
-        assert store._writer.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-        assert store._writer.execute("PRAGMA synchronous").fetchone()[0] == 2
-        assert store._writer.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS)
+        assert store._writer.execute("PRAGMA journal_mode").fetchone()["journal_mode"] == "wal"
+        assert store._writer.execute("PRAGMA synchronous").fetchone()["synchronous"] == 2
+        assert store._writer.execute("PRAGMA user_version").fetchone()["user_version"] == len(MIGRATIONS)
     finally:
         store.close()
     store.close()
@@ -107,7 +107,7 @@ def test_what_is_no_store_says_so(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_typed_refusal_and_passes(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "jobs.sqlite")
     try:
-        pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
+        pages = store._writer.execute("PRAGMA page_count").fetchone()["page_count"]
         store._writer.execute(f"PRAGMA max_page_count = {pages + 4}")
         big = Submission(kind="llm", model="chat", params=b"x" * 200_000)
         with pytest.raises(FaultError) as caught:
@@ -154,6 +154,13 @@ def test_no_statement_scans_the_table(tmp_path: Path) -> None:
         store.end("job_1", 1, fault)
         store.expire(5)
         store.cancel("job_1", "default", fault)
+        with pytest.raises(FaultError, match="only one that failed"):
+            store.retry("job_1", None)
+        store.insert_lot(LotRecord(id="lot_1", tenant="t", created_ms=0, total=1, refused=0), [])
+        store.get_lot("lot_1", "t")
+        store.cancel_lot("lot_1", "t", fault)
+        store.recent("default", 5, dead=True)
+        store.asked_labels()
         store.purge(-1000)
         for call in (store.open_attempts, store.queued):
             call()
@@ -161,10 +168,12 @@ def test_no_statement_scans_the_table(tmp_path: Path) -> None:
         store.has_job("job_1")
         for connection in (store._writer, store._reader):
             connection.set_trace_callback(None)
-        statements = {text for text in said if "jobs" in text and text.split()[0] in ("SELECT", "UPDATE", "DELETE")}
+        statements = {
+            text for text in said if "jobs" in text and text.split()[0] in ("SELECT", "UPDATE", "DELETE", "WITH")
+        }
         assert len(statements) > 20
         for text in statements:
-            plan = [row[3] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {text}")]
+            plan = [row["detail"] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {text}")]
             assert "SCAN jobs" not in plan, (text, plan)
             assert not any("TEMP B-TREE FOR ORDER" in step for step in plan), (text, plan)
     finally:
