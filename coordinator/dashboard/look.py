@@ -28,6 +28,7 @@ class Look:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._threads = StoreThreads(readers=1)
+        self._workers = view.WorkerRows()
         self._pending: view.Rows = {}
         self._pending_at = float("-inf")
         self._began_ms = int(time.time() * 1000)
@@ -53,7 +54,7 @@ class Look:
         if now >= self._pending_at + PENDING_S:
             found = await self._threads.read(parts.registrations.list, "pending")
             self._pending, self._pending_at = view.pending(found), now
-        workers = view.workers(known.values(), now)
+        workers = self._workers(known.values(), now)
         return {
             "head": {"": self._head(parts, len(known), sum(load.waiting for load in loads))},
             "workers": workers,

@@ -5,8 +5,9 @@ A row has only what may be shown to an admin: never what a job was asked, and ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,6 +23,7 @@ Rows = dict[str, Row]
 
 MOST_WORKERS = 1000
 MOST_QUEUES = 200
+MOST_JUDGED = 20  # each judgement looks at every worker
 MOST_JOBS = 25  # a page of them; older ones are asked for
 MOST_PENDING = 100
 _TEXT = 300
@@ -39,10 +41,35 @@ def cut(text: object, most: int = _SHORT) -> str:
 # ---- workers ------------------------------------------------------------------------------------------------
 
 
-def workers(fleet: Iterable[Worker], now: float) -> Rows:
-    """By id: those that take no jobs first to be kept when there are too many. `now` is the fleet's clock."""
-    known = sorted(fleet, key=lambda worker: (worker.capabilities.accepting and not worker.draining, worker.id))
-    return {cut(worker.id): worker_row(worker, now) for worker in known[:MOST_WORKERS]}
+class WorkerRows:
+    """Rows of workers, each made anew only when something in it may have changed: idle ones cost little."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+
+    def __call__(self, fleet: Iterable[Worker], now: float) -> Rows:
+        """By id; when there are too many, those that take no jobs stay. `now` is the fleet's clock."""
+        found = sorted(fleet, key=lambda worker: (worker.capabilities.accepting and not worker.draining, worker.id))
+        known = {worker.id: self._of(worker, now) for worker in found[:MOST_WORKERS]}
+        self._known = known
+        return {cut(name): one.row for name, one in known.items()}
+
+    def _of(self, worker: Worker, now: float) -> _Known:
+        told = (worker.capabilities, worker.gpus, worker.view)
+        blocked = tuple(name for name, until in worker.blocked.items() if until > now)
+        state = (worker.draining, worker.protocol, tuple(worker.attempts), blocked)
+        known = self._known.get(worker.id)
+        if known and known.state == state and all(old is new for old, new in zip(known.told, told, strict=True)):
+            return known
+        return _Known(told, state, worker_row(worker, now))
+
+
+class _Known(NamedTuple):
+    """A row, and what it was made of."""
+
+    told: tuple[object, ...]
+    state: tuple[object, ...]
+    row: Row
 
 
 def worker_row(worker: Worker, now: float) -> Row:
@@ -127,24 +154,45 @@ def labels(told: Mapping[str, str]) -> dict[str, str]:
 
 
 def queues(loads: Iterable[QueueLoad], fleet: Fleet) -> Rows:
-    """What waits and runs, and every model that is served, by kind and model; the fullest first."""
+    """What waits and runs, and every model that is served, by kind and model; of too many the fullest."""
+    served = _Served(fleet)
     found: Rows = {}
+    unserved = 0
     for load in sorted(loads, key=lambda load: -load.waiting)[:MOST_QUEUES]:
         row = _queue(load.kind, load.model)
         row |= {"waiting": load.waiting, "running": load.running, "oldest_ms": load.oldest_ms}
-        if load.waiting and (fault := fleet.judge(load.kind, load.model)) is not None:
-            row["why"] = cut(fault.message, _TEXT)
         found[row["id"]] = row
-    for worker in fleet.all_workers().values():
-        for offer in worker.capabilities.models:
-            for kind in offer.kinds:
-                row = _queue(kind, offer.name)
-                if row["id"] not in found and len(found) >= MOST_QUEUES:
-                    continue
-                row = found.setdefault(row["id"], row)
-                row["workers"] += 1
-                row["slots"] += offer.slots
+        key = (load.kind, load.model)
+        if not load.waiting or served.taking[key]:
+            continue
+        if served.workers[key]:
+            row["why"] = "Every worker that serves it is paused or draining."
+        elif (unserved := unserved + 1) <= MOST_JUDGED and (fault := fleet.judge(*key)) is not None:
+            row["why"] = cut(fault.message, _TEXT)
+    for (kind, model), number in served.workers.items():
+        row = _queue(kind, model)
+        if row["id"] not in found and len(found) >= MOST_QUEUES:
+            continue
+        row = found.setdefault(row["id"], row)
+        row["workers"] += number
+        row["slots"] += served.slots[kind, model]
     return found
+
+
+class _Served:
+    """Workers and their slots by kind and model; `taking` counts those that take jobs now."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.workers: Counter[tuple[str, str]] = Counter()
+        self.taking: Counter[tuple[str, str]] = Counter()
+        self.slots: Counter[tuple[str, str]] = Counter()
+        for worker in fleet.all_workers().values():
+            takes = worker.capabilities.accepting and not worker.draining
+            for offer in worker.capabilities.models:
+                for kind in offer.kinds:
+                    self.workers[kind, offer.name] += 1
+                    self.taking[kind, offer.name] += takes
+                    self.slots[kind, offer.name] += offer.slots
 
 
 def _queue(kind: str, model: str) -> Row:

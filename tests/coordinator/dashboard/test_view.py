@@ -88,9 +88,36 @@ def test_whatever_others_choose_is_bounded() -> None:
     assert len(msgspec.json.encode(view.worker_row(one, 0.0))) < 100_000
     many = [worker(f"w{n:05}") for n in range(view.MOST_WORKERS + 5)]
     many[-1].draining = True
-    rows = view.workers(many, 0.0)
+    rows = view.WorkerRows()(many, 0.0)
     assert len(rows) == view.MOST_WORKERS
     assert many[-1].id in rows  # what needs a look is not what is left out
+
+
+def test_a_row_is_made_anew_only_when_something_changed() -> None:
+    rows, one = view.WorkerRows(), worker("w", chat())
+    first = rows([one], 0.0)["w"]
+    assert rows([one], 1.0)["w"] is first
+
+    def changed() -> dict[str, Any]:
+        nonlocal first
+        before, first = first, rows([one], 1.0)["w"]
+        assert first == view.worker_row(one, 1.0) != before
+        assert rows([one], 1.0)["w"] is first
+        return first
+
+    one.gpus = (GpuState("a", busy=1.0),)
+    assert changed()["gpus"]
+    one.attempts["j", 1] = HeldAttempt("j", 1, "llm", "chat", "running")
+    assert changed()["jobs"] == ["j"]
+    one.block("chat", 2.0)
+    assert changed()["declined"] == ["chat"]
+    assert rows([one], 3.0)["w"]["declined"] == []
+    first = rows([one], 1.0)["w"]
+    one.capabilities = Capabilities(accepting=False)
+    assert changed()["state"] == "paused"
+    one.draining = True
+    assert changed()["state"] == "draining"
+    assert rows([], 1.0) == {}
 
 
 def test_the_queue_has_what_waits_and_what_is_served() -> None:
@@ -105,6 +132,9 @@ def test_the_queue_has_what_waits_and_what_is_served() -> None:
     served, unserved = rows["llm/chat"], rows["image/draw"]
     assert (served["waiting"], served["running"], served["workers"], served["slots"], served["why"]) == (3, 1, 2, 4, "")
     assert (unserved["workers"], "not served here" in unserved["why"]) == (0, True)
+    for one in fleet.workers.values():
+        one.draining = True
+    assert "paused or draining" in view.queues(loads, fleet)["llm/chat"]["why"]
     idle = view.queues([], fleet)["llm/chat"]
     assert (idle["waiting"], idle["workers"], idle["oldest_ms"]) == (0, 2, 0)
 

@@ -193,7 +193,7 @@ def site(coordinator: Running) -> Iterator[Site]:
 @pytest.fixture
 def tab(chromium: Any) -> Iterator[Any]:
     """A tab of a browser that knows nothing yet; what went wrong in it is in `problems`."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", bypass_csp=False)
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", locale="en-US")
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     page.problems = []
