@@ -22,6 +22,9 @@ from tests.chaos.asks import Ask, Expected, Oracle, decoded
 from tests.chaos.proxy import CALM, Odds, Proxy
 
 PATIENCE_S = 60.0
+# Of one stream, from asking to its end: it waits behind what others asked for, through the lives of a worker that is
+# killed, on a machine that may have much else to do.
+STREAM_S = 300.0
 LOOK_S = 0.05
 IMPATIENT = Path(__file__).parent / "impatient.py"
 ENDS = ("succeeded", "failed", "cancelled")
@@ -150,7 +153,7 @@ class World:
 
     async def _stream(self, ask: Ask) -> None:
         """A chat is refused while no worker serves the model; that is not accepted, and asked again."""
-        with trio.fail_after(PATIENCE_S):
+        with trio.fail_after(STREAM_S):
             while True:
                 async with self.client.stream("POST", "/v1/chat/completions", json=ask.body) as answer:
                     job = answer.headers.get("x-bulkhead-job", "")
@@ -178,7 +181,7 @@ class World:
         late = {id_: row["state"] for id_, row in self.rows().items() if row["state"] not in ENDS}
         raise AssertionError(f"never ended: {late}\n{self.words('supervisor')[-3000:]}")
 
-    async def all_acknowledged(self, patience_s: float = 20.0) -> None:
+    async def all_acknowledged(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until the worker keeps nothing any more."""
         await until(lambda: not self.kept(), f"the worker keeps nothing: {self.kept()}", patience_s)
 
@@ -315,7 +318,7 @@ async def open_world(
             async with httpx.AsyncClient(
                 base_url=url,
                 headers=headers,
-                timeout=PATIENCE_S,
+                timeout=STREAM_S,
                 limits=limits,
                 trust_env=False,
                 verify=_trusting(tls[0]) if tls else False,
