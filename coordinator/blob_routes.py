@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 
+import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,6 +16,7 @@ from coordinator.blobs import PREFIX, Blobs, plain_name
 from coordinator.errors import Json, fault_response
 from protocol.faults import FaultError, refuse
 
+IDLE_S = 60.0  # twice what a worker waits before it gives a connection up
 PLACED = "x-placed-bytes"  # of a PUT without a body: the output lies at its place, and has so many bytes
 Admit = Callable[[str, int], Awaitable[bool]]
 
@@ -92,7 +95,8 @@ async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Respon
         raise refuse("payload_too_large", f"An output has at most {blobs.max_output_bytes} bytes.")
     expected = request.headers.get("x-content-sha256", "")
     at = _offset(request.headers.get("content-range", ""), bool(expected))
-    stored = await blobs.put_output(job, attempt, name, request.stream(), expected, at)
+    async with aclosing(request.stream()) as body, aclosing(_paced(body)) as data:
+        stored = await blobs.put_output(job, attempt, name, data, expected, at)
     return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
 
 
@@ -100,6 +104,19 @@ async def _download(request: Request, blobs: Blobs) -> Response:
     key: str = request.path_params["key"]
     blobs.check("GET", key, *_signature(request))
     return await blob_response(request, blobs, key, UNKNOWN, plain_name(key))
+
+
+async def _paced(body: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """A body, as long as it keeps coming; what came before is kept for the next try. Raises FaultError."""
+    while True:
+        piece: bytes | None = None
+        with anyio.move_on_after(IDLE_S) as patience:
+            piece = await anext(body, None)
+        if patience.cancelled_caught:
+            raise refuse("upload_failed", f"Nothing of the file came for {IDLE_S:g} s; send the rest.")
+        if piece is None:
+            return
+        yield piece
 
 
 def _offset(header: str, described: bool) -> int:

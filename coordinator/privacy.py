@@ -73,6 +73,7 @@ class Privacy:
         self._tidied: dict[str, int] = {}  # batch -> how far
         self._fresh: set[str] = set()  # jobs of `_fetched` that were not looked at since
         self._unsettled = False
+        self._at_once = True  # a sweep is due, whatever the time
 
     def delivered(self, notes: Notes) -> None:
         """An answer was sent to its end."""
@@ -93,7 +94,7 @@ class Privacy:
     def look(self) -> None:
         """A batch has ended: look at once."""
         if self._tenants():
-            self._looked.clear()
+            self._at_once = True
             self._bell.set()
 
     async def run(self) -> None:
@@ -104,8 +105,8 @@ class Privacy:
             now = anyio.current_time()
             try:
                 await self.forget_delivered()
-                if self._tenants() and (now >= sweep_at or not self._looked):
-                    sweep_at = now + self.settings.sweep_s
+                if self._tenants() and (now >= sweep_at or self._at_once):
+                    sweep_at, self._at_once = now + self.settings.sweep_s, False
                     await self.sweep()
                 if self._unsettled:
                     self._unsettled = not await self._threads.write(self._store.settle)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import anyio
@@ -144,3 +145,37 @@ def test_parts_go_with_their_job_and_with_time(blobs: FolderBlobs, tmp_path: Pat
     for part in parts.iterdir():
         os.utime(part, (1, 1))
     assert blobs.sweep(lambda _key: True, lambda _job: True) == 2
+
+
+def test_an_upload_that_stalls_is_ended_and_what_came_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.blob_routes.IDLE_S", 0.05)
+    blobs, data = FolderBlobs(tmp_path / "blobs"), os.urandom(2**21)
+    digest = hashlib.sha256(data).hexdigest()
+    path, _, query = template(blobs, "a").partition("?")
+    sent: list[Any] = []
+    given = [data[: 2**20]]
+
+    async def receive() -> Any:
+        if given:
+            return {"type": "http.request", "body": given.pop(), "more_body": True}
+        await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "PUT",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": [(b"content-length", b"%d" % len(data)), (b"x-content-sha256", digest.encode())],
+    }
+
+    async def main() -> None:
+        with anyio.fail_after(20):
+            await Starlette(routes=blob_routes(blobs))(scope, receive, send)
+        assert await blobs.received("job_1", 1, digest) == 2**20
+
+    anyio.run(main)
+    assert sent[0]["status"] == 502, "worth another try"
