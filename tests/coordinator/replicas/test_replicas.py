@@ -7,6 +7,8 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,11 +17,13 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from coordinator.replicas import frames
+from coordinator.replicas.opening import ReplicaTable, open_doorway
 from coordinator.replicas.replicas import Replicas
-from coordinator.testing import FakeWorker, OfferedJob, Running
+from coordinator.testing import FakeWorker, OfferedJob, Running, running
 from coordinator.testing_link import RawWorker
 from protocol import link_wire as wire
-from tests.coordinator.replicas.rig import PATIENCE_S, Start, until
+from tests.certificates import self_signed
+from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, Start, until
 
 _numbers = itertools.count(1)
 Two = tuple[Running, Running]
@@ -287,3 +291,32 @@ def test_what_was_lost_between_replicas_comes_with_the_end(two: Two, monkeypatch
             lines = list(answer.iter_lines())
     assert deltas(lines) == "".join(f"w{n} " for n in range(20))
     assert "data: [DONE]" in lines
+
+
+def test_replicas_may_speak_over_tls(database: str, tmp_path: Path) -> None:
+    """Each judges the other's certificate by `tls_ca`; the wire is wss."""
+    from coordinator.store.postgres import PostgresStore
+
+    pem, key = self_signed(tmp_path)
+    (tmp_path / "secret").write_text(SECRET)
+    table = ReplicaTable(
+        listen="127.0.0.1:0",
+        secret_file=str(tmp_path / "secret"),
+        tls_cert=str(pem),
+        tls_key=str(key),
+        tls_ca=str(pem),
+    )
+    with ExitStack() as stack:
+        pair = [
+            stack.enter_context(
+                running(tmp_path / "state", open_store=lambda: PostgresStore(database), doorway=open_doorway(table))
+            )
+            for _ in range(2)
+        ]
+        first, second = (replicas(one) for one in pair)
+        until(
+            lambda: [peer.url[:6] for peer in first.peers if peer.name == second.name and peer.connected] == ["wss://"]
+        )
+        until(
+            lambda: [peer.url[:6] for peer in second.peers if peer.name == first.name and peer.connected] == ["wss://"]
+        )
