@@ -430,3 +430,25 @@ def test_after_a_long_silence_workers_say_again_what_they_hold(tmp_path: Path) -
         with RawWorker(desk.port, "b") as again:
             again.hello(held=(wire.Held(lost.job, lost.attempt, True),))
             assert again.expect(wire.Cancel).job == lost.job
+
+
+def test_a_job_that_only_a_busy_worker_would_take_waits_for_it_and_is_not_claimed_meanwhile(desk: Desk) -> None:
+    with desk.worker("free") as free, desk.worker("busy") as busy:
+        first, second = desk.submit(), desk.submit()
+        offers = {offer.job: (worker, offer) for worker in (free, busy) for offer in [worker.take()]}
+        assert set(offers) == {first.id, second.id}
+        wanted = desk.submit()
+        mine = next(offer for worker, offer in offers.values() if worker is free)
+        free.complete(mine)
+        decline(free, free.expect(wire.Offer), "unsupported")
+        others = [desk.submit() for _ in range(5)]
+        for _ in others:  # each is a look at the queue, and so are the polls meanwhile
+            offer = free.take()
+            assert offer.job != wanted.id
+            free.complete(offer)
+        record = desk.get(wanted.id)
+        assert (record.state, record.attempt) == ("queued", 1)
+        busy.complete(next(offer for worker, offer in offers.values() if worker is busy))
+        offer = busy.take()
+        assert (offer.job, offer.attempt) == (wanted.id, 2)
+        busy.complete(offer)

@@ -304,3 +304,37 @@ def test_what_nobody_has_is_said_at_once(labels: dict[str, str], vram: float, fi
     assert (fault.code, fault.field) == ("no_worker", field)
     assert words in fault.message
     assert "wait_for_worker" in fault.message
+
+
+# ---- load ---------------------------------------------------------------------------------------------------
+
+
+def shared(made: Fleet, jobs: int) -> list[str]:
+    """Who gets each of so many jobs that come one after another and go on; "" when nobody has a slot."""
+    names = []
+    for n in range(jobs):
+        name = placed(made, f"job{n}") or ""
+        if name:
+            hold(made.workers[name], f"job{n}")
+        names.append(name)
+    return names
+
+
+def test_workers_share_a_model_by_their_free_slots() -> None:
+    made = fleet(worker("a", model(slots=6)), worker("b", model(slots=3)), worker("c", model(slots=3)))
+    names = shared(made, 13)
+    assert names[12] == ""
+    assert {name: names.count(name) for name in "abc"} == {"a": 6, "b": 3, "c": 3}
+    assert set(names[:3]) == {"a", "b", "c"}, "none stands idle while another takes its second"
+    assert sum(want.limit for want in made.wants(0.0)) == 0
+
+
+def test_the_loaded_ones_fill_up_before_a_cold_one_is_woken() -> None:
+    made = fleet(
+        worker("cold", model(slots=4)),
+        worker("warm", model(slots=2, resident=True)),
+        worker("warm too", model(slots=2, resident=True)),
+    )
+    names = shared(made, 6)
+    assert sorted(names[:4]) == ["warm", "warm", "warm too", "warm too"]
+    assert names[4:] == ["cold", "cold"]
