@@ -34,6 +34,7 @@ from coordinator.keys import (
 from coordinator.register import Register, Turn
 from coordinator.register.known import Known
 from coordinator.store.rows import Row
+from protocol.faults import FaultError
 from protocol.ids import RANDOM_BYTES, new_id
 
 State = Literal["pending", "approved", "rejected"]
@@ -214,10 +215,20 @@ class Registrations:
         return self._matches(worker, token)
 
     async def admits_now(self, worker: str, token: str) -> bool:
-        """`admits` for the event loop, which it never blocks. Raises FaultError(overloaded)."""
-        if self._known.old() or not self._matches(worker, token):
-            await self._known.fresh()  # it may have been given out a moment ago, by another replica
-        self._known.check_age()
+        """`admits` for the event loop, which it never blocks.
+
+        A token may have been given out, or replaced, a moment ago at another replica, so the register is asked; while
+        it is away, what is known has to do.
+
+        Raises:
+            FaultError: overloaded: it is away, and the token is not the one that is known.
+        """
+        try:
+            await self._known.fresh()
+        except FaultError:
+            if not self._matches(worker, token):
+                raise
+            self._known.check_age()
         return self._matches(worker, token)
 
     def _matches(self, worker: str, token: str) -> bool:
