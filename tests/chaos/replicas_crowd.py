@@ -128,7 +128,7 @@ class SimWorker:
             )
             session.sending(hello)
             await socket.send(wire.encode(hello))
-            await self._take(session, await asyncio.wait_for(socket.recv(), 5.0))
+            await self._take(session, await _heard(socket, 5.0))
             self._session, self._socket = session, socket
             beats = asyncio.create_task(self._beat())
             try:
@@ -136,7 +136,7 @@ class SimWorker:
                     await self._catch_up(work)
                 while True:
                     # A replica that is stopped answers no heartbeat: its worker goes elsewhere.
-                    await self._take(session, await asyncio.wait_for(socket.recv(), 2 * BEAT_S))
+                    await self._take(session, await _heard(socket, 2 * BEAT_S))
             finally:
                 beats.cancel()
                 self._session = self._socket = None
@@ -218,6 +218,12 @@ class SimWorker:
             work.ended = True
             result = msgspec.Raw(msgspec.msgpack.encode({"content": answer(work.made)}))
             await self._say(wire.Complete(result=result, usage={"completion_tokens": float(work.made)}), *work.key)
+
+
+async def _heard(socket: ClientConnection, patience_s: float) -> str | bytes:
+    """The next message; not by `wait_for`, which in Python 3.11 may swallow a cancellation. Raises TimeoutError."""
+    async with asyncio.timeout(patience_s):
+        return await socket.recv()
 
 
 class SimClient:
