@@ -113,7 +113,9 @@ function take({ name, data }) {
   draw();
 }
 
-const unpacked = (all) => ({ ...all, head: all.head[""] });
+/** Of a coordinator that cannot look yet there is no more than its trouble. */
+const UNKNOWN = { state: "unknown", version: "", workers: 0, workers_shown: 0, waiting: 0 };
+const unpacked = (all) => ({ ...all, head: all.head?.[""] ?? { ...UNKNOWN, began_ms: now() } });
 
 function part(section) {
   return (state.seen[section] ??= {});

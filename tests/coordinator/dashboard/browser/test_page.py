@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.store import StoreError
 from protocol import link_wire as wire
 from protocol.faults import Fault
 from tests.coordinator.dashboard.browser.conftest import EVIL, PATIENCE_S, Box, Site
@@ -283,6 +284,23 @@ def test_a_lost_connection_is_said_and_mended(site: Site, signed: Any) -> None:
     signed.context.set_offline(False)
     signed.get_by_text("Connected again.").wait_for()
     signed.get_by_role("article", name="Worker came-meanwhile").wait_for()
+
+
+def test_a_store_that_is_away_is_said(site: Site, tab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away() -> Any:
+        raise StoreError("away")
+
+    feed = site.served.coordinator.feed
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "_look", away)
+        feed._picture = None  # it has just begun
+        tab.goto(site.url)
+        tab.get_by_label("Admin key").fill(site.key)
+        tab.keyboard.press("Enter")
+        tab.get_by_text("The store does not answer").wait_for()
+        tab.get_by_role("heading", name="unknown").wait_for()
+    tab.get_by_role("heading", name="serving").wait_for()
+    assert tab.get_by_text("The store does not answer").count() == 0
 
 
 def test_what_changes_leaves_the_focus_and_what_is_typed(site: Site, signed: Any) -> None:
