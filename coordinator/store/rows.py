@@ -56,7 +56,9 @@ def turn_step(cost: float = 1.0, weight: float = 1.0) -> int:
 def _fingerprint(submission: Submission) -> bytes:
     """What makes two submissions the same request."""
     files = [(file.name, file.sha256) for file in submission.inputs]
-    return hashlib.sha256(_pack([submission.kind, submission.asked or submission.model, submission.params, files])).digest()
+    return hashlib.sha256(
+        _pack([submission.kind, submission.asked or submission.model, submission.params, files])
+    ).digest()
 
 
 def same_request(row: Row, submission: Submission) -> JobRecord:
