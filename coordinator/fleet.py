@@ -129,6 +129,8 @@ class Worker:
 
     def free(self, offer: ModelOffer) -> int:
         """Free slots of an announced model."""
+        if not self.attempts:  # as of most workers of a large fleet that waits
+            return offer.slots if self.at_once is None else min(offer.slots, self.at_once)
         taken = sum(held.model == offer.name and held.kind in offer.kinds for held in self.attempts.values())
         free = offer.slots - taken
         return max(0, free if self.at_once is None else min(free, self.at_once - len(self.attempts)))
@@ -137,7 +139,7 @@ class Worker:
         """Whether it takes offers of this model now."""
         if self.draining or not self.capabilities.accepting:
             return False
-        return all(self.blocked.get(name, 0.0) <= now for name in (model, ""))
+        return not self.blocked or all(self.blocked.get(name, 0.0) <= now for name in (model, ""))
 
     def block(self, model: str, until: float) -> None:
         """No offers of this model ("" for all) before `until`."""
@@ -170,7 +172,8 @@ class Fleet:
             traits = (worker.labels & asked if asked else asked, worker.room_gb)
             for offer in worker.capabilities.models:
                 if offer.kinds and worker.open_to(offer.name, now) and (free := worker.free(offer)):
-                    key = (offer.name, tuple(sorted(offer.kinds)), *traits)
+                    kinds = offer.kinds if len(offer.kinds) == 1 else tuple(sorted(offer.kinds))
+                    key = (offer.name, kinds, *traits)
                     alike.setdefault(key, []).append((worker.id, free))
         return [
             Want(model, kinds, sum(free for _, free in ones), labels, vram, self._avoided_by(ones, now))
