@@ -61,7 +61,7 @@ def test_signing_out_and_a_revoked_key_end_everything(site: Site, signed: Any) -
     signed.get_by_role("button", name="Open the dashboard").click()
     signed.get_by_role("heading", name="serving").wait_for()
     site.served.coordinator.keys.revoke(site.key[:12])
-    signed.get_by_text("The session has ended").wait_for(timeout=5000)
+    signed.get_by_text("The session has ended").wait_for()
     assert signed.locator("#workers").inner_text() == ""
 
 
