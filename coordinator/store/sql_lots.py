@@ -12,6 +12,7 @@ from coordinator.store.sql_steps import SqlSteps, whole
 from protocol.faults import Fault, FaultError
 
 _pack = msgspec.msgpack.encode
+_OF_A_LINE = ("conflict", "rate_limited")  # said before anything was changed: the other lines may go on
 
 
 class SqlLots(SqlSteps):
@@ -30,14 +31,14 @@ class SqlLots(SqlSteps):
     def insert_lot(
         self, lot: LotRecord, jobs: Sequence[tuple[str, Submission]]
     ) -> tuple[LotRecord, list[tuple[JobRecord, bool] | Fault]]:
-        """`insert` of each, in one transaction; one whose idempotency key conflicts gets its fault, and no row."""
+        """`insert` of each, in one transaction; one that is refused by its key, or as too many, gets its fault."""
         answers: list[tuple[JobRecord, bool] | Fault] = []
         with self._transaction() as now:
             for job_id, submission in jobs:
                 try:
                     answers.append(self._insert(job_id, submission, now))
                 except FaultError as error:
-                    if error.fault.code != "conflict":
+                    if error.fault.code not in _OF_A_LINE:
                         raise
                     answers.append(error.fault)
             refused = lot.refused + sum(isinstance(answer, Fault) for answer in answers)

@@ -43,6 +43,14 @@ def test_all_lines_go_in_together_and_each_has_its_answer(store: Store) -> None:
     assert [record.id for record, _ in store.claim([ANY])] == ["job_4", "job_known", "job_1"]
 
 
+def test_lines_beyond_what_a_tenant_may_have_open_are_refused_one_by_one(store: Store) -> None:
+    jobs = [(f"job_{n}", asked("lot_1", tenant_open=2, key_id="k")) for n in range(4)]
+    made, answers = store.insert_lot(lot("lot_1", 4), jobs)
+    got = [answer.code if isinstance(answer, Fault) else answer[0].id for answer in answers]
+    assert got == ["job_0", "job_1", "rate_limited", "rate_limited"]
+    assert made.refused == 2
+
+
 def test_how_far_it_is_is_counted_by_state(store: Store) -> None:
     store.insert_lot(lot("lot_1", 4), [(f"job_{n}", asked("lot_1")) for n in range(4)])
     for record, _ in store.claim([Want("chat", ("llm",), 3)])[:2]:
