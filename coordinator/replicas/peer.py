@@ -93,7 +93,8 @@ class Peer:
                     async with self._connect() as connection:
                         await self._write(connection)
                         why = "it ended the connection"
-                except (OSError, TimeoutError, WebSocketException, EOFError) as error:
+                except (OSError, TimeoutError, WebSocketException, EOFError, ValueError) as error:
+                    # What another replica advertises may be anything; it must not end this one.
                     why = _why(error)
                 finally:
                     self.connected = False
@@ -113,7 +114,7 @@ class Peer:
                 frames.TO: self.name,
             },
             compression=None,
-            ssl=self._caller.tls if self.url.startswith("wss:") else None,
+            ssl=(self._caller.tls or True) if self.url.startswith("wss:") else None,
             proxy=None,
             open_timeout=OPEN_S,
             ping_interval=PING_S,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import anyio
 import pytest
@@ -13,6 +15,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from coordinator.replicas import frames, peer
 from coordinator.replicas.peer import Caller, Peer
+from tests.certificates import self_signed
 from tests.coordinator.replicas.rig import came_true
 
 ME = Caller("gw_me", "secret-secret-secret")
@@ -142,3 +145,30 @@ def test_why_it_is_refused_is_in_the_log(caplog: pytest.LogCaptureFixture) -> No
 
     on_asyncio(test)
     assert any("refuses with 401: The replicas' secret" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("url", ["wss://127.0.0.1:9", "ws://127.0.0.1:99999", "http://x", "ws://[::1", "nonsense"])
+def test_whatever_a_replica_advertises_it_is_only_not_reached(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with running(Peer("gw_it", url, ME, hello)):
+            await came_true(lambda: caplog.records)
+
+    on_asyncio(test)
+    assert "is not reached" in caplog.records[0].message
+
+
+def test_a_certificate_that_nobody_signed_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pem, key = self_signed(tmp_path)
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(pem, key)
+
+    async def test() -> None:
+        async def take(_connection: ServerConnection) -> None:
+            raise AssertionError
+
+        async with serve(take, "127.0.0.1", 0, ssl=theirs) as server:
+            url = f"wss://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+            async with running(Peer("gw_it", url, ME, hello)):
+                await came_true(lambda: any("certificate" in record.message for record in caplog.records))
+
+    on_asyncio(test)
