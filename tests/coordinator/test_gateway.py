@@ -322,7 +322,7 @@ def test_a_full_disk_keeps_the_result_with_the_worker(desk: Desk, worker: RawWor
     record, events = desk.follow()
     offer = worker.take()
     desk.until(lambda: desk.get(record.id).state == "running")
-    pages = desk.store._writer.execute("PRAGMA page_count").fetchone()[0]
+    pages = desk.store._writer.execute("PRAGMA page_count").fetchone()["page_count"]
     desk.store._writer.execute(f"PRAGMA max_page_count = {pages}")
     result = {"content": "x" * 200_000}
     worker.send(wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode(result))), offer.job, offer.attempt)
