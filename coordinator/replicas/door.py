@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_PROTOCOL = 4002
 PING_S = 5.0
-END_S = 2.5
+END_S = 5.0
 
 
 class Host(Protocol):

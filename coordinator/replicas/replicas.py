@@ -39,6 +39,7 @@ LOOK_S = 1.0  # between two looks for replicas that came or went, and for ends t
 FLEET_S = 0.25  # a change of a worker is told within this
 FLEET_AGAIN_S = 5.0  # what changes all the time (running jobs, temperatures) is told this often
 WORKERS_PER_FRAME = 200
+CLOSING_S = 0.1
 MAX_FOLLOWED = 50_000  # jobs that one other replica may follow here
 
 
@@ -228,6 +229,15 @@ class Replicas:
 
     async def run(self) -> None:
         """Keep the door open and the connections up until cancelled."""
+        try:
+            await self._run()
+        finally:
+            # A TLS connection that is cut while it is being made is closed in later turns of the event loop; uvloop
+            # cannot be closed before (EBUSY).
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(CLOSING_S)
+
+    async def _run(self) -> None:
         app = door(self.name, self._doorway.secret, self)
         async with anyio.create_task_group() as group:
             group.start_soon(serve, app, self._doorway.listener, self._doorway.certificate)

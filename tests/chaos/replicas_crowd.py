@@ -22,7 +22,7 @@ from websockets.exceptions import WebSocketException
 from websockets.typing import Subprotocol
 
 from protocol import link_wire as wire
-from protocol.link_session import Attempt, LinkProtocolError, LinkSession, Role
+from protocol.link_session import Attempt, LinkProtocolError, LinkSession, Role, Session
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from tests.chaos.replicas_rig import Cluster
 
@@ -151,8 +151,8 @@ class SimWorker:
     async def _say(self, body: wire.Body, job: str = "", attempt: int = 0) -> bool:
         """Say something now, if there is somebody to say it to."""
         session, socket = self._session, self._socket
-        if session is None or socket is None:
-            return False
+        if session is None or socket is None or session.state is Session.CLOSED:
+            return False  # nobody, or one who has just said goodbye
         try:
             session.sending(body, job, attempt)
         except LinkProtocolError as error:
