@@ -20,12 +20,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from coordinator import admin_api, jobs_api, logs_api, lots_api, metrics, studio_admin, usage_api, workers_api
+from coordinator import admin_api, jobs_api, logs_api, lots_api, metrics, workers_api
 from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
-from coordinator.blob_routes import blob_routes
-from coordinator.blobs import Blobs
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.base import Blobs
+from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.routes import blob_routes
 from coordinator.dashboard.feed import Feed
 from coordinator.dashboard.look import Look
 from coordinator.dashboard.routes import Dashboard
@@ -53,12 +53,14 @@ from coordinator.replicas.replicas import Directory, Replicas
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
 from coordinator.store.threads import StoreThreads
-from coordinator.studio import Studio
-from coordinator.studio_claims import Sources
-from coordinator.studio_registry import Registrations
-from coordinator.studio_session import StudioSettings
+from coordinator.studio import admin as studio_admin
+from coordinator.studio.claims import Sources
+from coordinator.studio.registry import Registrations
+from coordinator.studio.routes import Studio
+from coordinator.studio.session import StudioSettings
 from coordinator.tenants import Tenants
 from coordinator.terms import terms
+from coordinator.usage import api as usage_api
 from coordinator.vitals import Vitals
 from protocol.faults import Fault, FaultError
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import anyio
 
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, Whence
 from coordinator.costs import Costs
 from coordinator.counting import MOST_SERIES, OTHER, Tally

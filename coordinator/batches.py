@@ -20,7 +20,7 @@ import msgspec
 from anyio.to_thread import run_sync
 
 from coordinator.batch_lines import MAX_LINES, parse_line, planned, read_lines, written, wrong_lines
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.dispatch import Dispatcher
 from coordinator.kept_files import MAX_OUTPUT_BYTES, KeptFiles
 from coordinator.records import Submission

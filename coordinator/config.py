@@ -12,10 +12,10 @@ import msgspec
 from msgspec import Meta
 
 from coordinator import logs
-from coordinator.blobs_opening import BlobsConfig
+from coordinator.blobs.opening import BlobsConfig
 from coordinator.replicas.opening import ReplicaTable, in_folder
 from coordinator.server import Refusal
-from coordinator.studio_claims import Source
+from coordinator.studio.claims import Source
 from coordinator.traces import OtelConfig
 
 DEFAULT_LISTEN = "127.0.0.1:8080"

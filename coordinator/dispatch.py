@@ -19,7 +19,7 @@ import msgspec
 from anyio.to_thread import run_sync
 
 from coordinator.attempts import Attempts, Counters
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, LocalBus, Subscription
 from coordinator.counting import Histogram
 from coordinator.fleet import HeldAttempt, Worker

@@ -26,8 +26,8 @@ from starlette.routing import Route
 from coordinator.access import bearer
 from coordinator.enrolments import Enrolments
 from coordinator.errors import Json
-from coordinator.studio import RATE_S, THREADS, Rate
-from coordinator.studio_registry import Registrations, TooManyPending
+from coordinator.studio.registry import Registrations, TooManyPending
+from coordinator.studio.routes import RATE_S, THREADS, Rate
 from coordinator.workers_api import body_of
 from protocol.faults import refuse
 from protocol.ids import is_safe_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from coordinator.blob_answers import BlobResponse, blob_response
+from coordinator.blobs.answers import BlobResponse, blob_response
 from coordinator.records import JobRecord, StoredFile
 from coordinator.services import services
 from protocol.faults import refuse

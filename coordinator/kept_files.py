@@ -10,7 +10,7 @@ import anyio
 import msgspec
 from anyio.to_thread import run_sync
 
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.store import Store
 from coordinator.store.shelf import FileRecord
 from coordinator.store.threads import StoreThreads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.records import JobRecord
 from protocol import link_wire as wire
 

@@ -18,7 +18,7 @@ import anyio
 import msgspec
 from anyio.to_thread import run_sync
 
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.deliveries import Notes
 from coordinator.kept_files import KeptFiles
 from coordinator.store import Store, StoreError

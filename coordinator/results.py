@@ -7,7 +7,7 @@ import math
 import msgspec
 from anyio.to_thread import run_sync
 
-from coordinator.blobs import Blobs
+from coordinator.blobs.base import Blobs
 from coordinator.media import HEAD_BYTES, output_type
 from coordinator.records import StoredFile
 from coordinator.store.base import Outcome

@@ -15,7 +15,7 @@ from protocol.faults import refuse
 if TYPE_CHECKING:
     from coordinator.access import Access
     from coordinator.batches import Batches
-    from coordinator.blobs import Blobs
+    from coordinator.blobs.base import Blobs
     from coordinator.dashboard.look import Look
     from coordinator.deploy.deployer import Deployer
     from coordinator.dispatch import Dispatcher
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coordinator.keys import Keys
     from coordinator.metrics import HttpCounters
     from coordinator.progress import ProgressBoard
-    from coordinator.studio_registry import Registrations
+    from coordinator.studio.registry import Registrations
     from coordinator.tenants import Tenants
     from coordinator.vitals import Vitals
 

@@ -23,8 +23,8 @@ from websockets.sync.client import ClientConnection, connect
 from coordinator.app import Coordinator
 from coordinator.server import Server, Serving, base_url, listen, uvicorn_config
 from coordinator.services import Limits
-from coordinator.studio_claims import Sources
-from coordinator.studio_session import StudioSettings
+from coordinator.studio.claims import Sources
+from coordinator.studio.session import StudioSettings
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
 from protocol.faults import Fault, FaultError

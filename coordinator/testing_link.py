@@ -33,8 +33,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from coordinator.blob_routes import blob_routes
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.routes import blob_routes
 from coordinator.dispatch import Dispatcher, DispatchSettings
 from coordinator.gateway import UVICORN_OPTIONS, GatewaySettings, worker_endpoint
 from coordinator.records import JobEnded, JobEvent, JobRecord, Submission, WorkerScope

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from coordinator.studio_wire import SUBPROTOCOL
+from coordinator.studio.wire import SUBPROTOCOL
 
 PATIENCE_S = 20.0
 BASE = "/graphics/api"

@@ -14,7 +14,7 @@ import msgspec
 from coordinator.fleet import Fleet, Worker
 from coordinator.records import AttemptRecord, JobRecord
 from coordinator.store.watch import QueueLoad
-from coordinator.studio_registry import Registration
+from coordinator.studio.registry import Registration
 from protocol.faults import Fault
 from protocol.link_wire import GpuState, ModelOffer
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator import deliveries
-from coordinator.blob_answers import UNKNOWN, blob_response
+from coordinator.blobs.answers import UNKNOWN, blob_response
 from coordinator.bodies import check_length
 from coordinator.errors import Json
 from coordinator.kept_files import MAX_FILE_BYTES, new_file_id

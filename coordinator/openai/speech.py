@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.answers import finished, job_headers, result_of
-from coordinator.blob_answers import SAFE_HEADERS
+from coordinator.blobs.answers import SAFE_HEADERS
 from coordinator.bodies import FieldTable, choice, model_name, read_json, work_params
 from coordinator.files import file_response, only_file
 from coordinator.records import JobRecord

@@ -12,7 +12,7 @@ from typing import Any
 
 from coordinator.records import JobRecord
 from coordinator.store.sql_steps import SqlSteps, whole
-from coordinator.usage import AMOUNTS, DIMENSIONS, GROUPS, added_up, amounts, late_amounts, whose
+from coordinator.usage.report import AMOUNTS, DIMENSIONS, GROUPS, added_up, amounts, late_amounts, whose
 
 NAMES = ", ".join((*DIMENSIONS, *AMOUNTS))
 FOLD = 5000  # rows of one move

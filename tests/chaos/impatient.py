@@ -15,7 +15,7 @@ IDLE_S = 2.0
 def coordinator() -> int:
     """Beats twice a second."""
     from coordinator import gateway
-    from coordinator.cli import main
+    from coordinator.cli.main import main
 
     gateway.GatewaySettings = functools.partial(gateway.GatewaySettings, heartbeat_ms=BEAT_MS)
     return main(sys.argv[2:])

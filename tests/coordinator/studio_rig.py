@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from coordinator.studio_session import StudioSettings
+from coordinator.studio.session import StudioSettings
 from coordinator.testing import Running
 from coordinator.testing_link import submission
 from coordinator.testing_studio import PATIENCE_S, Admitted

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from coordinator.batches import Batches, BatchSettings, new_batch_id
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
 from coordinator.kept_files import KeptFiles, new_file_id
 from coordinator.records import JobRecord, Submission
 from coordinator.store import SqliteStore

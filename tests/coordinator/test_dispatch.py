@@ -12,7 +12,7 @@ import anyio
 import msgspec
 import pytest
 
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
 from coordinator.bus import LocalBus
 from coordinator.dispatch import MAX_PARAMS_BYTES, Dispatcher, DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobProgress, JobStarted, StoredInput

@@ -18,10 +18,10 @@ import trio
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from coordinator.blob_answers import part_of
-from coordinator.blob_drafts import WRITE_BYTES
-from coordinator.blob_routes import blob_routes
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.answers import part_of
+from coordinator.blobs.drafts import WRITE_BYTES
+from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.routes import blob_routes
 from coordinator.testing import OfferedJob, Running
 from coordinator.testing_link import pieces
 from protocol.faults import FaultError
@@ -255,7 +255,7 @@ async def test_a_disk_that_fills_in_the_middle_of_a_part_leaves_room_again(
         room[0] -= count
         return count
 
-    monkeypatch.setattr("coordinator.blob_drafts.os.write", short)
+    monkeypatch.setattr("coordinator.blobs.drafts.os.write", short)
     with pytest.raises(FaultError) as caught:
         await blobs.put_output("job_1", 1, "a", pieces(data), digest)
     assert (caught.value.fault.code, caught.value.fault.http_status) == ("storage_full", 507)
@@ -271,7 +271,7 @@ async def test_a_disk_that_is_full_when_the_name_is_made_leaves_nothing(
     def full(_self: Path, **_more: Any) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr("coordinator.blob_drafts.Path.mkdir", full)
+    monkeypatch.setattr("coordinator.blobs.drafts.Path.mkdir", full)
     with pytest.raises(FaultError) as caught:
         await blobs.put_output("job_1", 1, "a", pieces(b"x" * WRITE_BYTES))
     assert caught.value.fault.code == "storage_full"

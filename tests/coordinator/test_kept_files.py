@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
 from coordinator.kept_files import KeptFiles, new_file_id
 from coordinator.store import SqliteStore
 from coordinator.store.shelf import FileRecord

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
 from coordinator.lots_api import MAX_JOBS
 from protocol.work import CommandResult, SttResult
 

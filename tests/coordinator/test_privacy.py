@@ -268,7 +268,7 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Runni
     pytest.importorskip("obstore", reason="the extra s3 is not installed")
     pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not installed")
     pytest.importorskip("psycopg", reason="the extra postgres is not installed")
-    from coordinator.blobs_opening import BlobsConfig, open_blobs
+    from coordinator.blobs.opening import BlobsConfig, open_blobs
     from coordinator.store.postgres import PostgresStore
     from coordinator.testing_postgres import postgres_server, why_not
     from tests.coordinator.s3_rig import ID, SECRET, s3_server

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
 from coordinator.results import MAX_USAGE_KEYS, clean_usage, judge_result
 from coordinator.store.base import Outcome
 from coordinator.testing_link import pieces

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from coordinator import cli, config
+from coordinator import config
+from coordinator.cli import main as cli
 from coordinator.store.opening import check_address, is_postgres
 
 ROOT = Path(__file__).resolve().parents[2]

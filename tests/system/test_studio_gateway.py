@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from coordinator.studio_session import StudioSettings
+from coordinator.studio.session import StudioSettings
 from coordinator.testing import Running, running
 from supervisor.errors import ExitCode
 

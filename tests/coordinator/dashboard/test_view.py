@@ -10,7 +10,7 @@ from coordinator.dashboard import view
 from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.records import AttemptRecord, JobRecord, WorkerView
 from coordinator.store.watch import QueueLoad
-from coordinator.studio_registry import Registration
+from coordinator.studio.registry import Registration
 from protocol.faults import Fault
 from protocol.link_wire import Body, Capabilities, Gpu, GpuState, ModelOffer
 

@@ -15,7 +15,7 @@ from coordinator.register import Register, Turn
 from coordinator.register import known as module
 from coordinator.register.known import Known
 from coordinator.store import StoreError
-from coordinator.studio_registry import Registrations
+from coordinator.studio.registry import Registrations
 from coordinator.tenants import Tenants
 from protocol.faults import FaultError
 

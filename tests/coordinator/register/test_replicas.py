@@ -11,7 +11,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from coordinator.cli import main
+from coordinator.cli.main import main
 from coordinator.register import open_register
 from coordinator.testing import Running, running
 from protocol import link_wire as wire

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.cli import main
+from coordinator.cli.main import main
 from coordinator.keys import Keys, digest
 from coordinator.register import SqliteRegister, Turn
 from coordinator.register.schema import MIGRATIONS

@@ -11,7 +11,7 @@ import signal
 import sys
 
 import coordinator.app  # noqa: F401 - `serve` imports it when it is run, and then it is here
-from coordinator.cli import main
+from coordinator.cli.main import main
 
 
 def forked(state: str) -> int:

@@ -13,7 +13,7 @@ from coordinator.records import JobRecord, Submission
 from coordinator.store import Store
 from coordinator.store.base import Done, Outcome, Want
 from coordinator.store.sql_usage import FOLD
-from coordinator.usage import AMOUNTS, DAY_MS, GROUPS, OUTCOMES
+from coordinator.usage.report import AMOUNTS, DAY_MS, GROUPS, OUTCOMES
 from protocol.faults import Fault
 
 CRASH = Fault("engine_crashed", "The engine crashed.", retryable=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coordinator import doctor_store
 from coordinator.config import Config
-from coordinator.doctor import Finding, Patient
+from coordinator.doctor import store as doctor_store
+from coordinator.doctor.examine import Finding, Patient
 from coordinator.records import Submission
 from coordinator.store.base import Want
 

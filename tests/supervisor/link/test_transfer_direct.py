@@ -17,9 +17,9 @@ import uvicorn
 from anyio import to_thread
 from starlette.applications import Starlette
 
-from coordinator.blob_routes import blob_routes
-from coordinator.blobs import Blobs
-from coordinator.blobs_opening import BlobsConfig, open_blobs
+from coordinator.blobs.base import Blobs
+from coordinator.blobs.opening import BlobsConfig, open_blobs
+from coordinator.blobs.routes import blob_routes
 from protocol.engine_wire import OutputFile
 from protocol.faults import FaultError
 from protocol.link_wire import FileRef

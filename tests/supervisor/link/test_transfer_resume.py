@@ -14,8 +14,8 @@ import trio
 import uvicorn
 from starlette.applications import Starlette
 
-from coordinator.blob_routes import blob_routes
-from coordinator.blobs_folder import FolderBlobs
+from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.routes import blob_routes
 from protocol.engine_wire import OutputFile
 from protocol.faults import FaultError
 from supervisor.link.reconnect import Backoff

@@ -1,0 +1,119 @@
+"""`coordinator jobs`: look at jobs, try failed ones again, cancel; over HTTP, from a coordinator that serves.
+
+The key is that of a client (its tenant's jobs), or an admin's (any job by its id). Without `--key-file` it is taken
+from COORDINATOR_KEY, or it is the client key in the state folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import urllib.parse
+from typing import Any
+
+from coordinator.cli.http import AskError, ask, asking, cell, date, fault_cell, line, quoted, say, table
+
+OK, FAILED = 0, 1
+MOST_SHOWN = 100
+
+
+def add_parser(commands: Any, shared: argparse.ArgumentParser, parser: type[argparse.ArgumentParser]) -> None:
+    """Add `jobs` with its verbs."""
+    options = asking(parser)
+    jobs = commands.add_parser("jobs", help="list, show, try again and cancel jobs of a running coordinator")
+    verbs = jobs.add_subparsers(required=True, metavar="VERB", parser_class=parser)
+    several = verbs.add_parser("list", parents=[shared, options], help="the newest jobs of the key's tenant")
+    several.add_argument("--state-is", choices=("queued", "running", "succeeded", "failed", "cancelled"))
+    several.add_argument("--dead", action="store_true", help="only those that failed without their caller's doing")
+    several.add_argument("--limit", type=int, choices=range(1, MOST_SHOWN + 1), default=20, metavar="N")
+    several.set_defaults(command=_list)
+    for verb, text, command in (
+        ("show", "one job with its attempts", _show),
+        ("retry", "put failed jobs back into the queue with all their tries", _retry),
+        ("cancel", "cancel jobs that have not ended", _cancel),
+    ):
+        one = verbs.add_parser(verb, parents=[shared, options], help=text)
+        one.add_argument("ids", nargs=1 if verb == "show" else "+", metavar="ID")
+        one.set_defaults(command=command)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    query: dict[str, Any] = {"limit": arguments.limit}
+    if arguments.state_is:
+        query["state"] = arguments.state_is
+    if arguments.dead:
+        query["dead"] = 1
+    answer = ask(arguments, "GET", f"/v1/jobs?{urllib.parse.urlencode(query)}")
+    if arguments.json:
+        return say(answer)
+    rows = [("ID", "STATE", "KIND", "MODEL", "TRIES", "CREATED", "WORKER", "FAULT")]
+    rows += [
+        (
+            job["id"],
+            job["state"],
+            job["kind"],
+            cell(job["model"]),
+            str(job["tries"]),
+            date(job["created_ms"]),
+            cell(job["worker"]),
+            fault_cell(job["fault"]),
+        )
+        for job in answer["data"]
+    ]
+    table(rows)
+    return OK
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    job = ask(arguments, "GET", f"/v1/jobs/{quoted(arguments.ids[0])}")
+    if arguments.json:
+        return say(job)
+    for name in ("id", "state", "kind", "model", "priority", "labels", "vram_gb_estimate", "batch"):
+        if job.get(name) not in (None, {}, 0, ""):
+            line(f"{name:12}  {cell(job[name])}")
+    for name in ("created_ms", "run_after_ms", "started_ms", "finished_ms", "deadline_at_ms"):
+        if job.get(name):
+            line(f"{name.removesuffix('_ms'):12}  {date(job[name])}")
+    if job["fault"]:
+        line(f"{'fault':12}  {fault_cell(job['fault'], 1000)}")
+    if job["attempts"]:
+        line()
+        rows = [("ATTEMPT", "WORKER", "BEGAN", "ENDED", "OUTCOME", "FAULT")]
+        rows += [
+            (
+                str(one["number"]),
+                cell(one["worker"]),
+                date(one["began_ms"]),
+                date(one["ended_ms"]),
+                one["outcome"],
+                fault_cell(one["fault"]),
+            )
+            for one in job["attempts"]
+        ]
+        table(rows)
+    return OK
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    return _each(arguments, "retry")
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    return _each(arguments, "cancel")
+
+
+def _each(arguments: argparse.Namespace, verb: str) -> int:
+    """Ask for each; one that is refused does not keep the others from it, and is the exit code."""
+    answers, code = [], OK
+    for name in arguments.ids:
+        try:
+            answers.append(ask(arguments, "POST", f"/v1/jobs/{quoted(name)}/{verb}"))
+        except AskError as error:
+            sys.stderr.write(f"coordinator: {name}: {error}\n")
+            code = FAILED
+            continue
+        if not arguments.json:
+            line(f"{answers[-1]['id']}  {answers[-1]['state']}")
+    if arguments.json:
+        say(answers)
+    return code

@@ -1,0 +1,1 @@
+"""What keeps a coordinator, its store and its machine from working."""

@@ -1,0 +1,1 @@
+"""Workers that speak the studio contract, admitted as first-class ones."""

@@ -1,0 +1,228 @@
+"""The jobs of one studio session: claims out, and what the worker says about them in.
+
+The contract names jobs and no attempts, so this remembers which attempt was offered: its number fences a late result
+here as everywhere. There is no cancel in the contract: a job that was cancelled takes the worker's one slot until the
+worker ends it, and what it delivers then is acknowledged and dropped.
+
+Frames of the socket and results that come by HTTP take turns (`turn`): each step is whole before the next begins.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import anyio
+import msgspec
+
+from coordinator.attempts import Attempts
+from coordinator.fleet import HeldAttempt, Key, Worker
+from coordinator.studio.claims import Sources, claim_of
+from coordinator.studio.results import from_json
+from coordinator.studio.wire import MAX_LOG_CHARS, CompleteJson, Fail, Reject, Unreadable, declined, frame
+from protocol import link_wire as wire
+from protocol.faults import Fault, FaultError
+from protocol.work import parse_params
+
+log = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 4096  # jobs that a session has done with
+
+
+class Given(NamedTuple):
+    """A job that this worker was offered: the attempt, and what its result is judged by."""
+
+    key: Key
+    kind: str
+    params: Any
+
+
+class Stranger(Exception):
+    """The worker speaks of a job that it never held."""
+
+
+class StudioJobs:
+    """See the module. Unless said otherwise, `turn` is held by who calls a coroutine here.
+
+    Attributes:
+        turn: held for one step of an attempt.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        attempts: Attempts,
+        sources: Sources,
+        url: Callable[[str], str],
+        say: Callable[[str], None],
+        busy_s: float,
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            worker: whose they are.
+            attempts: hears what becomes of them.
+            sources: where the models' files are.
+            url: makes the relative URL of an input one that the worker can fetch.
+            say: queues a frame.
+            busy_s: pause before the next offer to a worker that rejected one as busy or paused.
+        """
+        self.turn = anyio.Lock()
+        self._worker, self._attempts, self._sources = worker, attempts, sources
+        self._url, self._say, self._busy_s = url, say, busy_s
+        self._given: dict[str, Given] = {}
+        self._done: dict[str, str] = {}  # job -> verdict of its end
+        self._acks: dict[Key, str] = {}  # the frame that acknowledges an end
+        self._begun: set[Key] = set()  # their watchers were told that the work has begun
+
+    # ---- looking -------------------------------------------------------------------------------------------
+
+    def given(self, job: str) -> Given | None:
+        """The job, when the worker has it."""
+        given = self._given.get(job)
+        return given if given is not None and given.key in self._worker.attempts else None
+
+    def verdict(self, job: str) -> str | None:
+        """How a job ended that was this worker's: stored or fenced; None when it never was, or has not ended."""
+        return self._done.get(job)
+
+    def abandoned(self, job: str) -> bool:
+        """Whether nobody waits any more for the job that the worker has."""
+        given = self.given(job)
+        return given is not None and self._held(given.key).state == "abandoned"
+
+    # ---- out -----------------------------------------------------------------------------------------------
+
+    def offer(self, offer: wire.Offer, key: Key) -> None:
+        """Offer a job. Raises FaultError(unsupported) for what the contract has no word for."""
+        claim = claim_of(key[0], offer, self._sources, self._url)
+        self._done.pop(key[0], None)
+        self._given[key[0]] = Given(key, offer.kind, parse_params(offer.kind, offer.params))
+        self._say(frame("offer", claim=claim))
+
+    async def refuse(self, key: Key, fault: Fault) -> None:
+        """Decline in the worker's stead what cannot be offered to it."""
+        if key in self._worker.attempts:
+            await self._attempts.decline(self._worker, key, wire.Decline(code="unsupported", reason=fault.message))
+
+    def ended(self, key: Key, verdict: str) -> None:
+        """An end is stored, or not wanted: say so in the worker's words, if it came by the socket."""
+        self._forget(key, verdict)
+        if word := self._acks.pop(key, ""):
+            self._say(frame(word, jobId=key[0]))
+
+    # ---- in ------------------------------------------------------------------------------------------------
+
+    async def take(self, type_: str, job: str, body: Any) -> None:
+        """Act on a frame about a job; `Unreadable` stands for a body that does not fit.
+
+        Raises:
+            Stranger: the worker never held the job.
+            StoreError, FaultError, OSError: nothing was stored.
+        """
+        given = self.given(job)
+        if given is None:
+            self._of_another(type_, job)
+            return
+        match body:
+            case Reject():
+                await self._decline(given, declined(body))
+            case CompleteJson():
+                await self._end(given, "completeAck", self._judged(given, body))
+            case Fail():
+                fault = Fault("engine_failed", body.error[:MAX_LOG_CHARS], retryable=body.retryable)
+                await self._end(given, "failAck", fault)
+            case Unreadable():
+                await self._unreadable(type_, given, str(body))
+            case _:
+                await self._accepted(given)
+
+    async def complete(self, job: str, body: wire.Complete) -> str | None:
+        """Store a result that came by HTTP. Returns its verdict, None when the job is not this worker's.
+
+        Raises:
+            StoreError, FaultError, OSError: nothing was stored.
+        """
+        if (given := self.given(job)) is not None:
+            await self._end(given, "", body)
+        return self._done.get(job)
+
+    def works_on(self, job: str) -> None:
+        """The worker runs this job, it says: whoever waits for a stream may have its headers now."""
+        given = self.given(job)
+        if given is not None and given.key not in self._begun:
+            self._begun.add(given.key)
+            self._attempts.started(self._worker, given.key)
+
+    def idle(self, now: float, let_go_s: float) -> None:
+        """The worker runs nothing, it says: what was abandoned takes its slot no more, once its offer is that old."""
+        for held in list(self._worker.attempts.values()):
+            if held.state == "abandoned" and now - held.since > let_go_s:
+                self._forget(held.key, "fenced")
+                self._attempts.let_go(self._worker, held.key)
+
+    def _judged(self, given: Given, body: CompleteJson) -> wire.Complete | Fault:
+        try:
+            return from_json(given.kind, body.result, getattr(given.params, "task", "transcribe"))
+        except FaultError as error:
+            log.warning("%s#%d on %s: %s", *given.key, self._worker.id, error.fault.message)
+            return error.fault
+
+    async def _end(self, given: Given, word: str, end: wire.Complete | Fault) -> None:
+        """End the attempt; `word` is the frame that acknowledges it, "" for none."""
+        await self._accepted(given)
+        self._acks[given.key] = word
+        if isinstance(end, Fault):
+            await self._attempts.fail(self._worker, given.key, wire.Fail(fault=end))
+        else:
+            await self._attempts.complete(self._worker, given.key, end)
+
+    async def _decline(self, given: Given, said: wire.Decline) -> None:
+        if self._held(given.key).state == "running":
+            # It had accepted: this is no answer to an offer any more.
+            fault = Fault("engine_failed", f"The worker gave the job back: {said.reason}", retryable=True)
+            await self._end(given, "", fault)
+            return
+        if said.code != "unsupported":
+            self._worker.block("", anyio.current_time() + self._busy_s)
+            said = msgspec.structs.replace(said, retry_after_ms=int(self._busy_s * 1000))
+        self._forget(given.key, "fenced")
+        await self._attempts.decline(self._worker, given.key, said)
+
+    async def _unreadable(self, type_: str, given: Given, error: str) -> None:
+        """The job fails, the session goes on."""
+        log.warning("Worker %s sent a frame that cannot be read: %s", self._worker.id, error)
+        self._attempts.counters.events["unreadable"] += 1
+        if type_ == "reject":
+            await self._decline(given, wire.Decline(code="busy", reason=error[:MAX_LOG_CHARS]))
+            return
+        fault = Fault("engine_protocol", f"The worker sent a frame about this job that cannot be read: {error}")
+        await self._end(given, "failAck" if type_ == "fail" else "completeAck", fault)
+
+    def _of_another(self, type_: str, job: str) -> None:
+        """About a job that the worker does not hold: forgiven when it held it once. Raises Stranger."""
+        if job not in self._done:
+            if type_ != "reject":
+                raise Stranger(f"The job {job[:128]!r} is not held by this session.")
+        elif type_ == "completeJson":
+            self._say(frame("completeAck", jobId=job))
+        elif type_ == "fail":
+            self._say(frame("failAck", jobId=job))
+
+    async def _accepted(self, given: Given) -> None:
+        """The worker has the job, whether it says so or ends it at once."""
+        if self._held(given.key).state == "offered":
+            await self._attempts.accept(self._worker, given.key)
+
+    def _forget(self, key: Key, verdict: str) -> None:
+        self._begun.discard(key)
+        given = self._given.get(key[0])
+        if given is not None and given.key == key:
+            del self._given[key[0]]
+        self._done[key[0]] = verdict
+        if len(self._done) > MAX_REMEMBERED:
+            del self._done[next(iter(self._done))]
+
+    def _held(self, key: Key) -> HeldAttempt:
+        return self._worker.attempts[key]

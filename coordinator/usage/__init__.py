@@ -1,0 +1,1 @@
+"""What jobs used, by tenant, key, worker, model and day."""

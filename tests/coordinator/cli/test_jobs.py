@@ -1,0 +1,87 @@
+"""`coordinator jobs` against a running coordinator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from coordinator.cli.main import FAILED, OK, main
+from protocol.faults import Fault, FaultError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("list", …)`: exit code, stdout, stderr."""
+    key = tmp_path / "key"
+    key.write_text(served.key + "\n")
+
+    def call(verb: str, *words: str, url: str = served.url, **options: Any) -> tuple[int, str, str]:
+        code = main(["jobs", verb, *words, "--url", url, "--key-file", str(options.get("key", key))])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def fails(job: Any) -> None:
+    raise FaultError(Fault("engine_failed", "No\x1b[31m idea."))
+
+
+def ended(http: httpx.Client, model: str, count: int = 1) -> list[str]:
+    """Ids of jobs of the model that have failed by now."""
+    body = {"kind": "command", "model": model, "wait": True}
+    jobs = [http.post("/v1/jobs", json=body).json() for _ in range(count)]
+    assert {job["state"] for job in jobs} == {"failed"}
+    return [job["id"] for job in jobs]
+
+
+def test_jobs_are_listed_and_shown(http: httpx.Client, serve: Any, run: Run) -> None:
+    serve(fails, "cli-shows", "command")
+    (job,) = ended(http, "cli-shows")
+    code, out, _ = run("list", "--dead", "--state-is", "failed", "--limit", "100")
+    assert code == OK
+    assert out.splitlines()[0].split() == ["ID", "STATE", "KIND", "MODEL", "TRIES", "CREATED", "WORKER", "FAULT"]
+    (line,) = [line for line in out.splitlines() if job in line]
+    assert "engine_failed: No?[31m idea." in line
+    listed = json.loads(run("list", "--limit", "1", "--json")[1])
+    assert len(listed["data"]) == 1
+    code, out, _ = run("show", job)
+    assert code == OK
+    assert "failed" in out
+    assert "ATTEMPT" in out
+    assert "\x1b" not in out
+    shown = json.loads(run("show", job, "--json")[1])
+    assert [one["outcome"] for one in shown["attempts"]] == ["failed"]
+
+
+def test_a_failed_job_is_tried_again_and_what_is_refused_is_said(http: httpx.Client, serve: Any, run: Run) -> None:
+    worker = serve(fails, "cli-again", "command")
+    first, second = ended(http, "cli-again", 2)
+    worker.script = lambda job: None
+    code, out, err = run("retry", first, "job_unknown", second)
+    assert code == FAILED
+    assert out.splitlines() == [f"{first}  queued", f"{second}  queued"]
+    assert "job_unknown: There is no job" in err
+    code, out, _ = run("cancel", first, second, "--json")
+    assert code == OK
+    assert [job["state"] for job in json.loads(out)] == ["cancelled", "cancelled"]
+    code, _, err = run("retry", first)
+    assert code == FAILED
+    assert "only one that failed" in err
+
+
+def test_who_cannot_be_asked_is_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--url" in run("list", url="ftp://x")[2]
+    assert "does not answer" in run("list", url="http://127.0.0.1:9")[2]
+    assert "No such file" in run("list", key=tmp_path / "none")[2]
+    wrong = tmp_path / "wrong"
+    wrong.write_text("sk-wrong")
+    code, _, err = run("list", key=wrong)
+    assert (code, "unknown or was revoked" in err) == (FAILED, True)
