@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import random
 import stat
 import time
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ from coordinator.testing_link import pieces
 from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import FaultError
 
-DATA = os.urandom(3 * 2**20 + 17)
+DATA = random.Random(1).randbytes(3 * 2**20 + 17)
 DIGEST = hashlib.sha256(DATA).hexdigest()
 ABSENT = "blob_" + "0" * 26
 

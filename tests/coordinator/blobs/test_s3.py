@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not i
 if TYPE_CHECKING:
     from tests.coordinator.s3_rig import S3Rig
 
-DATA = os.urandom(3 * 2**20 + 17)
+DATA = random.Random(1).randbytes(3 * 2**20 + 17)
 DIGEST = hashlib.sha256(DATA).hexdigest()
 ABSENT = "blob_" + "0" * 26
 ODD = "a b?%2e#ü+&=*.png"
