@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -50,7 +51,6 @@ class ServicePlan(msgspec.Struct, frozen=True, kw_only=True):
 def unit(plan: ServicePlan) -> str:
     """The text of NAME.service."""
     places = (plan.python, *plan.places)  # none may vanish from the service's view
-    low = "CAP_NET_BIND_SERVICE" if 0 < plan.port < _LOW_PORTS else ""
     command = [plan.python, "-P", "-m", "coordinator", "serve"]
     command += ["--config", f"%d/{CONFIG_CREDENTIAL}"] if plan.config else []
     given = ({CONFIG_CREDENTIAL: plan.config} if plan.config else {}) | plan.credentials
@@ -84,6 +84,18 @@ def unit(plan: ServicePlan) -> str:
         "# One per worker and per client, and some.",
         "LimitNOFILE=65536",
         "LimitCORE=0",
+        *_locked_down(places, plan.port),
+        "",
+        "[Install]",
+        "WantedBy=multi-user.target",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _locked_down(places: Sequence[str], port: int) -> list[str]:
+    """What the service may not do; `places` are those where the program lies."""
+    low = "CAP_NET_BIND_SERVICE" if 0 < port < _LOW_PORTS else ""
+    return [
         f"CapabilityBoundingSet={low}",
         f"AmbientCapabilities={low}",
         "NoNewPrivileges=yes",
@@ -106,11 +118,7 @@ def unit(plan: ServicePlan) -> str:
         "SystemCallArchitectures=native",
         "SystemCallFilter=@system-service",
         "SystemCallErrorNumber=EPERM",
-        "",
-        "[Install]",
-        "WantedBy=multi-user.target",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _escaped(text: str) -> str:
