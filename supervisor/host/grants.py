@@ -98,14 +98,11 @@ def policy(
         read += [f"/etc/{name}" for name in _NETWORK_FILES]
     gpu = (model.device if model is not None else device) != "cpu"
     nodes = _gpu_nodes(model.devices if model is not None else ()) if gpu else []
-    if gpu and nodes:
-        execute += [folder for folder in _WSL_LIBRARIES if _WSL_NODE in nodes]
-    given = {}
-    if user is not None:
-        runs = [engine.python, *interpreter, *added, *asked.execute]
-        given = {"user": _as_user(user, engine, scratch, root, model, runs, runs_programs=profile.spawns)}
+    execute += _WSL_LIBRARIES if _WSL_NODE in nodes else ()
+    runs = [engine.python, *interpreter, *added, *asked.execute]
+    become = _as_user(user, engine, scratch, root, model, runs, runs_programs=profile.spawns) if user else None
     return {
-        **given,
+        **({"user": become} if become is not None else {}),
         "layers": [layer for layer in LAYERS if layer not in asked.without],
         "mode": asked.mode,
         "network": network,
