@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -44,16 +44,32 @@ LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
             high=2,
             boot="5f0c",
             capabilities=link.Capabilities(
-                models=(link.ModelOffer(name="chat", kinds=("llm",), engine="llama", slots=2, device="cuda:0"),),
-                gpus=(link.Gpu(uuid="GPU-1", name="RTX", vram_bytes=25769803776),),
+                models=(
+                    link.ModelOffer(
+                        name="chat",
+                        kinds=("llm",),
+                        engine="llama",
+                        slots=2,
+                        resident=True,
+                        device="cuda:0",
+                        revision="9f86d081884c7d65",
+                        vram_bytes=5368709120,
+                        limits={"context_tokens": 8192},
+                        sandbox={"landlock": "verified", "net": "unavailable(EPERM)"},
+                    ),
+                ),
+                gpus=(link.Gpu(uuid="GPU-1", name="RTX", vram_bytes=25769803776, free_bytes=20401094656),),
                 labels={"rack": "3"},
+                vram_threshold_gb=20.0,
                 version="1.0.0",
+                machine="Linux x86_64",
+                deploys=True,
             ),
             held=(link.Held(job=JOB[0], attempt=1, started=True),),
         ),
         ("", 0),
     ),
-    ("welcome", link.Welcome(session="a1b2", revision=2, heartbeat_ms=5000), ("", 0)),
+    ("welcome", link.Welcome(session="a1b2", revision=2, heartbeat_ms=10000), ("", 0)),
     (
         "offer of a chat",
         link.Offer(kind="llm", model="chat", params=raw(CHAT), stream=True, deadline_ms=60000),
@@ -65,10 +81,16 @@ LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
             kind="audio_stt",
             model="ears",
             params=raw({"language": "en"}),
-            inputs=(link.FileRef(name="audio", url="/v1/blobs/blob_1?exp=1&sig=2", size=5, sha256=HASH),),
+            inputs=(
+                link.FileRef(name="audio", url="/v1/blobs/blob_1?exp=1&sig=2", size=5, sha256=HASH, mime="audio/wav"),
+            ),
             upload="/v1/blobs/job_1/1/{name}?exp=1&sig=2",
-            vram_gb_estimate=1.5,
+            traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
             labels={"trusted": "true"},
+            tenant="team-7",
+            priority=5,
+            vram_gb_estimate=1.5,
+            alone=True,
         ),
         JOB,
     ),
@@ -77,7 +99,7 @@ LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
     ("started", link.Started(), JOB),
     ("chunk", link.Chunk(seq=0, data=raw({"delta": {"content": "hi"}})), JOB),
     ("chunk_ack", link.ChunkAck(seq=0), JOB),
-    ("progress", link.Progress(n=3, total=10, phase="step", text=""), JOB),
+    ("progress", link.Progress(n=3, total=10, phase="step", text="three of ten"), JOB),
     ("complete inline", link.Complete(result=raw({"content": "hi"}), usage={"completion_tokens": 2.0}), JOB),
     ("complete with a file", link.Complete(files=(OutputFile("a.png", "image/png", 5, HASH),)), JOB),
     (
@@ -85,10 +107,23 @@ LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
         link.Fail(fault=Fault("engine_crashed", "The engine ended by SIGSEGV.", detail={"signal": 11}), streamed=True),
         JOB,
     ),
+    (
+        "fail for the caller's sake",
+        link.Fail(fault=Fault("invalid_parameter", "It is negative.", field="max_tokens", retryable=False)),
+        JOB,
+    ),
     ("ack stored", link.Ack(), JOB),
     ("ack fenced", link.Ack(verdict="fenced"), JOB),
     ("cancel", link.Cancel(reason="the client left"), JOB),
-    ("heartbeat", link.Heartbeat(n=7, running=1, gpus=(link.GpuState(uuid="GPU-1", busy=0.5),)), ("", 0)),
+    (
+        "heartbeat",
+        link.Heartbeat(
+            n=7,
+            running=1,
+            gpus=(link.GpuState(uuid="GPU-1", free_bytes=20401094656, busy=0.5, temperature_c=61.0, power_w=180.0),),
+        ),
+        ("", 0),
+    ),
     ("heartbeat_ack", link.HeartbeatAck(n=7), ("", 0)),
     ("announce", link.Announce(capabilities=link.Capabilities(accepting=False, reason="quiet hours")), ("", 0)),
     ("pause", link.Pause(reason="maintenance", for_ms=60000), ("", 0)),
@@ -97,10 +132,35 @@ LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
     ("draining", link.Draining(reason="SIGTERM was received"), ("", 0)),
     ("shutdown", link.ShutdownWorker(reason="the box is sold"), ("", 0)),
     ("order", link.Order(id="7", verb="probe", arguments={"model": "chat"}), ("", 0)),
+    ("order to log more", link.Order(id="8", verb="log_level", arguments={"level": "debug", "for_s": 600.0}), ("", 0)),
+    (
+        "order to change the configuration",
+        link.Order(id="9", verb="configure", arguments={"changes": {"worker.labels": {"rack": "4"}}}),
+        ("", 0),
+    ),
+    (
+        "order to serve a model",
+        link.Order(
+            id="10",
+            verb="serve",
+            arguments={
+                "name": "chat@0a1b2c3d4e",
+                "source": "https://models.example/chat.gguf",
+                "sha256": HASH,
+                "file": "",
+                "engine": "llama",
+                "options": {"context_tokens": 8192},
+            },
+        ),
+        ("", 0),
+    ),
+    ("order to let go of it", link.Order(id="11", verb="unserve", arguments={"name": "chat@0a1b2c3d4e"}), ("", 0)),
     ("order_done", link.OrderDone(id="7", ok=True, message="Done.", detail={"chat": "it works"}), ("", 0)),
     (
         "log_batch",
-        link.LogBatch(lines=(link.LogLine(ts="2026-01-02T03:04:05.678Z", level="warning", message="m"),), dropped=1),
+        link.LogBatch(
+            lines=(link.LogLine(ts="2026-01-02T03:04:05.678Z", level="warning", message="m", job=JOB[0]),), dropped=1
+        ),
         ("", 0),
     ),
     ("error", link.Error(code="duplicate_worker", message="A newer session has been opened."), ("", 0)),
@@ -127,19 +187,66 @@ LINK_TOLERATED: list[tuple[str, str, bytes]] = [
 ]
 
 ENGINE: list[tuple[str, engine.Down | engine.Up]] = [
-    ("hello", engine.Hello(engine="llama", kinds=("llm",), low=1, high=1, pid=42)),
+    ("hello", engine.Hello(engine="llama", kinds=("llm",), low=1, high=1, pid=42, python="3.11.2")),
     (
         "load",
-        engine.Load(model=engine.Model(name="chat", kinds=("llm",), files={"model": "/m.gguf"}), scratch="/scratch"),
+        engine.Load(
+            model=engine.Model(
+                name="chat",
+                revision="9f86d081884c7d65",
+                kinds=("llm",),
+                files={"model": "/m.gguf"},
+                backend="xllamacpp",
+                device="cuda",
+                devices=("GPU-1",),
+                options={"context_tokens": 8192},
+            ),
+            scratch="/scratch",
+        ),
     ),
-    ("progress of the load", engine.Progress(run=engine.NO_RUN, n=1, total=2, phase="load")),
-    ("ready", engine.Ready(device="cuda:0", slots=2)),
-    ("run", engine.Run(run=1, kind="llm", params=raw(CHAT), stream=True, folder="/out")),
+    ("progress of the load", engine.Progress(run=engine.NO_RUN, n=1, total=2, phase="load", text="half of it")),
+    (
+        "ready",
+        engine.Ready(
+            device="cuda:0",
+            slots=2,
+            compute_type="q4_k",
+            versions={"xllamacpp": "0.2.0"},
+            peak_rss_bytes=1073741824,
+            vram_bytes=5368709120,
+            sandbox={"landlock": "verified"},
+            limits={"context_tokens": 8192},
+            schema={"x-count": {"type": "object"}},
+        ),
+    ),
+    ("log", engine.Log(level="warning", message="The file has no chat template.")),
+    ("stats", engine.Stats(rss_bytes=1073741824, extra={"kv_used": 0.5})),
+    ("validate", engine.Validate(run=2, kind="llm", params=raw(CHAT))),
+    ("valid", engine.Valid(run=2)),
+    (
+        "run",
+        engine.Run(
+            run=1,
+            kind="llm",
+            params=raw(CHAT),
+            inputs={"image": "/in/a.png"},
+            folder="/out",
+            stream=True,
+            log="/out/log",
+        ),
+    ),
     ("started", engine.Started(run=1)),
     ("chunk", engine.Chunk(run=1, seq=0, data=raw({"delta": {"content": "hi"}}))),
     ("result", engine.Result(run=1, body=raw({"content": "hi"}), usage={"completion_tokens": 2.0})),
     ("result with a file", engine.Result(run=1, body=raw({}), files=(OutputFile("a.png", "image/png", 5, HASH),))),
     ("fault", engine.RunFault(run=1, fault=Fault("out_of_memory", "CUDA is out of memory."))),
+    (
+        "fault of a request",
+        engine.RunFault(
+            run=2,
+            fault=Fault("invalid_parameter", "It is none.", field="grammar", retryable=False, detail={"line": 3}),
+        ),
+    ),
     ("cancel", engine.Cancel(run=1)),
     ("ping", engine.Ping(n=3)),
     ("pong", engine.Pong(n=3)),
@@ -149,6 +256,20 @@ ENGINE: list[tuple[str, engine.Down | engine.Up]] = [
         engine.Chunk(run=1, seq=1, data=raw({"pcm": "x" * (engine.INLINE_BYTES + 10)})),
     ),
 ]
+
+# Structs that messages are made of.
+LINK_PARTS = (
+    link.Capabilities,
+    link.ModelOffer,
+    link.Gpu,
+    link.GpuState,
+    link.Held,
+    link.FileRef,
+    OutputFile,
+    Fault,
+    link.LogLine,
+)
+ENGINE_PARTS = (engine.Model, OutputFile, Fault)
 
 
 def plain(value: Any) -> Any:
@@ -273,9 +394,12 @@ def parts() -> dict[str, str]:
     instance, run = engine_session.diagram().split("\n\n")
     return {
         "link messages": _messages(),
+        "link parts": _parts(LINK_PARTS),
         "link session": f"```mermaid\n{session.strip()}\n```",
         "link attempt": f"```mermaid\n{attempt_.strip()}\n```",
         "link bytes": "\n\n".join(examples),
+        "engine messages": _frames(),
+        "engine parts": _parts(ENGINE_PARTS),
         "engine instance": f"```mermaid\n{instance.strip()}\n```",
         "engine run": f"```mermaid\n{run.strip()}\n```",
         "engine bytes": "\n\n".join(frames),
@@ -285,10 +409,54 @@ def parts() -> dict[str, str]:
 def _messages() -> str:
     rows = ["| message | sent by | fields |", "| --- | --- | --- |"]
     for side, found in (("worker", link.UP), ("coordinator", link.DOWN)):
-        for tag, type_ in found.items():
-            fields = [f"`{field.name}`" + ("" if field.required else "?") for field in msgspec.structs.fields(type_)]
-            rows.append(f"| `{tag}` | {side} | {', '.join(fields) or 'none'} |")
+        rows += [f"| `{tag}` | {side} | {_fields(type_)} |" for tag, type_ in found.items()]
     return "\n".join(rows)
+
+
+def _frames() -> str:
+    rows = ["| message | sent by | fields |", "| --- | --- | --- |"]
+    for side, base in (("engine", engine.Up), ("host", engine.Down)):
+        rows += [f"| `{type_.__struct_config__.tag}` | {side} | {_fields(type_)} |" for type_ in base.__subclasses__()]
+    return "\n".join(rows)
+
+
+def _parts(types: tuple[type[msgspec.Struct], ...]) -> str:
+    rows = ["| part | fields |", "| --- | --- |"]
+    return "\n".join([*rows, *(f"| {type_.__name__} | {_fields(type_)} |" for type_ in types)])
+
+
+def _fields(type_: type[msgspec.Struct]) -> str:
+    """Its fields with their types; "?" stands behind one that may be left out, with what that means if not nothing."""
+    shown = [
+        f"`{field.name}`{'' if field.required else '?'} {type_word(field.type)}"
+        + (
+            f" ({json.dumps(field.default)})"
+            if not field.required and field.default and isinstance(field.default, str | int | float)
+            else ""
+        )
+        for field in msgspec.structs.fields(type_)
+        if field.name != "blobs"
+    ]
+    return ", ".join(shown) or "none"
+
+
+_WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", Any: "anything", msgspec.Raw: "anything"}
+
+
+def type_word(type_: Any) -> str:
+    """A type in words that every language has."""
+    if type_ in _WORDS:
+        return _WORDS[type_]
+    origin, inside = get_origin(type_), get_args(type_)
+    if origin is Literal:
+        return " or ".join(f'"{value}"' for value in inside)
+    if origin is tuple:
+        return f"list of {type_word(inside[0])}"
+    if origin is dict:
+        return f"map to {type_word(inside[1])}"
+    if type(None) in inside:
+        return " or ".join(type_word(each) for each in inside if each is not type(None))
+    return str(type_.__name__)
 
 
 def written(text: str) -> str:
