@@ -238,6 +238,10 @@ class Roster:
                 await self._prover.prove(entry.spec)
                 return
             proof = await self._prover.once(entry.spec)
+            if not proof.ok and entry.origin is Origin.CONFIG:  # worker.toml has come to name it meanwhile
+                self.proved(entry.spec, proof)
+                await self._prover.prove(entry.spec)
+                return
         if proof.ok:
             self.proved(entry.spec, proof)
         elif not entry.leaving:  # else it was let go meanwhile, and whoever waits was told so
@@ -273,9 +277,11 @@ class Roster:
         entry = self._entries.get(model)
         if entry is None:
             return refuse("model_not_found", f"There is no model {model!r} here.").fault
-        entry.heir = None
-        if entry.origin is Origin.CONFIG:
+        if entry.heir is not None:
+            self._dismissed[model] = entry.heir[1]
+        elif entry.origin is Origin.CONFIG and not entry.leaving:
             self._dismissed[model] = entry.spec
+        entry.heir = None
         self._leave(entry, reason)
         entry.patience.deadline = min(entry.patience.deadline, trio.current_time() + within_s)
         await entry.gone.wait()
@@ -334,6 +340,8 @@ class Roster:
         entry = self._entries.get(spec.name)
         dismissed = self._dismissed.get(spec.name)
         if dismissed is not None and _alike(dismissed, spec):
+            if entry is not None:
+                entry.heir = None  # of a change that was taken back
             return
         if entry is None:
             self._enlist(table, spec, Origin.CONFIG)

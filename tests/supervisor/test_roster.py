@@ -421,3 +421,56 @@ async def test_a_model_of_worker_toml_that_was_let_go_stays_away_until_its_table
     write(it, msgspec.structs.replace(HERE, vram_gb=1.0), NEW)
     await trio.sleep(10)
     assert HERE.name in it.offered()
+
+
+async def test_a_proof_that_fails_after_worker_toml_took_the_model_over_is_tried_again(it, autojump_clock):
+    it.proofs.problems = ["no"]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(it.roster.take_on, NEW)
+        await trio.sleep(1)
+        write(it, HERE, NEW)
+        await trio.sleep(8)
+        assert it.served.why_not(NEW.name) == "no"
+        await trio.sleep(60)
+    assert it.roster.origin(NEW.name) is Origin.CONFIG
+    assert it.offered() == [HERE.name, NEW.name]
+
+
+async def test_a_change_that_is_taken_back_after_the_model_was_let_go_leaves_it_away(it, autojump_clock):
+    await it.begin("a", HERE.name, 20)
+    it.nursery.start_soon(it.roster.let_go, HERE.name, "the coordinator says so")
+    await trio.sleep(1)
+    write(it, msgspec.structs.replace(HERE, vram_gb=1.0))
+    write(it, HERE)
+    await trio.sleep(60)
+    assert it.offered() == []
+    assert list(it.roster.specs) == []
+
+
+async def test_what_was_to_come_instead_is_let_go_as_well(it, autojump_clock):
+    changed = msgspec.structs.replace(HERE, vram_gb=1.0)
+    await it.begin("a", HERE.name, 20)
+    write(it, changed)
+    assert await it.roster.let_go(HERE.name, "the coordinator says so") is None
+    write(it, changed, NEW)  # names it still, as it did when somebody let it go
+    await trio.sleep(30)
+    assert it.offered() == [NEW.name]
+    write(it, HERE, NEW)
+    await trio.sleep(30)
+    assert it.offered() == [HERE.name, NEW.name]
+
+
+async def test_a_hundred_edits_while_jobs_run_end_where_the_last_one_says(it, autojump_clock):
+    await it.begin("a", HERE.name, 200)
+    for number in range(100):
+        tables = [HERE, NEW] if number % 3 else [NEW]
+        write(it, *(msgspec.structs.replace(table, vram_gb=1.0 + number % 7) for table in tables))
+        await trio.sleep(0.5 if number % 5 else 7)
+    last = msgspec.structs.replace(HERE, vram_gb=2.5)
+    write(it, last)
+    await trio.sleep(300)
+    assert isinstance(it.ends["a"], Done)
+    assert [(spec.name, spec.vram_bytes) for spec in it.roster.specs] == [(HERE.name, int(2.5 * 2**30))]
+    assert it.offered() == [HERE.name]
+    await it.job("b", HERE.name, 1)
+    assert isinstance(it.ends["b"], Done)
