@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 OK, FAILED, USAGE, INTERNAL, BUSY, BAD_CONFIG = 0, 1, 64, 70, 73, 78
 CLIENT_KEY_FILE = "client.key"
 WORKER_TOKEN_FILE = "worker.token"
+EMBEDDED_FOLDER = "coordinator"  # in a worker's state folder
 MAX_TOKEN_BYTES = 4096
 PREDECESSOR_S = 4.0
 T = TypeVar("T")
@@ -118,9 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     cli_service.add_parser(commands, shared, _Parser)
     cli_jobs.add_parser(commands, shared, _Parser)
     cli_deploy.add_parsers(commands, shared, _Parser)
-    migrate = commands.add_parser("migrate", help="copy all jobs into another store; an interrupted copy goes on")
+    migrate = commands.add_parser("migrate", help="copy jobs and keys into another store; an interrupted copy goes on")
     migrate.add_argument(
-        "--from", dest="source", required=True, metavar="sqlite:PATH", help="no coordinator may use it"
+        "--from",
+        dest="source",
+        required=True,
+        metavar="DIR",
+        help="state folder of a coordinator, or of the worker that embeds it, or sqlite:PATH; nobody may use it",
     )
     migrate.add_argument("--to", dest="target", metavar="URL", help=f"postgres://… (also {STORE_VARIABLE}); empty")
     migrate.set_defaults(command=_migrate)
@@ -267,13 +272,29 @@ def _say_ready(url: str, client_key: Path, embedded: bool) -> None:
 
 def _migrate(arguments: argparse.Namespace) -> int:
     target = arguments.target or os.environ.get(STORE_VARIABLE, "")
-    if not arguments.source.startswith(SQLITE):
-        raise Refusal("--from: Expected sqlite:PATH, the file coordinator.sqlite of a state folder.")
+    source = _source(arguments.source)
     if not is_postgres(target):
         raise Refusal("--to: Expected postgres://USER@HOST/DATABASE.")
     _check_store(target)
+    from coordinator.app import BLOB_FOLDER
     from coordinator.store.moving import move
 
-    counts = move(Path(arguments.source.removeprefix(SQLITE)), target, lambda text: print(text, file=sys.stderr))
+    counts = move(source, target, lambda text: print(text, file=sys.stderr))
     print(", ".join(f"{count} {table}" for table, count in counts.items()), "copied and counted on both sides.")
+    files = source.parent / BLOB_FOLDER
+    if files.is_dir():
+        print(f"Files of jobs stay in {files}: serve with this state folder, or give [blobs] url a copy of them.")
     return OK
+
+
+def _source(where: str) -> Path:
+    """The file to copy from: named, or in a state folder. Raises Refusal."""
+    if where.startswith(SQLITE):
+        return Path(where.removeprefix(SQLITE))
+    from coordinator.app import STORE_FILE
+
+    folder = Path(where)
+    for path in (folder / STORE_FILE, folder / EMBEDDED_FOLDER / STORE_FILE):
+        if path.is_file():
+            return path
+    raise Refusal(f"--from: {where}: Expected a state folder with {STORE_FILE}, or sqlite:PATH.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import os
 import re
+import secrets
 import socket
 import ssl
 from pathlib import Path
@@ -12,6 +15,8 @@ import msgspec
 
 from coordinator.replicas.frames import SECRET_CHARS
 from coordinator.server import Refusal, check_tls, listen
+
+log = logging.getLogger(__name__)
 
 MAX_SECRET_BYTES = 4096
 
@@ -22,7 +27,7 @@ class ReplicaTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         listen: HOST:PORT of the door for the other replicas alone.
         advertise: HOST:PORT that reaches it from them; "" means `listen`.
-        secret_file: a file with at least 16 characters, the same for all replicas.
+        secret_file: a file with at least 16 characters, the same for all replicas; made when there is none.
         tls_cert, tls_key: PEM files of the door; "" means none.
         tls_ca: PEM file of the authority that signed the other replicas' certificates; "" means the system's.
     """
@@ -61,7 +66,10 @@ def in_folder(table: ReplicaTable, folder: Path) -> ReplicaTable:
 
 def open_doorway(table: ReplicaTable) -> Doorway:
     """Check the table and bind. Raises Refusal that names the key and the cure."""
-    secret = _secret(Path(table.secret_file))
+    path = Path(table.secret_file)
+    if make_secret(path):
+        log.warning("Made %s: replicas on other machines need a copy of it as their replica.secret_file.", path)
+    secret = _secret(path)
     cert = Path(table.tls_cert) if table.tls_cert else None
     key = Path(table.tls_key) if table.tls_key else None
     check_tls(cert, key)
@@ -81,6 +89,30 @@ def open_doorway(table: ReplicaTable) -> Doorway:
         listener.close()
         raise
     return Doorway(listener, url, secret, (cert, key) if cert and key else None, trust)
+
+
+def make_secret(path: Path) -> bool:
+    """Make the file, mode 0600, where there is none; of several that do so at once, one does. Raises Refusal."""
+    if path.exists():
+        return False
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(partial, path)  # whole or not at all, and never over somebody else's
+        finally:
+            partial.unlink()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise Refusal(
+            f"replica.secret_file: {path}: There is no such file, and it cannot be made: {error.strerror}."
+        ) from None
+    return True
 
 
 def _secret(path: Path) -> str:

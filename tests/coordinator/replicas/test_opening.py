@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from coordinator.config import load
-from coordinator.replicas.opening import ReplicaTable, in_folder, open_doorway
+from coordinator.replicas.opening import ReplicaTable, in_folder, make_secret, open_doorway
 from coordinator.server import Refusal
 
 SECRET = "0123456789abcdef"
@@ -51,6 +52,31 @@ def test_a_secret_that_is_none_is_refused_with_the_cure(tmp_path: Path, secret: 
     (tmp_path / "secret").write_bytes(secret)
     with pytest.raises(Refusal, match=r"replica\.secret_file"):
         open_doorway(given)
+
+
+def test_a_secret_is_made_once_for_all_who_start_together(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: make_secret(path), range(16)))
+    assert made.count(True) == 1
+    assert path.stat().st_mode & 0o777 == 0o600
+    kept = path.read_text()
+    given = ReplicaTable(listen="127.0.0.1:0", secret_file=str(path))
+    doors = [open_doorway(given), open_doorway(given)]
+    for one in doors:
+        one.listener.close()
+    assert {one.secret for one in doors} == {kept.strip()}
+    assert len(kept.strip()) == 64
+    assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_door_opens_with_a_secret_of_its_own_making_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    door = open_doorway(ReplicaTable(listen="127.0.0.1:0", secret_file=str(tmp_path / "secret")))
+    door.listener.close()
+    assert door.secret == (tmp_path / "secret").read_text().strip()
+    assert "replicas on other machines need a copy of it" in caplog.text
 
 
 def test_paths_belong_to_the_folder_of_the_file(tmp_path: Path) -> None:

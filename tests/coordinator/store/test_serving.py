@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 import pytest
 
+from coordinator.cli.main import main
 from coordinator.store import SqliteStore
 from coordinator.testing import FakeWorker, OfferedJob, Running
 from protocol.link_wire import ModelOffer
@@ -106,6 +107,7 @@ def test_a_store_is_copied_by_the_command(space: str, tmp_path: Path) -> None:
     said = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert (said.returncode, said.stderr) == (0, "")
     assert said.stdout.startswith("0 jobs, ")
+    assert "Files of jobs" not in said.stdout
     for arguments, words in (
         (["--from", str(path), "--to", space], "sqlite:PATH"),
         (["--from", f"sqlite:{path}", "--to", "mysql://x"], "postgres://"),
@@ -115,3 +117,19 @@ def test_a_store_is_copied_by_the_command(space: str, tmp_path: Path) -> None:
         )
         assert refused.returncode == 78
         assert words in refused.stderr
+
+
+@pytest.mark.parametrize("below", ["", "coordinator"])
+def test_a_state_folder_is_enough_to_copy_from(space: str, tmp_path: Path, below: str, capsys: Any) -> None:
+    state = tmp_path / below
+    (state / "blobs").mkdir(parents=True)
+    SqliteStore(state / "coordinator.sqlite").close()
+    assert main(["migrate", "--from", str(tmp_path), "--to", space]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("0 jobs, ")
+    assert f"Files of jobs stay in {state / 'blobs'}" in said
+
+
+def test_a_folder_without_a_store_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert main(["migrate", "--from", str(tmp_path), "--to", "postgres://x/y"]) == 78
+    assert f"--from: {tmp_path}: Expected a state folder" in capsys.readouterr().err
