@@ -233,5 +233,5 @@ class Registration:
 
 
 def agent(version: str) -> str:
-    """The `userAgent`."""
-    return f"bulkhead-worker/{version}"
+    """The `userAgent`: the word of the contract, by which servers know what asks, and which make it is."""
+    return f"studio-worker/{version}+bulkhead"

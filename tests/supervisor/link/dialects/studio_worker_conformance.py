@@ -7,6 +7,7 @@ named `<kind>-model`, with an engine that the test plays, and its times are a fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
@@ -89,6 +90,7 @@ class StudioWorkerCases:
         async with start(server):
             await server.until(lambda: server.requests, "a request")
             [request] = server.requests
+            assert re.match(r"studio-worker/\d", server.requests[request]["userAgent"])
             await server.until(lambda: server.requests[request]["polls"] >= 2, "polls")
             server.approve(request)
             session = await server.session()
