@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,8 +177,10 @@ class Coordinator:
 
     def close(self) -> None:
         """Close the files; for a coordinator whose application never ran."""
-        self._known.register.close()
-        self._store.close()
+        try:
+            self._known.register.close()
+        finally:
+            self._store.close()
 
     async def hand_over(self) -> None:
         """Take no new jobs; with other replicas there, send the workers to them, with what they hold.
@@ -200,30 +202,34 @@ class Coordinator:
 
     @asynccontextmanager
     async def _lifetime(self, _app: Starlette) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._known.watch)
-            group.start_soon(self._dispatch)
-            group.start_soon(self.parts.progress.run)
-            if self.replicas is not None:
-                group.start_soon(self.replicas.run)
-            group.start_soon(self.parts.batches.run)
-            group.start_soon(self.privacy.run)
-            group.start_soon(self.feed.run)
-            group.start_soon(self.parts.deployer.run)
-            yield
-            with anyio.move_on_after(LAST_WORDS_S):
-                await self.parts.http.wait_idle()
-            group.cancel_scope.cancel()
-        self.close()
-
-    async def _dispatch(self) -> None:
+        parts = self.parts
+        running = [self._known.watch, self._dispatch, parts.progress.run, parts.batches.run, self.privacy.run]
+        running += [self.feed.run, parts.deployer.run]
+        if self.replicas is not None:
+            running.append(self.replicas.run)
         try:
-            with anyio.CancelScope() as self._dispatching:
-                await self.parts.dispatcher.run()
+            async with anyio.create_task_group() as group:
+                for part in running:
+                    group.start_soon(self._kept, part)
+                yield
+                with anyio.move_on_after(LAST_WORDS_S):
+                    await parts.http.wait_idle()
+                group.cancel_scope.cancel()
+        finally:
+            self.close()
+
+    async def _kept(self, part: Callable[[], Awaitable[None]]) -> None:
+        """Run a part; when it fails, the coordinator ends, because it would be something else without it."""
+        try:
+            await part()
         except Exception:
-            log.exception("The dispatcher failed; the coordinator ends.")
+            log.exception("A part of the coordinator failed; the coordinator ends.")
             self.parts.alive = False
             self.on_death()
+
+    async def _dispatch(self) -> None:
+        with anyio.CancelScope() as self._dispatching:
+            await self.parts.dispatcher.run()
 
 
 def _deployer(dispatcher: Dispatcher, store: Store) -> Deployer:

@@ -55,6 +55,31 @@ def test_a_dead_dispatcher_ends_the_server(tmp_path: Path, monkeypatch: pytest.M
     assert run(Coordinator(tmp_path), listen("127.0.0.1:0"), Serving()) == FAILED
 
 
+def test_a_part_that_fails_ends_the_server_and_nothing_is_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would listen on, and do nothing: its dispatcher ends with the others."""
+    monkeypatch.setattr("coordinator.progress.ProgressBoard.run", _broken)
+    coordinator = Coordinator(tmp_path)
+    assert run(coordinator, listen("127.0.0.1:0"), Serving()) == FAILED
+    Coordinator(tmp_path).close()
+
+
+def test_the_store_is_closed_though_the_register_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is left open rings at a database that may have long gone."""
+    coordinator = Coordinator(tmp_path)
+    close = coordinator._known.register.close
+
+    def fails() -> None:
+        close()
+        raise OSError("no")
+
+    monkeypatch.setattr(coordinator._known.register, "close", fails)
+    with pytest.raises(OSError, match="no"):
+        coordinator.close()
+    Coordinator(tmp_path).close()
+
+
 def test_two_coordinators_never_share_a_state_folder(tmp_path: Path) -> None:
     first = Coordinator(tmp_path)
     with pytest.raises(StoreBusy):
