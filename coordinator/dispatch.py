@@ -306,7 +306,7 @@ class Dispatcher:
     async def _insert_row(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
         """Make the row; when a slot is free, claim in the same transaction instead of leaving that to the loop."""
         async with self._claiming:
-            wants = [want for want in self.attempts.fleet.wants(anyio.current_time()) if want.model == s.model]
+            wants = self.attempts.fleet.wants(anyio.current_time(), s.model)
             if wants:
                 write = self._store.insert_and_claim
                 record, created, claimed = await self._threads.write(write, job_id, s, wants)

@@ -7,20 +7,22 @@ there is never more than one offer at a time per free slot.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from coordinator.records import JobRecord, ServedModel, WorkerView
+from coordinator.slots import Holding, Key, Slots
 from coordinator.store.base import Want
 from coordinator.store.needs import Labels, fits, needs_of
 from protocol.faults import Fault
 from protocol.link_wire import Body, Capabilities, GpuState, ModelOffer, OrderDone
 
-Key = tuple[str, int]  # (job, attempt)
+__all__ = ["FOREVER", "Fleet", "HeldAttempt", "Key", "Port", "Worker"]
 
 RETRY_HINT_S = 3  # a worker that lost its connection is usually back by then
 FOREVER = float("inf")
 MAX_REMEMBERED = 10_000  # models; names come from workers, so their number is not ours to trust
+_COUNTED = frozenset({"capabilities", "draining", "at_once", "vram_gb"})  # what `Slots` goes by, beside the methods
 
 
 class Port(Protocol):
@@ -75,12 +77,13 @@ class Worker:
         vram_gb: its dialect's word for the most GPU memory that a job may be reckoned to need; None when the
             announcement says it.
         view: of a worker that is connected to another replica: what that one told of it last.
+        slots_of: where its free slots are counted, while it is in a fleet.
     """
 
     id: str
     port: Port
     capabilities: Capabilities
-    attempts: dict[Key, HeldAttempt] = dataclasses.field(default_factory=dict)
+    attempts: Holding = dataclasses.field(init=False)
     draining: bool = False
     revision: int = 1  # of the link, in this session
     gpus: tuple[GpuState, ...] = ()  # as the last heartbeat told
@@ -92,6 +95,15 @@ class Worker:
     vram_gb: float | None = None
     key_id: str = ""
     view: WorkerView | None = None
+    slots_of: Slots | None = None
+
+    def __post_init__(self) -> None:
+        self.attempts = Holding(self)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in _COUNTED and self.slots_of is not None:
+            self.slots_of.changed(self)
 
     @property
     def slots(self) -> int:
@@ -144,6 +156,13 @@ class Worker:
     def block(self, model: str, until: float) -> None:
         """No offers of this model ("" for all) before `until`."""
         self.blocked[model] = max(until, self.blocked.get(model, 0.0))
+        if self.slots_of is not None:
+            self.slots_of.changed(self)
+
+    def unblock(self, now: float) -> None:
+        """Forget blocks whose time is over."""
+        if self.blocked:
+            self.blocked = {model: until for model, until in self.blocked.items() if until > now}
 
 
 class Fleet:
@@ -151,6 +170,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
+        self._slots = Slots()
         self.elsewhere: Callable[[], Iterable[Worker]] = tuple  # those that are connected to other replicas
         self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
         self._shunned: dict[str, set[str]] = {}  # job -> workers on which it has failed
@@ -161,29 +181,25 @@ class Fleet:
 
     # ---- choosing ------------------------------------------------------------------------------------------
 
-    def wants(self, now: float) -> list[Want]:
-        """Free slots of all workers, summed over those that are alike to the jobs that wait.
+    def wants(self, now: float, model: str | None = None) -> list[Want]:
+        """Free slots of all workers, or of one model, summed over those that are alike to the jobs that wait.
 
         Of labels only those count that some job asks for: so a thousand workers with names of their own are one want.
         """
-        asked = self._asked | self._asked_before | self._asked_lately
-        alike: dict[tuple[str, tuple[str, ...], Labels, float | None], list[tuple[str, int]]] = {}
-        for worker in self.workers.values():
-            traits = (worker.labels & asked if asked else asked, worker.room_gb)
-            for offer in worker.capabilities.models:
-                if offer.kinds and worker.open_to(offer.name, now) and (free := worker.free(offer)):
-                    kinds = offer.kinds if len(offer.kinds) == 1 else tuple(sorted(offer.kinds))
-                    key = (offer.name, kinds, *traits)
-                    alike.setdefault(key, []).append((worker.id, free))
         return [
-            Want(model, kinds, sum(free for _, free in ones), labels, vram, self._avoided_by(ones, now))
-            for (model, kinds, labels, vram), ones in alike.items()
+            Want(name, kinds, free, labels, vram, self._avoided_by(slots, now))
+            for (name, kinds, labels, vram), free, slots in self._slots.free(now, self._asked_for, model)
         ]
 
-    def _avoided_by(self, slots: Sequence[tuple[str, int]], now: float) -> tuple[str, ...]:
+    @property
+    def _asked_for(self) -> Labels:
+        """What jobs ask for that may wait now."""
+        return self._asked | self._asked_before | self._asked_lately
+
+    def _avoided_by(self, slots: Iterable[str], now: float) -> tuple[str, ...]:
         """Jobs that none of these workers is to be offered now."""
         return tuple(
-            job for job, avoided in self._avoid.items() if all(avoided.get(worker, 0.0) > now for worker, _ in slots)
+            job for job, avoided in self._avoid.items() if all(avoided.get(worker, 0.0) > now for worker in slots)
         )
 
     def ask(self, labels: Mapping[str, str]) -> None:
@@ -203,19 +219,15 @@ class Fleet:
         """
         avoided = self._avoid.get(record.id, {})
         shunned = self._shunned.get(record.id, set())
-        best: tuple[tuple[bool, bool, float], Worker] | None = None
-        for worker in self.workers.values():
-            offer = worker.offer_of(record.kind, record.model)
-            if offer is None or not worker.open_to(record.model, now) or not worker.free(offer):
-                continue
-            if avoided.get(worker.id, 0.0) > now:
-                continue
+
+        def takes(worker: Worker, offer: ModelOffer) -> bool | None:
+            if record.kind not in offer.kinds or avoided.get(worker.id, 0.0) > now:
+                return False
             if not worker.fits(record.needs, record.vram_gb_estimate):
-                continue
-            rank = (worker.id in shunned, not offer.resident, _load(worker))
-            if best is None or rank < best[0]:
-                best = (rank, worker)
-        return best[1] if best else None
+                return False
+            return None if worker.id in shunned else True
+
+        return self._slots.best(record.model, now, self._asked_for, takes)
 
     def avoid(self, job: str, worker: str, until: float) -> None:
         """Do not offer the job to this worker before `until`."""
@@ -233,7 +245,7 @@ class Fleet:
     def refused_by_all(self, held: HeldAttempt) -> bool:
         """Whether every connected worker that could have the job has refused it for good."""
         avoided = self._avoid.get(held.job, {})
-        serving = [worker for worker in self.workers.values() if _suits(worker, held)]
+        serving = [worker for worker in self._slots.serving(held.model).values() if _suits(worker, held)]
         return bool(serving) and all(avoided.get(worker.id) == FOREVER for worker in serving)
 
     def others(self, held: HeldAttempt, but: str, now: float) -> bool:
@@ -244,20 +256,23 @@ class Fleet:
             and _suits(worker, held)
             and worker.open_to(held.model, now)
             and avoided.get(worker.id, 0.0) <= now
-            for worker in self.workers.values()
+            for worker in self._slots.serving(held.model).values()
         )
 
     # ---- membership ----------------------------------------------------------------------------------------
 
     def add(self, worker: Worker) -> None:
-        """A session is open."""
+        """A session is open; an older one of the same worker is not in the fleet any more."""
+        if older := self.workers.get(worker.id):
+            self.remove(older)
         self.workers[worker.id] = worker
+        self._slots.add(worker)
         self._remember(worker.capabilities)
 
     def announce(self, worker: Worker, capabilities: Capabilities) -> None:
         """Capabilities changed; what a decline had blocked is open again."""
-        worker.capabilities = capabilities
         worker.blocked.clear()
+        worker.capabilities = capabilities
         self._remember(capabilities)
 
     def remove(self, worker: Worker) -> bool:
@@ -265,14 +280,13 @@ class Fleet:
         if self.workers.get(worker.id) is not worker:
             return False
         del self.workers[worker.id]
+        self._slots.remove(worker)
         return True
 
     def holder(self, key: Key) -> tuple[Worker, HeldAttempt] | None:
         """Who holds an attempt."""
-        for worker in self.workers.values():
-            if held := worker.attempts.get(key):
-                return worker, held
-        return None
+        worker = self._slots.holders.get(key)
+        return None if worker is None else (worker, worker.attempts[key])
 
     def all_attempts(self) -> Iterator[tuple[Worker, HeldAttempt]]:
         """Every attempt that is held by a connected worker; safe against changes meanwhile."""
@@ -285,6 +299,8 @@ class Fleet:
         self, kind: str, model: str, labels: Mapping[str, str] | None = None, vram_gb: float = 0.0
     ) -> Fault | None:
         """Why nobody could run such a job now; None when somebody could."""
+        if self._serves(kind, model, needs_of(labels or {}, vram_gb), vram_gb):
+            return None
         kinds = {k for offer in self._live_offers() if offer.name == model for k in offer.kinds}
         if kind in kinds:
             return self._judge_needs(kind, model, labels or {}, vram_gb)
@@ -302,6 +318,13 @@ class Fleet:
             return Fault("no_worker", "No worker is connected; try again in a few seconds.", detail=hint)
         return Fault(
             "model_not_found", f"The model {model!r} is not served here; GET /v1/models lists what is.", "model"
+        )
+
+    def _serves(self, kind: str, model: str, needs: str, vram_gb: float) -> bool:
+        """Whether a worker that is connected here could run such a job: nearly always the first that is looked at."""
+        return any(
+            not worker.draining and worker.offer_of(kind, model) is not None and worker.fits(needs, vram_gb)
+            for worker in self._slots.serving(model).values()
         )
 
     def _judge_needs(self, kind: str, model: str, labels: Mapping[str, str], vram_gb: float) -> Fault | None:
@@ -397,10 +420,6 @@ class Fleet:
 
 def _suits(worker: Worker, held: HeldAttempt) -> bool:
     return worker.offer_of(held.kind, held.model) is not None and worker.fits(held.needs, held.vram_gb)
-
-
-def _load(worker: Worker) -> float:
-    return len(worker.attempts) / max(1, worker.slots)
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
