@@ -77,9 +77,14 @@ class Enrolled(NamedTuple):
     token_file: Path
 
 
-class _Answer(msgspec.Struct, frozen=True):
+class _Answer(NamedTuple):
     worker: str
     token: str
+
+
+class _Said(NamedTuple):
+    status: int
+    body: bytes
 
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -139,9 +144,17 @@ def read_token(path: Path) -> str:
         raise ConfigError([f"enrolment token: {sentence}"])
     try:
         with path.open("rb") as file:
-            return file.read(MAX_BYTES).decode().strip()
+            text = file.read(MAX_BYTES).decode("utf-8-sig").strip()  # editors of Windows put a mark before it
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"enrolment token: {path} cannot be read: {error}"]) from None
+    if not _may_be_token(text):
+        raise ConfigError([f"enrolment token: {path} must hold the token alone, in one line"])
+    return text
+
+
+def _may_be_token(text: str) -> bool:
+    """Whether it can travel in a header of HTTP."""
+    return text != "" and text.isascii() and text.isprintable() and " " not in text
 
 
 def enrol(
@@ -169,7 +182,7 @@ def enrol(
         ConfigError, NoPermission: worker.toml is wrong or cannot be written.
     """
     page, address = addresses(url)
-    if ask is None and (not token or not token.isascii() or not token.isprintable() or " " in token):
+    if ask is None and not _may_be_token(token):
         raise ConfigError(["there is no enrolment token, or it has characters that no token has"])
     settings = load(config, environ) if config.is_file() else Settings()
     folder = state_dir(settings, environ)
@@ -177,7 +190,15 @@ def enrol(
     _check_writable(config, folder)
     name = StateFolder(folder).worker_id(settings.worker.name)
     with _client(tls_ca or settings.coordinator.tls_ca) as client:
-        answer = _exchange(client, page, token, name) if ask is None else _request(client, page, name, ask, pause_s)
+        try:
+            answer = _exchange(client, page, token, name) if ask is None else _request(client, page, name, ask, pause_s)
+        except NotEnrolled as error:
+            if not key_file.exists() or settings.coordinator.token_file == str(key_file):
+                raise
+            left = f"A key that {config} does not name is in {key_file}, as an enrolment leaves it that was cut off"
+            raise type(error)(
+                f"{error} {left}: if it is of this coordinator, set url and token_file by hand."
+            ) from None
     write_atomically(key_file, answer.token.encode() + b"\n")
     values: dict[str, Any] = {
         "coordinator.url": address,
@@ -215,20 +236,24 @@ def at_start(settings: Settings, environ: Mapping[str, str] = os.environ) -> Non
     name = StateFolder(folder).worker_id(settings.worker.name)
     with _client(table.tls_ca) as client:
         answer = _exchange(client, page, token, name)
+    if answer.worker != name and not settings.worker.name:
+        # Before the key: with that the next start is none that enrols, and would go on under another name.
+        write_atomically(folder / "worker-id", answer.worker.encode() + b"\n")
     write_atomically(key_file, answer.token.encode() + b"\n")
-    if answer.worker == name:
-        return
-    if settings.worker.name:
+    if answer.worker != name and settings.worker.name:
         raise ConfigError(
             [f'worker.name: the token admits "{answer.worker}"; its key is in {key_file}, change the name']
         )
-    write_atomically(folder / "worker-id", answer.worker.encode() + b"\n")
 
 
 def addresses(url: str) -> tuple[str, str]:
     """The page to ask, and the socket for worker.toml. Raises ConfigError."""
-    parts = urlsplit(url)
-    if parts.scheme not in _SOCKETS or not parts.hostname or parts.username or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url)
+        fit = parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # of a port, of brackets
+        parts, fit = urlsplit(""), False
+    if not fit or parts.scheme not in _SOCKETS or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ConfigError([f"{url[:200]}: expected https://HOST, the coordinator's address, without user and query"])
     base = parts.path.rstrip("/").removesuffix("/v1/worker").removesuffix("/v1")
     address = f"{_SOCKETS[parts.scheme]}://{parts.netloc}{base}"
@@ -262,19 +287,46 @@ def _client(tls_ca: str) -> httpx.Client:
     return httpx.Client(verify=tls, timeout=ASK_S, trust_env=False, follow_redirects=False)
 
 
+def _ask(client: httpx.Client, method: str, page: str, headers: Mapping[str, str], body: Any = None) -> _Said:
+    """One question, and an answer of bearable length within about `ASK_S`; more is never kept, nor unpacked.
+
+    Raises:
+        httpx.HTTPError: it could not be asked, or no such answer came.
+        ConfigError: the address is none.
+    """
+    import httpx
+
+    try:
+        request = client.build_request(method, page, json=body, headers={**headers, "accept-encoding": "identity"})
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError([f"{page} is no address: {error}"]) from None
+    until, data = time.monotonic() + ASK_S, b""
+    response = client.send(request, stream=True)
+    try:
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) > MAX_ANSWER_BYTES:
+                raise httpx.ReadError("it is longer than any of a coordinator")
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout(f"it was not whole after {ASK_S:g} s")
+    finally:
+        response.close()
+    return _Said(response.status_code, data)
+
+
 def _exchange(client: httpx.Client, page: str, token: str, name: str) -> _Answer:
     import httpx
 
     try:
-        response = client.post(page, json={"worker": name}, headers={"authorization": f"Bearer {token}"})
+        said = _ask(client, "POST", page, {"authorization": f"Bearer {token}"}, {"worker": name})
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
         raise NotReached(f"{page} cannot be reached: {error}. The token is good still.") from None
     except httpx.HTTPError as error:
         lost = f"{page} was asked, but its answer did not come ({error or type(error).__name__})"
         raise NotEnrolled(f"{lost}. If the token is refused now, it was spent: make another one.") from None
-    if response.status_code != 201:
-        raise NotEnrolled(f"{page} does not admit this worker: {_reason(response)}")
-    return _answer(page, response)
+    if said.status != 201:
+        raise NotEnrolled(f"{page} does not admit this worker: {_reason(said)}")
+    return _answer(page, said)
 
 
 def _request(client: httpx.Client, page: str, name: str, say: Callable[[str], None], pause_s: float) -> _Answer:
@@ -287,16 +339,16 @@ def _request(client: httpx.Client, page: str, name: str, say: Callable[[str], No
         "worker": name,
         "secret_sha256": digest,
         "machine": socket.gethostname()[:200],
-        "user": getpass.getuser()[:200],
+        "user": _user(),
         "version": version()[:200],
     }
     try:
-        response = client.post(f"{page}/requests", json=asked)
+        said = _ask(client, "POST", f"{page}/requests", {}, asked)
     except httpx.HTTPError as error:
         raise NotEnrolled(f"{page} cannot be asked: {error or type(error).__name__}.") from None
-    if response.status_code not in (200, 201):
-        raise NotEnrolled(f"{page} does not take the request: {_reason(response)}")
-    number = _text_of(response, "id")
+    if said.status not in (200, 201):
+        raise NotEnrolled(f"{page} does not take the request: {_reason(said)}")
+    number = _text_of(said, "id")
     if not is_safe_id(number):
         raise NotEnrolled(f"{page} answered what is no request; is this a coordinator?")
     say(f"Waiting to be admitted as {name}: request {number}, secret {digest[:8]}. An admin runs:")
@@ -311,44 +363,52 @@ def _decided(client: httpx.Client, page: str, secret: str) -> _Answer | None:
     import httpx
 
     try:
-        response = client.get(page, headers={"authorization": f"Bearer {secret}"})
+        said = _ask(client, "GET", page, {"authorization": f"Bearer {secret}"})
     except httpx.HTTPError:
         return None  # it is started anew, perhaps; the request is kept
-    if response.status_code >= 500:
+    if said.status >= 500 or said.status in (408, 429):
         return None
-    if response.status_code != 200:
-        raise NotEnrolled(f"{page} does not know the request any more: {_reason(response)}")
-    status = _text_of(response, "status")
+    if said.status != 200:
+        raise NotEnrolled(f"{page} does not know the request any more: {_reason(said)}")
+    status = _text_of(said, "status")
     if status == "rejected":
-        reason = _fit(_text_of(response, "reason"))
+        reason = _fit(_text_of(said, "reason"))
         raise NotEnrolled(f"An admin has refused this worker{': ' + reason if reason else ''}.")
-    return _answer(page, response) if status == "approved" else None
+    return _answer(page, said) if status == "approved" else None
 
 
-def _text_of(response: httpx.Response, name: str) -> str:
+def _user() -> str:
     try:
-        return str(response.json().get(name, ""))
-    except (ValueError, AttributeError):
-        return ""
+        return getpass.getuser()[:200]
+    except (KeyError, OSError):  # a container may run as a number that has no name
+        return f"user {os.getuid()}"
 
 
-def _answer(page: str, response: httpx.Response) -> _Answer:
+def _object(said: _Said) -> dict[str, Any]:
+    """The answer as an object of JSON, empty when it is none."""
     try:
-        answer = msgspec.json.decode(response.content[:MAX_ANSWER_BYTES], type=_Answer)
-    except msgspec.DecodeError:
-        raise NotEnrolled(f"{page} answered what is no key; is this a coordinator?") from None
-    if not is_safe_id(answer.worker) or not answer.token.isascii() or not answer.token.isprintable():
+        return msgspec.json.decode(said.body, type=dict[str, Any])
+    except (ValueError, RecursionError):  # of msgspec, and of text that is none
+        return {}
+
+
+def _text_of(said: _Said, name: str) -> str:
+    text = _object(said).get(name)
+    return text if isinstance(text, str) else ""
+
+
+def _answer(page: str, said: _Said) -> _Answer:
+    worker, token = _text_of(said, "worker"), _text_of(said, "token")
+    if not is_safe_id(worker) or not _may_be_token(token):
         raise NotEnrolled(f"{page} answered what is no key; is this a coordinator?")
-    return answer
+    return _Answer(worker, token)
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(said: _Said) -> str:
     """The coordinator's own sentence, fit for a terminal."""
-    try:
-        said = str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        said = f"HTTP {response.status_code}; is this a coordinator?"
-    return _fit(said)
+    error = _object(said).get("error")
+    sentence = error.get("message") if isinstance(error, dict) else None
+    return _fit(str(sentence) if sentence else f"HTTP {said.status}; is this a coordinator?")
 
 
 def _fit(text: str) -> str:

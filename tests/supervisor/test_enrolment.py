@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -21,7 +23,7 @@ from supervisor.config import load
 from supervisor.enrolment import NotEnrolled, addresses, at_start, enrol
 from supervisor.errors import ConfigError, ExitCode, NoPermission
 from supervisor.settings import Settings
-from supervisor.state import StateFolder
+from supervisor.state import StateFolder, write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,13 @@ def test_a_machine_that_cannot_keep_a_key_spends_no_token(
     enrol(there.url, token, config=good, environ={"XDG_STATE_HOME": str(tmp_path)})
 
 
-@pytest.mark.parametrize("url", ["", "box", "ftp://box", "https://", "https://u:p@box", "https://box/?x", "file:///x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "box", "ftp://box", "https://", "https://u:p@box", "https://box/?x", "file:///x"),
+        *("https://[box", "https://box:x", "https://box:99999", "https://box:0", "https://b x", "https://b\x1bx"),
+    ],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="expected https"):
         addresses(url)
@@ -130,6 +138,12 @@ class _Odd(BaseHTTPRequestHandler):
         (201, b"{}"),
         (201, b'{"worker": "../x", "token": "t"}'),
         (201, b'{"worker": "x", "token": "a\\nb"}'),
+        (201, b'{"worker": "x", "token": ""}'),
+        (201, b'{"worker": "x", "token": 7.5}'),
+        (201, b'{"worker": "\xff", "token": "t"}'),
+        (201, b"[" * 60_000),
+        (403, b'{"error": ' + b"[" * 60_000),
+        (403, b"\xff"),
     ],
 )
 def test_a_server_that_is_no_coordinator_is_told_apart(config: Path, status: int, body: bytes) -> None:
@@ -142,6 +156,60 @@ def test_a_server_that_is_no_coordinator_is_told_apart(config: Path, status: int
         thread.join()
     assert "\x1b" not in str(caught.value)
     assert not (config.parent / "state" / "coordinator-token").exists()
+
+
+class _Endless(_Odd):
+    """Goes on and on: a piece, a pause, a piece."""
+
+    piece, pause_s = b" " * 60_000, 0.0
+
+    def do_POST(self) -> None:
+        self.send_response(201)
+        self.send_header("content-length", str(2**40))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(self.piece)
+                time.sleep(self.pause_s)
+
+
+@pytest.mark.parametrize(
+    ("piece", "pause_s", "words"), [(b" " * 60_000, 0.0, "longer than any"), (b" ", 0.01, "was not whole after 0.2 s")]
+)
+def test_an_answer_without_an_end_is_left(
+    config: Path, monkeypatch: pytest.MonkeyPatch, piece: bytes, pause_s: float, words: str
+) -> None:
+    monkeypatch.setattr("supervisor.enrolment.ASK_S", 0.2)
+    monkeypatch.setattr(_Endless, "piece", piece)
+    monkeypatch.setattr(_Endless, "pause_s", pause_s)
+    with HTTPServer(("127.0.0.1", 0), _Endless) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(NotEnrolled, match=words):
+            enrol(f"http://127.0.0.1:{server.server_port}", "bhe_x", config=config, environ={})
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_key_that_a_cut_off_enrolment_left_is_told(there: Running, config: Path) -> None:
+    (config.parent / "state").mkdir()
+    (config.parent / "state" / "coordinator-token").write_text("bhk_x")
+    with pytest.raises(NotEnrolled, match=r"unknown.* A key that .*worker.toml does not name is in .*by hand"):
+        enrol(there.url, "bhe_" + "a" * 43, config=config, environ={})
+
+
+def test_a_user_without_a_name_may_ask(there: Running, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+
+    def admit(text: str) -> None:
+        if "approve" in text:
+            Registrations(there.coordinator.keys.known).reject(text.split()[3], "seen")
+
+    with pytest.raises(NotEnrolled, match="seen"):
+        enrol(there.url, "", config=config, environ={}, ask=admit, pause_s=0.01)
 
 
 def test_a_coordinator_that_cannot_be_reached_leaves_the_token_good(config: Path) -> None:
@@ -202,7 +270,7 @@ def test_a_worker_that_an_admin_refuses_is_told_so(there: Running, config: Path)
 
 def started(there: Running, folder: Path, token: str, more: str = "") -> Settings:
     """The settings of a machine that was given a token only, after its start."""
-    (folder / "token").write_text(token)
+    (folder / "token").write_bytes(token.encode())
     (folder / "token").chmod(0o600)
     url = there.url.replace("http", "ws")
     files = 'token_file = "key"\nenrol_token_file = "token"'
@@ -223,6 +291,34 @@ def test_a_machine_enrols_at_its_first_start_and_not_again(there: Running, token
     (tmp_path / "token").unlink()
     at_start(settings, {})
     assert load(tmp_path / "worker.toml", {}).coordinator.token_file == str(tmp_path / "key")
+
+
+def test_a_start_that_is_cut_off_does_not_go_on_under_another_name(
+    there: Running, tokens: Enrolments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(path: Path, data: bytes) -> None:
+        write_atomically(path, data)
+        if path.name == "key":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("supervisor.enrolment.write_atomically", cut)
+    with pytest.raises(KeyboardInterrupt):
+        started(there, tmp_path, tokens.create(60, worker="box13"))
+    assert StateFolder(tmp_path / "state").worker_id("") == "box13"
+
+
+@pytest.mark.parametrize("around", ["\ufeff{}\r\n", "\n{}\n\n"])
+def test_marks_and_lines_around_a_token_are_no_part_of_it(
+    there: Running, tokens: Enrolments, tmp_path: Path, around: str
+) -> None:
+    started(there, tmp_path, around.format(tokens.create(60)))
+    assert (tmp_path / "key").exists()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "bhe_x\nbhe_y", "bhe_\u00e4", "a token"])
+def test_what_is_no_token_is_not_sent(there: Running, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="must hold the token alone"):
+        started(there, tmp_path, text)
 
 
 def test_a_name_that_is_not_the_tokens_is_told(there: Running, tokens: Enrolments, tmp_path: Path) -> None:
