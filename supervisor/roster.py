@@ -116,7 +116,6 @@ class _Entry:
         self.heir: tuple[ModelTable, ModelSpec] | None = None
         self.waiting = 0
 
-    @property
     def lasting(self) -> bool:
         """Whether worker.toml names it: it may come to do so at any time."""
         return self.origin is Origin.CONFIG
@@ -239,11 +238,11 @@ class Roster:
         name = entry.spec.name
         proof = Proof(ok=False)
         with entry.scope:
-            if entry.lasting:
+            if entry.lasting():
                 await self._prover.prove(entry.spec)
                 return
             proof = await self._prover.once(entry.spec)
-            if not proof.ok and entry.lasting:  # worker.toml has come to name it meanwhile
+            if not proof.ok and entry.lasting():  # worker.toml has come to name it meanwhile
                 self.proved(entry.spec, proof)
                 await self._prover.prove(entry.spec)
                 return
