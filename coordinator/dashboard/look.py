@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from coordinator.dashboard import view
+from coordinator.deploy.api import view as deployment
 from coordinator.records import JobRecord
 from coordinator.store.threads import StoreThreads
 from coordinator.store.watch import JobFilter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from coordinator.store import Store
 
 PENDING_S = 2.0  # between two looks at who asks to be let in
+DEPLOYMENTS_S = 2.0  # between two looks at them: each asks of every worker why not
 _NEWEST = JobFilter()
 
 
@@ -31,6 +33,8 @@ class Look:
         self._workers = view.WorkerRows()
         self._pending: view.Rows = {}
         self._pending_at = float("-inf")
+        self._deployments: view.Rows = {}
+        self._deployments_at = float("-inf")
         self._began_ms = int(time.time() * 1000)
         self.parts: Services | None = None
 
@@ -54,15 +58,27 @@ class Look:
         if now >= self._pending_at + PENDING_S:
             found = await self._threads.read(parts.registrations.list, "pending")
             self._pending, self._pending_at = view.pending(found), now
+        if now >= self._deployments_at + DEPLOYMENTS_S:
+            self._deployments = await self._threads.read(self._deployed)
+            self._deployments_at = anyio.current_time()
         workers = self._workers(known.values(), now)
         return {
             "head": {"": self._head(parts, len(known), sum(load.waiting for load in loads))},
             "workers": workers,
             "queues": view.queues(loads, fleet),
+            "deployments": self._deployments,
             "jobs": view.jobs(jobs),
             "pending": self._pending,
             "trouble": {},
         }
+
+    def _deployed(self) -> view.Rows:
+        """On a thread of readers."""
+        found = self._store.deployments()
+        if not found:
+            return {}
+        placements, candidates, now_ms = self._store.placements(), self._store.candidates(), self._store.now_ms()
+        return view.deployments(deployment(one, placements, candidates, now_ms) for one in found)
 
     def _head(self, parts: Services, workers: int, waiting: int) -> view.Row:
         state = "failed" if not parts.alive else "ok" if parts.dispatcher.accepting else "draining"

@@ -26,6 +26,7 @@ MOST_QUEUES = 200
 MOST_JUDGED = 20  # each judgement looks at every worker
 MOST_JOBS = 25  # a page of them; older ones are asked for
 MOST_PENDING = 100
+MOST_DEPLOYMENTS = 100
 _TEXT = 300
 _SHORT = 128
 _MANY = 64  # of what a worker or a client may list
@@ -208,6 +209,39 @@ def _queue(kind: str, model: str) -> Row:
         "slots": 0,
         "why": "",
     }
+
+
+# ---- deployments --------------------------------------------------------------------------------------------
+
+
+def deployments(found: Iterable[Mapping[str, Any]]) -> Rows:
+    """What the fleet is told to serve, as the API tells it: wanted, ready, and of each worker why not; by name."""
+    rows: Rows = {}
+    for one in found:
+        if len(rows) >= MOST_DEPLOYMENTS:
+            break
+        placed = [
+            {"worker": cut(each["worker"]), "state": each["state"], "why": cut(each["why"], _TEXT)}
+            | {"revision": each["revision"]}
+            for each in sorted(one["workers"], key=lambda each: each["state"] == "ready")
+        ]
+        others = [{"worker": cut(each["worker"]), "why": cut(each["why"], _TEXT)} for each in one["not_chosen"][:_MANY]]
+        rows[one["name"]] = {
+            "name": one["name"],
+            "source": cut(one["source"], _TEXT),
+            "engine": cut(one["engine"]),
+            "on": labels(one["on"]),
+            "revision": one["revision"],
+            "serving": one["serving"],
+            "wanted": one["wanted"],
+            "ready": one["ready"],
+            "leaving": one["leaving"],
+            "workers": placed[:_MANY],
+            "workers_total": len(placed),
+            "not_chosen": others,
+            "not_chosen_total": one["not_chosen_total"],
+        }
+    return rows
 
 
 # ---- jobs ---------------------------------------------------------------------------------------------------

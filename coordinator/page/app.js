@@ -11,7 +11,7 @@ const AGES_MS = 10_000; // how often ages go on where nothing else changes
 const USAGE_MS = 60_000;
 
 const place = (id) => document.getElementById(id);
-const nothing = () => ({ head: {}, workers: {}, queues: {}, jobs: {}, pending: {}, trouble: {} });
+const nothing = () => ({ head: {}, workers: {}, queues: {}, deployments: {}, jobs: {}, pending: {}, trouble: {} });
 const state = {
   seen: null, ahead: 0, signed: false,
   query: "", first: { workers: 0, queues: 0 },
@@ -39,6 +39,7 @@ function draw_now() {
   show(place("pending"), view.pending(seen));
   show(place("workers"), view.workersTools(seen.head.workers, state.query), view.workers(seen, state.query, bounded("workers", view.wanted(seen, state.query).length, view.WORKERS_SHOWN)));
   show(place("queues"), view.queues(seen, now(), bounded("queues", Object.keys(seen.queues).length, view.QUEUES_SHOWN)));
+  show(place("deployments"), tables.deployments(Object.values(seen.deployments)));
   draw_jobs();
   show(place("usage"), tables.usageTools(state.usage.by, state.usage.days), tables.usage(state.usage.found, state.usage.by));
   show(place("keys"), tables.keys(state.keys));

@@ -1,4 +1,4 @@
-// Jobs, usage and keys as tables.
+// Deployments, jobs, usage and keys as tables.
 
 import { h } from "./dom.js";
 import { badge, button, cell, heading, moment, none, table, tags } from "./parts.js";
@@ -50,6 +50,39 @@ function history(told) {
   if (!told.length) return none("No attempt has ended yet.");
   return h("ol", null, told.map((one) => h("li", { class: "quiet wraps", "data-key": `${one.n}` },
     `${one.n}: ${one.outcome || "runs"} on ${one.worker || "nobody"}`, one.ended_ms ? [", ", moment(one.ended_ms)] : "", one.fault ? `: ${one.fault.code}, ${one.fault.message}` : "")));
+}
+
+// ---- deployments
+
+const PLACED = { wanted: "starting", fetching: "starting", ready: "done", failed: "offline", leaving: "draining", away: "none" };
+
+/** What the fleet is told to serve, and of each worker why it does not yet. */
+export function deployments(found) {
+  if (!found.length) return [heading("Deployments"), none("The fleet is not told what to serve; “coordinator deploy MODEL --replicas 2” does.")];
+  const columns = [["Model", ""], ["Wanted", "n"], ["Ready", "n"], ["Workers", ""]];
+  return [heading(`Deployments (${found.length})`), table(columns, found.map(deployment), "Deployments")];
+}
+
+function deployment(one) {
+  const why = (each) => h("li", { class: "wraps", "data-key": each.worker },
+    h("strong", null, each.worker), " ", each.state && badge(PLACED[each.state] ?? "none", each.state),
+    each.state && each.revision !== one.revision && h("span", { class: "quiet" }, ` revision ${each.revision}`),
+    each.why && h("div", { class: each.state === "failed" ? "bad" : "quiet" }, each.why));
+  const hidden = one.workers_total - one.workers.length;
+  const unlisted = one.not_chosen_total - one.not_chosen.length;
+  return h("tr", { "data-key": one.name },
+    h("td", { class: "first" }, h("strong", null, one.name), h("span", { class: "quiet" }, ` ${one.engine}`),
+      h("div", { class: "quiet id" }, one.source),
+      h("div", { class: "quiet id" }, `revision ${one.revision}`, one.serving && one.serving !== one.revision && `; ${one.serving} answers until it is ready`),
+      Object.keys(one.on).length > 0 && h("div", null, tags(one.on)),
+      one.leaving && h("div", { class: "warn" }, "Is let go of by all workers.")),
+    cell("Wanted", "number right", String(one.wanted)),
+    cell("Ready", "number right", h("span", { class: one.ready < one.wanted ? "warn" : null }, String(one.ready))),
+    h("td", { "data-word": "Workers", class: "placed" },
+      h("ul", null, one.workers.map(why)),
+      hidden > 0 && none(`${hidden} more`),
+      one.not_chosen_total > 0 && h("details", null, h("summary", { class: "quiet" }, `${one.not_chosen_total} not chosen`),
+        h("ul", null, one.not_chosen.map(why)), unlisted > 0 && none(`${unlisted} more; coordinator deployments ${one.name} lists them.`))));
 }
 
 // ---- usage

@@ -8,7 +8,7 @@ import { gib, plural, span } from "./words.js";
 export const WORKERS_SHOWN = 20;
 export const QUEUES_SHOWN = 20;
 const HOT_C = 85;
-const SECTIONS = [["workers", "Workers"], ["queues", "Queue"], ["jobs", "Jobs"], ["usage", "Usage"], ["keys", "Keys"]];
+const SECTIONS = [["workers", "Workers"], ["queues", "Queue"], ["deployments", "Deployments"], ["jobs", "Jobs"], ["usage", "Usage"], ["keys", "Keys"]];
 
 export function top(signed, theme) {
   return h("div", { class: "bar" },

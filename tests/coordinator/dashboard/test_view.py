@@ -171,6 +171,25 @@ def test_a_job_is_shown_without_what_it_was_asked_and_answered() -> None:
     assert view.attempt_row(attempt)["fault"]["code"] == "engine_failed"
 
 
+def told_to_serve(name: str, *workers: dict[str, str], **more: Any) -> dict[str, Any]:
+    """As the API tells it."""
+    told = {"name": name, "source": LONG, "engine": "llama", "on": {"gpu": LONG}, "revision": "0a1b", "serving": ""}
+    told |= {"wanted": 3, "ready": 1, "leaving": False, "workers": workers, "not_chosen": [], "not_chosen_total": 0}
+    return told | more
+
+
+def test_a_deployment_says_who_is_not_ready_first_and_why() -> None:
+    ready = {"worker": "a", "revision": "0a1b", "state": "ready", "why": ""}
+    failed = {"worker": "b", "revision": "0a1b", "state": "failed", "why": LONG}
+    others = [{"worker": f"w{n}", "why": LONG} for n in range(500)]
+    told = told_to_serve("chat", ready, failed, not_chosen=others, not_chosen_total=700)
+    row = view.deployments([told])["chat"]
+    assert [one["worker"] for one in row["workers"]] == ["b", "a"]
+    assert (row["wanted"], row["ready"], row["workers_total"], row["not_chosen_total"]) == (3, 1, 2, 700)
+    assert len(msgspec.json.encode(row)) < 30_000
+    assert len(view.deployments(told_to_serve(f"m{n}") for n in range(500))) == view.MOST_DEPLOYMENTS
+
+
 def test_who_asks_to_be_let_in_is_bounded() -> None:
     def asks(n: int) -> Registration:
         return Registration(

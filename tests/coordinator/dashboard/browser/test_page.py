@@ -380,6 +380,27 @@ def test_nothing_keeps_anybody_from_using_it(site: Site, tab: Any, axe: str) -> 
     site.admin.post(f"/v1/registrations/{request}/reject", json={})
 
 
+def test_what_the_fleet_is_told_to_serve_is_shown_with_why_not(site: Site, signed: Any, axe: str) -> None:
+    signed.get_by_text("The fleet is not told what to serve").wait_for()
+    box = site.box("may-serve", deploys=True)
+    site.box("may-not", "chat")
+    asked = {"source": "https://models.example/a-model-of-a-long-name.gguf", "sha256": "a" * 64, "replicas": 2}
+    assert site.admin.put("/v1/deployments/talk", json=asked).status_code == 201
+    row = signed.locator('#deployments tr[data-key="talk"]')
+    row.get_by_text("the worker fetches, loads and proves it").wait_for()
+    order = box.heard(wire.Order)
+    box.raw.send(wire.OrderDone(id=order.id, ok=False, message=f"The disk is full. {EVIL}"))
+    row.get_by_text("The disk is full.").wait_for()
+    assert row.locator('[data-word="Wanted"]').inner_text() == "2"
+    assert row.locator('[data-word="Ready"]').inner_text() == "0"
+    row.locator("summary").click()
+    row.get_by_text("its owner does not let a coordinator deploy there").wait_for()
+    assert signed.locator("#deployments img").count() == 0
+    check_everywhere(signed, axe)
+    assert site.admin.delete("/v1/deployments/talk").status_code == 202
+    box.leave()
+
+
 def test_what_is_said_moves_nothing(site: Site, signed: Any) -> None:
     site.box("still", "chat")
     button = signed.get_by_role("button", name="Pause still")
