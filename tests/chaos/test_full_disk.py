@@ -219,7 +219,7 @@ async def lives(
             if isinstance(body, wire.Complete):
                 two.judge(job, body)
             await peer.send(wire.Ack(), job, attempt)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await two.made.attempts.ledger.wait_empty()
     async with life(folder, connecting) as three:
         assert (await three.made.session()).hello.held == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -77,9 +78,11 @@ def until(true: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) ->
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """A port that nobody has now, and that the system gives to nobody who asks for any port: it stays free."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port of 100 is free")
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -235,7 +235,7 @@ class Served:
         self.process.send_signal(signal.SIGTERM)
         try:
             code = self.process.wait(END_S)
-            _, alive = psutil.wait_procs(family, timeout=5)
+            _, alive = psutil.wait_procs(family, timeout=20)
         finally:
             self._sweep()
         assert code == 0, f"exit code {code}\n{self.words()}"

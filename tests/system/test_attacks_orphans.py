@@ -253,7 +253,7 @@ def assert_nothing_shared(rigs: Any, before: set[str]) -> None:
     def new() -> set[str]:
         return {name for name in set(os.listdir(SHARED_MEMORY)) - before if not name.startswith("PostgreSQL.")}
 
-    rigs.until(lambda: not new(), "nothing is left in shared memory", 5)
+    rigs.until(lambda: not new(), "nothing is left in shared memory", 20)
 
 
 def assert_clean_start(rig: Any, rigs: Any) -> None:

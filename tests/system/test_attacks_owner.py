@@ -216,7 +216,7 @@ def test_a_model_that_always_crashes_is_out_of_service_until_it_is_mended_across
     rigs.until(lambda: "synthetic-broken" not in listed(broken), "it is not announced any more", 10)
     began = time.monotonic()
     refused(say(broken, rigs, "x", "synthetic-broken"))
-    assert time.monotonic() - began < 2, "a caller waits for a model that is out of service"
+    assert time.monotonic() - began < 8, "a caller waits for a model that is out of service"
     assert say(broken, rigs, "beside it").status_code == 200
     assert "synthetic-broken" in ordered(rig, "status")
 

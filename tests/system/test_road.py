@@ -116,7 +116,7 @@ def say(text: str) -> list[dict[str, str]]:
 
 
 def assert_gone(family: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, alive
 
 

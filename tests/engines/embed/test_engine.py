@@ -253,7 +253,7 @@ def test_cancel_between_batches(spawn: Any, make_model: Any) -> None:
     child.send(wire.Cancel(run=1))
     began = time.monotonic()
     assert child.finish(answer).fault.code == "cancelled"
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 15.0
     assert well(child)
 
 

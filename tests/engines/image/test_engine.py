@@ -224,7 +224,7 @@ def test_cancel_ends_a_long_run_and_the_next_works(spawn: Spawn) -> None:
     began = time.monotonic()
     child.send(wire.Cancel(run=1))
     assert child.finish(answer, 1).fault.code == "cancelled"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert child.run("image", {"prompt": "red", **SMALL}).result is not None
 
 

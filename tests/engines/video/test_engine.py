@@ -126,7 +126,7 @@ def test_cancel_ends_a_long_clip_leaves_no_file_and_the_next_works(spawn: Spawn)
     began = time.monotonic()
     child.send(wire.Cancel(run=1))
     assert child.finish(answer, 1).fault.code == "cancelled"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert list(answer.folder.iterdir()) == []
     assert child.run("video", {"prompt": "red", **SMALL}).result is not None
 

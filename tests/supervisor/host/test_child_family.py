@@ -96,12 +96,12 @@ def environment(mark: str, **more: str) -> dict[str, str]:
 
 
 async def test_kill_does_not_wait_for_term(mark: str):
-    async with open_child(python(DEAF)) as child:
+    async with open_child(python(DEAF), term_grace_s=60) as child:
         await up(child)
         before = trio.current_time()
         child.kill("memory")
         assert await child.wait() == Exit(signal=signal.SIGKILL)
-        assert trio.current_time() - before < 1.0  # nothing was waited for: the grace is 3 s
+        assert trio.current_time() - before < 30  # nothing was waited for: the grace is 60 s
         assert child.killed_because == "memory"
 
 
@@ -447,7 +447,7 @@ async def test_a_hundred_children_at_once_leak_no_descriptor_and_no_process():
         async with trio.open_nursery() as nursery:
             for number in range(100):
                 nursery.start_soon(one, number)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what earlier tests left may go meanwhile
     assert [child.pid for child in started if psutil.pid_exists(child.pid)] == []
     assert {child.exit.signal for child in started if child.exit} == {signal.SIGTERM, signal.SIGKILL}
 
@@ -458,4 +458,4 @@ async def test_a_program_that_cannot_be_started_leaks_no_descriptor():
         with pytest.raises(FileNotFoundError):
             async with open_child(ChildSpec(name="x", argv=("/no/such/program",), lifeline=True)):
                 pass
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what earlier tests left may go meanwhile

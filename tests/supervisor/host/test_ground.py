@@ -138,7 +138,7 @@ def test_what_an_engine_calls_an_output_is_checked(tmp_path: Path, plant, words:
     secret.write_bytes(CONTENT)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert words in refused(attempt, plant(attempt.outputs, secret))
-    assert not before or len(os.listdir("/proc/self/fd")) == before
+    assert not before or len(os.listdir("/proc/self/fd")) <= before  # what earlier tests left may go meanwhile
     assert attempt.remove()
     assert secret.read_bytes() == CONTENT
 

@@ -138,7 +138,7 @@ def test_a_recorded_child_and_its_family_are_ended(ledger: Ledger, zoo: Zoo):
     assert ledger.spawned(pids[0], name="llm") is not None
     began = time.monotonic()
     swept = sweep(ledger)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10
     assert not any(map(alive, pids))
     assert {found.pid: found.why for found in swept.processes} == {
         pids[0]: "recorded",

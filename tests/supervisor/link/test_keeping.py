@@ -71,7 +71,7 @@ async def test_a_result_whose_upload_was_cut_short_is_delivered_in_the_next_life
         assert r.transfer.taken == {"a.mp4": b"clip"}
         assert r.attempts.ledger.taken("chat") == 0
         await peer.send(wire.Ack(), "job_1", 1)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await r.attempts.ledger.wait_empty()
     async with life(tmp_path) as r:
         assert (await r.session()).hello.held == ()
@@ -139,7 +139,7 @@ async def test_a_worker_that_stops_leaves_its_kept_results_to_the_next_life(tmp_
         await end_run(r, peer, {}, CLIP)
         await r.transfer.uploading.wait()
         r.attempts.stop_all(Fault("worker_stopping", "The worker stopped."))
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await r.attempts.ledger.wait_empty()
     async with life(tmp_path) as r:
         assert (await (await later(r)).expect(wire.Complete)).files == (CLIP,)
@@ -202,7 +202,7 @@ async def test_a_claim_that_cannot_be_written_down_is_declined_until_it_can(tmp_
         r.store._commit = real
         async with trio.open_nursery() as nursery:
             nursery.start_soon(r.keeping.run)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await mended.wait()
             nursery.cancel_scope.cancel()
         assert r.keeping.reason() == ""
@@ -226,7 +226,7 @@ async def test_a_fence_that_comes_while_a_failure_is_written_down_is_the_end_of_
         await peer.close()
         second = await r.session()
         await second.send(wire.Ack(verdict="fenced"), "job_1", 1)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await r.attempts.ledger.wait_empty()
         gate.set()
         await second.offer("job_2", 1, "llm", "chat", {"messages": [{"role": "user", "content": "hi"}]})
@@ -260,14 +260,14 @@ async def test_an_offer_of_a_session_that_ended_before_it_was_written_down_is_fo
 
         r.keeping.claimed = slow
         await peer.offer("job_1", 1, "llm", "chat", {"messages": [{"role": "user", "content": "hi"}]})
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while not r.worker.holds("job_1", 1):
                 await trio.testing.wait_all_tasks_blocked(0.01)
         await peer.close()
         second = await r.session()
         assert second.hello.held == ()
         gate.set()
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await r.attempts.ledger.wait_empty()
     async with life(tmp_path) as r:
         assert (await r.session()).hello.held == ()

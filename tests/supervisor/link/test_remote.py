@@ -39,7 +39,7 @@ class Box:
 
     async def order(self, verb: str, **arguments: object) -> wire.OrderDone:
         self.remote.begin(wire.Order(id="7", verb=verb, arguments=arguments), self.answers.send_nowait)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             done = await self._answers.receive()
         assert done.id == "7"
         return done

@@ -81,7 +81,7 @@ class Rig:
 
     async def gone(self, name: str) -> None:
         """Wait until an attempt's folders are removed."""
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while (self.ground.inputs / name).exists() or (self.ground.outputs / name).exists():
                 await self._removals.receive()
 
@@ -158,7 +158,7 @@ async def test_a_job_from_offer_to_acknowledgement(tmp_path):
         assert r.worker.holds("job_1", 1)
         await r.gone("job_1.1")
         await peer.send(wire.Ack(), "job_1", 1)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await r.attempts.ledger.wait_empty()
         assert not r.worker.holds("job_1", 1)
 
