@@ -16,7 +16,7 @@ from coordinator.jobs_api import MAX_INPUTS, safe_mime
 from protocol.faults import Fault, FaultError
 from protocol.work import CommandResult, Delta, FreeResult, LlmChunk, LlmResult
 
-WAIT_S = 5.0
+WAIT_S = 20.0
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
 

@@ -20,7 +20,7 @@ from protocol.faults import Fault, FaultError
 from protocol.link_wire import ModelOffer
 from protocol.work import AudioResult, FreeResult, ImageResult, LlmResult, SttResult
 
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 KINDS = ("llm", "embedding", "audio_stt", "audio_tts", "image", "x-free")
 
 

@@ -14,7 +14,7 @@ from protocol.work import Delta, EmbeddingResult, LlmChunk, LlmResult
 
 USER = {"role": "user", "content": "hi"}
 AT_ONCE = {"x-bulkhead-begin-s": "0"}
-WAIT_S = 10.0
+WAIT_S = 20.0
 
 
 class Loading:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import pytest
 from websockets.exceptions import InvalidStatus
 
@@ -125,8 +126,13 @@ def test_somebody_may_follow_a_job_at_any_replica(two: Two) -> None:
 
 
 @pytest.mark.parametrize("how", ["the client leaves", "asked here", "asked there"])
-def test_a_job_that_runs_elsewhere_is_cancelled_within_a_second(two: Two, how: str) -> None:
+def test_a_job_that_runs_elsewhere_is_cancelled_by_word_of_the_peers(
+    two: Two, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone it takes a few milliseconds."""
     here, there = two
+    for one in two:  # the rows alone would tell it in two looks
+        monkeypatch.setattr(replicas(one)._directory, "ended_of", lambda _jobs: [])
     name = model()
     jobs: list[OfferedJob] = []
     took: list[float] = []
@@ -154,8 +160,7 @@ def test_a_job_that_runs_elsewhere_is_cancelled_within_a_second(two: Two, how: s
                 at = here if how == "asked here" else there
                 assert client.post(f"{at.url}/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
         until(lambda: took)
-    # The rows alone would tell it in two sweeps, which are a second apart: this is the peers' doing.
-    assert took[0] < 1.0 or pytest.fail(f"it took {took[0]:.2f} s")
+    assert took[0] < 5.0 or pytest.fail(f"it took {took[0]:.2f} s")
 
 
 def port(one: Running) -> int:
@@ -223,6 +228,8 @@ def test_an_end_that_nobody_told_of_is_found_in_the_database(two: Two, monkeypat
     name = model()
     for peer in replicas(there).peers:
         monkeypatch.setattr(peer, "push", lambda _frame, *, urgent=False: False)
+    dispatcher = here.coordinator.parts.dispatcher
+    monkeypatch.setattr(dispatcher, "settings", msgspec.structs.replace(dispatcher.settings, repair_s=20))
     with FakeWorker(there, offer(name), words, name):
         serving(name, there)
         body = {"kind": "llm", "model": name, "params": {"prompt": "x"}, "wait": 20, "wait_for_worker": True}
@@ -230,7 +237,7 @@ def test_an_end_that_nobody_told_of_is_found_in_the_database(two: Two, monkeypat
             began = time.monotonic()
             answer = client.post("/v1/jobs", json=body)
             assert answer.json()["state"] == "succeeded"
-            assert time.monotonic() - began < 4.0  # a silent watcher alone would look after 5 s
+            assert time.monotonic() - began < 15  # a silent watcher alone would look after 20 s
             text = chat(name, stream=True)
             with client.stream("POST", "/v1/chat/completions", json=text, headers={"x-bulkhead-begin-s": "60"}) as all_:
                 lines = list(all_.iter_lines())
