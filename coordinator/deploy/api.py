@@ -26,6 +26,7 @@ from protocol.faults import FaultError, refuse
 
 MAX_BYTES = 64 * 1024
 MOST_SHOWN = 200  # workers that were not chosen
+MOST_LISTED = 20  # the same where all deployments are shown
 
 
 async def put(request: Request) -> Response:
@@ -53,7 +54,10 @@ async def show_all(request: Request) -> Response:
     """All, by name."""
     deployer = _deployer(request)
     found, placements, candidates, now_ms = await deployer.state()
-    data = [view(one, placements, candidates, now_ms) for one in found]
+    mine: dict[str, list[Placement]] = {one.name: [] for one in found}
+    for placement in placements:
+        mine.setdefault(placement.deployment, []).append(placement)
+    data = [view(one, mine[one.name], candidates, now_ms, MOST_LISTED) for one in found]
     return Json({"object": "list", "data": data})
 
 
@@ -67,14 +71,18 @@ async def delete(request: Request) -> Response:
 
 
 def view(
-    deployment: Deployment, placements: Sequence[Placement], candidates: Mapping[str, Candidate], now_ms: int
+    deployment: Deployment,
+    placements: Sequence[Placement],
+    candidates: Mapping[str, Candidate],
+    now_ms: int,
+    most: int = MOST_SHOWN,
 ) -> dict[str, Any]:
-    """One deployment for people and programs."""
+    """One deployment for people and programs, with at most `most` of the workers that were not chosen."""
     asked = deployment.asked
     mine = [one for one in placements if one.deployment == deployment.name]
     chosen = {one.worker for one in mine}
     others = [one for one in candidates.values() if one.worker not in chosen]
-    not_chosen = [{"worker": one.worker, "why": why_not(asked, one) or _spare(one)} for one in others]
+    not_chosen = [{"worker": one.worker, "why": why_not(asked, one) or _spare(one)} for one in others[:most]]
     return {
         "name": deployment.name,
         "source": asked.source,
@@ -97,8 +105,8 @@ def view(
             }
             for one in mine
         ],
-        "not_chosen": not_chosen[:MOST_SHOWN],
-        "not_chosen_total": len(not_chosen),
+        "not_chosen": not_chosen,
+        "not_chosen_total": len(others),
     }
 
 

@@ -34,6 +34,7 @@ SERVE_S = 6 * 3600.0  # a large model over a slow line
 UNSERVE_S = 120.0
 ANNOUNCE_S = 30.0  # between the answer to `serve` and the announcement
 MOST_AT_ONCE = 64  # orders under way from here: those who wait do not all ask one server for a model
+MOST_OF_ONE = 4  # of these for one worker: one that is slow, or never answers, keeps no other waiting
 
 Give = Callable[[Worker, str, dict[str, Any], float], Awaitable[OrderDone]]
 _Key = tuple[str, str]  # (worker, model)
@@ -135,6 +136,9 @@ class Deployer:
         known = await self._threads.read(self._store.deployments)
         if known:
             known = await self._threads.write(self._store.replan, plan)
+        # Always: a replica that had not heard of a change yet has queued jobs by the old name; others come back to the
+        # queue, also long after their deployment has gone.
+        await self._threads.write(self._store.redirect)
         placements = await self._threads.read(self._store.placements) if known else []
         self._learn(known, placements)
         self._forget_errands()
@@ -155,8 +159,20 @@ class Deployer:
                 self._written[worker.id] = now
 
     def _learn(self, known: Sequence[Deployment], placements: Sequence[Placement]) -> None:
-        self._names = {one.name: model_name(one.name, one.current or one.asked.revision) for one in known}
-        self._hidden = frozenset(one.model for one in placements)
+        """A deployment takes its name when a revision of it answers for the first time, and gives it back when it goes.
+
+        Until then, and from then on, a model of that name which an owner serves by himself is what clients get.
+        """
+        without = {one.name for one in known if one.leaving or not one.current}
+        owners = self._announced(without) if without else set()
+        answering = [one for one in known if one.name not in owners]
+        self._names = {one.name: model_name(one.name, one.current or one.asked.revision) for one in answering}
+        self._hidden = frozenset(one.model for one in placements).union(self._names)
+
+    def _announced(self, names: set[str]) -> set[str]:
+        workers = self._fleet.all_workers().values()
+        offers = (offer for worker in workers if not worker.draining for offer in worker.capabilities.models)
+        return {offer.name for offer in offers if offer.kinds and offer.name in names}
 
     def _forget_errands(self) -> None:
         now = anyio.current_time()
@@ -175,11 +191,13 @@ class Deployer:
             del self._errands[key]  # that it was served is what the rest was for
         if announced and state in ("wanted", "fetching", "failed"):
             await self._write(placement, "ready", "")
-        elif (announced and state == "ready") or key in self._errands or len(self._errands) >= MOST_AT_ONCE:
+        elif (announced and state == "ready") or key in self._errands:
             return
         elif state == "leaving":
             if not any(held.model == placement.model for held in worker.attempts.values()):
                 self._begin(key, worker, "unserve", tasks, self._unserve, placement, worker)
+        elif self._has_enough_to_do(worker):
+            return
         # One that was ready and is not announced is asked for, too: the worker has begun anew, and proves it again.
         elif state in ("ready", "fetching") or due(placement, await self._threads.read(self._store.now_ms)):
             deployment = next((one for one in known if one.name == placement.deployment), None)
@@ -194,6 +212,10 @@ class Deployer:
                     "options": asked.options,
                 }
                 self._begin(key, worker, "serve", tasks, self._serve, placement, worker, arguments)
+
+    def _has_enough_to_do(self, worker: Worker) -> bool:
+        serving = [errand.worker for errand in self._errands.values() if errand.verb == "serve"]
+        return len(serving) >= MOST_AT_ONCE or serving.count(worker) >= MOST_OF_ONE
 
     def _begin(
         self,
@@ -242,5 +264,6 @@ class Deployer:
 
     async def _write(self, placement: Placement, state: PlacementState, reason: str, *, failed: bool = False) -> bool:
         failures = placement.failures + 1 if failed else 0 if state == "ready" else placement.failures
-        changed = msgspec.structs.replace(placement, state=state, reason=reason, failures=failures)
+        words = reason.replace("\0", "")  # a worker's; a database takes any other text
+        changed = msgspec.structs.replace(placement, state=state, reason=words, failures=failures)
         return await self._threads.write(self._store.placed, changed, [placement.state])

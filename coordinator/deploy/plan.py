@@ -107,6 +107,8 @@ def _add(
     asked: Asked, kept: Sequence[Placement], placements: Sequence[Placement], candidates: Mapping[str, Candidate]
 ) -> list[Placement]:
     missing = asked.replicas - len(kept)
+    if missing <= 0:  # as almost always: nobody needs to be looked at
+        return []
     taken = {one.worker for one in placements if one.revision == asked.revision}
     serving = {one.worker for one in placements if one.state == "ready"}
     free = [
@@ -118,7 +120,7 @@ def _add(
         and not why_not(asked, candidate)
     ]
     free.sort(key=lambda one: (one.worker not in serving, len(one.capabilities.models), one.worker))
-    chosen = free[: max(0, missing)]
+    chosen = free[:missing]
     return [Placement(deployment=asked.name, revision=asked.revision, worker=candidate.worker) for candidate in chosen]
 
 

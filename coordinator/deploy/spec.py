@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -25,6 +26,8 @@ GPU, WORKER, VRAM_GB = "gpu", "worker", "vram_gb"
 PlacementState = Literal["wanted", "fetching", "ready", "failed", "leaving"]
 
 _PINNED = re.compile(r"^[\w.-]+/[\w.-]+@[0-9a-f]{40}\Z")
+
+_REVISION = re.compile(rf"([A-Za-z0-9][A-Za-z0-9._-]*)@[0-9a-f]{{{REVISION_CHARS}}}\Z")
 
 _Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=NAME_CHARS)]
 _Text = Annotated[str, Meta(max_length=4096)]
@@ -136,6 +139,21 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 def model_name(deployment: str, revision: str) -> str:
     """What workers call a revision."""
     return f"{deployment}@{revision}"
+
+
+def now_called(model: str, deployments: Mapping[str, Deployment]) -> str:
+    """Which model of workers a job shall wait for that waits for `model`.
+
+    That is the revision that answers, also for jobs that came before there was one, or that come back from one that
+    answers no more. A revision of what is not deployed any more is whatever bears the plain name. A name of an owner's
+    own that only looks alike (`chat@home`) is left alone.
+    """
+    revision = _REVISION.match(model)
+    name = revision[1] if revision else model
+    deployment = deployments.get(name)
+    if deployment is None:
+        return name
+    return model_name(name, deployment.current) if deployment.current else model
 
 
 def why_not(asked: Asked, candidate: Candidate) -> str:

@@ -42,6 +42,9 @@ class Deployments(Protocol):
     def replan(self, plan: Plan) -> list[Deployment]:
         """Apply what `plan` says of every deployment; one coordinator at a time per deployment. All that are left."""
 
+    def redirect(self) -> int:
+        """Let queued jobs wait for who answers now, see `now_called`; how many were moved."""
+
     def placed(self, placement: Placement, was: Sequence[str]) -> bool:
         """Write how far a placement is, when it is still in one of the states `was`."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from coordinator.deploy.plan import Changes
-from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, model_name
+from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, now_called
 from coordinator.store.deployments import Plan
 from coordinator.store.rows import Row
 from coordinator.store.sql_steps import SqlSteps, whole
@@ -163,20 +163,40 @@ class SqlDeploy(SqlSteps):
             self._all("DELETE FROM deployments WHERE name = :name RETURNING name", name=deployment.name)
 
     def _flip(self, deployment: Deployment, revision: str, now: int) -> None:
-        """From now on this revision answers; jobs that wait for another one wait for it."""
-        beginning = model_name(deployment.name, "")
-        self._all(
-            "UPDATE jobs SET model = :new WHERE state = 'queued' AND model <> :new "
-            "AND substr(model, 1, :length) = :beginning RETURNING id",
-            new=model_name(deployment.name, revision),
-            beginning=beginning,
-            length=len(beginning),
-        )
+        """From now on this revision answers; the jobs that wait follow in `redirect`."""
         self._save(
             msgspec.structs.replace(
                 deployment, current=revision, served=None, version=deployment.version + 1, changed_ms=now
             )
         )
+
+    def redirect(self) -> int:
+        """Jobs that wait for a revision that answers no more, or for a name that a deployment took: to who answers."""
+        strays = self._strays()
+        return self._let_wait_for(strays) if strays else 0
+
+    @whole
+    def _let_wait_for(self, moves: Sequence[tuple[str, str]]) -> int:
+        sql = "UPDATE jobs SET model = :new WHERE state = 'queued' AND model = :old RETURNING id"
+        with self._transaction():
+            return sum(len(self._all(sql, old=old, new=new)) for old, new in moves)
+
+    def _strays(self) -> list[tuple[str, str]]:
+        """(model that jobs wait for, model for which they shall wait); a step of the index per model that is waited
+        for, however many jobs wait."""
+        first = "SELECT min(model) FROM jobs WHERE state = 'queued'"
+        rows = self._read(
+            f"WITH RECURSIVE line (model) AS ({first} UNION ALL SELECT ({first} AND model > line.model) FROM line "
+            "WHERE line.model IS NOT NULL) SELECT model FROM line WHERE model IS NOT NULL"
+        )
+        deployments = {one.name: one for one in self.deployments()} if rows else {}
+        found = [(row["model"], now_called(row["model"], deployments)) for row in rows]
+        moves = [(old, new) for old, new in found if old != new]
+        if all("@" in new for _, new in moves):
+            return moves
+        # A revision of what is not deployed any more: while somebody announces it, its jobs are done there.
+        announced = {offer.name for one in self.candidates().values() for offer in one.capabilities.models}
+        return [(old, new) for old, new in moves if "@" in new or old not in announced]
 
     @whole
     def placed(self, placement: Placement, was: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import anyio
 import msgspec
 import pytest
 
-from coordinator.deploy.deployer import Deployer
+from coordinator.deploy.deployer import MOST_AT_ONCE, MOST_OF_ONE, Deployer
 from coordinator.deploy.spec import Asked, model_name
 from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.store import SqliteStore
@@ -113,6 +113,14 @@ async def test_a_refusal_is_kept_and_tried_again_after_a_pause(house: House) -> 
     assert house.store.placements()[0].failures == 0
 
 
+async def test_what_a_worker_says_can_be_kept_by_any_database(house: House) -> None:
+    house.worker("a")
+    house.refusals["a", "serve"] = "No\0 room."
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    assert [one.reason for one in house.store.placements()] == ["No room."]
+
+
 async def test_an_answer_that_is_lost_with_the_session_is_asked_for_again(house: House) -> None:
     first = house.worker("a")
     house.silence.add("a")
@@ -182,6 +190,51 @@ async def test_another_revision_comes_beside_the_old_one_and_takes_its_name(hous
         await house.deployer.tick(tasks)
         assert house.deployer.model_of("chat") == model_name("chat", newer.revision)
         assert house.deployer.name_of(MODEL) is None
+        tasks.cancel_scope.cancel()
+
+
+async def test_an_owners_model_of_that_name_answers_before_and_after_the_deployment(
+    house: House,
+) -> None:
+    own = house.worker("owner", deploys=False)
+    house.announce(own, "chat")
+    worker = house.worker("a")
+    house.silence.add("a")
+    await house.deployer.deploy(ASKED)
+    async with anyio.create_task_group() as tasks:
+        await house.deployer.tick(tasks)
+        await house.deployer.tick(tasks)
+        assert house.deployer.model_of("chat") == "chat"
+        assert house.deployer.name_of("chat") == "chat"
+        house.silent.set()
+    await house.ticks()
+    assert house.deployer.model_of("chat") == MODEL
+    assert house.deployer.name_of("chat") is None, "listed once"
+    assert house.deployer.name_of(MODEL) == "chat"
+    held = HeldAttempt("job_1", 1, "llm", MODEL, "running")
+    worker.attempts[held.key] = held  # it may not go yet
+    await house.deployer.undeploy("chat")
+    await house.ticks()
+    assert house.deployer.model_of("chat") == "chat"
+    assert house.deployer.name_of("chat") == "chat"
+
+
+async def test_orders_that_one_worker_does_not_answer_keep_no_other_waiting(house: House) -> None:
+    house.worker("a")
+    house.silence.add("a")
+    for n in range(MOST_AT_ONCE + 1):
+        await house.deployer.deploy(msgspec.structs.replace(ASKED, name=f"m{n}", on={"worker": "a"}))
+    async with anyio.create_task_group() as tasks:
+        await house.deployer.tick(tasks)
+        await house.deployer.tick(tasks)
+        assert 0 < len(house.orders) <= MOST_OF_ONE
+        house.worker("b")
+        await house.deployer.deploy(msgspec.structs.replace(ASKED, name="wanted", on={"worker": "b"}))
+        for _ in range(3):
+            await house.deployer.tick(tasks)
+            await anyio.wait_all_tasks_blocked()
+        assert house.states()["b"] in ("fetching", "ready")
+        assert [worker for worker, _, _ in house.orders].count("b") == 1
         tasks.cancel_scope.cancel()
 
 

@@ -11,7 +11,9 @@ from coordinator.deploy.plan import GRACE_MS, plan
 from coordinator.deploy.spec import Asked, Placement, model_name
 from coordinator.records import Submission
 from coordinator.store import Store
-from protocol.link_wire import Capabilities
+from coordinator.store.base import Want
+from protocol.faults import Fault
+from protocol.link_wire import Capabilities, ModelOffer
 
 WILLING = Capabilities(deploys=True, labels={"room": "cellar"})
 
@@ -55,10 +57,83 @@ def test_another_revision_takes_over_with_the_jobs_that_wait(store: Store) -> No
     [second] = store.replan(plan)
     assert second.current == asked(digit="b").revision
     assert second.served is None
+    assert store.redirect() == 1
     job = store.get("job_1")
     assert job is not None
     assert job.model == model_name("chat", second.current)
     assert {one.state for one in store.placements()} == {"ready", "leaving"}
+
+
+def flipped(store: Store, digit: str = "a") -> str:
+    """Deploy it so that it answers; what its workers call it."""
+    store.seen("a", WILLING, draining=False)
+    store.deploy(asked(digit=digit))
+    store.replan(plan)
+    all_ready(store)
+    store.replan(plan)
+    return model_name("chat", asked(digit=digit).revision)
+
+
+def wait_for(store: Store, job: str, model: str) -> None:
+    store.insert(job, Submission(kind="llm", model=model, params=b"\x80"))
+
+
+def model_of(store: Store, job: str) -> str:
+    found = store.get(job)
+    assert found is not None
+    return found.model
+
+
+def test_jobs_that_came_before_their_model_was_deployed_are_done(store: Store) -> None:
+    wait_for(store, "job_1", "chat")
+    assert store.redirect() == 0
+    answers = flipped(store)
+    assert store.redirect() == 1
+    assert model_of(store, "job_1") == answers
+
+
+def test_jobs_that_come_by_the_old_name_after_the_new_one_answers_are_done(store: Store) -> None:
+    old, new = flipped(store), flipped(store, "b")
+    wait_for(store, "job_1", old)  # by a replica that has not heard yet, or back from a worker that was lost
+    assert store.redirect() == 1
+    assert model_of(store, "job_1") == new
+    assert store.redirect() == 0
+
+
+def test_a_failed_job_whose_revision_is_gone_is_tried_again_at_the_one_that_answers(store: Store) -> None:
+    old = flipped(store)
+    wait_for(store, "job_1", old)
+    [(job, _)] = store.claim([Want(old, ("llm",), 1)])
+    store.end("job_1", job.attempt, Fault("engine_failed", "It broke."))
+    new = flipped(store, "b")
+    store.retry("job_1", None)
+    assert store.redirect() == 1
+    assert model_of(store, "job_1") == new
+
+
+def test_jobs_of_what_is_not_deployed_any_more_wait_for_whoever_bears_its_name(store: Store) -> None:
+    old = flipped(store)
+    store.undeploy("chat")
+    store.replan(plan)
+    for placement in store.placements():
+        store.unplaced(placement)
+    assert store.replan(plan) == []
+    wait_for(store, "job_1", old)
+    offer = ModelOffer(name=old, kinds=("llm",), engine="fake")
+    store.seen("a", msgspec.structs.replace(WILLING, models=(offer,)), draining=False)
+    assert store.redirect() == 0, "somebody serves it still"
+    store.seen("a", WILLING, draining=False)
+    assert store.redirect() == 1
+    assert model_of(store, "job_1") == "chat"
+
+
+def test_names_that_only_look_like_a_revision_are_somebody_elses(store: Store) -> None:
+    lookalikes = ["chat@home", "chat@", "chat@ABCDEF0123", "chat@0123456789a", "chatty", "a@chat", "chat@0123456789@x"]
+    for n, name in enumerate(lookalikes):
+        wait_for(store, f"job_{n}", name)
+    flipped(store)
+    assert store.redirect() == 0
+    assert [model_of(store, f"job_{n}") for n in range(len(lookalikes))] == lookalikes
 
 
 def test_a_deployment_that_is_given_up_ends_with_its_last_placement(store: Store) -> None:
