@@ -18,7 +18,7 @@ import anyio
 from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, Whence
 from coordinator.costs import Costs
-from coordinator.counting import MOST_SERIES, OTHER, Tally
+from coordinator.counting import Counters
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.logs import JobLines
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 FIRST_DECLINE_S = 0.25  # doubled with every decline of the same job, because most declines say "busy"
 LONGEST_DECLINE_S = 10.0
+HAND_OVER_LOOK_S = 0.1  # between two looks for workers that have ended what they cannot take along
 _FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not take this job, ever
 _WHOLE_WORKER = ("paused", "draining")
 
@@ -58,33 +59,6 @@ class Nobody:
 
     def joined(self, worker: str) -> None:
         """Nothing to do."""
-
-
-class Counters:
-    """What happened since the start, for metrics. Only ever counts up.
-
-    Attributes:
-        jobs: (kind, model, outcome) -> ended jobs; outcome is a terminal state.
-        faults: (kind, model, code) -> jobs that ended with this fault.
-        usage: (model, key) -> sum, of jobs that succeeded or were cancelled.
-        submitted: (kind, model) -> jobs.
-        declines: code -> declined offers.
-        events: offers, accepted, requeued, fenced, adopted, lost, offer_timeouts, chunks, sessions, …
-    """
-
-    def __init__(self) -> None:
-        self.jobs: Tally[tuple[str, str, str]] = Tally()
-        self.faults: Tally[tuple[str, str, str]] = Tally()
-        self.usage: dict[tuple[str, str], float] = {}
-        self.submitted: Tally[tuple[str, str]] = Tally()
-        self.declines: Tally[str] = Tally(50)
-        self.events: Counter[str] = Counter()
-
-    def add_usage(self, model: str, usage: dict[str, float]) -> None:
-        """Add what one job used."""
-        for key, value in usage.items():
-            name = (model, key) if (model, key) in self.usage or len(self.usage) < MOST_SERIES else (OTHER, OTHER)
-            self.usage[name] = self.usage.get(name, 0.0) + value
 
 
 @dataclasses.dataclass
@@ -380,8 +354,8 @@ class Attempts:
                 log.warning("Worker %s shall come again: %d of its attempts were taken over", worker.id, len(lost))
                 worker.port.close("", "")
 
-    async def hand_over(self) -> None:
-        """Every worker goes to another replica and takes along what it has accepted; open offers are taken back."""
+    async def take_back(self) -> None:
+        """No worker gets more, and offers that are open are offers no more."""
         for worker in list(self.fleet.workers.values()):
             worker.draining = True
         try:
@@ -391,8 +365,17 @@ class Attempts:
                     held.state = "abandoned"
         except (StoreError, FaultError):
             log.exception("Open offers are not taken back; they are when this replica is gone")
-        for worker in list(self.fleet.workers.values()):
-            worker.port.close("", "")
+
+    async def hand_over(self) -> None:
+        """Every worker goes to another replica and takes along what it has accepted; returns when all have gone.
+
+        One that can take nothing along ends it first. Cancellation: those that have not ended it stay.
+        """
+        while self.fleet.workers:
+            for worker in list(self.fleet.workers.values()):
+                if worker.resumes or not any(held.state == "running" for held in worker.attempts.values()):
+                    worker.port.close("", "")
+            await anyio.sleep(HAND_OVER_LOOK_S)
 
     async def lose(self, row: OpenAttempt) -> None:
         """Nobody holds the attempt any more."""

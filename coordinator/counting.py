@@ -58,3 +58,30 @@ class Histogram:
         for bound, count in zip((*self.bounds, None), self._counts, strict=True):
             below += count
             yield "+Inf" if bound is None else f"{bound:g}", below
+
+
+class Counters:
+    """What happened since the start, for metrics. Only ever counts up.
+
+    Attributes:
+        jobs: (kind, model, outcome) -> ended jobs; outcome is a terminal state.
+        faults: (kind, model, code) -> jobs that ended with this fault.
+        usage: (model, key) -> sum, of jobs that succeeded or were cancelled.
+        submitted: (kind, model) -> jobs.
+        declines: code -> declined offers.
+        events: offers, accepted, requeued, fenced, adopted, lost, offer_timeouts, chunks, sessions, …
+    """
+
+    def __init__(self) -> None:
+        self.jobs: Tally[tuple[str, str, str]] = Tally()
+        self.faults: Tally[tuple[str, str, str]] = Tally()
+        self.usage: dict[tuple[str, str], float] = {}
+        self.submitted: Tally[tuple[str, str]] = Tally()
+        self.declines: Tally[str] = Tally(50)
+        self.events: Counter[str] = Counter()
+
+    def add_usage(self, model: str, usage: dict[str, float]) -> None:
+        """Add what one job used."""
+        for key, value in usage.items():
+            name = (model, key) if (model, key) in self.usage or len(self.usage) < MOST_SERIES else (OTHER, OTHER)
+            self.usage[name] = self.usage.get(name, 0.0) + value

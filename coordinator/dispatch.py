@@ -18,10 +18,11 @@ import anyio
 import msgspec
 from anyio.to_thread import run_sync
 
-from coordinator.attempts import Attempts, Counters
+from coordinator.attempts import Attempts
 from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, LocalBus, Subscription
-from coordinator.counting import Histogram
+from coordinator.counting import Counters, Histogram
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.fleet import HeldAttempt, Worker
 from coordinator.lots import Lots
 from coordinator.offers import to_offer
@@ -35,18 +36,14 @@ from coordinator.records import (
 )
 from coordinator.store import Store, StoreError
 from coordinator.store.base import Claimed, Want
-from coordinator.store.needs import MAX_NEEDS_BYTES, needs_of
 from coordinator.store.threads import StoreThreads, hear
+from coordinator.submitting import check
 from coordinator.watching import events_of
-from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError, refuse
 from protocol.ids import RANDOM_BYTES, new_id
-from protocol.work import is_kind
 
 log = logging.getLogger(__name__)
 
-# Params travel inside the offer; what is left of a message is for everything else in it.
-MAX_PARAMS_BYTES = wire.MAX_MESSAGE_BYTES - 256 * 2**10
 RETRY_HINT_S = 5
 UNPLACED_MS = 500
 
@@ -58,37 +55,6 @@ Rows = list[dict[str, Any]]
 Workers = list[WorkerView]
 Sandboxes = list[tuple[str, str, dict[str, str]]]
 Events = AsyncIterator[JobEvent]
-
-
-class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Tunables, in seconds unless named otherwise.
-
-    Attributes:
-        poll_s: longest pause between two looks at the queue.
-        sweep_s: pause between two looks for deadlines, orphans and unanswered offers.
-        worker_grace_s: how long a worker may be away before its attempts are lost. A reconnect takes about 1 s.
-        startup_grace_s: the same after a start of ours, when all workers reconnect at once.
-        offer_s: how long an offer may stay unanswered.
-        deadline_slack_s: a running job is ended by its worker; only this long after the deadline by us.
-        retention_s: how long ended jobs and their files are kept.
-        purge_s, orphan_sweep_s: pause between two purges of old jobs, and of files without a job.
-        repair_s: a silent watcher reads the row this often, in case an event was lost.
-        blob_url_s: how long a worker may fetch inputs and leave outputs.
-        max_queued: waiting jobs beyond this are refused as overloaded.
-    """
-
-    poll_s: float = 0.5
-    sweep_s: float = 1.0
-    worker_grace_s: float = 4.0
-    startup_grace_s: float = 10.0
-    offer_s: float = 10.0
-    deadline_slack_s: float = 5.0
-    retention_s: float = 86_400.0
-    purge_s: float = 60.0
-    orphan_sweep_s: float = 3600.0
-    repair_s: float = 5.0
-    blob_url_s: float = 86_400.0
-    max_queued: int = 10_000
 
 
 class Dispatcher:
@@ -257,7 +223,8 @@ class Dispatcher:
         """Send all workers to other replicas, with what they hold; none is taken in here any more."""
         self.handing_over = True
         async with self._claiming:  # what is being claimed is offered first, and then given back
-            await self.attempts.hand_over()
+            await self.attempts.take_back()
+        await self.attempts.hand_over()
 
     def stop_accepting(self) -> None:
         """From now on `submit` answers 503; jobs that are queued or running go on."""
@@ -292,7 +259,8 @@ class Dispatcher:
         s = self.terms(s)
         if (model := self.model_of(s.model)) != s.model:
             s = msgspec.structs.replace(s, model=model, asked=s.model)
-        self._check(s, more)
+        self._may_wait(more)
+        check(s, self.attempts.fleet)
         self.attempts.fleet.ask(s.labels)
         return msgspec.structs.replace(s, cost=self.attempts.costs.of(s.tenant, s.model))
 
@@ -321,31 +289,11 @@ class Dispatcher:
             self._ring(0)
         return record, created
 
-    def _check(self, s: Submission, more: int = 0) -> None:
+    def _may_wait(self, more: int) -> None:
         if not self._accepting:
             raise refuse("overloaded", "The coordinator is shutting down; try again later.", retry_after_s=RETRY_HINT_S)
         if self._waiting + more >= self.settings.max_queued:
             raise refuse("overloaded", "Too many jobs wait; try again later.", retry_after_s=RETRY_HINT_S)
-        if not is_kind(s.kind):
-            raise refuse("unsupported", f"There is no task kind named {s.kind!r}.", "kind")
-        if len(s.params) > MAX_PARAMS_BYTES:
-            raise refuse("payload_too_large", f"The parameters exceed {MAX_PARAMS_BYTES} bytes.", "params")
-        if s.max_attempts < 1:
-            raise refuse("invalid_parameter", "max_attempts: Expected at least 1.", "max_attempts")
-        if s.deadline_ms < 0:
-            raise refuse("invalid_parameter", "deadline_ms: Expected 0 (none) or more.", "deadline_ms")
-        if len(needs_of(s.labels, s.vram_gb_estimate).encode()) > MAX_NEEDS_BYTES:
-            message = f"labels: Expected at most {MAX_NEEDS_BYTES} bytes of names and values together."
-            raise refuse("invalid_parameter", message, "labels")
-        fault = None if s.wait_for_worker else self.attempts.fleet.judge(s.kind, s.model, s.labels, s.vram_gb_estimate)
-        if fault is not None and s.asked:
-            raise refuse(
-                "no_worker",
-                f"The model {s.asked!r} is being deployed, and no worker is ready to take it; try again.",
-                retry_after_s=RETRY_HINT_S,
-            )
-        if fault is not None:
-            raise FaultError(fault)
 
     def _watched(self, record: JobRecord, subscription: Subscription) -> Events:
         def lagged() -> None:

@@ -76,6 +76,7 @@ class Worker:
         at_once: how many jobs it takes at a time over all its models; None when only their slots count.
         vram_gb: its dialect's word for the most GPU memory that a job may be reckoned to need; None when the
             announcement says it.
+        resumes: whether it keeps what it has accepted when its session ends, and goes on with it in the next one.
         view: of a worker that is connected to another replica: what that one told of it last.
         slots_of: where its free slots are counted, while it is in a fleet.
     """
@@ -93,6 +94,7 @@ class Worker:
     protocol: str = "native"
     at_once: int | None = None
     vram_gb: float | None = None
+    resumes: bool = True
     key_id: str = ""
     view: WorkerView | None = None
     slots_of: Slots | None = None

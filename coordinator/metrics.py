@@ -18,12 +18,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coordinator.counting import Histogram, Tally
+from coordinator.counting import Counters, Histogram, Tally
 from coordinator.logs import access_log
 from coordinator.services import services
 
 if TYPE_CHECKING:
-    from coordinator.attempts import Counters
     from coordinator.vitals import Sample
 
 PREFIX = "bulkhead_coordinator"

@@ -35,7 +35,8 @@ from websockets.typing import Subprotocol
 
 from coordinator.blobs.folder import FolderBlobs
 from coordinator.blobs.routes import blob_routes
-from coordinator.dispatch import Dispatcher, DispatchSettings
+from coordinator.dispatch import Dispatcher
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.gateway import UVICORN_OPTIONS, GatewaySettings, worker_endpoint
 from coordinator.records import JobEnded, JobEvent, JobRecord, Submission, WorkerScope
 from coordinator.store import SqliteStore

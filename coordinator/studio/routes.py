@@ -171,6 +171,9 @@ class Studio:
         except FaultError as error:
             await deny(websocket, error.fault)
             return
+        if self._dispatcher.handing_over:
+            await deny(websocket, Fault("overloaded", "This replica is being drained; ask another one."))
+            return
         if not admitted:
             await deny(websocket, Fault("unauthorized", "The worker token is missing or not good."))
             return

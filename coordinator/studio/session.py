@@ -6,8 +6,9 @@ What the fleet and the dispatcher know stays native: an offer becomes a claim, a
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -205,10 +206,19 @@ class StudioSession:
         finally:
             if self._worker is not None:
                 self._attempts.leave(self._worker, 0.0)
+            unsaid = self._unsaid()
             for stream in (self._outbox_in, self._outbox, self._steps_in, self._steps):
                 stream.close()
             with anyio.move_on_after(self._settings.close_s, shield=True):
-                await self._farewell()
+                await self._farewell(unsaid)
+
+    def _unsaid(self) -> list[str]:
+        """Frames that the writer has not come to; the last acknowledgement may be among them."""
+        found = []
+        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
+            while True:
+                found.append(self._outbox.receive_nowait())
+        return found
 
     async def _read(self) -> None:
         try:
@@ -254,7 +264,7 @@ class StudioSession:
         )
         async with self._attempts.joining:
             worker, _ = await self._attempts.join(self, greeting, 0.0)
-            worker.protocol = "studio"
+            worker.protocol, worker.resumes = "studio", False
             bound(worker, self._said)
             self._worker, self._beat_at = worker, anyio.current_time()
             self._jobs = StudioJobs(worker, self._attempts, self._sources, self._url, self._say, self._settings.busy_s)
@@ -361,12 +371,15 @@ class StudioSession:
             self._gone = True
             self.close("internal_error", "The connection is gone.")
 
-    async def _farewell(self) -> None:
+    async def _farewell(self, unsaid: Sequence[str]) -> None:
         code, message = self._ending or ("", "")
         if self._gone:
             return
         try:
-            if code:
+            if not code:
+                for text in unsaid:
+                    await self._websocket.send_text(text)
+            else:
                 log.warning("Session of worker %s ends: %s (%s)", self.name, message, code)
                 await self._websocket.send_text(frame("error", code=code, message=message))
             await self._websocket.close(_CLOSE_CODES.get(code, CLOSE_NORMAL), code)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.dispatch import DispatchSettings
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobRecord
 from coordinator.store.base import Want
 from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, Said, running_desk

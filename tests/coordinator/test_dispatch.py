@@ -14,10 +14,12 @@ import pytest
 
 from coordinator.blobs.folder import FolderBlobs
 from coordinator.bus import LocalBus
-from coordinator.dispatch import MAX_PARAMS_BYTES, Dispatcher, DispatchSettings
+from coordinator.dispatch import Dispatcher
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobProgress, JobStarted, StoredInput
 from coordinator.store import SqliteStore
 from coordinator.store.base import Claimed, Want
+from coordinator.submitting import MAX_PARAMS_BYTES
 from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, pieces, running_desk, submission
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError

@@ -11,7 +11,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from coordinator.dispatch import DispatchSettings
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.gateway import GatewaySettings
 from coordinator.records import JobEnded
 from coordinator.testing_link import CHAT, PATIENCE_S, TOKEN, Desk, RawWorker, running_desk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from msgspec import structs
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from coordinator.testing import running
+from coordinator.testing_studio import PATIENCE_S
 from tests.coordinator.studio_rig import ANSWER, CHAT, FAST, House, opened, until
 
 # ---- 1: who may connect ------------------------------------------------------------------------------------
@@ -413,6 +415,26 @@ def _is_let_go(house: House) -> None:
         talking.join()
     assert house.ended(job)["fault"]["code"] == "worker_lost"
     assert house.seen(worker) is None
+
+
+def test_a_drained_replica_lets_a_worker_end_what_it_cannot_take_along(tmp_path: Path) -> None:
+    with running(tmp_path, studio=FAST) as there, opened(there) as house:
+        busy, idle = house.worker(), house.worker()
+        with busy.session() as it:
+            job = house.submit()
+            claim = it.claim()
+            until(lambda: house.job(job)["state"] == "running")
+            with idle.session() as other, ThreadPoolExecutor(1) as pool:
+                handed_over = pool.submit(there.call, there.coordinator.parts.dispatcher.hand_over)
+                assert other.ending() == (None, 1000)
+                with pytest.raises(InvalidStatus, match="503"):
+                    idle.open()
+                assert not handed_over.done()
+                it.send("completeJson", jobId=claim["jobId"], result=ANSWER, prompt="user: Hi")
+                assert it.expect("completeAck")["jobId"] == job
+                assert it.ending() == (None, 1000)
+                handed_over.result(PATIENCE_S)
+        assert house.job(job)["state"] == "succeeded"
 
 
 def test_a_worker_that_was_put_out_is_told_4004(house: House) -> None:
