@@ -12,7 +12,7 @@ from typing import Any
 
 from coordinator.records import JobRecord
 from coordinator.store.sql_steps import SqlSteps, whole
-from coordinator.usage.report import AMOUNTS, DIMENSIONS, GROUPS, added_up, amounts, late_amounts, whose
+from coordinator.usage.report import AMOUNTS, DIMENSIONS, GROUPS, added_up, counted, late_amounts, whose
 
 NAMES = ", ".join((*DIMENSIONS, *AMOUNTS))
 FOLD = 5000  # rows of one move
@@ -50,7 +50,7 @@ class SqlUsage(SqlSteps):
 
     def _count(self, ended: Sequence[JobRecord], now: int) -> None:
         """Count jobs that this transaction ends."""
-        self._append_usage(added_up((whose(record, now), amounts(record)) for record in ended))
+        self._append_usage(added_up((whose(record, now), counted(record)) for record in ended))
 
     def _count_late(self, cancelled: JobRecord, now: int) -> None:
         """Count what a job that was cancelled before had used, as its worker says now."""

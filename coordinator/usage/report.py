@@ -32,6 +32,8 @@ _MEASURED: dict[str, tuple[str, int]] = {
     "characters": ("characters", 1),
     "documents": ("documents", 1),
 }
+# The other way round: a result's key -> its column and how much of that one is.
+_COLUMN = {key: (column, scale) for column, (key, scale) in _MEASURED.items()} | {"compute_ms": ("gpu_ms", 1)}
 AMOUNTS = (*OUTCOMES, *_MEASURED, "gpu_ms", "busy_ms")
 GROUPS: dict[str, str] = {"tenant": "tenant", "key": "key_id", "worker": "worker", "model": "model", "day": "day"}
 GROUPS["kind"] = "kind"
@@ -49,26 +51,32 @@ def amounts(record: JobRecord) -> dict[str, int]:
     `busy_ms` is how long its last attempt held a slot, from its accept to its end, as the coordinator saw it; `gpu_ms`
     is the worker's `compute_ms`, and where the worker said none, the same as `busy_ms`.
     """
-    counted = dict.fromkeys(AMOUNTS, 0)
-    counted[record.state] = 1
-    counted |= _measured(record.usage)
-    counted["busy_ms"] = _busy_ms(record)
-    counted["gpu_ms"] = _gpu_ms(record)
-    return counted
+    return dict.fromkeys(AMOUNTS, 0) | counted(record)
+
+
+def counted(record: JobRecord) -> dict[str, int]:
+    """`amounts` without those that are 0: thousands of jobs may end in a second."""
+    busy = _busy_ms(record)
+    found = {record.state: 1, "busy_ms": busy, "gpu_ms": busy}
+    for key, value in record.usage.items():
+        if (measured := _COLUMN.get(key)) is not None:
+            found[measured[0]] = _whole(value * measured[1])
+    return found
 
 
 def late_amounts(record: JobRecord) -> dict[str, int]:
     """What a cancelled job counts for besides, when its worker says later what it had used."""
-    counted = dict.fromkeys(AMOUNTS, 0) | _measured(record.usage)
-    counted["gpu_ms"] = _gpu_ms(record) - _busy_ms(record)
-    return counted
+    found = counted(record)
+    late = {name: found.get(name, 0) for name in (*_MEASURED, "gpu_ms")}
+    return dict.fromkeys(AMOUNTS, 0) | late | {"gpu_ms": late["gpu_ms"] - found["busy_ms"]}
 
 
-def added_up(counted: Iterable[tuple[Whose, Mapping[str, int]]]) -> list[dict[str, Any]]:
+def added_up(used: Iterable[tuple[Whose, Mapping[str, int]]]) -> list[dict[str, Any]]:
     """One row per owner, in the order of the owners: whoever writes rows writes them in one order."""
     sums: dict[Whose, dict[str, int]] = {}
-    for whose, amount in counted:
-        known = sums.setdefault(whose, dict.fromkeys(AMOUNTS, 0))
+    for whose, amount in used:
+        if (known := sums.get(whose)) is None:
+            known = sums[whose] = dict.fromkeys(AMOUNTS, 0)
         for name, value in amount.items():
             known[name] += value
     return [dict(zip(DIMENSIONS, whose, strict=True)) | sums[whose] for whose in sorted(sums)]
@@ -79,18 +87,10 @@ def whose(record: JobRecord, now_ms: int) -> Whose:
     return (now_ms // DAY_MS, record.tenant, record.key_id, record.worker, record.kind, record.model)
 
 
-def _measured(usage: Mapping[str, float]) -> dict[str, int]:
-    return {column: _whole(usage[key] * scale) for column, (key, scale) in _MEASURED.items() if key in usage}
-
-
 def _busy_ms(record: JobRecord) -> int:
     if record.started_ms is None or record.finished_ms is None:
         return 0
     return min(MOST, max(0, record.finished_ms - record.started_ms))
-
-
-def _gpu_ms(record: JobRecord) -> int:
-    return _whole(record.usage["compute_ms"]) if "compute_ms" in record.usage else _busy_ms(record)
 
 
 def _whole(value: float) -> int:
