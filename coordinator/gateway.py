@@ -21,6 +21,7 @@ import anyio
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from coordinator import worker_lines
 from coordinator.attempts import Attempts
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
@@ -28,6 +29,7 @@ from coordinator.errors import fault_response
 from coordinator.fleet import Key, Worker
 from coordinator.records import WorkerScope
 from coordinator.store import StoreError
+from coordinator.worker_lines import Line
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 from protocol.ids import is_safe_id
@@ -35,7 +37,6 @@ from protocol.link_session import Attempt, LinkProtocolError, LinkSession, Role,
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE, Span, agree
 
 log = logging.getLogger(__name__)
-worker_log = logging.getLogger("coordinator.worker")
 
 UVICORN_OPTIONS: dict[str, Any] = {"ws_max_size": wire.MAX_MESSAGE_BYTES, "ws_per_message_deflate": False}
 
@@ -50,7 +51,6 @@ _CLOSE_CODES = {
     "worker_deleted": wire.CLOSE_DELETED,
     "bad_revision": wire.CLOSE_REVISION,
 }
-_LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 Authenticate = Callable[[str], "WorkerScope | Awaitable[WorkerScope | None] | None"]
 
@@ -361,9 +361,8 @@ class WorkerSession:
             case wire.Draining():
                 self._attempts.drain(worker)
             case wire.LogBatch():
-                for line in body.lines:
-                    level = _LOG_LEVELS.get(line.level.lower(), logging.INFO)
-                    worker_log.log(level, "%s %s %r %s", worker.id, line.ts[:40], line.message, line.job[:128])
+                lines = (Line(line.ts, line.level, line.message, line.job) for line in body.lines)
+                worker_lines.tell(worker.id, lines, body.dropped)
             case _:
                 return False
         return True

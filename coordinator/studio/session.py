@@ -16,14 +16,13 @@ import anyio
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from coordinator import worker_lines
 from coordinator.attempts import Attempts
 from coordinator.fleet import Key, Worker
 from coordinator.store import StoreError
 from coordinator.studio.claims import Sources
 from coordinator.studio.jobs import Stranger, StudioJobs
 from coordinator.studio.wire import (
-    MAX_LOG_CHARS,
-    MAX_LOG_ENTRIES,
     OF_A_JOB,
     UP,
     Capabilities,
@@ -38,12 +37,12 @@ from coordinator.studio.wire import (
     read_body,
     read_head,
 )
+from coordinator.worker_lines import Line
 from protocol import link_wire as wire
 from protocol.faults import FaultError
 from protocol.revision import LINK_WIRE
 
 log = logging.getLogger(__name__)
-worker_log = logging.getLogger("coordinator.worker")
 
 MAX_QUEUED_FRAMES = 1024
 CLOSE_NORMAL = 1000  # also after an error of ours
@@ -53,7 +52,6 @@ _CLOSE_CODES = {
     "duplicate_worker": wire.CLOSE_DUPLICATE,
     "worker_deleted": wire.CLOSE_DELETED,
 }
-_LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 _GONE = (WebSocketDisconnect, anyio.BrokenResourceError)
 
 
@@ -327,10 +325,8 @@ class StudioSession:
             case Heartbeat():
                 self._beat(body)
             case LogBatch():
-                for entry in body.entries[:MAX_LOG_ENTRIES]:
-                    level = _LEVELS.get(entry.level, logging.INFO)
-                    job, text = (entry.job_id or "")[:128], entry.message[:MAX_LOG_CHARS]
-                    worker_log.log(level, "%s %s %r %s", self.name, entry.ts[:40], text, job)
+                lines = (Line(one.ts, one.level, one.message, one.job_id or "") for one in body.entries)
+                worker_lines.tell(self.name, lines)
             case Unreadable():
                 log.warning("Worker %s sent a frame that cannot be read: %s", self.name, body)
                 self._attempts.counters.events["unreadable"] += 1

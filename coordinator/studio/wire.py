@@ -22,7 +22,6 @@ JSON_KINDS = frozenset({"llm", "audio_stt"})  # results of these come as a frame
 OLD_KIND = "image"  # what a worker does that is too old to name its kinds
 MAX_MODELS = 2000
 MAX_NAME_CHARS = 200
-MAX_LOG_ENTRIES = 1000
 MAX_LOG_CHARS = 4000
 
 _Count = Annotated[float, Meta(ge=0)]

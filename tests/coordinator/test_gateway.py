@@ -309,10 +309,12 @@ def test_a_draining_worker_finishes_and_gets_nothing_new(desk: Desk, worker: Raw
 
 def test_log_lines_go_to_the_log(desk: Desk, worker: RawWorker, caplog: pytest.LogCaptureFixture) -> None:
     line = wire.LogLine(ts="2026-11-21T10:00:00Z", level="warning", message="two\nlines", job="job_1")
-    worker.send(wire.LogBatch(lines=(line,)))
+    worker.send(wire.LogBatch(lines=(line,), dropped=3))
     worker.send(wire.Heartbeat(n=1))
     worker.expect(wire.HeartbeatAck)
-    (record,) = [record for record in caplog.records if record.name == "coordinator.worker"]
+    lost, record = [record for record in caplog.records if record.name == "coordinator.worker"]
+    assert lost.getMessage() == "w1: 3 lines of its log were lost"
+    assert vars(record)["job"] == "job_1"
     assert record.levelname == "WARNING"
     assert "two\\nlines" in record.getMessage()  # one entry stays one line
 

@@ -135,7 +135,7 @@ def test_what_workers_log_is_not_logged_again(caplog):
 def test_the_coordinator_logs_what_workers_log_by_that_name():
     assert (
         f'getLogger("{subject.OF_WORKERS}")'
-        in (Path(subject.__file__).parents[1] / "coordinator/gateway.py").read_text()
+        in (Path(subject.__file__).parents[1] / "coordinator/worker_lines.py").read_text()
     )
 
 

@@ -549,9 +549,9 @@ def test_lines_of_its_log_are_in_ours(house: House, caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO", logger="coordinator.worker"), house.worker().session() as it:
         it.send("logBatch", entries=[entry, {**entry, "jobId": "job-1", "level": "silly"}])
         it.beat()
-        lines = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "coordinator.worker"]
-    assert lines[0] == ("ERROR", f"{it.worker.id} 2026-01-01T00:00:00Z 'broken\\nfan' ")
-    assert lines[1][1].endswith("job-1")
+        first, second = [one for one in caplog.records if one.name == "coordinator.worker"]
+    assert (first.levelname, first.getMessage()) == ("ERROR", f"{it.worker.id}: 'broken\\nfan'")
+    assert (second.levelname, vars(second)["job"]) == ("INFO", "job-1")
 
 
 def test_a_path_may_stand_before_the_base(house: House) -> None:

@@ -1,0 +1,63 @@
+"""Lines of workers' logs in ours."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from coordinator import worker_lines
+from coordinator.logs import JsonFormatter
+from coordinator.worker_lines import Line, tell
+
+
+@pytest.fixture
+def told() -> Iterator[io.StringIO]:
+    """What a coordinator with `log_format = "json"` writes."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    worker_lines.log.addHandler(handler)
+    before = worker_lines.log.level
+    worker_lines.log.setLevel(logging.INFO)
+    yield stream
+    worker_lines.log.setLevel(before)
+    worker_lines.log.removeHandler(handler)
+
+
+def fields(told: io.StringIO) -> list[dict[str, object]]:
+    return [msgspec.json.decode(line) for line in told.getvalue().splitlines()]
+
+
+def test_the_lines_of_a_job_are_found_by_its_id(told: io.StringIO) -> None:
+    tell("box", [Line("2026-11-21T10:00:00Z", "warning", "two\nlines", "job_1"), Line("later", "info", "of nobody")])
+    first, second = fields(told)
+    assert (first["worker"], first["job"], first["at"]) == ("box", "job_1", "2026-11-21T10:00:00Z")
+    assert (first["level"], first["message"]) == ("warning", "box: 'two\\nlines'")
+    assert "job" not in second
+
+
+@pytest.mark.parametrize(
+    ("word", "level"), [("warn", "warning"), ("ERROR", "error"), ("critical", "critical"), ("silly", "info")]
+)
+def test_levels_of_all_dialects(told: io.StringIO, word: str, level: str) -> None:
+    tell("box", [Line("", word, "x")])
+    assert fields(told)[0]["level"] == level
+
+
+def test_what_was_lost_is_told_as_a_number(told: io.StringIO) -> None:
+    tell("box", [], dropped=7)
+    tell("box", [Line("", "info", "x")], dropped=-1)
+    first, second = fields(told)
+    assert (first["level"], first["dropped"], first["message"]) == ("warning", 7, "box: 7 lines of its log were lost")
+    assert "dropped" not in second
+
+
+def test_a_flood_is_cut(told: io.StringIO) -> None:
+    tell("box", (Line("x" * 999, "info", "x" * 99_999, "j" * 999) for _ in range(worker_lines.MOST_LINES + 5)), 2)
+    lost, first, *rest = fields(told)
+    assert (lost["dropped"], len(rest)) == (7, worker_lines.MOST_LINES - 1)
+    assert len(str(first)) < worker_lines.MOST_CHARS + 1000
