@@ -9,6 +9,7 @@ import logging
 import secrets
 from typing import Any
 
+import anyio
 import msgspec
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -132,6 +133,13 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, tagged)
+        except anyio.get_cancelled_exc_class():
+            # The server ends, and this was not done in time; uvicorn itself would answer a bare 500.
+            if not started:
+                with anyio.CancelScope(shield=True):
+                    ending = Fault("overloaded", "The coordinator is ending; try again.")
+                    await fault_response(ending)(scope, receive, tagged)
+            raise
         except Exception:
             # Starlette answers 500 and raises again for the server's log; one log line with the id is enough.
             log.exception("%s %s failed (%s)", scope.get("method"), scope.get("path"), request_id)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from starlette.applications import Starlette
@@ -13,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from coordinator.errors import EXCEPTION_HANDLERS, RequestIds, fault_response
+from coordinator.server import Server, Serving, base_url, listen, uvicorn_config
 from protocol.faults import CODES, Fault, refuse
 
 
@@ -86,3 +91,32 @@ async def test_a_bug_in_the_middle_of_a_body_is_logged_once(caplog: pytest.LogCa
             with pytest.raises(AssertionError):  # the transport's word for a body that never ended
                 await client.get("/")
     assert len([record for record in caplog.records if record.name == "coordinator.errors"]) == 1
+
+
+def test_a_request_that_the_servers_end_cuts_short_is_told_to_come_again() -> None:
+    """uvicorn cancels what has no answer in its last second; its own words for that are a bare 500."""
+    asked = threading.Event()
+
+    async def hangs(_request: Request) -> Response:
+        asked.set()
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    app = RequestIds(Starlette(routes=[Route("/", hangs)], exception_handlers=EXCEPTION_HANDLERS))
+    server, listener = Server(uvicorn_config(app, Serving())), listen("127.0.0.1:0")
+
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
+    with ThreadPoolExecutor(2) as pool:
+        serving = pool.submit(serve)
+        answering = pool.submit(httpx.get, base_url(listener, secure=False), timeout=30)
+        assert asked.wait(30)
+        server.should_exit = True
+        answer = answering.result(30)
+        serving.result(30)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "overloaded"
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.headers["x-request-id"]
