@@ -128,52 +128,67 @@ class Coordinator:
             self._store.close()
             raise
         self.replicas = _replicas(self._store, doorway)
+        self.keys = Keys(self._known)
+        self._doors = Doors(self.keys.lives)
+        sessions = Sessions(self._store, self.keys)
+        self.parts = self._parts(blobs, limits or Limits(), sessions)
+        self.feed = Feed(self.parts.look)
+        self.dashboard = Dashboard(sessions, self.feed)
+        self.privacy = self._privacy(undelivered_s)
+        workers = self._worker_routes(studio_models, studio)
+        self.app = Deliveries(build_app(self.parts, workers, self._lifetime), self.privacy.delivered)
+
+    def _parts(self, blobs: Blobs, limits: Limits, sessions: Sessions) -> Services:
+        """What the routes use, over the open store and register."""
         dispatcher = Dispatcher(self._store, blobs, self.replicas)
         if self.replicas is not None:
             self.replicas.attach(dispatcher.attempts)
-        self.keys, tenants, registrations = Keys(self._known), Tenants(self._known), Registrations(self._known)
-        self._doors = Doors(self.keys.lives)
-        worker_doors = Doors(registrations.knows)
-        self._known.on_change += [self._doors.look, worker_doors.look]
+        tenants, look = Tenants(self._known), Look(self._store)
         dispatcher.terms = terms(self._known, tenants)
-        http = HttpCounters()
-        sessions, look = Sessions(self._store, self.keys), Look(self._store)
-        self.feed = Feed(look)
-        self.dashboard = Dashboard(sessions, self.feed)
         files = KeptFiles(self._store, blobs)
-        self.parts = Services(
+        rates = Rates(time.monotonic, lambda: self._known.replicas)
+        parts = Services(
             dispatcher,
             blobs,
             self.keys,
-            http,
+            HttpCounters(),
             ProgressBoard(dispatcher),
-            limits or Limits(),
-            registrations,
+            limits,
+            Registrations(self._known),
             files,
             Batches(self._store, dispatcher, blobs, files),
             tenants,
-            Access(self.keys, tenants, Rates(time.monotonic, lambda: self._known.replicas), self._doors, sessions),
+            Access(self.keys, tenants, rates, self._doors, sessions),
             look,
         )
-        look.parts = self.parts
-        self.parts.vitals = Vitals(self._store, state)
-        self.parts.deployer = _deployer(dispatcher, self._store)
-        workers = [
-            WebSocketRoute("/v1/worker", worker_endpoint(dispatcher, self._authenticate, doors=self._doors)),
-            *enrol_routes(Enrolments(self._known), registrations),
-            *Studio(dispatcher, blobs, registrations, studio_models, studio, worker_doors).routes(),
+        look.parts = parts
+        parts.vitals = Vitals(self._store, self.state)
+        parts.deployer = _deployer(dispatcher, self._store)
+        return parts
+
+    def _worker_routes(self, models: Sources | None, studio: StudioSettings | None) -> list[BaseRoute]:
+        """By which workers come, in whatever protocol, and the dashboard's."""
+        parts = self.parts
+        doors = Doors(parts.registrations.knows)
+        self._known.on_change += [self._doors.look, doors.look]
+        return [
+            WebSocketRoute("/v1/worker", worker_endpoint(parts.dispatcher, self._authenticate, doors=self._doors)),
+            *enrol_routes(Enrolments(self._known), parts.registrations),
+            *Studio(parts.dispatcher, parts.blobs, parts.registrations, models, studio, doors).routes(),
             *self.dashboard.routes(),
         ]
-        known, batches = self._known, self.parts.batches
-        self.privacy = Privacy(
+
+    def _privacy(self, undelivered_s: float) -> Privacy:
+        known, parts = self._known, self.parts
+        privacy = Privacy(
             self._store,
-            blobs,
-            files,
+            parts.blobs,
+            parts.files,
             lambda: [tenant.name for tenant in known.tenants.values() if not tenant.store_content],
             PrivacySettings(undelivered_s=undelivered_s),
         )
-        batches.on_end = self.privacy.look
-        self.app = Deliveries(build_app(self.parts, workers, self._lifetime), self.privacy.delivered)
+        parts.batches.on_end = privacy.look
+        return privacy
 
     def close(self) -> None:
         """Close the files; for a coordinator whose application never ran."""
