@@ -89,6 +89,7 @@ class PostgresServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,  # Ctrl-C is for us: clients come to their end before the server does
                 **self._as_user(),
             )
         until = time.monotonic() + START_S
