@@ -11,7 +11,6 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Container
-from typing import Protocol
 
 import anyio
 
@@ -19,6 +18,7 @@ from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, Whence
 from coordinator.costs import Costs
 from coordinator.counting import Counters
+from coordinator.elsewhere import Elsewhere, Nobody
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.logs import JobLines
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
@@ -39,26 +39,6 @@ _FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not ta
 _WHOLE_WORKER = ("paused", "draining")
 
 Message = tuple[wire.Body, str, int]
-
-
-class Elsewhere(Protocol):
-    """The other replicas. Neither method waits, and neither is sure: the rows tell them later, too."""
-
-    def stop(self, gateway: str, key: Key, reason: str) -> None:
-        """A replica holds an attempt that its row went on without."""
-
-    def joined(self, worker: str) -> None:
-        """A worker has connected here."""
-
-
-class Nobody:
-    """There are no other replicas."""
-
-    def stop(self, gateway: str, key: Key, reason: str) -> None:
-        """Nothing to do."""
-
-    def joined(self, worker: str) -> None:
-        """Nothing to do."""
 
 
 @dataclasses.dataclass

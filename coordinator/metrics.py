@@ -23,6 +23,7 @@ from coordinator.logs import access_log
 from coordinator.services import services
 
 if TYPE_CHECKING:
+    from coordinator.elsewhere import Reach
     from coordinator.vitals import Sample
 
 PREFIX = "bulkhead_coordinator"
@@ -126,6 +127,7 @@ async def metrics(request: Request) -> Response:
         ),
         *_sandbox_lines(parts.dispatcher.sandboxes()),
         *_store_lines(parts.dispatcher.store_timings),
+        *_replica_lines(parts.dispatcher.attempts.elsewhere.reach()),
         *_vital_lines(sample_),
         *_family("model_slots", "gauge", "Concurrent jobs of a model over all workers."),
         *(sample("model_slots", model.slots, {"model": model.name}) for model in parts.dispatcher.models()),
@@ -223,6 +225,18 @@ def _database_lines(gauges: Mapping[str, float]) -> Iterator[str]:
         if (value := gauges.get(name.removeprefix("store_"))) is not None:
             yield from _family(name, "gauge", text)
             yield sample(name, value)
+
+
+def _replica_lines(reach: Reach | None) -> Iterator[str]:
+    """Where this coordinator is one of several; how many beat by the database is `store_replicas`."""
+    if reach is None:
+        return
+    yield from _family("peers", "gauge", "Other replicas that live, by the database.")
+    yield sample("peers", reach.known)
+    yield from _family("peers_connected", "gauge", "Those of them that this one reaches: tokens go there as they come.")
+    yield sample("peers_connected", reach.connected)
+    yield from _family("peer_frames_dropped_total", "counter", "Frames for other replicas that found no place.")
+    yield sample("peer_frames_dropped_total", reach.dropped)
 
 
 def _vital_lines(seen: Sample | None) -> Iterator[str]:

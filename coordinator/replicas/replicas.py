@@ -16,6 +16,7 @@ import anyio
 from anyio.to_thread import run_sync
 
 from coordinator.bus import HERE, LocalBus, Subscription, Whence
+from coordinator.elsewhere import Reach
 from coordinator.fleet import Key, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobNudge, JobProgress, JobStarted
 from coordinator.replicas import frames
@@ -76,6 +77,7 @@ class Replicas:
         self._followed: Counter[str] = Counter()  # replica -> how many jobs it follows here
         self._following: dict[str, Subscription] = {}  # job that came in elsewhere -> the last who follows it here
         self._fleet_news = anyio.Event()
+        self._dropped = 0  # by peers that are gone
         self._attempts: Attempts | None = None
 
     def attach(self, attempts: Attempts) -> None:
@@ -127,6 +129,12 @@ class Replicas:
         """A worker has connected here."""
         self._tell(frames.JoinedFrame(worker), urgent=True)
         self._fleet_news.set()
+
+    def reach(self) -> Reach:
+        """How the others are reached, and what was lost on the way since the start."""
+        peers = self._peers.values()
+        connected, dropped = sum(peer.connected for peer in peers), sum(peer.dropped for peer in peers)
+        return Reach(len(peers), connected, self._dropped + dropped)
 
     def _workers_elsewhere(self) -> Iterator[Worker]:
         for fleet in self._fleets.values():
@@ -260,6 +268,7 @@ class Replicas:
             if urls.get(name) != peer.url:
                 peer.scope.cancel()
                 del self._peers[name]
+                self._dropped += peer.dropped
                 log.info("Replica %s is gone", name)
         for name, url in urls.items():
             if name not in self._peers:

@@ -100,6 +100,19 @@ def test_tokens_reach_the_client_at_another_replica(two: Two) -> None:
     assert seen[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in seen
 
 
+def test_the_page_of_numbers_tells_how_the_others_are_reached(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = two
+    peer = next(peer for peer in replicas(here).peers if peer.name == replicas(there).name)
+    monkeypatch.setattr(peer, "dropped", 7)
+
+    def number(name: str) -> int:
+        lines = httpx.get(here.url + "/metrics", headers=here.headers, timeout=PATIENCE_S).text.splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(f"bulkhead_coordinator_{name} ")))
+
+    until(lambda: number("peers") == number("peers_connected") >= 1)
+    assert number("peer_frames_dropped_total") >= 7
+
+
 def test_somebody_may_follow_a_job_at_any_replica(two: Two) -> None:
     here, there = two
     name = model()
