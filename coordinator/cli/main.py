@@ -1,4 +1,4 @@
-"""The `coordinator` command: serve, migrate, and what `cli_keys` and others add to it.
+"""The `coordinator` command: serve, migrate, and what the other modules of this folder add to it.
 
 Exit codes: 0 done or stopped as asked, 1 failed, 64 usage, 70 internal, 73 another coordinator has this state
 folder, 78 bad configuration.
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -25,14 +26,14 @@ from coordinator.cli import keys as cli_keys
 from coordinator.cli import service as cli_service
 from coordinator.cli import usage as cli_usage
 from coordinator.cli.http import AskError
-from coordinator.config import STORE_VARIABLE
+from coordinator.config import STORE_VARIABLE, Config
 from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
-from coordinator.register import Register, open_register
+from coordinator.register import open_register
 from coordinator.replicas.opening import open_doorway
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.service import notify
 from coordinator.services import Limits
-from coordinator.store import Store, StoreBusy, StoreError
+from coordinator.store import StoreBusy, StoreError
 from coordinator.store.opening import SQLITE, check_address, is_postgres, open_store, require_psycopg
 from coordinator.studio.registry import RegistrationRefusal
 from coordinator.traces import OtelConfig, TraceRefusal, open_traces
@@ -40,6 +41,7 @@ from protocol.faults import FaultError
 
 if TYPE_CHECKING:
     from coordinator.app import Coordinator
+    from coordinator.replicas.opening import Doorway
 
 log = logging.getLogger(__name__)
 
@@ -154,36 +156,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     with listener:
         check_exposure(listener, tls=cert is not None, behind_proxy=bool(settings.behind_proxy))
         state = configuration.state_dir(settings)
-        # Imported here so that a refusal above costs no imports; starlette alone takes 40 ms.
-        from coordinator.app import BLOB_FOLDER, STORE_FILE, Coordinator
-
-        limits = Limits(job_s=settings.job_s)
-        patience_s = PREDECESSOR_S if embedded else 0.0
-
-        def store() -> Store:
-            return open_store(where, state / STORE_FILE, pooled=settings.store_pooled)
-
-        def register() -> Register:
-            return open_register(where, state / FILE_NAME, pooled=settings.store_pooled)
-
         doorway = open_doorway(settings.replica) if settings.replica is not None else None
-
-        def opened() -> Coordinator:
-            try:
-                return Coordinator(
-                    state,
-                    limits,
-                    settings.studio_models,
-                    open_store=store,
-                    open_register=register,
-                    doorway=doorway,
-                    open_blobs=lambda: open_blobs(settings.blobs, state / BLOB_FOLDER),
-                    undelivered_s=settings.privacy.undelivered_s,
-                )
-            except BlobsRefusal as error:
-                raise Refusal(str(error)) from None
-
-        coordinator = _patiently(opened, patience_s)
+        opening = partial(_opened, settings, where, state, doorway)
+        coordinator = _patiently(opening, PREDECESSOR_S if embedded else 0.0)
         try:
             _prepare_keys(coordinator.keys, state, arguments.worker_token_fd)
         except BaseException:
@@ -199,6 +174,27 @@ def _serve(arguments: argparse.Namespace) -> int:
             ready=lambda url: _say_ready(url, client_key, embedded),
         )
         return _traced(coordinator, lambda: run(coordinator, listener, serving), settings.otel)
+
+
+def _opened(settings: Config, where: str, state: Path, doorway: Doorway | None) -> Coordinator:
+    """A coordinator over the store at `where`. Raises Refusal, StoreError, OSError."""
+    # Imported here so that a refusal before it costs no imports; starlette alone takes 40 ms.
+    from coordinator.app import BLOB_FOLDER, STORE_FILE, Coordinator
+
+    pooled = settings.store_pooled
+    try:
+        return Coordinator(
+            state,
+            Limits(job_s=settings.job_s),
+            settings.studio_models,
+            open_store=lambda: open_store(where, state / STORE_FILE, pooled=pooled),
+            open_register=lambda: open_register(where, state / FILE_NAME, pooled=pooled),
+            doorway=doorway,
+            open_blobs=lambda: open_blobs(settings.blobs, state / BLOB_FOLDER),
+            undelivered_s=settings.privacy.undelivered_s,
+        )
+    except BlobsRefusal as error:
+        raise Refusal(str(error)) from None
 
 
 def _traced(coordinator: Coordinator, serving: Callable[[], int], otel: OtelConfig) -> int:
