@@ -12,11 +12,15 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 64 * 2**10  # plus at most one read of the socket
-HEAD_S = 30.0  # from the connection to the end of the first head
+HEAD_S = 30.0  # from the connection to the end of the first head, and from a later head's first byte to its end
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Answers 400 to a head beyond `HEAD_BYTES` and hangs up on one that does not end within `HEAD_S`."""
+    """Answers 400 to a head beyond `HEAD_BYTES` and hangs up on one that does not end within `HEAD_S`.
+
+    An upgrade to a WebSocket that brings a body is answered 400, too: the parser swallows the body and never says that
+    it is an upgrade, so that nobody would answer, nor ever hang up.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,11 +50,15 @@ class BoundedHttp(HttpToolsProtocol):
         # A read in which a message ended says nothing of the next head, whose beginning it may hold.
         if self._in_head and self._ended == ended:
             self._head_bytes += len(data)
+            if self._head_timer is None:  # uvicorn's own ended with the first byte
+                self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
 
     def on_headers_complete(self) -> None:
         """The head has ended."""
         self._in_head = False
         self._stop_timer()
+        if self.parser.should_upgrade() and self._should_upgrade() and self._announces_body():
+            raise ValueError("An upgrade has no body.")  # the parser's error then, which is answered 400
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -59,6 +67,12 @@ class BoundedHttp(HttpToolsProtocol):
         self._ended += 1
         self._in_head = True
         self._head_bytes = 0
+
+    def _announces_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in self.headers
+        )
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

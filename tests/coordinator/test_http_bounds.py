@@ -44,6 +44,17 @@ def test_a_head_that_never_ends_is_hung_up_on(served: Any, monkeypatch: pytest.M
         assert connection.recv(100) == b""
 
 
+def test_a_later_head_that_never_ends_is_hung_up_on(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connect(served) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(1000)
+        monkeypatch.setattr(http_bounds, "HEAD_S", 0.2)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nx: y\r\n")
+        assert connection.recv(100) == b""
+
+
 def test_large_bodies_and_many_requests_are_not_counted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with httpx.Client(base_url=served.url, headers=served.headers) as client:
         for _ in range(3):
