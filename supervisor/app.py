@@ -445,6 +445,7 @@ class _Supervisor:
         self, worker: Worker, attempts: Attempts, drain_coordinator: Callable[[], Awaitable[None]]
     ) -> None:
         """No new jobs; those that run get `drain_s`, then their end is told, then it is over."""
+        log.info("draining: %s", self._drain.reason)
         worker.drain(self._drain.reason)
         await drain_coordinator()
         with self._drain.hurried, trio.move_on_after(self._limits.drain_s):

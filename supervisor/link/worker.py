@@ -181,6 +181,7 @@ class Worker:
     def heard(self, body: wire.Body, job: str, attempt: int) -> None:
         """Act on a message."""
         self._tally.heard()
+        _note(body)
         match body:
             case wire.Offer():
                 self._judge(job, attempt, body)
@@ -260,3 +261,19 @@ class Worker:
         if self._post is not None:
             body = wire.Decline(code=verdict.code, reason=verdict.reason, retry_after_ms=verdict.retry_after_ms)
             self._post(body, job, attempt)
+
+
+def _note(body: wire.Body) -> None:
+    """An owner finds in the log what others did to this worker, and why."""
+    match body:
+        case wire.Pause(reason=reason, for_ms=for_ms):
+            span = f" for {for_ms / 1000:g} s" if for_ms > 0 else ""
+            log.info("the coordinator pauses this worker%s: %s", span, reason[:200] or "no reason was given")
+        case wire.Resume():
+            log.info("the coordinator lifts its pause and its drain")
+        case wire.Drain():
+            log.info("the coordinator asks for a drain")
+        case wire.ShutdownWorker(reason=reason):
+            log.info("the coordinator ends this worker: %s", reason[:200] or "no reason was given")
+        case _:
+            pass

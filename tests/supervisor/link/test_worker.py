@@ -271,7 +271,8 @@ async def test_what_cannot_be_taken_is_declined_with_the_code(tmp_path):
         assert (busy.code, busy.retry_after_ms > 0) == ("busy", True)
 
 
-async def test_pause_resume_drain_and_shutdown(tmp_path):
+async def test_pause_resume_drain_and_shutdown(tmp_path, caplog):
+    caplog.set_level("INFO", "supervisor.link.worker")
     async with rig(tmp_path) as r:
         peer = await r.session()
 
@@ -298,6 +299,15 @@ async def test_pause_resume_drain_and_shutdown(tmp_path):
         assert (await peer.expect(wire.Draining)).reason == "asked to"
         assert await decline_code("d") == "draining"
         assert r.shutdown == ["moving house"]
+    told = [record.message for record in caplog.records if record.name == "supervisor.link.worker"]
+    assert told == [
+        "the coordinator pauses this worker: lunch",
+        "the coordinator lifts its pause and its drain",
+        "the coordinator asks for a drain",
+        "the coordinator lifts its pause and its drain",
+        "the coordinator pauses this worker for 0.05 s: no reason was given",
+        "the coordinator ends this worker: moving house",
+    ], "whose machine it is finds out who paused it"
 
 
 async def test_only_changes_are_announced(tmp_path):
