@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
 import psutil
 import pytest
 import trio
 
+from supervisor import selftest_cases, selftest_judge
 from supervisor.selftest_cases import CASES
 from supervisor.selftest_judge import Row
 from supervisor.selftest_run import MARK, run_case, run_kit
@@ -27,6 +29,13 @@ def _ours() -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second without a sign of life is a hang at a user's; where other tests have the processor it is nothing."""
+    monkeypatch.setattr(selftest_cases, "STALL_S", 4.0)
+    monkeypatch.setattr(selftest_judge, "NEIGHBOUR_S", 20.0)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +94,12 @@ async def test_a_cancel_in_mid_case_ends_all_children_and_keeps_the_rows_that_ar
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 def test_the_whole_kit_is_contained_here():
     """On a box that lacks a layer, the attacks that it would have stopped are listed, and nothing else is."""
     from supervisor.selftest import run
 
-    rows, stopped = run(CASES)
+    rows, stopped = run([msgspec.structs.replace(case, within_s=case.within_s + 20) for case in CASES])
     assert not stopped
     assert [*sorted(rows)] == sorted(case.name for case in CASES)
     bad = {row.name: row.outcome for row in rows.values() if not row.contained}

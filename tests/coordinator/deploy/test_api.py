@@ -8,11 +8,18 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.testing import Running
+from coordinator.testing import Running, running
 from coordinator.testing_link import CHAT, RawWorker
 from protocol import link_wire as wire
 
 SOURCE = {"source": "https://models.test/chat.gguf", "sha256": "a" * 64}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A coordinator that knows the workers of these tests only."""
+    with running(tmp_path_factory.mktemp("deploy")) as it:
+        yield it
 
 
 @pytest.fixture

@@ -120,16 +120,19 @@ def test_a_system_that_lists_nothing_is_unknown():
     assert isinstance(running(["x"], (), refuse), Unknown)
 
 
-def test_real_processes_have_names_and_ours_can_be_left_out():
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+def test_real_processes_have_names_and_ours_can_be_left_out(tmp_path):
+    name = f"bh{os.getpid()}"  # one that nobody else's programs have
+    (tmp_path / name).symlink_to(sys.executable)
+    code = "print(1, flush=True); input()"
+    child = subprocess.Popen([tmp_path / name, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        (name,) = {name for pid, name in processes() if pid == child.pid}
-        others = {pid for pid, _ in processes()} - {child.pid}
-        assert running([name], others, ours=nobodys) == (name,)
-        assert running([name], others | {child.pid}, ours=nobodys) == ()
-        assert os.getpid() in others
+        child.stdout.readline()
+        assert {called for pid, called in processes() if pid == child.pid} == {name}
+        assert os.getpid() in {pid for pid, _ in processes()}
+        assert running([name], (), ours=nobodys) == (name,)
+        assert running([name], {child.pid}, ours=nobodys) == ()
         # Whatever we started counts as ours, known or not: a coordinator, a download, an engine named like a game.
-        assert running([name], others) == ()
+        assert running([name], ()) == ()
     finally:
         child.communicate(b"\n")
 
