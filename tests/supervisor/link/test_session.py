@@ -166,12 +166,13 @@ async def test_a_server_that_is_no_tls_server():
         assert "ssl" in end.sentence.lower() or "tls" in end.sentence.lower()
 
 
-@pytest.mark.parametrize("stage", ["upgrade", "welcome"])
+@pytest.mark.parametrize("stage", ["tls", "upgrade", "welcome"])
 async def test_one_deadline_covers_the_whole_way_to_welcome(stage):
-    if stage == "upgrade":
+    if stage in ("tls", "upgrade"):
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        port = listeners[0].socket.getsockname()[1]
-        end = await converse(Address(url=f"ws://127.0.0.1:{port}", token="x", connect_s=0.2), FakeSide())
+        where = f"{'wss' if stage == 'tls' else 'ws'}://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        with trio.fail_after(20):
+            end = await converse(Address(url=where, token="x", connect_s=0.2), FakeSide())
         await listeners[0].aclose()
     else:
         async with (
