@@ -1,7 +1,6 @@
-"""Simulated workers and clients for many replicas, in one process: real sockets, no engines.
+"""Simulated workers for many replicas, in one process, and what the whole crowd has seen: real sockets, no engines.
 
 A worker keeps what it holds over any end of its session, and says so in its next hello, at whichever replica answers.
-A client follows its stream; when that breaks, it comes back with its idempotency key for the whole answer.
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import json
 import random
-from collections.abc import Callable
-from typing import Any
 
-import httpx
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
@@ -28,7 +23,6 @@ from tests.chaos.replicas_rig import Cluster
 
 MODEL = "chat"
 BEAT_S = 2.0
-CLIENT_S = 90.0  # a job that has not ended by then is lost
 Key = tuple[str, int]
 
 
@@ -64,6 +58,9 @@ class Ledger:
     Attributes:
         stored: job -> attempts whose success was acknowledged.
         whole: streams that came whole; resumed: those whose client had to come back.
+        submitted: idempotency keys of those who come back for their answer.
+        cancelling: those of them who have asked to cancel their job.
+        left: jobs of clients without a key that left in the middle.
         answers: idempotency key -> (job, state).
     """
 
@@ -76,6 +73,8 @@ class Ledger:
     whole: int = 0
     resumed: int = 0
     submitted: set[str] = dataclasses.field(default_factory=set)
+    cancelling: set[str] = dataclasses.field(default_factory=set)
+    left: set[str] = dataclasses.field(default_factory=set)
     answers: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -224,81 +223,3 @@ async def _heard(socket: ClientConnection, patience_s: float) -> str | bytes:
     """The next message; not by `wait_for`, which in Python 3.11 may swallow a cancellation. Raises TimeoutError."""
     async with asyncio.timeout(patience_s):
         return await socket.recv()
-
-
-class SimClient:
-    """Asks for streams, one after the other, until told to stop."""
-
-    def __init__(self, name: str, cluster: Cluster, ledger: Ledger, dice: random.Random, tokens: int) -> None:
-        self._name, self._cluster, self._ledger, self._dice, self._tokens = name, cluster, ledger, dice, tokens
-
-    async def run(self, more: Callable[[], bool]) -> None:
-        """Submit while there shall be more."""
-        number = 0
-        async with httpx.AsyncClient(timeout=httpx.Timeout(CLIENT_S, connect=3.0), trust_env=False) as http:
-            while more():
-                number += 1
-                key = f"{self._name}-{number}"
-                self._ledger.submitted.add(key)
-                try:
-                    async with asyncio.timeout(CLIENT_S):
-                        await self._one(http, key, self._dice.randint(1, self._tokens))
-                except TimeoutError:
-                    self._ledger.wrong.append(f"{key}: no answer within {CLIENT_S:g} s")
-
-    async def _one(self, http: httpx.AsyncClient, key: str, count: int) -> None:
-        """A stream; when it breaks, the answer by the same key, from whichever replica answers."""
-        body = {"model": MODEL, "messages": [{"role": "user", "content": str(count)}]}
-        tries = 0
-        while True:
-            tries += 1
-            url = self._dice.choice(self._cluster.urls or ["http://127.0.0.1:9"])
-            headers = {"authorization": f"Bearer {self._cluster.client_key}", "idempotency-key": key}
-            try:
-                # A replica that is stopped takes a connection and says nothing: not longer than this.
-                async with asyncio.timeout(15.0):
-                    ended = await self._stream(http, url, headers, {**body, "stream": True}, key, count)
-            except (httpx.HTTPError, OSError, TimeoutError):
-                ended = False
-            if ended:
-                self._ledger.whole += tries == 1
-                self._ledger.resumed += tries > 1
-                return
-            await asyncio.sleep(0.2)
-
-    async def _stream(
-        self, http: httpx.AsyncClient, url: str, headers: dict[str, str], body: Any, key: str, count: int
-    ) -> bool:
-        """Follow a stream; whether the job has ended. What came must be the answer from its beginning, whole or not."""
-        text, job, fault = "", "", ""
-        done = False
-        async with http.stream("POST", f"{url}/v1/chat/completions", headers=headers, json=body) as response:
-            job = response.headers.get("x-bulkhead-job", "")
-            if response.status_code != 200:
-                code = json.loads(await response.aread()).get("error", {}).get("code", "")
-                return self._failed(key, job, str(code))
-            async for line in response.aiter_lines():
-                if line == "data: [DONE]":
-                    done = True
-                elif line.startswith("data: "):
-                    event = json.loads(line[6:])
-                    fault = event.get("error", {}).get("code", "") or fault
-                    for choice in event.get("choices", ()):
-                        text += choice["delta"].get("content") or ""
-                    if not answer(count).startswith(text):
-                        self._ledger.wrong.append(f"{key} {job}: tokens are not contiguous: {text[-60:]!r}")
-        if fault:
-            return self._failed(key, job, fault)
-        if done and text != answer(count):
-            self._ledger.wrong.append(f"{key} {job}: {len(text)} of {len(answer(count))} characters, and an end")
-        if done:
-            self._ledger.answers[key] = (job, "succeeded")
-        return done
-
-    def _failed(self, key: str, job: str, code: str) -> bool:
-        """Whether this fault is the job's own; others are the replica's, and another try may go better."""
-        self._ledger.faults[code] += 1
-        if code == "worker_lost":
-            self._ledger.answers[key] = (job, "failed")
-            return True
-        return False
