@@ -25,6 +25,7 @@ from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
 from coordinator.blobs.base import Blobs
 from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.opening import BLOB_FOLDER
 from coordinator.blobs.routes import blob_routes
 from coordinator.dashboard.feed import Feed
 from coordinator.dashboard.look import Look
@@ -52,6 +53,7 @@ from coordinator.register.known import Known
 from coordinator.replicas.replicas import Directory, Replicas
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
+from coordinator.store.opening import STORE_FILE
 from coordinator.store.threads import StoreThreads
 from coordinator.studio import admin as studio_admin
 from coordinator.studio.claims import Sources
@@ -70,8 +72,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STORE_FILE = "coordinator.sqlite"
-BLOB_FOLDER = "blobs"
 LAST_WORDS_S = 1.0  # how long requests that are being cancelled may still talk to the dispatcher
 
 

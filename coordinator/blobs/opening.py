@@ -16,6 +16,7 @@ from coordinator.blobs.base import Blobs
 from coordinator.blobs.folder import FolderBlobs
 from protocol.faults import FaultError
 
+BLOB_FOLDER = "blobs"  # in the state folder, where no other place is named
 S3 = "s3://"
 _CURES = {
     "NoSuchBucket": "Make the bucket, or correct blobs.url.",

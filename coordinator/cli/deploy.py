@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from coordinator.cli.http import AskError, ask, asking, cell, line, quoted, say, table
+from coordinator.cli.http import AskError, ask, asking, quoted
+from coordinator.cli.showing import cell, line, say, table
 
 OK = 0
 EXAMPLES = """examples:

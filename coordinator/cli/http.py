@@ -1,16 +1,13 @@
-"""How commands of `coordinator` ask one that serves, over HTTP, and how they show what it answers."""
+"""How commands of `coordinator` ask one that serves, over HTTP."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from coordinator import config as configuration
 KEY_VARIABLE = "COORDINATOR_KEY"
 KEY_FILE = "client.key"
 ANSWER_S = 30.0
-_CELL_CHARS = 60
 
 
 class AskError(Exception):
@@ -77,40 +73,3 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 def quoted(name: str) -> str:
     """A name as one step of a path."""
     return urllib.parse.quote(name, safe="")
-
-
-# ---- showing ------------------------------------------------------------------------------------------------
-
-
-def line(text: str = "") -> None:
-    """One line on standard output."""
-    sys.stdout.write(text + "\n")
-
-
-def say(answer: Any) -> int:
-    """What was answered, as it was; returns the exit code 0."""
-    line(json.dumps(answer, indent=2))
-    return 0
-
-
-def cell(value: Any, chars: int = _CELL_CHARS) -> str:
-    """Fit for a terminal, whoever wrote it."""
-    text = ", ".join(f"{name}={text}" for name, text in value.items()) if isinstance(value, dict) else str(value)
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:chars]
-
-
-def fault_cell(fault: dict[str, Any] | None, chars: int = _CELL_CHARS) -> str:
-    """A fault in a few words; "" for none."""
-    return cell(f"{fault['code']}: {fault['message']}", chars) if fault else ""
-
-
-def date(ms: int | None) -> str:
-    """An instant in UTC; "" for none."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(ms / 1000)) if ms else ""
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell; the first row has their names."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        line("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

@@ -11,7 +11,8 @@ import sys
 import urllib.parse
 from typing import Any
 
-from coordinator.cli.http import AskError, ask, asking, cell, date, fault_cell, line, quoted, say, table
+from coordinator.cli.http import AskError, ask, asking, quoted
+from coordinator.cli.showing import cell, date, fault_cell, line, say, table
 
 OK, FAILED = 0, 1
 MOST_SHOWN = 100

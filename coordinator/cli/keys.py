@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coordinator import config as configuration
+from coordinator.cli.showing import cell, line, table
 from coordinator.enrolments import Enrolments
 from coordinator.keys import DEFAULT_TENANT, SCOPES, KeyRefusal, Keys
 from coordinator.register import FILE_NAME, open_register
@@ -55,29 +56,13 @@ def operator() -> str:
     return f"{user}@{socket.gethostname()}" + (f" (for {behind!r})" if behind and behind != user else "")
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
 def _note(text: str) -> None:
     sys.stderr.write(text + "\n")
-
-
-def print_table(rows: Sequence[Sequence[Any]]) -> None:
-    """Rows of texts in columns; the first is their heads."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def minute(ms: int | None) -> str:
     """An instant as the lists show it."""
     return "" if ms is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(ms / 1000))
-
-
-def plain(text: str) -> str:
-    """What a stranger wrote, fit for a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:60]
 
 
 def names(text: str) -> list[str]:
@@ -190,7 +175,7 @@ def _keys_create(arguments: argparse.Namespace) -> int:
             models=arguments.models,
             by=operator(),
         )
-    _say(secret)
+    line(secret)
     _note("This is the only time that the key is shown.")
     return OK
 
@@ -200,9 +185,9 @@ def _keys_list(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         for key in Keys(place).list():
             state = "live" if key.revoked_ms is None else "revoked"
-            name, limits = plain(key.name or key.worker), _limits(key.rpm, key.concurrent, key.models)
-            rows.append((key.prefix, key.scope, plain(key.tenant), state, minute(key.created_ms), limits, name))
-    print_table(rows)
+            name, limits = cell(key.name or key.worker), _limits(key.rpm, key.concurrent, key.models)
+            rows.append((key.prefix, key.scope, cell(key.tenant), state, minute(key.created_ms), limits, name))
+    table(rows)
     return OK
 
 
@@ -216,7 +201,7 @@ def _limits(rpm: int, concurrent: int, models: Sequence[str]) -> str:
 def _keys_revoke(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         key = Keys(place).revoke(arguments.prefix, by=operator())
-    _say(f"Revoked {key.prefix} ({key.scope}{', ' + key.name if key.name else ''}).")
+    line(f"Revoked {key.prefix} ({key.scope}{', ' + key.name if key.name else ''}).")
     return OK
 
 
@@ -228,8 +213,8 @@ def _tenants_list(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         for one in Tenants(place).list():
             kept = "yes" if one.store_content else "no"
-            rows.append((plain(one.name), f"{one.weight:g}", kept, _limits(one.rpm, one.concurrent, one.models)))
-    print_table(rows)
+            rows.append((cell(one.name), f"{one.weight:g}", kept, _limits(one.rpm, one.concurrent, one.models)))
+    table(rows)
     return OK
 
 
@@ -246,7 +231,7 @@ def _tenants_set(arguments: argparse.Namespace) -> int:
         )
     kept = "keeps content" if tenant.store_content else "keeps no content"
     limits = _limits(tenant.rpm, tenant.concurrent, tenant.models)
-    _say(f"{tenant.name}: weight {tenant.weight:g}, {kept}, limits: {limits}")
+    line(f"{tenant.name}: weight {tenant.weight:g}, {kept}, limits: {limits}")
     return OK
 
 
@@ -256,7 +241,7 @@ def _tenants_set(arguments: argparse.Namespace) -> int:
 def _workers_enrol(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         token = Enrolments(place).create(arguments.expires, worker=arguments.name, by=operator())
-    _say(token)
+    line(token)
     _note("It admits one worker, once: supervisor enrol https://THIS-COORDINATOR")
     return OK
 
@@ -268,13 +253,13 @@ def _workers_tokens(arguments: argparse.Namespace) -> int:
         for one in Enrolments(place).list():
             times = (minute(one.created_ms), minute(one.expires_ms))
             rows.append((one.prefix, one.state(now_ms), one.worker or "(its own)", *times, one.used_by))
-    print_table(rows)
+    table(rows)
     return OK
 
 
 def _workers_revoke(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
-        _say(f"Revoked {Enrolments(place).revoke(arguments.prefix, by=operator()).prefix}.")
+        line(f"Revoked {Enrolments(place).revoke(arguments.prefix, by=operator()).prefix}.")
     return OK
 
 
@@ -285,22 +270,22 @@ def _registrations_list(arguments: argparse.Namespace) -> int:
     rows = [_REGISTRATIONS]
     with known(arguments) as place:
         for one in Registrations(place).list(arguments.state_is):
-            machine, user, asked = plain(one.machine), plain(one.user), minute(one.created_ms)
-            end = plain(one.reason) if one.state == "rejected" else one.worker or plain(one.install)
+            machine, user, asked = cell(one.machine), cell(one.user), minute(one.created_ms)
+            end = cell(one.reason) if one.state == "rejected" else one.worker or cell(one.install)
             rows.append((one.id, one.state, one.protocol, machine, user, one.address, one.secret_begins, asked, end))
-    print_table(rows)
+    table(rows)
     return OK
 
 
 def _registrations_approve(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         one = Registrations(place).approve(arguments.id, arguments.secret, by=operator())
-    _say(f"Admitted {plain(one.machine) or one.install} as the worker {one.worker}.")
+    line(f"Admitted {cell(one.machine) or one.install} as the worker {one.worker}.")
     return OK
 
 
 def _registrations_reject(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         one = Registrations(place).reject(arguments.id, arguments.reason, by=operator())
-    _say(f"Rejected {plain(one.machine) or one.install}.")
+    line(f"Rejected {cell(one.machine) or one.install}.")
     return OK

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from coordinator import config as configuration
 from coordinator import logs
-from coordinator.blobs.opening import BlobsRefusal, open_blobs
+from coordinator.blobs.opening import BLOB_FOLDER, BlobsRefusal, open_blobs
 from coordinator.cli import deploy as cli_deploy
 from coordinator.cli import doctor as cli_doctor
 from coordinator.cli import jobs as cli_jobs
@@ -34,7 +34,7 @@ from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tl
 from coordinator.service import notify
 from coordinator.services import Limits
 from coordinator.store import StoreBusy, StoreError
-from coordinator.store.opening import SQLITE, check_address, is_postgres, open_store, require_psycopg
+from coordinator.store.opening import SQLITE, STORE_FILE, check_address, is_postgres, open_store, require_psycopg
 from coordinator.studio.registry import RegistrationRefusal
 from coordinator.traces import OtelConfig, TraceRefusal, open_traces
 from protocol.faults import FaultError
@@ -179,7 +179,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _opened(settings: Config, where: str, state: Path, doorway: Doorway | None) -> Coordinator:
     """A coordinator over the store at `where`. Raises Refusal, StoreError, OSError."""
     # Imported here so that a refusal before it costs no imports; starlette alone takes 40 ms.
-    from coordinator.app import BLOB_FOLDER, STORE_FILE, Coordinator
+    from coordinator.app import Coordinator
 
     pooled = settings.store_pooled
     try:
@@ -272,7 +272,6 @@ def _migrate(arguments: argparse.Namespace) -> int:
     if not is_postgres(target):
         raise Refusal("--to: Expected postgres://USER@HOST/DATABASE.")
     _check_store(target)
-    from coordinator.app import BLOB_FOLDER
     from coordinator.store.moving import move
 
     counts = move(source, target, lambda text: print(text, file=sys.stderr))
@@ -287,8 +286,6 @@ def _source(where: str) -> Path:
     """The file to copy from: named, or in a state folder. Raises Refusal."""
     if where.startswith(SQLITE):
         return Path(where.removeprefix(SQLITE))
-    from coordinator.app import STORE_FILE
-
     folder = Path(where)
     for path in (folder / STORE_FILE, folder / EMBEDDED_FOLDER / STORE_FILE):
         if path.is_file():

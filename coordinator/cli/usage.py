@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import config as configuration
+from coordinator.cli.showing import cell, line, say, table
 from coordinator.store.base import StoreError
-from coordinator.store.opening import SQLITE, is_postgres
+from coordinator.store.opening import SQLITE, STORE_FILE, is_postgres
 from coordinator.store.rows import Row
 from coordinator.store.sql_usage import SqlUsage
 from coordinator.store.sqlite_schema import CLOCK as SQLITE_CLOCK
@@ -22,7 +22,6 @@ from protocol.faults import FaultError
 
 OK, FAILED, USAGE = 0, 1, 64
 POSTGRES_CLOCK = "now_ms()"
-STORE_FILE = "coordinator.sqlite"
 
 
 class _FileReader(SqlUsage):
@@ -109,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"coordinator usage: {error}\n")
         return USAGE if error.fault.code == "invalid_parameter" else FAILED
     if arguments.json:
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        say(found)
     elif arguments.csv:
         sys.stdout.write(as_csv(found))
     else:
@@ -122,13 +121,9 @@ def _print_table(found: dict[str, Any]) -> None:
     rows = found["data"]
     names = [*found["group_by"], "jobs"]
     names += [name for name in (rows[0] if rows else ()) if name not in names and any(row[name] for row in rows)]
-    lines = [names, *([_plain(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    sys.stdout.write("\n".join([f"{found['from']} to {found['to']} (UTC)", *texts]) + "\n")
+    line(f"{found['from']} to {found['to']} (UTC)")
+    table([tuple(names), *(tuple(_amount(row[name]) for name in names) for row in rows)])
 
 
-def _plain(value: object) -> str:
-    """A cell for a terminal: names are other people's text."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(letter if letter.isprintable() else "?" for letter in text) or "-"
+def _amount(value: object) -> str:
+    return cell(f"{value:g}" if isinstance(value, float) else value, 1000) or "-"

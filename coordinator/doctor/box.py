@@ -15,17 +15,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from coordinator.blobs.opening import S3, BlobsRefusal, open_blobs
+from coordinator.blobs.opening import BLOB_FOLDER, S3, BlobsRefusal, open_blobs
 from coordinator.doctor.examine import Finding, Patient, bad, ok, warn
-from coordinator.keys import FILE_NAME
+from coordinator.register import FILE_NAME
+from coordinator.store.opening import STORE_FILE
 
 LEAST_BYTES, LITTLE_BYTES = 100 * 2**20, 2 * 2**30
 LITTLE_SHARE = 0.05
 SOON_S = 14 * 86_400.0
 ANSWER_S = 3.0
 MANY_FILES = 8192  # one descriptor per worker and client, and some
-SECRETS = (FILE_NAME, f"{FILE_NAME}-wal", "client.key", "worker.token", "coordinator.sqlite")
-BLOBS = "blobs"
+SECRETS = (FILE_NAME, f"{FILE_NAME}-wal", "client.key", "worker.token", STORE_FILE)
 
 
 def state(patient: Patient) -> Iterator[Finding]:
@@ -107,7 +107,7 @@ def blobs(patient: Patient) -> Iterator[Finding]:
 
 def _blob_folder(patient: Patient) -> Path:
     url = patient.config.blobs.url
-    return Path(url) if url and not url.startswith(S3) else patient.state / BLOBS
+    return Path(url) if url and not url.startswith(S3) else patient.state / BLOB_FOLDER
 
 
 def port(patient: Patient) -> Iterator[Finding]:

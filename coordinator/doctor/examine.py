@@ -1,8 +1,8 @@
 """`coordinator doctor`: what an operator would look at first, one line each, with the cure. Nothing is changed.
 
-Theory of operation. Every check is a function of `box` or `store` that yields findings. Each runs in a
-thread of its own and is bounded in time: one that hangs or raises is a finding of its own and keeps nobody else. The
-store is only read, so a coordinator may serve from it meanwhile.
+Theory of operation. Every check is a function of `box` or `store` that yields findings. Each runs in a thread of its
+own and is bounded in time: one that hangs or raises is a finding of its own and keeps nobody else. The store is only
+read, so a coordinator may serve from it meanwhile.
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ from coordinator.doctor.box import room
 from coordinator.doctor.examine import Finding, Patient, bad, ok, warn
 from coordinator.store import vitals
 from coordinator.store.base import SILENT_MS, StoreError
-from coordinator.store.opening import SQLITE, check_address, is_postgres, require_psycopg
+from coordinator.store.opening import SQLITE, STORE_FILE, check_address, is_postgres, require_psycopg
 from coordinator.store.sqlite_schema import MIGRATIONS as SQLITE_MIGRATIONS
 
-STORE_FILE = "coordinator.sqlite"
 SLOW_S, STUCK_S = 60.0, 600.0  # of one transaction; measured: claims fell to a fifth after 20 s beside an open one
 DEAD_LEAST, DEAD_SHARE = 10_000, 0.5
 BIG_WAL_BYTES = 512 * 2**20

@@ -7,6 +7,7 @@ from pathlib import Path
 from coordinator.store.base import Store, StoreError
 from coordinator.store.sqlite import SqliteStore
 
+STORE_FILE = "coordinator.sqlite"  # in the state folder, where no other store is named
 SQLITE = "sqlite:"
 POSTGRES = ("postgres://", "postgresql://")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from coordinator.config import Config
 from coordinator.doctor.examine import Patient
-from coordinator.doctor.store import STORE_FILE, store
+from coordinator.doctor.store import store
 from coordinator.store import SqliteStore
+from coordinator.store.opening import STORE_FILE
 
 
 def look(tmp_path: Path) -> dict[str, str]:

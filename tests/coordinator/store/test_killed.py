@@ -21,8 +21,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coordinator.app import STORE_FILE
 from coordinator.store import SqliteStore, StoreBusy
+from coordinator.store.opening import STORE_FILE
 
 KILLS, FIRST = int(os.environ.get("BULKHEAD_KILLS", "20")), int(os.environ.get("BULKHEAD_KILL_FIRST", "0"))
 CLIENTS = 4
