@@ -15,6 +15,7 @@ import pytest
 from supervisor.control.client import NotRunning, RequestFailed
 from supervisor.control.commands import waiting
 from supervisor.control.commands.waiting import drained, progress
+from supervisor.control.snapshot import Snapshot
 
 NOBODY = 2**22  # above the highest pid that Linux gives
 FIRST = {"pid": NOBODY, "jobs": 2, "now": 100.0, "drain_until": 160.0}
@@ -99,6 +100,7 @@ def test_a_drain_without_an_end():
 
 
 async def test_the_verb(box, types, answers, capsys):
+    box.shown = Snapshot(version="1.2", worker="box", pid=NOBODY)  # else it waits for whoever has that number here
     answers(NotRunning("nobody"))
     assert await types("drain", "--wait", "--reason", "moving") == 0
     assert box.acts.asked == [("drain", "moving", False)]
