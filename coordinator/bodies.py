@@ -30,7 +30,7 @@ async def read_json(request: Request, limit: int = JSON_BYTES) -> dict[str, Any]
 
     Raises:
         FaultError: payload_too_large; unsupported_media_type; invalid_request when it is not a JSON object
-            (NaN, Infinity and nesting beyond `MAX_DEPTH` included).
+            (NaN, Infinity, whole numbers of more than 64 bits and nesting beyond `MAX_DEPTH` included).
         ClientDisconnect: the client left while sending.
     """
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
@@ -72,7 +72,7 @@ def decode_object(body: bytes, what: str = "The body") -> dict[str, Any]:
 
 
 def _check_tree(value: Any, what: str) -> None:
-    """Depth and finite numbers, without recursion (1e999 decodes to infinity)."""
+    """Depth and numbers that can be kept and passed on, without recursion (1e999 decodes to infinity)."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
@@ -83,6 +83,8 @@ def _check_tree(value: Any, what: str) -> None:
                 below += item
             elif isinstance(item, float) and not math.isfinite(item):
                 raise refuse("invalid_request", f"{what} holds a number that is not finite.")
+            elif isinstance(item, int) and not -(2**63) <= item < 2**64:
+                raise refuse("invalid_request", f"{what} holds a whole number of more than 64 bits.")
         if not below:
             return
         level = below

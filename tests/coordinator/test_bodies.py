@@ -29,6 +29,8 @@ from protocol.faults import FaultError
         (b'{"a": NaN}', "not JSON"),
         (b'{"a": Infinity}', "not JSON"),
         (b'{"a": 1e999}', "not JSON|not finite"),
+        (b'{"a": [18446744073709551616]}', "64 bits"),
+        (b'{"a": {"b": -9223372036854775809}}', "64 bits"),
         (b'{"a": "\xff"}', "not JSON"),
         (b'{"a": "\\ud800"}', "not JSON"),
         (b'{"a":' * 100_000, "nested|not JSON"),
@@ -44,6 +46,10 @@ def test_what_is_no_json_object_is_refused(body: bytes, words: str) -> None:
 def test_a_deep_but_allowed_object() -> None:
     depth = MAX_DEPTH - 2
     assert decode_object(b'{"a":' + b"[" * depth + b"]" * depth + b"}")
+
+
+def test_numbers_of_64_bits_are_taken() -> None:
+    assert decode_object(b'{"a": [18446744073709551615, -9223372036854775808, true]}')
 
 
 def test_bodies_over_http(http: Any) -> None:
