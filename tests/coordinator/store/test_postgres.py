@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,8 @@ from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
 from protocol.faults import Fault, FaultError
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (extra: postgres)")
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo  # noqa: E402
 
 from coordinator.store import postgres_link  # noqa: E402
 from coordinator.store.postgres import PostgresStore  # noqa: E402
@@ -529,6 +532,19 @@ def test_coordinators_that_start_together_make_one_schema(space: str) -> None:
     assert len(made) == 4
     for store in made:
         store.close()
+
+
+def test_of_several_hosts_the_one_that_is_there_and_takes_writes_is_used(space: str, tmp_path: Path) -> None:
+    parts = conninfo_to_dict(space)
+    hosts = make_conninfo(**{**parts, "host": f"{tmp_path},{parts['host']}"})
+    store = PostgresStore(hosts)
+    try:
+        running(store, "job_1")
+    finally:
+        store.close()
+    follower = make_conninfo(**{**parts, "options": f"{parts['options']} -cdefault_transaction_read_only=on"})
+    with pytest.raises(StoreError):
+        PostgresStore(follower)
 
 
 @pytest.mark.parametrize(
