@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-START_S = 60.0
+START_S = END_S = 60.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,7 +62,7 @@ class Replica:
         self.signal(signal.SIGCONT)
         self.signal(number)
         try:
-            code = await asyncio.wait_for(self._process.wait(), 30.0)
+            code = await asyncio.wait_for(self._process.wait(), END_S)
         except TimeoutError:
             self.signal(signal.SIGKILL)
             code = await self._process.wait()

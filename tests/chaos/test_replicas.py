@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SEED = int(os.environ.get("BULKHEAD_COORDINATOR_SEED", "1"))
 JOBS = int(os.environ.get("BULKHEAD_COORDINATOR_JOBS", "0"))
 STOPPED_S = 8.0  # longer than the others wait for a beat
-SETTLE_S = 60.0
+SETTLE_S = 120.0
 log = logging.getLogger(__name__)
 
 
