@@ -15,11 +15,11 @@ from collections.abc import Callable
 import msgspec
 
 from protocol.engine_wire import OutputFile
-from protocol.faults import refuse
+from protocol.faults import FaultError, refuse
 from protocol.link_wire import FileRef
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import Address
-from supervisor.link.tries import Moved, Transient, judge, nobody, patience, persist, pour
+from supervisor.link.tries import AGAIN, Moved, Transient, judge, nobody, patience, persist, pour
 from supervisor.link.web import Web
 
 FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
@@ -130,7 +130,11 @@ class Transfer(Web):
             nonlocal tries
             tries += 1
             if tries <= DIRECT_TRIES and file.size >= RESUME_BYTES and (url := await self._place(template, file)):
-                await self._upload_once(url, file, source, moved, 0)
+                try:
+                    await self._pass_by(url, file, source, moved)
+                except _Unwelcome:
+                    tries = DIRECT_TRIES  # this way is none, whatever it is tried with
+                    raise
                 await self._claim(template, file)
                 return
             at = await self._received(template, file) if tries > 1 and file.size >= RESUME_BYTES else 0
@@ -151,12 +155,27 @@ class Transfer(Web):
         client = await self.client()
         url, headers = self._target(_filled(template, file, "/place"))
         response = await client.get(url, headers={**headers, "X-Content-SHA256": file.sha256})
+        if 400 <= response.status_code < 500 and response.status_code not in AGAIN:
+            return ""  # of an earlier make, beside the one that wrote the template; if the file is refused, it says so
         judge(response.status_code, "upload_failed", f"The output {file.name!r} has no place to go to")
         told = _Place.of(response.content)
         # A coordinator that is spoken to in TLS must not send a result out in the clear.
         if told and not told.startswith("https://") and (told[:7] != "http://" or url.startswith("https:")):
             raise refuse("upload_failed", "The coordinator named a place for an output that is no URL of its kind.")
         return told
+
+    async def _pass_by(self, url: str, file: OutputFile, source: Output, moved: Moved) -> None:
+        """PUT an output to its place past the coordinator. Raises Transient, FaultError for a file that is another."""
+        import httpx
+
+        try:
+            await self._upload_once(url, file, source, moved, 0)
+        except FaultError as error:
+            if error.fault.code != "upload_failed":
+                raise
+            raise _Unwelcome(error.fault.message) from None
+        except (httpx.InvalidURL, ValueError) as error:
+            raise _Unwelcome(f"the place that was named is no address: {error}") from None
 
     async def _claim(self, template: str, file: OutputFile) -> None:
         """Tell the coordinator that the output is at its place; it looks at every byte before it says yes."""
@@ -201,6 +220,10 @@ class Transfer(Web):
         if response.status_code == 403 and "Authorization" not in headers:
             raise Transient("HTTP 403")  # a URL that expired on the way; the next try gets another
         judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered")
+
+
+class _Unwelcome(Transient):
+    """A place past the coordinator does not take the file."""
 
 
 class _Place(msgspec.Struct, frozen=True):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,16 +61,24 @@ def blobs(rig: S3Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Blobs:
 @pytest.fixture
 def port(blobs: Blobs) -> Iterator[int]:
     """A coordinator that does nothing but take files."""
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=blob_routes(blobs)), port=0, log_level="error"))
+    with answering(Starlette(routes=blob_routes(blobs))) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def answering(app: Starlette) -> Iterator[int]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     until = time.monotonic() + 20
     while not server.started:
         assert time.monotonic() < until
         time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def transfer(port: int, patience_s: float = 30.0) -> Transfer:
@@ -108,6 +118,49 @@ async def test_an_upload_that_broke_is_sent_anew_and_then_through_the_coordinato
         async with transfer(port) as way:
             await way.upload(blobs.upload_template("job_1", 1, 60), FILE, CONTENT)
     assert puts(rig, "up") == 0
+    assert await blobs.find_output("job_1", 1, FILE.name, FILE.size, FILE.sha256)
+
+
+async def test_a_coordinator_that_knows_no_places_takes_the_output_itself(blobs, rig):
+    routes = [route for route in blob_routes(blobs) if not str(getattr(route, "path", "")).endswith("/place")]
+    assert len(routes) == len(blob_routes(blobs)) - 1
+    with trio.fail_after(60), answering(Starlette(routes=routes)) as port:
+        async with transfer(port) as way:
+            await way.upload(blobs.upload_template("job_1", 1, 60), FILE, CONTENT)
+    assert await blobs.find_output("job_1", 1, FILE.name, FILE.size, FILE.sha256)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 411, 412, 413, 501])
+async def test_what_the_store_refuses_goes_through_the_coordinator(port, blobs, monkeypatch, status):
+    class Store(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_words: object) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Store) as store:
+        monkeypatch.setattr(blobs, "_presigned", lambda *_args: f"http://127.0.0.1:{store.server_port}/x")
+        thread = threading.Thread(target=store.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            with trio.fail_after(60):
+                async with transfer(port) as way:
+                    await way.upload(blobs.upload_template("job_1", 1, 60), FILE, CONTENT)
+        finally:
+            store.shutdown()
+            thread.join()
+    assert await blobs.find_output("job_1", 1, FILE.name, FILE.size, FILE.sha256)
+
+
+async def test_a_place_that_is_no_address_is_left_for_the_coordinator(port, blobs, monkeypatch):
+    monkeypatch.setattr(blobs, "_presigned", lambda *_args: "http://[bad/x")
+    with trio.fail_after(60):
+        async with transfer(port) as way:
+            await way.upload(blobs.upload_template("job_1", 1, 60), FILE, CONTENT)
     assert await blobs.find_output("job_1", 1, FILE.name, FILE.size, FILE.sha256)
 
 
