@@ -16,7 +16,9 @@ from protocol.faults import Fault, FaultError
 from protocol.work import AudioResult, Delta, LlmChunk, LlmResult, Segment, SttChunk, TtsChunk, VideoResult
 
 WAIT_S = 20.0
-LEFT_S = 5.0  # it takes milliseconds, and the promise is a second; a loaded machine gets its time
+PROMISE_S = 1.0
+LEFT_S = 5.0  # it takes milliseconds; a loaded machine gets its time
+TRIES = 5
 USER = [{"role": "user", "content": "hi"}]
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(64)
 KINDS = ("llm", "embedding", "rerank", "audio_stt", "audio_tts", "image", "video")
@@ -96,6 +98,20 @@ def test_who_waits_for_an_answer(served: Any, http: httpx.Client, serve: Any, na
     gone(request, endless, jobs, left)
     assert left
     ended(worker, jobs, left[0], http)
+
+
+def test_the_worker_hears_of_it_within_a_second(served: Any, http: httpx.Client, serve: Any) -> None:
+    """Of a few tries the best one counts: a loaded machine may be late now and then, not always."""
+    route, sent, _ = PLAIN["chat"]
+    endless, took = Endless(), list[float]()
+    worker = serve(endless, "endless", *KINDS)
+    while len(took) < TRIES and min(took, default=PROMISE_S) >= PROMISE_S:
+        left: list[float] = []
+        request = httpx.Request("POST", f"{served.url}/v1/{route}", headers=served.headers, **with_model(sent))
+        gone(request, endless, 1, left)
+        assert worker.jobs[-1].cancelled.wait(LEFT_S)
+        took.append(time.monotonic() - left[0])
+    assert min(took) < PROMISE_S, took
 
 
 def gone(request: httpx.Request, endless: Endless, jobs: int, left: list[float]) -> None:
