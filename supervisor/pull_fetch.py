@@ -75,8 +75,16 @@ def client() -> httpx.Client:
     return httpx.Client(
         follow_redirects=True,
         timeout=httpx.Timeout(READ_TIMEOUT_S, connect=15.0),
-        event_hooks={"request": [_only_safe]},
+        event_hooks={"request": [_only_safe], "response": [without_text]},
     )
+
+
+def without_text(response: httpx.Response) -> None:
+    """Leave the text of a redirect where it is: httpx would keep all of it, however long it is or unpacks to."""
+    if response.has_redirect_location and isinstance(response.stream, httpx.SyncByteStream):
+        response.stream.close()
+        response.stream = httpx.ByteStream(b"")
+        response.headers.pop("Content-Encoding", None)
 
 
 def _only_safe(request: httpx.Request) -> None:
@@ -151,6 +159,10 @@ class _Download:
                 self._once()
                 self._check_size()
                 return self._hash.hexdigest()
+            except httpx.TooManyRedirects:
+                raise FetchFailed(f"{self._host} leads from address to address; check the address.") from None
+            except (httpx.InvalidURL, UnicodeError) as error:
+                raise FetchFailed(f"{self._remote.url[:200]} is no address, or leads to none: {error}.") from None
             except (httpx.TransportError, _TryAgain) as error:
                 failures = 1 if self._have > before else failures + 1
                 if failures >= ATTEMPTS:

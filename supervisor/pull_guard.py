@@ -8,6 +8,7 @@ later is no way around. Redirects come by here as well. What the operator has na
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable, Collection
@@ -15,9 +16,11 @@ from typing import Any
 
 import httpx
 
-from supervisor.pull_fetch import READ_TIMEOUT_S, FetchFailed
+from supervisor.pull_fetch import READ_TIMEOUT_S, FetchFailed, without_text
 
+MOST_ADDRESSES = 4
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")
 Resolve = Callable[..., Any]
 
 
@@ -29,7 +32,8 @@ def guarded_client(hosts: Collection[str], resolve: Resolve = socket.getaddrinfo
         resolve: as `socket.getaddrinfo`.
     """
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=15.0)
-    return httpx.Client(follow_redirects=True, timeout=timeout, transport=_Guarded(hosts, resolve))
+    hooks = {"response": [without_text]}
+    return httpx.Client(follow_redirects=True, timeout=timeout, transport=_Guarded(hosts, resolve), event_hooks=hooks)
 
 
 class _Guarded(httpx.BaseTransport):
@@ -44,24 +48,30 @@ class _Guarded(httpx.BaseTransport):
             return self._inner.handle_request(request)
         if url.scheme != "https":
             raise FetchFailed(f"{url.scheme}://{url.host} is not encrypted; use an https address.")
-        address = self._address(url.host, url.port or 443)
+        *others, last = self._addresses(url.host, url.port or 443)
+        for address in others:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return self._sent(request, address)
+        return self._sent(request, last)
+
+    def _sent(self, request: httpx.Request, address: str) -> httpx.Response:
         sent = httpx.Request(
             request.method,
-            url.copy_with(host=address),
+            request.url.copy_with(host=address),
             headers=request.headers,  # Host is the name still, and so is what the certificate must be for
             stream=request.stream,
-            extensions={**request.extensions, "sni_hostname": url.host},
+            extensions={**request.extensions, "sni_hostname": request.url.host},
         )
         return self._inner.handle_request(sent)
 
     def close(self) -> None:
         self._inner.close()
 
-    def _address(self, host: str, port: int) -> str:
-        """A public address of a host. Raises FetchFailed: it has another kind of address, too."""
+    def _addresses(self, host: str, port: int) -> list[str]:
+        """Some public addresses of a host, in the order to try them. Raises FetchFailed: it has another kind of address, too."""
         try:
-            found = self._resolve(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        """Some public addresses, in the order to try them. Raises FetchFailed: the host has another kind, too."""
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name can be like that
             raise httpx.ConnectError(f"{host} is not known: {error}") from None
         addresses = [str(one[4][0]) for one in found]
         for address in addresses:
@@ -72,7 +82,7 @@ class _Guarded(httpx.BaseTransport):
                 )
         if not addresses:
             raise httpx.ConnectError(f"{host} has no address")
-        return addresses[0]
+        return list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
 
 
 def is_public(text: str) -> bool:
@@ -87,4 +97,6 @@ def is_public(text: str) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if inner is None and address not in _UNICAST:
+            return False  # what is not given out is nobody's, or means something else to somebody
     return address.is_global and not address.is_multicast

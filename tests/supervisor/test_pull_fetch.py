@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -184,6 +185,47 @@ def test_redirects_are_followed_but_not_into_plain_http(site, target: Path):
     site.redirects["/away"] = "http://models.example/x"
     with client() as http, pytest.raises(FetchFailed, match="not encrypted"):
         fetch(http, Remote(url=f"{site.url}/away"), target.with_name("other"), print, print)
+
+
+def test_the_text_of_a_redirect_is_not_read(target: Path):
+    """It may be as long as the memory is, packed or not."""
+    over = threading.Event()
+
+    class Long(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "http://models.example/x")
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(2**40))
+            self.end_headers()
+            over.wait(30)
+
+        def log_message(self, *_words: object) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Long) as server, client() as http:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            with pytest.raises(FetchFailed, match="not encrypted"):
+                fetch(http, Remote(url=f"http://127.0.0.1:{server.server_port}/x"), target, print, print)
+            assert not over.is_set()
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()
+
+
+def test_a_chain_of_redirects_without_an_end_is_told(site, target: Path):
+    site.redirects[PATH] = PATH
+    with pytest.raises(FetchFailed, match="leads from address to address"):
+        get(site, target)
+
+
+@pytest.mark.parametrize("url", ["https://xn--/m", "https://\u2024/m", "https://h:x/m"])
+def test_what_is_no_address_is_told(target: Path, url: str):
+    with client() as http, pytest.raises(FetchFailed, match="is no address"):
+        fetch(http, Remote(url=url), target, print, print)
 
 
 def test_plain_http_is_for_this_machine_only():

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from supervisor.pull_fetch import FetchFailed
-from supervisor.pull_guard import guarded_client, is_public
+from supervisor.pull_guard import _Guarded, guarded_client, is_public
 from tests.supervisor.stand_in_hub import Site, serving
 
 
@@ -44,6 +44,13 @@ def resolving(*addresses: str) -> Any:
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
         ("64:ff9b::a9fe:a9fe", False),
+        ("::127.0.0.1", False),
+        ("::a9fe:a9fe", False),
+        ("fec0::1", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("64:ff9b::5db8:d822", True),
+        ("2001:db8::1", False),
+        ("5f00::1", False),
         ("nonsense", False),
     ],
 )
@@ -118,3 +125,25 @@ def test_the_connection_goes_to_the_address_that_was_looked_at(monkeypatch):
     assert (str(request.url), request.headers["Host"]) == ("https://93.184.216.34/m.gguf", "models.example")
     assert request.extensions["sni_hostname"] == "models.example"
     assert asked == ["models.example"]
+
+
+def test_another_address_is_tried_where_one_does_not_answer(monkeypatch):
+    tried: list[str] = []
+
+    class Inner(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            tried.append(request.url.host)
+            if ":" in request.url.host:
+                raise httpx.ConnectError("no route to host")
+            return httpx.Response(200, content=b"x")
+
+    transport = _Guarded((), resolving("2606:2800:220:1::1", "93.184.216.34"))
+    monkeypatch.setattr(transport, "_inner", Inner())
+    with httpx.Client(transport=transport) as http:
+        assert http.get("https://models.example/m.gguf").content == b"x"
+    assert tried == ["2606:2800:220:1::1", "93.184.216.34"]
+
+
+def test_a_name_that_nobody_can_have_is_not_known():
+    with guarded_client(()) as http, pytest.raises(httpx.ConnectError, match="is not known"):
+        http.get(f"https://{'a' * 64}.example/m.gguf")
