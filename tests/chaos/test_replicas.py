@@ -40,7 +40,7 @@ Fault = Callable[[], Awaitable[None]]
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """How much of everything; `spell_s` is how long a bad network lasts."""
 
     workers: int
     clients: int
@@ -48,17 +48,20 @@ class Size(NamedTuple):
     rounds: int
     tokens: int
     pace_s: float
+    spell_s: float
 
 
-SHORT = Size(workers=20, clients=10, jobs=120, rounds=1, tokens=30, pace_s=0.03)
-LONG = Size(workers=200, clients=60, jobs=JOBS, rounds=10_000, tokens=20, pace_s=0.05)
+SHORT = Size(workers=20, clients=10, jobs=120, rounds=1, tokens=30, pace_s=0.03, spell_s=2.0)
+LONG = Size(workers=200, clients=60, jobs=JOBS, rounds=10_000, tokens=20, pace_s=0.05, spell_s=4.0)
 
 
 class Faults:
     """What is done to the cluster, one after the other."""
 
-    def __init__(self, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], dice: random.Random) -> None:
-        self._cluster, self._pair, self._proxies, self._dice = cluster, pair, proxies, dice
+    def __init__(
+        self, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], dice: random.Random, spell_s: float
+    ) -> None:
+        self._cluster, self._pair, self._proxies, self._dice, self._spell_s = cluster, pair, proxies, dice, spell_s
         self.done: list[str] = []
 
     def all_of_them(self) -> list[Fault]:
@@ -104,7 +107,7 @@ class Faults:
         """Commits whose answer is lost, together with the connection."""
         for proxy in self._proxies:
             proxy.forget = 10
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(self._spell_s)
         for proxy in self._proxies:
             proxy.forget = 0
 
@@ -112,7 +115,7 @@ class Faults:
         """50 ms and 2 % loss between the replicas and the database."""
         for proxy in self._proxies:
             proxy.delay_s, proxy.loss = 0.05, 0.02
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(self._spell_s)
         for proxy in self._proxies:
             proxy.delay_s = proxy.loss = 0.0
 
@@ -188,7 +191,7 @@ async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger
         hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in proxies)
         store = f"postgresql://bulkhead@{hosts}/postgres?sslmode=disable"
         async with Cluster(folder, store) as cluster:
-            faults = Faults(cluster, pair, proxies, dice)
+            faults = Faults(cluster, pair, proxies, dice, size.spell_s)
             calm = asyncio.Event()
 
             def more() -> bool:
