@@ -68,9 +68,9 @@ class _Guarded(httpx.BaseTransport):
         self._inner.close()
 
     def _addresses(self, host: str, port: int) -> list[str]:
-        """Some public addresses of a host, in the order to try them. Raises FetchFailed: it has another kind of address, too."""
-        try:
         """Some public addresses, in the order to try them. Raises FetchFailed: the host has another kind, too."""
+        try:
+            found = self._resolve(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # UnicodeError: no name can be like that
             raise httpx.ConnectError(f"{host} is not known: {error}") from None
         addresses = [str(one[4][0]) for one in found]
