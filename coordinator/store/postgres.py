@@ -29,7 +29,7 @@ from coordinator.store.doorbell import Doorbell
 from coordinator.store.needs import NO_LIMIT_GB
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.postgres_schema import MIGRATIONS
-from coordinator.store.rows import Row, record
+from coordinator.store.rows import LIGHT, Row, record
 from coordinator.store.sql import SqlStore, in_turn, once_each
 from coordinator.store.sql_steps import whole
 from coordinator.store.sql_usage import APPEND, APPEND_ALL, FOLD, FOLD_ALL
@@ -72,13 +72,15 @@ _ACCEPT = """
     WHERE jobs.id = held.id AND jobs.attempt = held.attempt AND state = 'offered'
     RETURNING jobs.id, jobs.attempt, jobs.worker
 """
-_COMPLETE = """
+# Without the result, which may be megabytes and was just sent, and without what no `JobRecord` has.
+_ENDED = ", ".join(f"jobs.{column}" for column in (*LIGHT.split(", "), "params", "origin", "gateway"))
+_COMPLETE = f"""
     UPDATE jobs SET state = 'succeeded', result = done.result, files = done.files, usage = done.usage,
         finished_ms = :now, fault = NULL
     FROM unnest(:ids::text[], :attempts::bigint[], :workers::text[], :results::bytea[], :files::bytea[],
         :usages::bytea[]) AS done (id, attempt, worker, result, files, usage)
     WHERE jobs.id = done.id AND jobs.attempt = done.attempt AND jobs.worker = done.worker AND state = 'running'
-    RETURNING jobs.*
+    RETURNING {_ENDED}
 """
 
 
@@ -224,15 +226,16 @@ class PostgresStore(SqlStore):
     def _complete_all(self, done: Sequence[Done], now: int) -> list[Ending]:
         """All at once; what that did not change is looked at one by one."""
         first = {one.job: one for one in reversed(done)}
-        rows = self._all(
-            _COMPLETE,
-            now=now,
-            results=[one.outcome.result for one in first.values()],
-            files=[_pack(one.outcome.files) for one in first.values()],
-            usages=[_pack(one.outcome.usage) for one in first.values()],
-            **_names(list(first.values())),
-        )
-        stored = {row["id"]: Ending("stored", record(row)) for row in rows}
+        changes = {
+            "now": now,
+            "results": [one.outcome.result for one in first.values()],
+            "files": [_pack(one.outcome.files) for one in first.values()],
+            "usages": [_pack(one.outcome.usage) for one in first.values()],
+        }
+        rows = self._link.all(_COMPLETE, changes | _names(list(first.values())))
+        stored = {
+            row["id"]: Ending("stored", record(row | {"result": first[row["id"]].outcome.result})) for row in rows
+        }
         self._count([ending.record for ending in stored.values() if ending.record is not None], now)
         return [
             stored[one.job] if one.job in stored and first[one.job] is one else self._complete(one, now) for one in done
