@@ -22,6 +22,7 @@ import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from coordinator import worker_lines
+from coordinator.announced import why_refused
 from coordinator.attempts import Attempts
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
@@ -267,6 +268,8 @@ class WorkerSession:
             raise _End("protocol_violation", "The worker id has characters that an id must not have.")
         if self._scope.worker and self._scope.worker != hello.worker:
             raise _End("auth_failed", f"This token belongs to the worker {self._scope.worker}.")
+        if why := why_refused(hello.capabilities):
+            raise _End("protocol_violation", why)
         if len(hello.held) > MAX_HELD or any(not 1 <= held.attempt < MAX_ATTEMPT for held in hello.held):
             raise _End("protocol_violation", f"At most {MAX_HELD} attempts can be held.")
         revision = agree(LINK_WIRE, Span(hello.low, hello.high))
@@ -357,6 +360,8 @@ class WorkerSession:
                 if waits := worker.orders.pop(body.id, None):
                     waits(body)
             case wire.Announce():
+                if why := why_refused(body.capabilities):
+                    raise _End("protocol_violation", why)
                 self._attempts.announce(worker, body.capabilities)
             case wire.Draining():
                 self._attempts.drain(worker)
