@@ -103,6 +103,10 @@ class Boss:
 
     def __init__(self, client: httpx.Client) -> None:
         self.client = client
+        until = time.monotonic() + PATIENCE_S
+        while not self.seen():  # the worker may know that it is welcome before anybody else does
+            assert time.monotonic() < until
+            time.sleep(0.02)
         (self.worker,) = [one["id"] for one in self.seen()]
 
     def seen(self) -> list[dict[str, Any]]:
