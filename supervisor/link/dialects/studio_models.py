@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 TOLD_EVERY_S = 10.0
 MOST_FILES = 64
+PACE_S = 600.0  # one fetch goes on at a time: a server that trickles would keep all others waiting for ever
+PACE_BYTES = 2**20
 # Which of a studio's programs have an engine here that loads the same files, and for which kinds.
 SERVED: dict[str, frozenset[str]] = {
     "llama-cpp": frozenset({"llm"}),
@@ -267,7 +269,10 @@ class Models:
         record = self._record(key)
         if record is not None and record.source.same_files(source) and self._whole(key):
             return record.table
-        if self._roll.origin(source.name) is not None:
+        origin = self._roll.origin(source.name)
+        if origin is not None and origin is not Origin.DOWNLOAD:
+            raise Failed(f"The model {source.name!r} is served here by now, as {origin.value} wants it.")
+        if origin is not None:
             await self._roll.let_go(source.name, "a job names other files for it")
         await self._make_room(sum(file.approx_bytes for file in source.files), key)
         with self._store.pulling(key):
@@ -279,10 +284,21 @@ class Models:
                 hosts=tuple(self._table.hosts),
                 limit_bytes=int(self._table.models_gb * 2**30),
             )
-            _plan, finished = await self._fetch(request, _Teller(fetch))
+            finished = await self._paced(request, fetch)
             table = await trio.to_thread.run_sync(self._settled, key, source, finished)
         await self._make_room(0, key)
         return table
+
+    async def _paced(self, request: Request, fetch: _Fetch) -> Finished:
+        """Fetch for as long as enough comes: `PACE_BYTES` in `PACE_S`. Raises Failed, SupervisorError."""
+        with trio.move_on_after(PACE_S) as patience:
+            _plan, finished = await self._fetch(request, _Teller(fetch, patience))
+            assert isinstance(finished, Finished)
+            return finished
+        raise Failed(
+            f"The files of {fetch.source.name!r} come too slowly: less than {PACE_BYTES // 2**20} MiB in"
+            f" {PACE_S / 60:g} minutes; what came is kept."
+        )
 
     def _settled(self, key: str, source: Source, finished: Finished) -> ModelTable:
         """Give the files their place. In a thread: an older model is deleted."""
@@ -321,7 +337,8 @@ class Models:
         """Let models go until what is here and what comes are within the budget; the longest unused first."""
         budget = int(self._table.models_gb * 2**30)
         while True:
-            sizes = await trio.to_thread.run_sync(self._sizes)
+            found = await trio.to_thread.run_sync(self._sizes)
+            sizes = {key: size for key, size in found.items() if not self._is_owned(key)}
             partly = sizes.pop(but, 0) if coming_bytes else 0
             others = {key: size for key, size in sizes.items() if key != but}
             if sum(sizes.values()) + max(coming_bytes, partly) <= budget or not others:
@@ -335,6 +352,12 @@ class Models:
             if not await trio.to_thread.run_sync(self._store.remove, key):
                 raise Failed(f"There is no room for another model: {name} is in use by another program.")
             (self._named / key).unlink(missing_ok=True)
+
+    def _is_owned(self, key: str) -> bool:
+        """Whether somebody else serves what was fetched once: its owner in worker.toml, or an order."""
+        record = self._record(key)
+        origin = None if record is None else self._roll.origin(record.table.name)
+        return origin is not None and origin is not Origin.DOWNLOAD
 
     def _sizes(self) -> dict[str, int]:
         """Model -> bytes, its interrupted fetch included."""
@@ -367,15 +390,18 @@ class Models:
 
 
 class _Teller:
-    """Tells the jobs that wait how far their model is, in lines of the log."""
+    """Tells the jobs that wait how far their model is, in lines of the log; who waits for bytes gets new patience."""
 
-    def __init__(self, fetch: _Fetch) -> None:
-        self._fetch = fetch
+    def __init__(self, fetch: _Fetch, patience: trio.CancelScope) -> None:
+        self._fetch, self._patience = fetch, patience
+        self._seen_bytes = 0
         self._told_at = -float("inf")
 
     def say(self, event: Event) -> None:
         """One line of the child."""
         name = self._fetch.source.name
+        if isinstance(event, Progress):
+            self._pace(event.done_bytes)
         match event:
             case Plan(files=files, total_bytes=total):
                 size = f", about {total / 2**30:.2f} GiB" if total else ""
@@ -385,6 +411,12 @@ class _Teller:
             case Progress() if trio.current_time() >= self._told_at + TOLD_EVERY_S:
                 of = f" of about {event.total_bytes / 2**30:.2f}" if event.total_bytes else ""
                 self._log(f"{name}: {event.done_bytes / 2**30:.2f}{of} GiB are here")
+
+    def _pace(self, done_bytes: int) -> None:
+        self._seen_bytes = min(self._seen_bytes, done_bytes)  # a file that has changed begins anew
+        if done_bytes >= self._seen_bytes + PACE_BYTES:
+            self._seen_bytes = done_bytes
+            self._patience.deadline = trio.current_time() + PACE_S
 
     def _log(self, text: str) -> None:
         self._told_at = trio.current_time()

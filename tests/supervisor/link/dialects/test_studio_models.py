@@ -16,7 +16,7 @@ import trio.testing
 
 from protocol.faults import Fault
 from supervisor.link.dialects import studio_frames as frames
-from supervisor.link.dialects.studio_models import Models, Source, source_of
+from supervisor.link.dialects.studio_models import Failed, Models, Source, _Fetch, source_of
 from supervisor.link.dialects.studio_offers import Unfit
 from supervisor.model_guess import Guess
 from supervisor.model_store import Store
@@ -360,3 +360,55 @@ async def test_the_end_of_the_worker_is_the_end_of_a_fetch_and_is_told(tmp_path)
         it.models.begin(source, "j1", told.append)
         await trio.testing.wait_all_tasks_blocked()
     assert told == ["The worker stopped before the model was there."]
+
+
+class Trickle:
+    """Sends so much each minute, for so many minutes; then it ends."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    async def __call__(self, _request: Request, line: Any) -> tuple[Plan, Finished]:
+        for done in self.steps:
+            line.say(Progress(done_bytes=done, total_bytes=None, file="x"))
+            await trio.sleep(60)
+        return Plan(files=(), total_bytes=None, origin="x"), Finished(files={}, guess=Guess(why="x"))
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("steps", "fails"),
+    [
+        ([1000 * minute for minute in range(100)], True),
+        ([0] * 11, True),
+        ([0] * 9, False),
+        ([MIB * minute // 5 for minute in range(100)], False),
+        ([50 * MIB] + [MIB * minute // 5 for minute in range(100)], False),
+        ([50 * MIB] * 12, True),
+    ],
+)
+async def test_a_server_that_trickles_does_not_keep_the_others_waiting(tmp_path, autojump_clock, steps, fails):
+    models = Models(tmp_path, StudioTable(models="download"), Roll(), Trickle(*steps))
+    source = source_of(claim(file()), "llm", StudioTable(models="download"))
+    request = Request(kind="files", source="x", staging=str(tmp_path))
+    if not fails:
+        assert await models._paced(request, _Fetch(source))
+        return
+    with pytest.raises(Failed, match="too slowly: less than 1 MiB in 10 minutes"):
+        await models._paced(request, _Fetch(source))
+
+
+async def test_what_worker_toml_names_by_now_is_neither_let_go_nor_deleted(tmp_path):
+    async with desk(tmp_path, gb=1000 / GIB, fetch=Fetches(800)) as it:
+        assert await it.ask(claim(file(approxBytes=800), model="synthetic-a")) is None
+        source = it.models.missing(claim(file("https://models.example/other"), model="synthetic-a"), "llm")
+        assert source is not None
+        it.roll.origins["synthetic-a"] = Origin.CONFIG
+        problem = await it.fetched(source)
+        assert problem is not None
+        assert "is served here by now, as worker.toml wants it" in problem
+        assert await it.ask(claim(file(approxBytes=800), model="synthetic-b")) is None
+        assert it.roll.let == []
+        assert keys(it.folder) == ["synthetic-a", "synthetic-b"]
