@@ -31,9 +31,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from protocol.ids import is_safe_id
-from supervisor.config import SEARCH, find_config, load, state_dir
+from supervisor.config import load, state_dir
 from supervisor.config_edit import edit
 from supervisor.errors import ConfigError, ExitCode, LinkRefused, NoPermission, SupervisorError
+from supervisor.model_places import config_path
 from supervisor.registration import TOKEN_FILE
 from supervisor.secrets import MAX_BYTES, judge_file
 from supervisor.settings import Settings
@@ -106,7 +107,7 @@ def command(arguments: argparse.Namespace) -> int:
         arguments.url,
         "" if arguments.ask else _token(arguments),
         ask=_say if arguments.ask else None,
-        config=_place(arguments.config),
+        config=config_path(arguments.config),
         tls_ca=str(Path(arguments.tls_ca).expanduser().absolute()) if arguments.tls_ca else "",
     )
     _say(f"This worker is {done.worker} at {done.url}; its key is in {done.token_file}. `supervisor run` takes it up.")
@@ -116,14 +117,6 @@ def command(arguments: argparse.Namespace) -> int:
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def _place(given: str | None) -> Path:
-    """worker.toml: the one that is there, else where one is made."""
-    try:
-        return find_config(given)
-    except ConfigError:
-        return Path(given or os.environ.get("BULKHEAD_CONFIG", "") or SEARCH[1]).expanduser()
 
 
 def _token(arguments: argparse.Namespace) -> str:

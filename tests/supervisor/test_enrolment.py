@@ -239,6 +239,20 @@ def test_the_verb(
     assert "no enrolment token" in capsys.readouterr().err
 
 
+def test_the_verb_makes_worker_toml_where_all_others_look_for_it(
+    there: Running, tokens: Enrolments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One beside whatever the person stood in would hide his own there, and be found nowhere else."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("BULKHEAD_CONFIG", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["enrol", there.url, tokens.create(60)]) == 0
+    assert (tmp_path / ".config" / "bulkhead" / "worker.toml").is_file()
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
 def test_without_a_token_a_worker_waits_until_it_is_admitted(there: Running, config: Path) -> None:
     registrations, said = Registrations(there.coordinator.keys.known), list[str]()
 
