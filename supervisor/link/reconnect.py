@@ -3,6 +3,7 @@
 A laptop that slept through ten pauses must not wake as a dead worker, so there is no last try. A coordinator
 that welcomes and then drops must not be hit every second, so only a session that stayed well for `stable_s`
 brings the pause back to its beginning. Without jitter a restarted coordinator would meet all its workers at once.
+A coordinator that is drained sends its workers to the others: that is no failure, and streams wait, so it costs little.
 A machine that has slept is mostly somewhere else, or has another network: what failed before says nothing then, and
 the pause is over.
 """
@@ -24,6 +25,8 @@ FIRST_S = 1.0
 LAST_S = 64.0
 STABLE_S = 30.0
 SLEEP_LOOK_S = 5.0
+SENT_ON_S = 0.5  # the longest pause before another replica is asked; the workers of a drained one come spread over it
+SENT_ON_AFTER_S = 5.0  # a shorter session than that is a failure, however it ended
 
 
 class Backoff:
@@ -54,6 +57,10 @@ class Backoff:
         self._failures += 1
         return whole * (0.5 + 0.5 * self._chance())
 
+    def moment_s(self) -> float:
+        """The pause of one who was sent on; no failure."""
+        return SENT_ON_S * self._chance()
+
     def forget(self) -> None:
         """What failed until now says nothing about the next try."""
         self._failures = 0
@@ -75,7 +82,8 @@ async def keep_link(
         end = await converse()
         if end.final:
             return end
-        pause_s = backoff.pause_s(end.lasted_s)
+        sent_on = end.sent_on and end.lasted_s >= SENT_ON_AFTER_S
+        pause_s = backoff.moment_s() if sent_on else backoff.pause_s(end.lasted_s)
         log.warning("%s; trying again in %.1f s", end.sentence, pause_s)
         if await _slept_during(pause_s, clocks):
             log.info("the machine slept; trying again now")

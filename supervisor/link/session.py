@@ -42,6 +42,7 @@ SILENT_BEATS = 3
 UNANSWERED_BEATS = 6  # by a peer that is not silent: it may have much to do before it comes to them
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
 SLEEP_LOOK_S = 1.0
+CLOSE_GOING_AWAY = 1001
 CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone
 
 Post = Callable[[wire.Body, str, int], None]
@@ -106,11 +107,16 @@ _BY_ERROR_CODE = {
 
 
 class SessionEnd(msgspec.Struct, frozen=True):
-    """How a session ended. `lasted_s` counts from welcome; 0 when there was none."""
+    """How a session ended. `lasted_s` counts from welcome; 0 when there was none.
+
+    Attributes:
+        sent_on: the coordinator goes, and said so (1001): where it is one of several, another one takes us.
+    """
 
     why: Why
     sentence: str
     lasted_s: float = 0.0
+    sent_on: bool = False
 
     @property
     def final(self) -> bool:
@@ -150,10 +156,11 @@ class Side(Protocol):
 class _Over(Exception):
     """Carries the end of the session out of the loops."""
 
-    def __init__(self, why: Why, sentence: str) -> None:
+    def __init__(self, why: Why, sentence: str, *, sent_on: bool = False) -> None:
         super().__init__(sentence)
         self.why = why
         self.sentence = sentence
+        self.sent_on = sent_on
 
 
 async def converse(address: Address, side: Side, clocks: Clocks | None = None) -> SessionEnd:
@@ -175,7 +182,7 @@ async def converse(address: Address, side: Side, clocks: Clocks | None = None) -
         over = _translated(group)
         if over is None:
             raise
-        return SessionEnd(over.why, over.sentence, span.lasted_s)
+        return SessionEnd(over.why, over.sentence, span.lasted_s, over.sent_on)
     raise AssertionError("a session ends by raising")  # pragma: no cover
 
 
@@ -369,7 +376,7 @@ def _closed(reason: CloseReason | None) -> _Over:
     if reason is None:
         return _Over(Why.LOST, "the connection was closed")
     why = _BY_CLOSE_CODE.get(reason.code, Why.LOST)
-    return _Over(why, closed_words(reason))
+    return _Over(why, closed_words(reason), sent_on=reason.code == CLOSE_GOING_AWAY)
 
 
 def _rejected(error: ConnectionRejected) -> _Over:

@@ -59,6 +59,22 @@ async def test_a_peer_that_welcomes_and_drops_is_not_hammered(autojump_clock):
     assert times[-1] > 200
 
 
+async def test_one_who_is_sent_on_asks_again_within_a_moment_and_that_is_no_failure(autojump_clock):
+    ends = [(6.0, True), (60.0, True), (6.0, False), (6.0, True), (1.0, True), (0.0, False)]
+    times: list[float] = []
+
+    async def converse() -> SessionEnd:
+        times.append(trio.current_time())
+        if len(times) > len(ends):
+            return SessionEnd(Why.DELETED, "deleted")
+        lasted_s, sent_on = ends[len(times) - 1]
+        return SessionEnd(Why.LOST, "lost", lasted_s, sent_on)
+
+    await keep_link(converse, Backoff(chance=lambda: 1.0))
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert pauses == pytest.approx([0.5, 0.5, 1, 0.5, 2, 4])
+
+
 async def test_cancelling_ends_the_pause(autojump_clock):
     with trio.move_on_after(0.4) as scope:
 

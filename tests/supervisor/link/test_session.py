@@ -109,6 +109,7 @@ async def test_close_codes_are_endings(code, why):
         ended = await end()
         assert ended.why is why
         assert "because" in ended.sentence
+        assert ended.sent_on is (code == 1001)
         assert side.log == ["opened", "closed"]
 
 
