@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import trio
 
 from engines.catalog import CATALOG
 from protocol.faults import Fault
@@ -31,6 +32,8 @@ from supervisor.settings import ModelTable, Settings
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}@[0-9a-f]{10}\Z")
+# A user (`https://models.test@elsewhere.test/`), what programs read in more than one way, and the way out of a folder.
+_ODD = re.compile(r"^https://[^/?#]*@|[\x00-\x20\x7f\\]|/(\.|%2e)(\.|%2e)?(/|$)", re.IGNORECASE)
 LET_GO_S = 3600.0  # what jobs of a model get that is not to be served any more
 
 
@@ -62,6 +65,8 @@ class Deployed:
         reload: Callable[[], Awaitable[Any]],
     ) -> None:
         self._settings, self._pulls, self._models, self._reload = settings, pulls, models, reload
+        self._fetching = trio.Lock()  # one after the other, so that together they keep to `max_gb`
+        self._last: Pull | None = None
 
     async def serve(self, order: Serve) -> str:
         """Fetch a model, serve it, and say so when it was proved.
@@ -74,8 +79,11 @@ class Deployed:
         table = self._named(order.name)
         if table is None:
             self._allow(order)
-            await self._pull(order)
-            await self._reload()
+            async with self._fetching:
+                if self._named(order.name) is None:
+                    self._allow(order)  # the owner may have thought better of it meanwhile
+                    await self._pull(order)
+                    await self._reload()
             table = self._named(order.name)
         if table is None:
             raise Refused(f"{order.name} was fetched, and is not in the configuration that is in force; reload it.")
@@ -111,7 +119,9 @@ class Deployed:
             raise Refused(
                 "The owner of this worker does not let a coordinator deploy: coordinator.deploy.sources is empty."
             )
-        if not any(fnmatch.fnmatchcase(order.source, pattern) for pattern in allowed.sources):
+        if _ODD.search(order.source):
+            raise Refused("source: take a plain address, without a user, spaces, backslashes or a path of dots.")
+        if not any(_matches(order.source, pattern) for pattern in allowed.sources):
             raise Refused(
                 f"{order.source[:200]} is none of the sources that the owner of this worker allows "
                 f"(coordinator.deploy.sources: {', '.join(allowed.sources)})."
@@ -131,6 +141,11 @@ class Deployed:
             raise Refused(f"engine: {engine} is none of coordinator.deploy.engines ({', '.join(named)}).")
 
     async def _pull(self, order: Serve) -> None:
+        before = self._last
+        if before is not None and before.name != order.name and self._pulls.under_way(before):
+            async for _said in self._pulls.pull(before):  # whoever asked for it was cancelled
+                pass
+            await self._reload()
         allowed = self._settings().coordinator.deploy
         left = allowed.max_gb - self._taken_gb()
         if left <= 0:
@@ -147,6 +162,7 @@ class Deployed:
             max_gb=left,
             token_file=allowed.token_file,
         )
+        self._last = asked
         end: Mapping[str, Any] = {}
         try:
             async for said in self._pulls.pull(asked):
@@ -162,3 +178,16 @@ class Deployed:
     def _taken_gb(self) -> float:
         homes = {Path(table.path).parent for table in self._settings().models if NAME.match(table.name) and table.path}
         return sum(folder_bytes(home) for home in homes if home.is_dir()) / 2**30
+
+
+def _matches(source: str, pattern: str) -> bool:
+    """Whether a pattern of the owner's allows an address. A star in its host stands for no other part of the address:
+    `https://*.models.test/*` does not mean `https://elsewhere.test/x.models.test/`."""
+    scheme = "https://"
+    if not (source.startswith(scheme) and pattern.startswith(scheme)):
+        return fnmatch.fnmatchcase(source, pattern)
+    host, _, path = source.removeprefix(scheme).partition("/")
+    wanted_host, slash, wanted_path = pattern.removeprefix(scheme).partition("/")
+    if not slash and wanted_host.endswith("*"):  # a star at the end is all that follows
+        wanted_path = "*"
+    return fnmatch.fnmatchcase(host, wanted_host) and fnmatch.fnmatchcase(path, wanted_path)

@@ -116,6 +116,11 @@ class Pulls:
             self._nursery.start_soon(self._run, order, course)
         return course.follow()
 
+    def under_way(self, order: Pull) -> bool:
+        """Whether this very pull is not over."""
+        course = self._courses.get(order)
+        return course is not None and course.end is None
+
     def running(self) -> int:
         """How many are under way."""
         return sum(course.end is None for course in self._courses.values())

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from protocol.faults import Fault, refuse
 from supervisor.control.asked import Pull, Remove
@@ -19,7 +21,7 @@ from supervisor.settings import CoordinatorTable, DeployTable, ModelTable, Setti
 NAME = "chat@0123456789"
 DIGEST = "a" * 64
 SOURCE = "https://models.test/chat.gguf"
-ALLOWED = DeployTable(sources=["https://models.test/*", "my-team/*"])
+ALLOWED = DeployTable(sources=["https://models.test/*", "https://*.files.test/*", "my-team/*"])
 
 
 class House:
@@ -35,6 +37,9 @@ class House:
         self.fault: Fault | None = None
         self.end: Mapping[str, Any] = {"t": "done", "engine": "llm"}
         self.busy = False
+        self.under: set[str] = set()  # what is being pulled
+        self.line = trio.Event()  # over which it comes
+        self.line.set()
         self._in_file: list[ModelTable] = []
         self.deployed = Deployed(lambda: self.settings, self, self, self.reload)  # type: ignore[arg-type]
 
@@ -44,9 +49,16 @@ class House:
         self.pulled.append(order)
         return self._course(order)
 
+    def under_way(self, order: Pull) -> bool:
+        return order.name in self.under
+
     async def _course(self, order: Pull) -> AsyncIterator[Mapping[str, Any] | None]:
         yield {"t": "plan"}
         yield None
+        self.under.add(order.name)
+        await trio.lowlevel.checkpoint()
+        await self.line.wait()
+        self.under.discard(order.name)
         if self.end["t"] == "done":
             home = self.folder / order.name
             home.mkdir()
@@ -108,6 +120,13 @@ async def test_one_that_does_not_pass_its_proof_says_so(house: House) -> None:
         ({"source": "https://elsewhere.test/chat.gguf"}, "none of the sources"),
         ({"source": "https://models.test.evil/chat.gguf"}, "none of the sources"),
         ({"source": "other-team/chat"}, "none of the sources"),
+        ({"source": "https://elsewhere.test/x.files.test/chat.gguf"}, "none of the sources"),
+        ({"source": "https://files.test/chat.gguf"}, "none of the sources"),
+        ({"source": "https://models.test/../chat.gguf"}, "plain address"),
+        ({"source": "https://models.test/a/%2E%2e/chat.gguf"}, "plain address"),
+        ({"source": "https://models.test@elsewhere.test/chat.gguf"}, "plain address"),
+        ({"source": "https://models.test/chat.gguf\nx"}, "plain address"),
+        ({"source": "https://elsewhere.test\\.files.test/chat.gguf"}, "plain address"),
         ({"engine": "command"}, "engine"),
         ({"engine": "server"}, "engine"),
         ({"engine": "mine"}, "engine"),
@@ -142,6 +161,50 @@ async def test_the_disk_that_the_owner_gives_is_bounded(tmp_path: Path) -> None:
     assert house.pulled[1].max_gb == pytest.approx(1.0 / 1024)
     with pytest.raises(Refused, match=r"coordinator\.deploy\.max_gb"):
         await house.deployed.serve(msgspec.structs.replace(second, name="chat@2222222222"))
+
+
+async def test_many_orders_at_once_keep_to_the_disk_that_the_owner_gives_all_of_them(tmp_path: Path) -> None:
+    house = House(tmp_path, msgspec.structs.replace(ALLOWED, max_gb=2 / 1024))  # two of these models
+    house.line = trio.Event()
+    answers: list[str] = []
+
+    async def ask(digit: int) -> None:
+        try:
+            answers.append(await house.deployed.serve(Serve(name=f"m@{digit:010}", source=SOURCE, sha256=DIGEST)))
+        except Refused as refused:
+            answers.append(str(refused))
+
+    async with trio.open_nursery() as nursery:
+        for digit in range(4):
+            nursery.start_soon(ask, digit)
+        await wait_all_tasks_blocked()
+        assert len(house.under) == 1
+        house.line.set()
+    assert len(house.pulled) == 2
+    assert sum("max_gb" in answer for answer in answers) == 2
+
+
+async def test_a_pull_whose_order_was_cancelled_counts_as_well(tmp_path: Path) -> None:
+    house = House(tmp_path, ALLOWED)
+    house.line = trio.Event()
+    async with trio.open_nursery() as nursery:
+        first = Serve(name="first@0123456789", source=SOURCE, sha256=DIGEST)
+        nursery.start_soon(house.deployed.serve, first)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert house.under == {first.name}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(house.deployed.serve, Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+        await wait_all_tasks_blocked()
+        assert [pull.name for pull in house.pulled] == [first.name, first.name], "it is followed to its end"
+        house.line.set()
+    assert house.pulled[-1].name == NAME
+    assert house.pulled[-1].max_gb < house.pulled[0].max_gb
+
+
+async def test_an_address_below_a_star_of_the_host_is_allowed(house: House) -> None:
+    await house.deployed.serve(Serve(name=NAME, source="https://eu.files.test/a.b/chat.gguf", sha256=DIGEST))
+    assert len(house.pulled) == 1
 
 
 async def test_an_engine_that_the_owner_did_not_name_is_thrown_out(tmp_path: Path) -> None:
