@@ -229,8 +229,9 @@ def test_a_session_that_ends_during_an_upload_makes_it_late(house: House) -> Non
     )
     with socket.create_connection((address.hostname, address.port), timeout=20) as slow:
         slow.sendall(head.encode() + part[:60])
+        until(lambda: house.job(job)["state"] == "running")
         it.drop()
-        until(lambda: house.seen(worker) is None)
+        until(lambda: house.job(job)["state"] == "queued")  # until then its end would count, late as it is
         slow.sendall(part[60:])
         assert slow.recv(100).startswith(b"HTTP/1.1 409")
     with house.worker().session() as other:
