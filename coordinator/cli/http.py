@@ -34,7 +34,8 @@ def asking(parser: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 def ask(arguments: argparse.Namespace, method: str, path: str, body: Any = None) -> Any:
     """What it answers at `path`, such as /v1/jobs. Raises AskError."""
     settings = configuration.merged(configuration.load(arguments.config), arguments)
-    url = (arguments.url or f"http://{settings.listen}").rstrip("/").removesuffix("/v1")
+    scheme = "https" if settings.tls_cert else "http"
+    url = (arguments.url or f"{scheme}://{settings.listen}").rstrip("/").removesuffix("/v1")
     if not url.startswith(("http://", "https://")):
         raise AskError(f"--url: Expected http:// or https://, not {url!r}.")
     key = _key(arguments.key_file, configuration.state_dir(settings))

@@ -85,3 +85,11 @@ def test_who_cannot_be_asked_is_said(run: Run, tmp_path: Path, monkeypatch: pyte
     wrong.write_text("sk-wrong")
     code, _, err = run("list", key=wrong)
     assert (code, "unknown or was revoked" in err) == (FAILED, True)
+
+
+def test_a_coordinator_with_a_certificate_is_asked_over_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "key").write_text("bhc_x")
+    (tmp_path / "coordinator.toml").write_text('listen = "127.0.0.1:9"\ntls_cert = "c.pem"\ntls_key = "k.pem"\n')
+    options = ["--config", str(tmp_path / "coordinator.toml"), "--key-file", str(tmp_path / "key")]
+    assert main(["jobs", "list", *options]) == FAILED
+    assert "https://127.0.0.1:9 does not answer" in capsys.readouterr().err
