@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +247,3 @@ def admitted(folder: Path, server: StudioServer, worker: str = "w-1", token: str
         install_id="i", studio=base_url(server.url), worker_id=worker, auth_token=server.admit(worker, token)[1]
     )
     CredentialsFile(folder / "studio").write(known)
-
-
-@contextlib.contextmanager
-def secretly_wrong(server: StudioServer, worker: str = "w-1") -> Iterator[None]:
-    """The server knows another token than the worker."""
-    right, server.workers[worker] = server.workers[worker], "another"
-    yield
-    server.workers[worker] = right

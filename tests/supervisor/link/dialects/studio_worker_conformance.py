@@ -357,9 +357,6 @@ class StudioWorkerCases:
             run.finish()
             await server.ended(job)
 
-    def _beats_for(self, session: Session, job: Job) -> bool:
-        return any(beat.get("currentJobId") == job.id for beat in session.said("heartbeat"))
-
     async def test_a_paused_worker_says_so(self, server: StudioServer, start: Start) -> None:
         server.approving = True
         async with start(server) as worker:
