@@ -35,8 +35,7 @@ _MEASURED: dict[str, tuple[str, int]] = {
 # The other way round: a result's key -> its column and how much of that one is.
 _COLUMN = {key: (column, scale) for column, (key, scale) in _MEASURED.items()} | {"compute_ms": ("gpu_ms", 1)}
 AMOUNTS = (*OUTCOMES, *_MEASURED, "gpu_ms", "busy_ms")
-GROUPS: dict[str, str] = {"tenant": "tenant", "key": "key_id", "worker": "worker", "model": "model", "day": "day"}
-GROUPS["kind"] = "kind"
+GROUPS = {name.removesuffix("_id"): name for name in ("tenant", "key_id", "worker", "model", "day", "kind")}
 SHOWN = ("jobs", *OUTCOMES, *(name.replace("_ms", "_s") for name in AMOUNTS[len(OUTCOMES) :]))
 MAX_DAYS = 3660
 _EPOCH = date(1970, 1, 1)
