@@ -22,6 +22,7 @@ import httpx
 import psutil
 import trio
 from bench_control import bench_status
+from bench_coordinator import bench_coordinator
 from bench_hostile import bench_hostile
 from bench_journal import bench_journal
 from bench_schedule import bench_schedule, bench_simulate
@@ -302,6 +303,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "status": lambda: bench_status(running, first_answer),
     "journal": lambda: bench_journal(running, hammer, first_answer),
     "store": bench_store,
+    "coordinator": lambda: bench_coordinator(percentiles),
 }
 
 
