@@ -67,6 +67,8 @@ async def test_a_pull_goes_on_without_its_client_and_whoever_asks_again_follows_
             assert (await anext(first))["t"] == "plan"
             await first.aclose()  # the client is gone
             assert pulls.running() == 1
+            assert pulls.under_way(order)
+            assert not pulls.under_way(Pull(source="owner/other", name="other"))
             with pytest.raises(Refused, match="'mine' is being pulled from") as refusal:
                 pulls.pull(Pull(source="owner/other", name="mine"))
             assert refusal.value.status == 409
