@@ -142,7 +142,7 @@ def test_cancel_hangs_up_and_frees_the_slot(child):
 
 def test_a_neighbour_is_not_disturbed_by_a_cancel(child):
     endless = child.begin("llm", ENDLESS)
-    other = child.begin("llm", {**ENDLESS, "max_tokens": 2000})
+    other = child.begin("llm", {**ENDLESS, "max_tokens": 400})
     child.send(Cancel(run=1))
     while endless.fault is None or other.result is None:
         message = child.receive()
