@@ -18,8 +18,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from coordinator import config as configuration
-from coordinator.cli.showing import cell, line, table
+from coordinator.cli.showing import cell, line, say, table
 from coordinator.enrolments import Enrolments
 from coordinator.keys import DEFAULT_TENANT, SCOPES, KeyRefusal, Keys
 from coordinator.register import FILE_NAME, open_register
@@ -100,6 +102,9 @@ def add_parsers(commands: Any, shared: argparse.ArgumentParser, kind: type[argpa
     def family(name: str, help_: str) -> Any:
         return commands.add_parser(name, help=help_).add_subparsers(required=True, metavar="VERB", parser_class=kind)
 
+    listing = kind(add_help=False)
+    listing.add_argument("--json", action="store_true", help="for programs")
+
     verbs = family("keys", "make, list and revoke API keys")
     create = verbs.add_parser("create", parents=[shared], help="make a key and print it once")
     create.add_argument("--scope", choices=SCOPES, required=True)
@@ -110,7 +115,7 @@ def add_parsers(commands: Any, shared: argparse.ArgumentParser, kind: type[argpa
     create.add_argument("--concurrent", type=_limit, default=0, metavar="N", help="… of key and tenant holds")
     create.add_argument("--models", type=names, default=[], metavar="A,B", help="the only models that it may use")
     create.set_defaults(command=_keys_create)
-    verbs.add_parser("list", parents=[shared], help="show all keys, without their secrets").set_defaults(
+    verbs.add_parser("list", parents=[shared, listing], help="show all keys, without their secrets").set_defaults(
         command=_keys_list
     )
     revoke = verbs.add_parser("revoke", parents=[shared], help="end a key and what is open with it, within a second")
@@ -118,7 +123,7 @@ def add_parsers(commands: Any, shared: argparse.ArgumentParser, kind: type[argpa
     revoke.set_defaults(command=_keys_revoke)
 
     verbs = family("tenants", "set the share, the limits and the models of a tenant")
-    verbs.add_parser("list", parents=[shared], help="show all tenants").set_defaults(command=_tenants_list)
+    verbs.add_parser("list", parents=[shared, listing], help="show all tenants").set_defaults(command=_tenants_list)
     change = verbs.add_parser("set", parents=[shared], help="set what is given, and leave the rest")
     change.add_argument("name")
     change.add_argument("--weight", type=_weight, help="its share when several wait; others have 1")
@@ -133,17 +138,17 @@ def add_parsers(commands: Any, shared: argparse.ArgumentParser, kind: type[argpa
     enrol.add_argument("--name", default="", help="the id that the worker gets; default: its own")
     enrol.add_argument("--expires", type=seconds, default=3600.0, metavar="TIME", help="90s, 30m, 2h, 7d; default 1h")
     enrol.set_defaults(command=_workers_enrol)
-    verbs.add_parser("tokens", parents=[shared], help="show the tokens of the last month").set_defaults(
+    verbs.add_parser("tokens", parents=[shared, listing], help="show the tokens of the last month").set_defaults(
         command=_workers_tokens
     )
     withdraw = verbs.add_parser("revoke-token", parents=[shared], help="make a token that was not used useless")
     withdraw.add_argument("prefix")
     withdraw.set_defaults(command=_workers_revoke)
-    _add_registrations(family("registrations", "admit workers that ask for it"), shared)
+    _add_registrations(family("registrations", "admit workers that ask for it"), shared, listing)
 
 
-def _add_registrations(verbs: Any, shared: argparse.ArgumentParser) -> None:
-    show = verbs.add_parser("list", parents=[shared], help="show requests to be admitted")
+def _add_registrations(verbs: Any, shared: argparse.ArgumentParser, listing: argparse.ArgumentParser) -> None:
+    show = verbs.add_parser("list", parents=[shared, listing], help="show requests to be admitted")
     show.add_argument("--state-is", choices=STATES, help="only these")
     show.set_defaults(command=_registrations_list)
     approve = verbs.add_parser("approve", parents=[shared], help="admit a worker; it learns so within 30 s")
@@ -183,12 +188,25 @@ def _keys_create(arguments: argparse.Namespace) -> int:
 def _keys_list(arguments: argparse.Namespace) -> int:
     rows = [("PREFIX", "SCOPE", "TENANT", "STATE", "CREATED", "LIMITS", "NAME")]
     with known(arguments) as place:
-        for key in Keys(place).list():
-            state = "live" if key.revoked_ms is None else "revoked"
-            name, limits = cell(key.name or key.worker), _limits(key.rpm, key.concurrent, key.models)
-            rows.append((key.prefix, key.scope, cell(key.tenant), state, minute(key.created_ms), limits, name))
+        found = list(Keys(place).list())
+    for key in found:
+        state = "live" if key.revoked_ms is None else "revoked"
+        name, limits = cell(key.name or key.worker), _limits(key.rpm, key.concurrent, key.models)
+        rows.append((key.prefix, key.scope, cell(key.tenant), state, minute(key.created_ms), limits, name))
+    return _listed(arguments, found, rows)
+
+
+def _listed(arguments: argparse.Namespace, found: Sequence[Any], rows: Sequence[tuple[str, ...]]) -> int:
+    """What was found, for programs or for people."""
+    if arguments.json:
+        return say(msgspec.to_builtins([_shown(one) for one in found]))
     table(rows)
     return OK
+
+
+def _shown(one: msgspec.Struct) -> dict[str, Any]:
+    """All of it but hashes, which are nobody's business."""
+    return {name: value for name, value in msgspec.structs.asdict(one).items() if not isinstance(value, bytes)}
 
 
 def _limits(rpm: int, concurrent: int, models: Sequence[str]) -> str:
@@ -211,11 +229,11 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
 def _tenants_list(arguments: argparse.Namespace) -> int:
     rows = [("TENANT", "WEIGHT", "KEEPS CONTENT", "LIMITS")]
     with known(arguments) as place:
-        for one in Tenants(place).list():
-            kept = "yes" if one.store_content else "no"
-            rows.append((cell(one.name), f"{one.weight:g}", kept, _limits(one.rpm, one.concurrent, one.models)))
-    table(rows)
-    return OK
+        found = list(Tenants(place).list())
+    for one in found:
+        kept = "yes" if one.store_content else "no"
+        rows.append((cell(one.name), f"{one.weight:g}", kept, _limits(one.rpm, one.concurrent, one.models)))
+    return _listed(arguments, found, rows)
 
 
 def _tenants_set(arguments: argparse.Namespace) -> int:
@@ -250,11 +268,11 @@ def _workers_tokens(arguments: argparse.Namespace) -> int:
     rows = [("PREFIX", "STATE", "WORKER", "CREATED", "EXPIRES", "KEY")]
     now_ms = time.time_ns() // 1_000_000
     with known(arguments) as place:
-        for one in Enrolments(place).list():
-            times = (minute(one.created_ms), minute(one.expires_ms))
-            rows.append((one.prefix, one.state(now_ms), one.worker or "(its own)", *times, one.used_by))
-    table(rows)
-    return OK
+        found = list(Enrolments(place).list())
+    for one in found:
+        times = (minute(one.created_ms), minute(one.expires_ms))
+        rows.append((one.prefix, one.state(now_ms), one.worker or "(its own)", *times, one.used_by))
+    return _listed(arguments, found, rows)
 
 
 def _workers_revoke(arguments: argparse.Namespace) -> int:
@@ -269,12 +287,12 @@ def _workers_revoke(arguments: argparse.Namespace) -> int:
 def _registrations_list(arguments: argparse.Namespace) -> int:
     rows = [_REGISTRATIONS]
     with known(arguments) as place:
-        for one in Registrations(place).list(arguments.state_is):
-            machine, user, asked = cell(one.machine), cell(one.user), minute(one.created_ms)
-            end = cell(one.reason) if one.state == "rejected" else one.worker or cell(one.install)
-            rows.append((one.id, one.state, one.protocol, machine, user, one.address, one.secret_begins, asked, end))
-    table(rows)
-    return OK
+        found = list(Registrations(place).list(arguments.state_is))
+    for one in found:
+        machine, user, asked = cell(one.machine), cell(one.user), minute(one.created_ms)
+        end = cell(one.reason) if one.state == "rejected" else one.worker or cell(one.install)
+        rows.append((one.id, one.state, one.protocol, machine, user, one.address, one.secret_begins, asked, end))
+    return _listed(arguments, found, rows)
 
 
 def _registrations_approve(arguments: argparse.Namespace) -> int:

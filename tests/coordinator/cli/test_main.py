@@ -243,3 +243,22 @@ def test_the_life_of_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == f"Revoked {secret[:12]} (client, laptop).\n"
     main(["keys", "list", *state])
     assert "revoked" in capsys.readouterr().out
+
+
+def test_lists_can_be_read_by_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ["--state", str(tmp_path)]
+    main(["keys", "create", "--scope", "client", "--name", "mine", "--models", "a,b", *state])
+    secret = capsys.readouterr().out.split()[-1]
+    main(["tenants", "set", "acme", "--weight", "2", *state])
+    main(["workers", "enrol", "--name", "box7", *state])
+    capsys.readouterr()
+    found = {}
+    for words in (["keys", "list"], ["tenants", "list"], ["workers", "tokens"], ["registrations", "list"]):
+        assert main([*words, "--json", *state]) == 0
+        out = capsys.readouterr().out
+        assert secret not in out
+        found[words[0]] = json.loads(out)
+    assert [(key["name"], key["models"]) for key in found["keys"]] == [("mine", ["a", "b"])]
+    assert ("acme", 2.0) in [(one["name"], one["weight"]) for one in found["tenants"]]
+    assert [one["worker"] for one in found["workers"]] == ["box7"]
+    assert found["registrations"] == []
