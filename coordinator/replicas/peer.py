@@ -64,6 +64,7 @@ class Peer:
         self.connected = False
         self.dropped = 0
         self.scope = anyio.CancelScope()
+        self._last: ClientConnection | None = None
         self._caller, self._first = caller, first
         self._frames: deque[bytes] = deque()
         self._bytes = 0
@@ -91,6 +92,7 @@ class Peer:
                 why = ""
                 try:
                     async with self._connect() as connection:
+                        self._last = connection
                         await self._write(connection)
                         why = "it ended the connection"
                 except (OSError, TimeoutError, WebSocketException, EOFError, ValueError) as error:
@@ -104,6 +106,11 @@ class Peer:
                 pause = FIRST_PAUSE_S if anyio.current_time() - began > LONGEST_PAUSE_S else pause
                 await anyio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(LONGEST_PAUSE_S, pause * 2)
+
+    def cut(self) -> None:
+        """Drop a connection whose other side has not taken leave in time; after the end of `run`."""
+        if self._last is not None:
+            self._last.transport.abort()
 
     def _connect(self) -> connect:
         return connect(

@@ -244,6 +244,9 @@ class Replicas:
             # cannot be closed before (EBUSY).
             with anyio.CancelScope(shield=True):
                 await anyio.sleep(CLOSING_S)
+                for peer in self._peers.values():
+                    peer.cut()
+                await anyio.sleep(CLOSING_S)
 
     async def _run(self) -> None:
         app = door(self.name, self._doorway.secret, self)

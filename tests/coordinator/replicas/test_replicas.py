@@ -340,3 +340,25 @@ def test_replicas_may_speak_over_tls(database: str, tmp_path: Path) -> None:
         until(
             lambda: [peer.url[:6] for peer in second.peers if peer.name == first.name and peer.connected] == ["wss://"]
         )
+
+
+def test_a_replica_ends_though_another_one_takes_no_leave(start: Start, database: str, tmp_path: Path) -> None:
+    """An event loop that is closed with a connection in it warns, and may not close at all."""
+    from coordinator.store.postgres import PostgresStore
+
+    (tmp_path / "secret").write_text(SECRET)
+    doorway = open_doorway(ReplicaTable(listen="127.0.0.1:0", secret_file=str(tmp_path / "secret")))
+    stuck, go_on, other = threading.Event(), threading.Event(), start()
+
+    def stand_still() -> None:
+        stuck.set()
+        go_on.wait(PATIENCE_S)
+
+    try:
+        with running(tmp_path / "state", open_store=lambda: PostgresStore(database), doorway=doorway) as one:
+            name = replicas(other).name
+            until(lambda: name in [peer.name for peer in replicas(one).peers if peer.connected])
+            other.loop.call_soon_threadsafe(stand_still)
+            assert stuck.wait(PATIENCE_S)
+    finally:
+        go_on.set()
