@@ -19,14 +19,17 @@ find_python() {
 }
 
 make_venv() {
-    [ -x "$VENV/bin/python" ] && return 0
-    python=$(find_python) || exit 1
-    say "Making .venv with $("$python" --version)"
-    "$python" -m venv "$VENV" || {
-        say "The venv could not be made. On Debian and Ubuntu: apt install python3-venv"
-        exit 1
-    }
+    [ -e "$VENV/.bulkhead-venv" ] && return 0
+    if [ ! -x "$VENV/bin/python" ]; then
+        python=$(find_python) || exit 1
+        say "Making .venv with $("$python" --version)"
+        "$python" -m venv "$VENV" || {
+            say "The venv could not be made. On Debian and Ubuntu: apt install python3-venv"
+            exit 1
+        }
+    fi
     "$VENV/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1' || exit 1
+    : >"$VENV/.bulkhead-venv"
 }
 
 # install STAMP ARGS…: pip install ARGS unless the stamp is newer than pyproject.toml. Shows what is large, and errors.

@@ -25,6 +25,7 @@ from bench_control import bench_status
 from bench_coordinator import bench_coordinator
 from bench_hostile import bench_hostile
 from bench_journal import bench_journal
+from bench_replicas import bench_replicas
 from bench_schedule import bench_schedule, bench_simulate
 from bench_store import bench_store
 
@@ -304,6 +305,7 @@ BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "journal": lambda: bench_journal(running, hammer, first_answer),
     "store": bench_store,
     "coordinator": lambda: bench_coordinator(percentiles),
+    "replicas": lambda: bench_replicas(percentiles),
 }
 
 
