@@ -2,7 +2,7 @@
 
 The dashboard asks by these routes, and so may a script with an admin key. What there is already is not here again:
 jobs are cancelled and tried again by their ids under /v1/jobs, workers and registrations have `workers_api` and
-`studio_admin`.
+`registrations_api`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp
 
-from coordinator import admin_api, jobs_api, logs_api, lots_api, metrics, workers_api
+from coordinator import admin_api, jobs_api, logs_api, lots_api, metrics, registrations_api, workers_api
 from coordinator.access import Access, AccessLayer, worker_scope
 from coordinator.batches import Batches
 from coordinator.blobs.base import Blobs
@@ -50,14 +50,13 @@ from coordinator.progress import ProgressBoard
 from coordinator.records import WorkerScope
 from coordinator.register import FILE_NAME, Register, SqliteRegister
 from coordinator.register.known import Known
+from coordinator.registrations import Registrations
 from coordinator.replicas.replicas import Directory, Replicas
 from coordinator.services import Limits, Services, services
 from coordinator.store import SqliteStore, StoreError
 from coordinator.store.opening import STORE_FILE
 from coordinator.store.threads import StoreThreads
-from coordinator.studio import admin as studio_admin
 from coordinator.studio.claims import Sources
-from coordinator.studio.registry import Registrations
 from coordinator.studio.routes import Studio
 from coordinator.studio.session import StudioSettings
 from coordinator.tenants import Tenants
@@ -294,7 +293,7 @@ def build_app(
         *jobs_api.ROUTES,
         *workers_api.ROUTES,
         *deployments_api.ROUTES,
-        *studio_admin.ROUTES,
+        *registrations_api.ROUTES,
         *usage_api.ROUTES,
         *logs_api.ROUTES,
         *admin_api.ROUTES,

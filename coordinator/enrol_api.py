@@ -26,7 +26,7 @@ from starlette.routing import Route
 from coordinator.access import bearer
 from coordinator.enrolments import Enrolments
 from coordinator.errors import Json
-from coordinator.studio.registry import Registrations, TooManyPending
+from coordinator.registrations import Registrations, TooManyPending
 from coordinator.studio.routes import RATE_S, THREADS, Rate
 from coordinator.workers_api import body_of
 from protocol.faults import refuse

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coordinator.keys import Keys
     from coordinator.metrics import HttpCounters
     from coordinator.progress import ProgressBoard
-    from coordinator.studio.registry import Registrations
+    from coordinator.registrations import Registrations
     from coordinator.tenants import Tenants
     from coordinator.vitals import Vitals
 

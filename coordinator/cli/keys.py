@@ -26,7 +26,7 @@ from coordinator.enrolments import Enrolments
 from coordinator.keys import DEFAULT_TENANT, SCOPES, KeyRefusal, Keys
 from coordinator.register import FILE_NAME, open_register
 from coordinator.register.known import Known
-from coordinator.studio.registry import STATES, Registrations
+from coordinator.registrations import STATES, Registrations
 from coordinator.tenants import Tenants
 
 OK = 0

@@ -29,13 +29,13 @@ from coordinator.cli.http import AskError
 from coordinator.config import STORE_VARIABLE, Config
 from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
 from coordinator.register import open_register
+from coordinator.registrations import RegistrationRefusal
 from coordinator.replicas.opening import open_doorway
 from coordinator.server import Refusal, Serving, adopt, check_exposure, check_tls, listen, ready_line, run
 from coordinator.service import notify
 from coordinator.services import Limits
 from coordinator.store import StoreBusy, StoreError
 from coordinator.store.opening import SQLITE, STORE_FILE, check_address, is_postgres, open_store, require_psycopg
-from coordinator.studio.registry import RegistrationRefusal
 from coordinator.traces import OtelConfig, TraceRefusal, open_traces
 from protocol.faults import FaultError
 

@@ -13,8 +13,8 @@ import msgspec
 
 from coordinator.fleet import Fleet, Worker
 from coordinator.records import AttemptRecord, JobRecord
+from coordinator.registrations import Registration
 from coordinator.store.watch import QueueLoad
-from coordinator.studio.registry import Registration
 from protocol.faults import Fault
 from protocol.link_wire import GpuState, ModelOffer
 

@@ -29,8 +29,8 @@ from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
 from coordinator.errors import Json, fault_response
 from coordinator.gateway import deny
+from coordinator.registrations import Registrations, TooManyPending
 from coordinator.studio.claims import Sources
-from coordinator.studio.registry import Registrations, TooManyPending
 from coordinator.studio.session import Admission, StudioSession, StudioSettings
 from coordinator.studio.uploads import receive
 from coordinator.studio.wire import MAX_MODELS, SUBPROTOCOL, Capabilities

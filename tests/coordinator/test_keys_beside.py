@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from coordinator.keys import FILE_NAME, Keys
-from coordinator.studio.registry import Registrations
+from coordinator.registrations import Registrations
 
 
 def made(state: Path) -> str:

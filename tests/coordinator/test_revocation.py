@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from coordinator.cli.main import main
 from coordinator.enrolments import Enrolments
 from coordinator.keys import FILE_NAME, Keys, digest
-from coordinator.studio.registry import Registrations
+from coordinator.registrations import Registrations
 from coordinator.tenants import Tenants
 from coordinator.testing import FakeWorker, OfferedJob, Running
 from protocol import link_wire as wire

@@ -16,7 +16,7 @@ import trio
 from msgspec import structs
 
 from coordinator.keys import FILE_NAME
-from coordinator.studio.registry import Registrations
+from coordinator.registrations import Registrations
 from coordinator.testing import Running, running
 from coordinator.testing_link import submission
 from tests.coordinator.studio_rig import FAST

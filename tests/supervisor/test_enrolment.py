@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.enrolments import Enrolments
-from coordinator.studio.registry import Registrations
+from coordinator.registrations import Registrations
 from coordinator.testing import Running, running
 from supervisor.cli import main
 from supervisor.config import load

@@ -9,8 +9,8 @@ import msgspec
 from coordinator.dashboard import view
 from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.records import AttemptRecord, JobRecord, WorkerView
+from coordinator.registrations import Registration
 from coordinator.store.watch import QueueLoad
-from coordinator.studio.registry import Registration
 from protocol.faults import Fault
 from protocol.link_wire import Body, Capabilities, Gpu, GpuState, ModelOffer
 

@@ -14,8 +14,8 @@ from coordinator.keys import KeyRefusal, Keys, digest
 from coordinator.register import Register, Turn
 from coordinator.register import known as module
 from coordinator.register.known import Known
+from coordinator.registrations import Registrations
 from coordinator.store import StoreError
-from coordinator.studio.registry import Registrations
 from coordinator.tenants import Tenants
 from protocol.faults import FaultError
 

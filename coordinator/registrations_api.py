@@ -1,4 +1,4 @@
-"""/v1/registrations: studio workers that ask to be admitted, for an admin to decide."""
+"""/v1/registrations: workers that ask to be admitted, for an admin to decide."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.errors import Json
+from coordinator.registrations import STATES, NoRegistration, Registration, RegistrationRefusal, Registrations
 from coordinator.services import services
-from coordinator.studio.registry import STATES, NoRegistration, Registration, RegistrationRefusal, Registrations
 from coordinator.workers_api import actor, admin, body_of
 from protocol.faults import refuse
 
