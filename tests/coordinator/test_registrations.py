@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
+from coordinator import registrations as module
 from coordinator.access import is_open
 from coordinator.cli.main import main
 from coordinator.keys import FILE_NAME, Keys
 from coordinator.register.schema import MIGRATIONS
 from coordinator.registrations import NoRegistration, RegistrationRefusal, Registrations, TooManyPending
-from coordinator.studio import registry as module
 from coordinator.studio.routes import MAX_ADDRESSES, Rate
 from coordinator.testing import running
 from coordinator.testing_studio import capabilities, poll, register
