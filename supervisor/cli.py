@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from supervisor.errors import ConfigError, ExitCode, SupervisorError
+from supervisor.interrupts import INTERRUPTED, is_interrupt
 from supervisor.verbs import EXAMPLES, VERBS
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SupervisorError as error:
         _complain(f"supervisor: {error}")
         return int(error.exit_code)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:  # `supervisor config schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.FAILED)
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
+        return INTERRUPTED
 
 
 def _complain(sentence: str) -> None:

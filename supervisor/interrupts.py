@@ -11,9 +11,11 @@ INTERRUPTED = 130  # exit code, as shells say it: 128 + SIGINT
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether this is a Ctrl-C, which a nursery wraps in a group."""
+    """Whether this is a Ctrl-C, which a nursery wraps in a group, and Python 3.11 in an error while a class is made."""
     if isinstance(error, BaseExceptionGroup):
         return error.subgroup(KeyboardInterrupt) is not None
+    if isinstance(error, RuntimeError):
+        return isinstance(error.__cause__, KeyboardInterrupt)
     return isinstance(error, KeyboardInterrupt)
 
 

@@ -31,6 +31,7 @@ def checkout(tmp_path: Path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
+    (tmp_path / ".venv/.bulkhead-venv").touch()
     return tmp_path
 
 

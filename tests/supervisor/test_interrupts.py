@@ -8,11 +8,28 @@ from supervisor.errors import ExitCode, NoPermission
 from supervisor.interrupts import INTERRUPTED, ended, is_interrupt
 
 
+def while_a_class_is_made(cause: BaseException) -> BaseException:
+    """As an import meets it: up to Python 3.11, what a field raises is wrapped."""
+
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise cause
+
+    try:
+        type("Made", (), {"field": Field()})
+    except BaseException as error:
+        return error
+    raise AssertionError("a class was made")
+
+
 @pytest.mark.parametrize(
     ("error", "interrupt"),
     [
         (KeyboardInterrupt(), True),
         (BaseExceptionGroup("nursery", [BaseExceptionGroup("inner", [KeyboardInterrupt()])]), True),
+        (while_a_class_is_made(KeyboardInterrupt()), True),
+        (while_a_class_is_made(ValueError()), False),
+        (RuntimeError("ours"), False),
         (ValueError(), False),
         (ExceptionGroup("nursery", [ValueError()]), False),
     ],

@@ -278,8 +278,8 @@ def test_the_family_dies_with_the_engine(load):
 
 def test_a_polite_program_may_clean_up_within_the_grace(load):
     program = (
-        "import signal, sys, time\n"
-        "def bye(*_):\n    print('bye', flush=True)\n    sys.exit(0)\n"
+        "import os, signal, sys, time\n"
+        "def bye(*_):\n    os.write(1, b'bye\\n')\n    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, bye)\nprint('ready', flush=True)\ntime.sleep(100)"
     )
     child = load(program, grace_s=20)

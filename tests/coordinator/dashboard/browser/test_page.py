@@ -394,7 +394,7 @@ def test_what_the_fleet_is_told_to_serve_is_shown_with_why_not(site: Site, signe
     assert row.locator('[data-word="Wanted"]').inner_text() == "2"
     assert row.locator('[data-word="Ready"]').inner_text() == "0"
     row.locator("summary").click()
-    row.get_by_text("its owner does not let a coordinator deploy there").wait_for()
+    row.get_by_text("its owner does not let a coordinator deploy there").first.wait_for()
     assert signed.locator("#deployments img").count() == 0
     check_everywhere(signed, axe)
     assert site.admin.delete("/v1/deployments/talk").status_code == 202
