@@ -303,8 +303,13 @@ class VramRoom:
             self._tell(fx.Settles(claim.number, dict(claim.now)))
 
     def _others(self, claim: Claim) -> dict[str, int]:
+        """Device -> bytes that are nobody's of ours.
+
+        Never below nothing, which is what a reading gives when a process is dead already and its memory still counted
+        as held: more could not come back than there is.
+        """
         found = {uuid: self._not_ours(uuid) for uuid in {*claim.devices, *claim.now}}
-        return {uuid: count for uuid, count in found.items() if count is not None}
+        return {uuid: max(0, count) for uuid, count in found.items() if count is not None}
 
     def _held(self, claim: Claim) -> dict[str, int]:
         """Device -> bytes that it holds: by its processes, else by how much less is free than when it entered."""

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,8 +64,21 @@ def connect(path: Path) -> sqlite3.Connection:
     pragmas = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY")
     # The journal goes into the file every 16 MiB: each time costs two more syncs, and pages that changed again go once.
     for pragma in (*pragmas, "secure_delete = ON", "wal_autocheckpoint = 4000"):
-        connection.execute(f"PRAGMA {pragma}")
+        _patiently(connection, f"PRAGMA {pragma}")
     return connection
+
+
+def _patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Where several open a new file at once, SQLite refuses the change to WAL without waiting; so we wait."""
+    end = time.monotonic() + _BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def migrate(connection: sqlite3.Connection, path: Path) -> None:

@@ -338,6 +338,22 @@ async def test_the_end_waits_until_the_memory_is_back(world, autojump_clock):
     assert world.books.of(fx.Reading)[-1] == fx.Reading(GPU, 0, {})
 
 
+async def test_memory_that_was_free_before_its_owner_is_known_to_have_ended_is_back(world, autojump_clock):
+    """A reading between the death of the process and the word of it shows less in use than we hold ourselves."""
+    await world.room.open()
+    lane = await world.start(FakeLane(world), gib=20)
+    lane.take(20)
+    world.room.sample()
+    world.gpus.held.pop(lane.pid)
+    world.room.sample()
+    began = trio.current_time()
+    lane.end()
+    await lane.left.wait()
+    assert trio.current_time() - began < 1
+    assert world.room.tainted() == {}
+    assert world.lost == []
+
+
 async def test_memory_that_does_not_come_back_taints_the_gpu_until_it_does(world, autojump_clock):
     await world.room.open()
     lane = await world.start(FakeLane(world), gib=20)

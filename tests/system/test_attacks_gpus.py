@@ -146,8 +146,7 @@ def test_memory_of_other_programs_counts_as_taken_and_is_named(rig, rigs, gpus):
     rigs.until(lambda: free_gib(rig) == 2, "somebody took it", 10)
     ordered(rig, "resume")
     id_ = rigs.submit(client, rigs.job("a b", 2, "synthetic-a"))
-    waits = rigs.until(lambda: rig.model("synthetic-a")["waits"], "it waits", 10)
-    assert "other programs hold 6.0 GiB" in waits
+    rigs.until(lambda: "other programs hold 6.0 GiB" in rig.model("synthetic-a")["waits"], "it waits for others", 20)
     assert "other programs" in rig.gpu(GPU)["why"]
     gpus.write()
     assert rigs.ended(client, id_)["state"] == "succeeded"
