@@ -159,13 +159,11 @@ class Keys:
 
         The lookup is by hash: what it takes depends on the hash alone, which the caller cannot steer.
         """
-        if len(secret) > MAX_SECRET_CHARS:
+        hashed = self._hash_of(secret)
+        if hashed is None:
             return None
-        hashed = digest(secret)
         if key := self._for_this_boot.get(hashed):
             return key
-        if not _SECRET.match(secret):
-            return None
         if hashed not in self.known.keys or self.known.old():
             self.known.refresh()
         return self.known.keys.get(hashed)
@@ -176,17 +174,22 @@ class Keys:
         Raises:
             FaultError: overloaded: the register is away, and the secret not known or known for too long.
         """
-        if len(secret) > MAX_SECRET_CHARS:
+        hashed = self._hash_of(secret)
+        if hashed is None:
             return None
-        hashed = digest(secret)
         if key := self._for_this_boot.get(hashed):
             return key
-        if not _SECRET.match(secret):
-            return None
         if hashed not in self.known.keys or self.known.old():
             await self.known.fresh()
         self.known.check_age()
         return self.known.keys.get(hashed)
+
+    def _hash_of(self, secret: str) -> bytes | None:
+        """Its hash; None for what is no key's secret, so that nobody looks for it."""
+        if len(secret) > MAX_SECRET_CHARS:
+            return None
+        hashed = digest(secret)
+        return hashed if hashed in self._for_this_boot or _SECRET.match(secret) else None
 
     def by_hash(self, hashed: bytes) -> Key | None:
         """The live key whose secret has this `digest`, as it is now: what is bound to a key ends with it.

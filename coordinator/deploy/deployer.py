@@ -139,13 +139,16 @@ class Deployer:
         # Always: a replica that had not heard of a change yet has queued jobs by the old name; others come back to the
         # queue, also long after their deployment has gone.
         await self._threads.write(self._store.redirect)
-        placements = await self._threads.read(self._store.placements) if known else []
+        placements, now_ms = await self._threads.read(self._placed) if known else ([], 0)
         self._learn(known, placements)
         self._forget_errands()
         for placement in placements:
             worker = self._fleet.workers.get(placement.worker)
             if worker is not None and worker.protocol == "native":
-                await self._look(placement, worker, known, tasks)
+                await self._look(placement, worker, known, now_ms, tasks)
+
+    def _placed(self) -> tuple[list[Placement], int]:
+        return self._store.placements(), self._store.now_ms()
 
     async def _write_presence(self) -> None:
         there = {worker.id: worker for worker in self._fleet.workers.values() if worker.protocol == "native"}
@@ -183,7 +186,9 @@ class Deployer:
             elif errand.until <= now:
                 del self._errands[key]
 
-    async def _look(self, placement: Placement, worker: Worker, known: Sequence[Deployment], tasks: TaskGroup) -> None:
+    async def _look(
+        self, placement: Placement, worker: Worker, known: Sequence[Deployment], now_ms: int, tasks: TaskGroup
+    ) -> None:
         key = (worker.id, placement.model)
         announced = any(offer.name == placement.model and offer.kinds for offer in worker.capabilities.models)
         state = placement.state
@@ -199,7 +204,7 @@ class Deployer:
         elif self._has_enough_to_do(worker):
             return
         # One that was ready and is not announced is asked for, too: the worker has begun anew, and proves it again.
-        elif state in ("ready", "fetching") or due(placement, await self._threads.read(self._store.now_ms)):
+        elif state in ("ready", "fetching") or due(placement, now_ms):
             deployment = next((one for one in known if one.name == placement.deployment), None)
             asked = deployment.of(placement.revision) if deployment is not None else None
             if asked is not None and await self._write(placement, "fetching", ""):
