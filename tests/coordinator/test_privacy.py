@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -58,11 +59,13 @@ def where(state: Path, canary: str) -> list[str]:
     """Files of the state folder that hold the canary, as it is or as a client may have coded it."""
     coded = [canary.encode(), base64.b64encode(canary.encode())]
     found = []
-    for path in state.rglob("*"):
-        with suppress(FileNotFoundError, IsADirectoryError):
-            data = path.read_bytes()
-            if any(one in data for one in coded):
-                found.append(str(path.relative_to(state)))
+    for folder, _, names in os.walk(state):  # passes over folders that go meanwhile, which `Path.rglob` does not
+        for name in names:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                data = path.read_bytes()
+                if any(one in data for one in coded):
+                    found.append(str(path.relative_to(state)))
     return found
 
 

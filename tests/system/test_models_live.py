@@ -51,16 +51,20 @@ def test_models_are_added_changed_and_removed_by_a_reload(new_rig: Callable[...,
     reload(without)
     rigs.until(lambda: listed() == {"synthetic"}, "only one model is announced")
     assert rigs.ended(client, long)["state"] == "succeeded", "a job that runs is finished"
-    rigs.until(lambda: [model["name"] for model in rig.status()["models"]] == ["synthetic"], "the others have gone")
+
+    def served() -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = rig.ask("GET", "/v1/models")["models"]
+        return models
+
+    rigs.until(lambda: [model["name"] for model in served()] == ["synthetic"], "the others have gone")
     assert {path.name for path in (rig.state / "instances").iterdir()} <= {"m0"}, "and their folders with them"
 
     reload(without.replace('engine = "synthetic"', 'engine = "synthetic"\nkinds = ["llm"]'))
 
-    def kinds() -> list[str]:
-        found = rig.ask("GET", "/v1/models")["models"]
-        return found[0]["kinds"] if found else []
-
-    rigs.until(lambda: kinds() == ["llm"] and listed() == {"synthetic"}, "the changed model is served")
+    rigs.until(
+        lambda: [model["kinds"] for model in served()] == [["llm"]] and listed() == {"synthetic"},
+        "the changed model is served",
+    )
     assert client.post("/v1/chat/completions", json=rigs.chat("hello")).status_code == 200
     assert (rig.process.pid, rig.process.poll()) == (pid, None)
     assert rig.end() == 0, rig.words()
