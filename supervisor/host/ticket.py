@@ -15,6 +15,7 @@ class Ticket:
     Attributes:
         deadline: trio time after which the run is worthless.
         last_sign: trio time of the latest sign of progress; None before the run was sent to an engine.
+        handed_at: trio time when the run was handed to the engine's process; None before.
         started: the engine validated the run and works.
         produced: it has shown progress since.
         streamed: whether a chunk went out.
@@ -28,6 +29,7 @@ class Ticket:
         self.produced = False
         self.streamed = False
         self.last_sign: float | None = None
+        self.handed_at: float | None = None
         self.wanted_end: Fault | None = None
         self.end: RunEnd | None = None
         self.ended = trio.Event()
@@ -65,6 +67,15 @@ class Ticket:
         self.started = self.started or isinstance(event, Started)
         self.streamed = self.streamed or isinstance(event, Chunk)
         self._on_event(event)
+
+    def hand_over(self) -> None:
+        """The run goes to the engine's process now."""
+        self.handed_at = trio.current_time()
+
+    @property
+    def compute_ms(self) -> float:
+        """Milliseconds since the engine has had the run, to a tenth; 0 before."""
+        return 0.0 if self.handed_at is None else round((trio.current_time() - self.handed_at) * 1000, 1)
 
     def finish(self, end: RunEnd) -> None:
         """Set the end; a second one is ignored, because an engine may die while its result is on the way."""

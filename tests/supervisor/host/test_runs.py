@@ -68,11 +68,11 @@ class Stage:
     def __init__(self, nursery: trio.Nursery, spec: ModelSpec = SPEC) -> None:
         self.engine = Engine()
         self.runs = Runs(spec, LIMITS, self.engine)
-        self._nursery = nursery
+        self.nursery = nursery
 
     async def begin(self, **more: object) -> Ticket:
         run = self.runs.admit(ticket(**more))
-        self._nursery.start_soon(self.runs.serve, run)
+        self.nursery.start_soon(self.runs.serve, run)
         await trio.testing.wait_all_tasks_blocked()
         return run
 
@@ -96,10 +96,47 @@ async def test_a_result_ends_a_run_and_the_quiet_after_the_last_is_told(stage, a
     run = await stage.begin()
     stage.engine.has = 0
     stage.runs.take(wire.Result(run=1, body=msgspec.Raw(b"\xc0"), usage={"n": 1}))
-    assert run.end == Done(body=b"\xc0", usage={"n": 1})
+    assert run.end == Done(body=b"\xc0", usage={"n": 1, "compute_ms": 0})
     await trio.testing.wait_all_tasks_blocked()
     assert (stage.runs.admitted, stage.runs.succeeded, stage.runs.done) == ([], 1, 1)
     assert stage.engine.story[-2:] == ["rested", "moved"]
+
+
+def usage_of(run: Ticket) -> dict[str, float]:
+    assert isinstance(run.end, Done)
+    return dict(run.end.usage)
+
+
+async def test_a_run_is_timed_from_its_hand_over_to_its_end_and_not_while_it_waited(stage, autojump_clock):
+    waited = ticket()
+    await trio.sleep(7)
+    stage.runs.admit(waited)
+    stage.nursery.start_soon(stage.runs.serve, waited)
+    await trio.testing.wait_all_tasks_blocked()
+    beside = await stage.begin(stream=True)
+    await trio.sleep(0.25)
+    stage.runs.take(wire.Chunk(run=2, seq=0, data=msgspec.Raw(b"\xc0")))
+    await trio.sleep(1)
+    stage.runs.take(wire.Result(run=1, body=msgspec.Raw(b"\xc0"), usage={"images": 1}))
+    await trio.sleep(0.1232)
+    stage.runs.take(wire.Result(run=2, body=msgspec.Raw(b"\xc0")))
+    # Runs of one engine count their own time each: these two overlap.
+    assert usage_of(waited) == {"images": 1, "compute_ms": 1250}
+    assert usage_of(beside) == {"compute_ms": pytest.approx(1373.2)}
+
+
+async def test_an_engine_that_tells_its_own_time_knows_better(stage, autojump_clock):
+    run = await stage.begin()
+    await trio.sleep(3)
+    stage.runs.take(wire.Result(run=1, body=msgspec.Raw(b"\xc0"), usage={"compute_ms": 40.5}))
+    assert usage_of(run) == {"compute_ms": 40.5}
+
+
+async def test_what_an_engine_tells_of_its_time_must_be_a_time(stage, autojump_clock):
+    run = await stage.begin()
+    await trio.sleep(3)
+    stage.runs.take(wire.Result(run=1, body=msgspec.Raw(b"\xc0"), usage={"compute_ms": -1.0}))
+    assert usage_of(run) == {"compute_ms": 3000}
 
 
 async def test_a_silent_run_is_cancelled_and_given_up_with_what_is_known(stage, autojump_clock):
