@@ -9,8 +9,8 @@ import psutil
 import pytest
 import trio
 
-from supervisor import selftest_cases, selftest_judge
-from supervisor.selftest_cases import CASES
+from supervisor import selftest_cases, selftest_judge, selftest_run
+from supervisor.selftest_cases import CASES, Case
 from supervisor.selftest_judge import Row
 from supervisor.selftest_run import MARK, run_case, run_kit
 
@@ -31,11 +31,18 @@ def _ours() -> list[int]:
     return found
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second without a sign of life is a hang at a user's; where other tests have the processor it is nothing."""
     monkeypatch.setattr(selftest_cases, "STALL_S", 4.0)
     monkeypatch.setattr(selftest_judge, "NEIGHBOUR_S", 20.0)
+    monkeypatch.setattr(selftest_run, "RECOVERY_S", 30.0)
+
+
+def patient(name: str, **changed: object) -> Case:
+    """A case that waits longer than at a user's for its answer."""
+    case = BY_NAME[name]
+    return msgspec.structs.replace(case, **{"within_s": case.within_s + 20, **changed})
 
 
 @pytest.mark.parametrize(
@@ -50,19 +57,20 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 async def test_a_case_is_run_judged_and_cleaned_up(tmp_path, name, code):
-    row = await run_case(BY_NAME[name], tmp_path / "case")
+    case = patient(name)
+    row = await run_case(case, tmp_path / "case")
     assert row.contained, row.outcome
     assert row.code == code
     assert row.neighbour_answers >= 3
     assert row.recovered_s is not None
-    assert 0 < row.seconds < BY_NAME[name].within_s
+    assert 0 < row.seconds < case.within_s
     assert not (tmp_path / "case").exists()
     assert _ours() == []
 
 
 @pytest.mark.parametrize("name", ["spy", "signal", "home", "sockets", "wreck"])
 async def test_without_a_sandbox_the_same_attack_is_not_contained(tmp_path, name):
-    row = await run_case(BY_NAME[name], tmp_path / "case", mode="off")
+    row = await run_case(patient(name), tmp_path / "case", mode="off")
     assert not row.contained
     assert "it managed: " in row.outcome
     assert not (tmp_path / "case").exists()
@@ -80,7 +88,7 @@ async def test_a_bug_of_the_host_is_a_row_and_no_traceback(tmp_path, monkeypatch
 
 async def test_a_cancel_in_mid_case_ends_all_children_and_keeps_the_rows_that_are_done(tmp_path):
     rows: dict[str, Row] = {}
-    cases = [BY_NAME["raise"], BY_NAME["load-slow"]]
+    cases = [patient("raise"), patient("start-hang", start_s=600.0, within_s=700.0)]  # the second one is not done
     with trio.CancelScope() as scope:
 
         def on_change(_running: list[str]) -> None:
@@ -94,12 +102,11 @@ async def test_a_cancel_in_mid_case_ends_all_children_and_keeps_the_rows_that_ar
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("patient")
 def test_the_whole_kit_is_contained_here():
     """On a box that lacks a layer, the attacks that it would have stopped are listed, and nothing else is."""
     from supervisor.selftest import run
 
-    rows, stopped = run([msgspec.structs.replace(case, within_s=case.within_s + 20) for case in CASES])
+    rows, stopped = run([patient(case.name) for case in CASES])
     assert not stopped
     assert [*sorted(rows)] == sorted(case.name for case in CASES)
     bad = {row.name: row.outcome for row in rows.values() if not row.contained}
