@@ -117,7 +117,8 @@ def _serves(placement: Placement, candidates: Mapping[str, Candidate]) -> bool:
 
 def _why(placement: Placement, candidate: Candidate | None, now_ms: int) -> str:
     if candidate is None or not candidate.connected:
-        return "the worker is not connected"
+        later = "; it is to let go of it when it comes back" if placement.state == "leaving" else ""
+        return f"the worker is not connected{later}"
     match placement.state:
         case "wanted":
             return "the worker has not been asked yet"

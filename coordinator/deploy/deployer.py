@@ -3,7 +3,8 @@
 Theory of operation. Every `TICK_S` each replica writes which workers it has, plans every deployment that no other
 replica plans just now, and looks at the placements of its own workers: it orders `serve` and `unserve`, and writes what
 came of it. Nothing that matters is in memory: a replica that dies leaves placements that the worker's next replica
-finds, and an order that was given twice is carried out once (a pull of the same file follows the one under way).
+finds, and an order that was given twice is carried out once (a pull of the same file follows the one under way). What a
+worker that is away is to let go of waits for it the same way, longer than its deployment.
 
 A placement is ready when its worker announces the model, that is after it was fetched, loaded and proved there.
 """
@@ -139,7 +140,7 @@ class Deployer:
         # Always: a replica that had not heard of a change yet has queued jobs by the old name; others come back to the
         # queue, also long after their deployment has gone.
         await self._threads.write(self._store.redirect)
-        placements, now_ms = await self._threads.read(self._placed) if known else ([], 0)
+        placements, now_ms = await self._threads.read(self._placed)
         self._learn(known, placements)
         self._forget_errands()
         for placement in placements:

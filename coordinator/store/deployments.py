@@ -19,13 +19,13 @@ class Deployments(Protocol):
         """Ask for a model to be served, or for another revision, number or choice of workers of it."""
 
     def undeploy(self, name: str) -> Deployment | None:
-        """Ask for no worker any more; the row goes with its last placement. None when there is none."""
+        """Ask for no worker any more; the row goes when nobody who is here has anything of it. None: there is none."""
 
     def deployments(self) -> list[Deployment]:
         """All, by name."""
 
     def placements(self, worker: str | None = None) -> list[Placement]:
-        """All, or those of one worker."""
+        """All, or those of one worker; without those that wait for a worker which was not here for an hour."""
 
     def seen(self, worker: str, capabilities: Capabilities, *, draining: bool) -> None:
         """A worker is connected to this coordinator and announces this."""

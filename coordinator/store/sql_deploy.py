@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -14,6 +14,9 @@ from coordinator.store.sql_steps import SqlSteps, whole
 from protocol.link_wire import Capabilities
 
 FORGET_WORKER_MS = 3_600_000
+FORGET_LEAVING_MS = 366 * 86_400_000  # a worker that was away for longer keeps what it has
+# One that is to leave a worker which was not here for an hour waits for that worker, and is nothing to anybody else.
+_SHOWN = "(state <> 'leaving' OR worker IN (SELECT worker FROM presence))"
 _pack = msgspec.msgpack.encode
 _deployment = msgspec.msgpack.Decoder(Deployment).decode
 _capabilities = msgspec.msgpack.Decoder(Capabilities).decode
@@ -74,10 +77,12 @@ class SqlDeploy(SqlSteps):
         return [_deployment(row["body"]) for row in self._read("SELECT body FROM deployments ORDER BY name")]
 
     def placements(self, worker: str | None = None) -> list[Placement]:
-        """All, or those of one worker."""
-        mine = "" if worker is None else " WHERE worker = :worker"
+        """All, or those of one worker; without those that wait for a worker which was not here for an hour."""
+        mine = "" if worker is None else " AND worker = :worker"
         names = {} if worker is None else {"worker": worker}
-        rows = self._read(f"SELECT * FROM placements{mine} ORDER BY deployment, revision, worker", **names)
+        rows = self._read(
+            f"SELECT * FROM placements WHERE {_SHOWN}{mine} ORDER BY deployment, revision, worker", **names
+        )
         return [_placement(row) for row in rows]
 
     @whole
@@ -120,34 +125,46 @@ class SqlDeploy(SqlSteps):
 
     def candidates(self) -> dict[str, Candidate]:
         """All workers, those included that were here in the last hour."""
-        return self._candidates(
-            self._read(f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence")
-        )
+        return self._candidates(self._read(self._present()))
+
+    def replan(self, plan: Plan) -> list[Deployment]:
+        """Apply what `plan` says of every deployment. Asked without a lock first: mostly there is nothing to do."""
+        deployments, candidates = self.deployments(), self.candidates()
+        placements = _by_deployment(self.placements())
+        changing = any(plan(one, placements.get(one.name, []), candidates) != _NOTHING for one in deployments)
+        if not changing and all(one.lost_ms < FORGET_WORKER_MS for one in candidates.values()):
+            return deployments
+        self._replan(plan)
+        return self.deployments()
 
     @whole
-    def replan(self, plan: Plan) -> list[Deployment]:
-        """Apply what `plan` says of every deployment."""
+    def _replan(self, plan: Plan) -> None:
         with self._transaction() as now:
             self._all(
                 "DELETE FROM presence WHERE connected = 0 AND changed_ms < :old RETURNING worker",
                 old=now - FORGET_WORKER_MS,
             )
-            present = self._all(f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence")
-            candidates = self._candidates(present)
+            self._all(
+                "DELETE FROM placements WHERE state = 'leaving' AND changed_ms < :old RETURNING worker",
+                old=now - FORGET_LEAVING_MS,
+            )
             rows = self._all(f"SELECT body FROM deployments ORDER BY name{self.SKIP}")
+            candidates = self._candidates(self._all(self._present()))
+            placements = _by_deployment(map(_placement, self._all(f"SELECT * FROM placements WHERE {_SHOWN}")))
             for row in rows:
                 deployment = _deployment(row["body"])
-                placed = self._all("SELECT * FROM placements WHERE deployment = :name", name=deployment.name)
-                placements = [_placement(one) for one in placed]
-                self._apply(deployment, plan(deployment, placements, candidates), len(placements), now)
-        return self.deployments()
+                self._apply(deployment, plan(deployment, placements.get(deployment.name, []), candidates), now)
 
-    def _apply(self, deployment: Deployment, changes: Changes, had: int, now: int) -> None:
+    def _present(self) -> str:
+        return f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence"
+
+    def _apply(self, deployment: Deployment, changes: Changes, now: int) -> None:
         for one in changes.add:
             self._all(
                 "INSERT INTO placements (deployment, revision, worker, state, reason, failures, changed_ms) "
                 "VALUES (:deployment, :revision, :worker, 'wanted', '', 0, :now) "
-                "ON CONFLICT DO NOTHING RETURNING worker",
+                "ON CONFLICT (deployment, revision, worker) DO UPDATE SET state = 'wanted', reason = '', failures = 0, "
+                "changed_ms = :now WHERE placements.state = 'leaving' RETURNING worker",
                 deployment=one.deployment,
                 revision=one.revision,
                 worker=one.worker,
@@ -155,11 +172,9 @@ class SqlDeploy(SqlSteps):
             )
         for one in changes.leave:
             self._move(one, "leaving", now)
-        for one in changes.drop:
-            self._drop(one)
         if changes.current is not None:
             self._flip(deployment, changes.current, now)
-        elif deployment.leaving and not had and not changes.add:
+        elif changes.over:
             self._all("DELETE FROM deployments WHERE name = :name RETURNING name", name=deployment.name)
 
     def _flip(self, deployment: Deployment, revision: str, now: int) -> None:
@@ -222,11 +237,9 @@ class SqlDeploy(SqlSteps):
     @whole
     def unplaced(self, placement: Placement) -> None:
         """Its worker has let go of it."""
+        sql = f"DELETE FROM placements WHERE {_THIS} AND state = 'leaving' RETURNING worker"
         with self._transaction():
-            self._drop(placement)
-
-    def _drop(self, placement: Placement) -> None:
-        self._all(f"DELETE FROM placements WHERE {_THIS} AND state = 'leaving' RETURNING worker", **_names(placement))
+            self._all(sql, **_names(placement))
 
     def _move(self, placement: Placement, state: str, now: int) -> None:
         self._all(
@@ -261,6 +274,7 @@ class SqlDeploy(SqlSteps):
         )
 
 
+_NOTHING = Changes()
 _THIS = "deployment = :deployment AND revision = :revision AND worker = :worker"
 
 
@@ -270,3 +284,10 @@ def _names(placement: Placement) -> dict[str, str]:
 
 def _placement(row: Row) -> Placement:
     return Placement(**{name: row[name] for name in Placement.__struct_fields__})
+
+
+def _by_deployment(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
+    found: dict[str, list[Placement]] = {}
+    for one in placements:
+        found.setdefault(one.deployment, []).append(one)
+    return found

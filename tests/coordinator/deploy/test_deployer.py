@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from coordinator.deploy.deployer import MOST_AT_ONCE, MOST_OF_ONE, Deployer
+from coordinator.deploy.plan import GRACE_MS
 from coordinator.deploy.spec import Asked, model_name
 from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.store import SqliteStore
@@ -162,6 +163,42 @@ async def test_what_is_given_up_is_let_go_when_its_jobs_are_done(house: House) -
     assert [verb for _, verb, _ in house.orders] == ["serve", "unserve"]
     assert house.store.deployments() == []
     assert house.deployer.model_of("chat") == "chat"
+
+
+async def test_who_was_away_when_it_was_given_up_is_asked_when_it_comes_back(house: House) -> None:
+    worker = house.worker("a")
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    house.fleet.remove(worker)
+    await house.deployer.undeploy("chat")
+    await house.ticks()
+    house.store.shift_clock(GRACE_MS)
+    await house.ticks()
+    assert house.store.deployments() == []
+    house.deployer = Deployer(house.store, StoreThreads(), house.fleet, house.give)  # the coordinator began anew
+    worker = house.worker("a")
+    house.announce(worker, MODEL, "chat@home", model_name("theirs", "0123456789"))
+    assert house.deployer.name_of(MODEL) == MODEL, "nobody has looked yet"
+    await house.ticks(1)
+    assert house.deployer.name_of(MODEL) is None, "it is nothing to clients"
+    await house.ticks()
+    assert [(verb, said["name"]) for _, verb, said in house.orders] == [("serve", MODEL), ("unserve", MODEL)]
+    assert house.store.placements("a") == []
+
+
+async def test_who_comes_back_after_another_took_its_place_is_asked_to_let_go(house: House) -> None:
+    worker = house.worker("a")
+    await house.deployer.deploy(ASKED)
+    await house.ticks()
+    house.fleet.remove(worker)
+    await house.ticks(1)
+    house.store.shift_clock(GRACE_MS)
+    house.worker("b")
+    await house.ticks()
+    house.announce(house.worker("a"), MODEL)
+    await house.ticks()
+    assert [(worker, verb) for worker, verb, _ in house.orders] == [("a", "serve"), ("b", "serve"), ("a", "unserve")]
+    assert house.states() == {"b": "ready"}
 
 
 async def test_a_worker_that_does_not_let_go_is_not_asked_for_ever(house: House) -> None:

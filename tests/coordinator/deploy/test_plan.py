@@ -53,11 +53,11 @@ def applied(
 ) -> tuple[Deployment, list[Placement]]:
     """What a store makes of the changes."""
     leaving = {(one.revision, one.worker) for one in changes.leave}
-    dropped = {(one.revision, one.worker) for one in changes.drop}
+    again = {(one.revision, one.worker) for one in changes.add}
     kept = [
         msgspec.structs.replace(one, state="leaving") if (one.revision, one.worker) in leaving else one
         for one in placements
-        if (one.revision, one.worker) not in dropped
+        if one.state != "leaving" or (one.revision, one.worker) not in again
     ]
     if changes.current is not None:
         deployment = msgspec.structs.replace(deployment, current=changes.current, served=None)
@@ -114,6 +114,34 @@ def test_a_lost_worker_is_replaced_after_its_grace_and_goes_when_it_is_one_too_m
     assert len(back.leave) == 1
 
 
+def test_a_lost_worker_is_to_let_go_once_others_serve_in_its_place() -> None:
+    deployment = Deployment(asked=asked(1), current=asked().revision)
+    gone = {**boxes("b"), "a": box("a", connected=False, lost_ms=GRACE_MS)}
+    assert plan(deployment, [at("a"), at("b", "fetching")], gone) == Changes(), "it may come back as the only one"
+    assert plan(deployment, [at("a"), at("b", "fetching")], boxes("a", "b")).leave == (at("b", "fetching"),)
+    assert plan(deployment, [at("a"), at("b")], gone).leave == (at("a"),)
+    away = {**boxes("b"), "a": box("a", connected=False, lost_ms=1)}
+    assert plan(deployment, [at("a"), at("b")], away).leave == (at("a"),), "of two that serve, the one that is here"
+
+
+def test_those_that_are_away_neither_answer_nor_are_waited_for() -> None:
+    old, new = asked(2), asked(2, OTHER)
+    deployment = Deployment(asked=new, current=old.revision, served=old)
+    placements = [at("a"), at("b"), at("b", "ready", new.revision)]
+    away = {**boxes("b"), "a": box("a", connected=False, lost_ms=GRACE_MS)}
+    assert plan(deployment, placements, away).current == new.revision, "only b has the old one to give up"
+    away["b"] = box("b", connected=False, lost_ms=1)
+    assert plan(deployment, placements, away).current is None
+
+
+def test_one_that_is_to_let_go_of_what_is_wanted_again_is_chosen_first() -> None:
+    deployment = Deployment(asked=asked(1), current=asked().revision)
+    placements = [at("b", "leaving"), at("c", "leaving", asked(1, OTHER).revision)]
+    [again] = plan(deployment, placements, boxes("a", "b", "c")).add
+    assert (again.worker, again.state, again.revision) == ("b", "wanted", asked().revision)
+    assert not plan(deployment, placements, {"b": box("b", connected=False)}).add
+
+
 def test_one_that_fails_again_and_again_keeps_its_reason_and_another_is_chosen() -> None:
     placements = [at("a", "failed", failures=GIVEN_UP_AFTER)]
     changes = plan(Deployment(asked=asked(1)), placements, boxes("a", "b"))
@@ -146,7 +174,10 @@ def test_what_is_given_up_goes_from_everywhere() -> None:
 
 def test_a_worker_that_never_comes_back_is_not_waited_for() -> None:
     deployment = Deployment(asked=asked(0), leaving=True)
-    assert plan(deployment, [at("a", "leaving")], {}).drop == (at("a", "leaving"),)
+    assert plan(deployment, [at("a", "leaving")], {}) == Changes(over=True)
+    assert plan(deployment, [at("a", "leaving")], boxes("a")) == Changes()
+    assert plan(deployment, [], {}) == Changes(over=True)
+    assert plan(deployment, [at("a")], {}) == Changes(leave=(at("a"),))
 
 
 def test_a_pause_before_another_try_grows_and_ends() -> None:

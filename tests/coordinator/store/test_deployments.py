@@ -153,6 +153,66 @@ def test_a_deployment_that_is_given_up_ends_with_its_last_placement(store: Store
     assert store.deployments() == []
 
 
+HOUR_MS = 3_600_000
+
+
+def leave_behind(store: Store) -> None:
+    """A worker serves, goes away, and the deployment is given up."""
+    flipped(store)
+    store.lost("a")
+    store.undeploy("chat")
+    store.shift_clock(GRACE_MS)
+    store.beat()
+    for _ in range(2):
+        left = store.replan(plan)
+    assert left == [], "it is not waited for"
+
+
+def test_what_a_worker_that_is_away_is_to_let_go_of_waits_for_it(store: Store) -> None:
+    leave_behind(store)
+    [waits] = store.placements()
+    assert (waits.worker, waits.state) == ("a", "leaving")
+    store.deploy(msgspec.structs.replace(asked(), name="other"))
+    store.shift_clock(24 * HOUR_MS)
+    store.beat()
+    store.replan(plan)
+    assert store.candidates() == {}
+    assert store.placements() == [], "nothing to anybody who is here"
+    store.seen("a", WILLING, draining=False)
+    assert store.placements("a") == [waits]
+    store.unplaced(waits)
+    assert store.placements("a") == []
+
+
+def test_who_never_came_back_is_forgotten_after_a_year(store: Store) -> None:
+    leave_behind(store)
+    store.shift_clock(367 * 24 * HOUR_MS)
+    store.beat()
+    store.replan(plan)
+    store.seen("a", WILLING, draining=False)
+    assert store.placements("a") == []
+
+
+def test_what_was_given_up_and_is_wanted_again_stays_where_it_is(store: Store) -> None:
+    leave_behind(store)
+    store.deploy(asked())
+    store.seen("a", WILLING, draining=False)
+    store.replan(plan)
+    [again] = store.placements()
+    assert (again.worker, again.state) == ("a", "wanted")
+    store.unplaced(again)  # of an order that was answered meanwhile
+    assert store.placements() == [again]
+
+
+def test_given_up_and_given_anew_it_is_another_revision_that_stays(store: Store) -> None:
+    leave_behind(store)
+    store.deploy(asked(digit="b"))
+    store.seen("a", WILLING, draining=False)
+    store.replan(plan)
+    states = {one.revision: one.state for one in store.placements("a")}
+    assert states == {asked().revision: "leaving", asked(digit="b").revision: "wanted"}
+
+
 def test_who_writes_how_far_it_is_must_have_seen_where_it_was(store: Store) -> None:
     store.seen("a", WILLING, draining=False)
     store.deploy(asked())
