@@ -26,9 +26,23 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        if _no_room(path, error):
             raise refuse("storage_full", "The coordinator's disk is full; try again when there is room.") from None
         raise StoreError(f"{path}: {error}") from error
+
+
+def _no_room(path: Path, error: sqlite3.Error) -> bool:
+    """Whether the disk is full: where the index of the journal cannot grow, SQLite calls that an I/O error."""
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            return True
+        case sqlite3.SQLITE_IOERR:
+            return _full(path)
+    return False
+
+
+def _full(path: Path) -> bool:
+    return shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES
 
 
 def take_file(path: Path) -> int:
@@ -52,7 +66,7 @@ def cure(path: Path, error: sqlite3.Error) -> str:
     """What to do about a file that cannot be opened; only a broken one may be given up, it holds people's jobs."""
     if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return "Move it away to start empty."
-    if shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES:
+    if _full(path):
         return "The disk is full: make room and start again."
     return "Look at the disk, and at the rights of the folder."
 

@@ -6,12 +6,14 @@ import shutil
 import sqlite3
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from coordinator.records import LotRecord, StoredInput, Submission
 from coordinator.store import SqliteStore, StoreBusy, StoreError, StoreTooNew
 from coordinator.store.base import Outcome, Want
+from coordinator.store.sqlite_file import translated
 from coordinator.store.sqlite_schema import MIGRATIONS
 from protocol.faults import Fault, FaultError
 
@@ -118,6 +120,18 @@ def test_a_full_disk_is_a_typed_refusal_and_passes(tmp_path: Path) -> None:
         assert store.insert("job_1", big)[1]
     finally:
         store.close()
+
+
+@pytest.mark.parametrize(("free", "said"), [(4096, "disk is full"), (2**30, "disk I/O error")])
+def test_an_index_of_the_journal_that_cannot_grow_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, said: str
+) -> None:
+    """SQLite says SQLITE_IOERR_SHMSIZE where the journal itself had room left from a transaction before."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    with pytest.raises((FaultError, StoreError), match=said), translated(tmp_path / "jobs.sqlite"):
+        raise error
 
 
 def test_the_reader_cannot_write(tmp_path: Path) -> None:
