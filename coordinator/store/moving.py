@@ -23,7 +23,18 @@ from coordinator.store.sqlite import SqliteStore
 
 PIECE = 200  # jobs per transaction; each may have megabytes of parameters
 # Behind the jobs, in the order of their references.
-SMALL_TABLES = ("input_blobs", "attempts", "lots", "files", "batches", "batch_items", "usage_days", "usage_fresh")
+SMALL_TABLES = (
+    "input_blobs",
+    "attempts",
+    "lots",
+    "files",
+    "batches",
+    "batch_items",
+    "usage_days",
+    "usage_fresh",
+    "deployments",
+    "placements",
+)
 TABLES = ("jobs", *SMALL_TABLES)
 _NUMBERED = ("jobs", "files", "batches", "usage_fresh")
 _SUMMED = ("state", "jobs", "attempts", "numbers", "bytes")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.deploy.plan import plan
+from coordinator.deploy.spec import Asked
 from coordinator.records import LotRecord, StoredInput, Submission
 from coordinator.store import SqliteStore, StoreBusy, StoreError
 from coordinator.store.base import Outcome, Want
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
 from protocol.faults import Fault
+from protocol.link_wire import Capabilities
 
 pytest.importorskip("psycopg", reason="psycopg is not installed (extra: postgres)")
 
@@ -67,6 +70,8 @@ def test_everything_is_there_afterwards_and_goes_on(source: Path, space: str) ->
         "batches": 1,
         "batch_items": 2,
         "usage_fresh": 1,
+        "deployments": 0,
+        "placements": 0,
     }
     assert counts == expected
     store = PostgresStore(space)
@@ -88,6 +93,29 @@ def test_everything_is_there_afterwards_and_goes_on(source: Path, space: str) ->
         file = StoredInput("audio", "blob_1", 5, "f" * 64)
         again = Submission(kind="llm", model="chat", params=b"\x80", idempotency_key="k1", inputs=(file,))
         assert store.insert("job_other", again) == (rows[1], False)
+    finally:
+        store.close()
+
+
+def test_what_is_deployed_goes_along(tmp_path: Path, space: str) -> None:
+    path = tmp_path / "jobs.sqlite"
+    source = SqliteStore(path)
+    for name in ("kept", "gone"):
+        source.deploy(Asked(name=name, source="https://models.test/a.gguf", sha256="a" * 64))
+    source.seen("box", Capabilities(deploys=True), draining=False)
+    source.replan(plan)
+    source.undeploy("gone")
+    source.replan(plan)
+    deployments, placements = source.deployments(), source.placements()
+    assert {one.state for one in placements} == {"wanted", "leaving"}
+    source.close()
+    counts = moving.move(path, space, silent)
+    assert (counts["deployments"], counts["placements"]) == (2, 2)
+    store = PostgresStore(space)
+    try:
+        assert store.deployments() == deployments
+        store.seen("box", Capabilities(deploys=True), draining=False)
+        assert store.placements() == placements
     finally:
         store.close()
 
