@@ -19,6 +19,14 @@ import pytest
 
 from supervisor.observe.logfile import LogFile
 
+PATIENCE_S = 30.0  # for what takes milliseconds where nothing else runs
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not written when `close` stops waiting is lost: too soon where other tests have the processor."""
+    monkeypatch.setattr(LogFile.close, "__defaults__", (PATIENCE_S,))
+
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Callable[..., LogFile]]:
@@ -36,9 +44,9 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., LogFile]]:
 
 def settled(check: Callable[[], bool]) -> None:
     """Wait until the thread has done it."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE_S
     while not check():
-        assert time.monotonic() < until, "the log's thread did not do it in 10 s"
+        assert time.monotonic() < until, f"the log's thread did not do it in {PATIENCE_S:g} s"
         threading.Event().wait(0.002)
 
 
@@ -145,7 +153,7 @@ def test_a_full_disk_loses_nothing_that_fits_into_memory_and_tears_no_line(
     monkeypatch.setattr(os, "write", write)
     full.set()
     file.put("during one")
-    assert tried.wait(10)
+    assert tried.wait(PATIENCE_S)
     file.put("during two")
     settled(lambda: "cannot be written" in caplog.text)
     full.clear()
@@ -170,8 +178,8 @@ def test_a_disk_that_never_comes_back_costs_bounded_memory_and_no_time(
         file.put(f"filler {n:04}")
     assert file._bytes <= 1000
     assert file.dropped >= 900
-    file.close(2.0)
-    assert time.monotonic() - began < 30  # it tries again after 60 s
+    file.close()
+    assert time.monotonic() - began < PATIENCE_S  # it tries again after 60 s
     assert file.dropped == 1000
     assert "Input/output error" in caplog.text
 
@@ -198,20 +206,20 @@ def test_a_stuck_disk_holds_up_neither_the_caller_nor_the_end(
     def write(fd: int, data: bytes) -> int:
         if b"stuck" in data:
             stuck.set()
-            release.wait(30)
+            release.wait(60)
         return real(fd, data)
 
     monkeypatch.setattr(os, "write", write)
     file = opened(path=tmp_path / "w.log")
     file.put("stuck")
-    assert stuck.wait(10)
+    assert stuck.wait(PATIENCE_S)
     began = time.monotonic()
     for _ in range(100):
         file.put("x")
     file.close(0.05)
-    assert time.monotonic() - began < 15  # the disk is stuck for 30 s
+    assert time.monotonic() - began < PATIENCE_S  # the disk is stuck for 60 s
     release.set()
-    file._thread.join(10)
+    file._thread.join(PATIENCE_S)
     assert not file._thread.is_alive()
 
 
@@ -248,6 +256,7 @@ def test_a_real_limit_of_the_kernel_is_survived_told_once_and_recovered_from(tmp
         from supervisor.observe import logfile
         from supervisor.settings import LogTable
         logfile.LogFile.__init__.__kwdefaults__["retry_s"] = 0.01
+        logfile.LogFile.close.__defaults__ = (40.0,)
         path = Path(sys.argv[1])
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -255,7 +264,7 @@ def test_a_real_limit_of_the_kernel_is_survived_told_once_and_recovered_from(tmp
         log = logging.getLogger("supervisor.x")
         for number in range(500):
             log.info("line %d", number)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 40
         while "cannot be written" not in "".join(e.message for e in made.ring.since(level="warning")):
             assert time.monotonic() < until
             time.sleep(0.005)
@@ -269,7 +278,7 @@ def test_a_real_limit_of_the_kernel_is_survived_told_once_and_recovered_from(tmp
     """
     path = tmp_path / "w.log"
     argv = [sys.executable, "-c", textwrap.dedent(program), str(path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "0\n"
     assert done.stderr.count("cannot be written") == 1
     told = [json.loads(line)["message"] for line in path.read_text().splitlines()]
