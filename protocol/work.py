@@ -435,8 +435,8 @@ INPUTS: dict[str, dict[str, bool]] = {
     Kind.VIDEO: {"image": False},
 }
 
-# Keys of `usage` in results; all are numbers that may be summed. `compute_ms`: milliseconds that the engine had the run,
-# its input already there and its model loaded; runs that share an engine count their own time each.
+# Keys of `usage` in results; all are numbers that may be summed. `compute_ms`: milliseconds that the engine had the
+# run, its input already there and its model loaded; runs that share an engine count their own time each.
 USAGE_KEYS = (
     "prompt_tokens",
     "completion_tokens",

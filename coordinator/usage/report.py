@@ -48,7 +48,8 @@ def amounts(record: JobRecord) -> dict[str, int]:
     """What an ended job counts for.
 
     `busy_ms` is how long its last attempt held a slot, from its accept to its end, as the coordinator saw it; `gpu_ms`
-    is the worker's `compute_ms`, and where the worker said none, the same as `busy_ms`.
+    is the worker's `compute_ms`, and where the worker said none (a job that failed says none), the same as `busy_ms`.
+    Both count jobs that share an engine one by one.
     """
     return dict.fromkeys(AMOUNTS, 0) | counted(record)
 

@@ -171,7 +171,7 @@ def _attempt(one: Mapping[str, Any], now: float, paper: Paper) -> str:
     what = [
         f"{_progress(one)} done" if _progress(one) else "",
         count(one["chunks"], "chunk") if one["chunks"] else "",
-        *(f"{plain(name)} {value:g}" for name, value in one["usage"].items()),
+        *(f"{plain(name)} {value:.10g}" for name, value in one["usage"].items()),
     ]
     lines = [f"attempt {one['attempt']}: {paper.state(state)} ({one['phase']})"]
     for facts in (joined(times), joined(what), _fault(one)):

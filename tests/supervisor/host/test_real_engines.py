@@ -86,6 +86,14 @@ async def test_death_is_told_by_its_cause_and_the_next_job_works(bench, prompt, 
     assert bench.pid != first
 
 
+async def test_the_time_that_the_engine_had_the_run_is_told_for_every_engine(bench):
+    await bench.says("warm")
+    began = trio.current_time()
+    end = await bench.ask("hello")
+    assert isinstance(end, Done)
+    assert 0 < end.usage["compute_ms"] <= (trio.current_time() - began) * 1000 + 0.1
+
+
 async def test_a_native_crash_leaves_its_stack_as_evidence(bench):
     fault = await bench.fault("crash:SIGSEGV")
     assert any("Segmentation fault" in line for line in fault.detail["stderr_tail"])

@@ -205,6 +205,13 @@ async def test_what_ended_a_model_is_told_only_while_it_does_not_live(box, types
         assert (past in capsys.readouterr().out) == told
 
 
+def test_what_a_long_job_used_is_told_to_the_last_digit():
+    view = {"job": "j", "attempt": 1, "kind": "video", "model": "m", "state": "ended", "phase": "run"}
+    view |= {"outcome": "succeeded", "fault": "", "owner": "", "done": None, "total": None, "chunks": 0}
+    view |= {"usage": {"compute_ms": 1234567.8}, "accepted": 1.0, "started": 2.0, "ended": 3.0}
+    assert "compute_ms 1234567.8" in one_job({"job": "j", "attempts": [view], "now": 5.0}, Paper(80))
+
+
 def test_a_cancelled_job_is_nobodys_fault():
     attempt = {"job": "j", "attempt": 1, "kind": "llm", "model": "m", "state": "ended", "phase": "run"}
     times = {"done": None, "total": None, "chunks": 0, "usage": {}, "accepted": 1.0, "started": 2.0, "ended": 3.0}

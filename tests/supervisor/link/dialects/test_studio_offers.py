@@ -158,6 +158,11 @@ def test_results_in_the_shape_of_openai():
     assert (told["object"], told["model"], told["elapsed_ms"]) == ("chat.completion", "m", 0)
 
 
+def test_how_long_it_took_is_what_the_host_measured():
+    slip, result = Slip(job="j", attempt=1, kind="llm", model="m"), msgspec.msgpack.encode(work.LlmResult(content="x"))
+    assert offers.json_result(slip, result, {"compute_ms": 1234.6})["elapsed_ms"] == 1234
+
+
 def test_a_body_of_another_kind_is_no_result():
     with pytest.raises(msgspec.MsgspecError):
         offers.json_result(Slip(job="j", attempt=1, kind="audio_stt", model="m"), msgspec.msgpack.encode({}), {})
