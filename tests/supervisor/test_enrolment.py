@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from coordinator.enrolments import Enrolments
 from coordinator.registrations import Registrations
 from coordinator.testing import Running, running
+from supervisor import enrolment
 from supervisor.cli import main
 from supervisor.config import load
 from supervisor.enrolment import NotEnrolled, addresses, at_start, enrol
@@ -174,12 +176,21 @@ class _Endless(_Odd):
 
 
 @pytest.mark.parametrize(
-    ("piece", "pause_s", "words"), [(b" " * 60_000, 0.0, "longer than any"), (b" ", 0.01, "was not whole after 0.2 s")]
+    ("piece", "pause_s", "ask_s", "words"),
+    [(b" " * 60_000, 0.0, 60.0, "longer than any"), (b" ", 0.01, 0.2, "was not whole after 0.2 s")],
 )
 def test_an_answer_without_an_end_is_left(
-    config: Path, monkeypatch: pytest.MonkeyPatch, piece: bytes, pause_s: float, words: str
+    config: Path, monkeypatch: pytest.MonkeyPatch, piece: bytes, pause_s: float, ask_s: float, words: str
 ) -> None:
-    monkeypatch.setattr("supervisor.enrolment.ASK_S", 0.2)
+    monkeypatch.setattr("supervisor.enrolment.ASK_S", ask_s)
+    client = enrolment._client
+
+    def patient(tls_ca: str) -> httpx.Client:
+        made = client(tls_ca)
+        made.timeout = httpx.Timeout(60.0)  # for each piece: the server's thread may have to wait for the processor
+        return made
+
+    monkeypatch.setattr(enrolment, "_client", patient)
     monkeypatch.setattr(_Endless, "piece", piece)
     monkeypatch.setattr(_Endless, "pause_s", pause_s)
     with HTTPServer(("127.0.0.1", 0), _Endless) as server:

@@ -50,6 +50,7 @@ class Wordy(Engine):
     def load(self, model: Model, scratch: Path, progress: LoadProgress) -> Ready:
         progress(1, 1, "load")
         if WRONG == "hang-load":
+            Path("hangs").touch()
             time.sleep(600)
         if WRONG == "crash-load":
             os.abort()
