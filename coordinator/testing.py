@@ -32,8 +32,8 @@ from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from protocol.work import parse_params
 
-START_S = 10.0
-STOP_S = 10.0
+START_S = 60.0
+STOP_S = 60.0
 BEAT_S = 2.0
 TENANT = "default"
 T = TypeVar("T")
@@ -132,7 +132,7 @@ class OfferedJob:
     def read(self, name: str) -> bytes:
         """Fetch an input by its signed URL."""
         (file,) = [item for item in self.offer.inputs if item.name == name]
-        answer = httpx.get(file.url if "://" in file.url else self._worker.url + file.url)
+        answer = httpx.get(file.url if "://" in file.url else self._worker.url + file.url, timeout=START_S)
         answer.raise_for_status()
         return answer.content
 
@@ -140,7 +140,7 @@ class OfferedJob:
         """Leave an output; `complete` announces it."""
         url = self._worker.url + self.offer.upload.replace("{name}", quote(name, safe=""))
         digest = hashlib.sha256(data).hexdigest()
-        httpx.put(url, content=data, headers={"x-content-sha256": digest}).raise_for_status()
+        httpx.put(url, content=data, headers={"x-content-sha256": digest}, timeout=START_S).raise_for_status()
         self._files.append(OutputFile(name, mime, len(data), digest))
 
     def complete(self, result: Any, usage: dict[str, float] | None = None) -> None:
@@ -202,6 +202,7 @@ class FakeWorker:
             compression=None,
             proxy=None,
             max_size=wire.MAX_MESSAGE_BYTES,
+            open_timeout=START_S,
         )
         self._connection = self._stack.enter_context(connecting)
         self.send(self._hello)

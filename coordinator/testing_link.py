@@ -47,7 +47,7 @@ from protocol.faults import Fault
 from protocol.link_session import LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 TOKEN = "worker-token"
 CHAT = wire.ModelOffer(name="chat", kinds=("llm",), engine="fake", slots=1, resident=True)
 Files = tuple[OutputFile, ...]

@@ -21,7 +21,7 @@ from websockets.typing import Subprotocol
 
 from coordinator.studio.wire import SUBPROTOCOL
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 BASE = "/graphics/api"
 
 
@@ -54,7 +54,9 @@ class Admitted:
         self.install = f"install-{secrets.token_hex(8)}"
         self.request = register(url, self.install, self.secret, self.said, base).json()["requestId"]
         admin = {"authorization": f"Bearer {admin_key}"}
-        httpx.post(f"{url}/v1/registrations/{self.request}/approve", headers=admin).raise_for_status()
+        httpx.post(
+            f"{url}/v1/registrations/{self.request}/approve", headers=admin, timeout=PATIENCE_S
+        ).raise_for_status()
         self.poll()
 
     def poll(self) -> None:

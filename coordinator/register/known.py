@@ -92,6 +92,7 @@ class Known:
         tokens: hashes of the tokens of admitted studio workers, by worker; None: admitted, without a token yet.
         replicas: how many coordinators share the register.
         watched: `watch` runs, so nothing here is older than a moment, as long as the database is there.
+        clock: seconds that only go on; ages are told by it.
         on_change: called on the event loop when something may have changed.
     """
 
@@ -112,6 +113,7 @@ class Known:
         self._begun = 0
         self._failure: Exception | None = None
         self.watched = False
+        self.clock: Callable[[], float] = time.monotonic
         self._away = False
 
     @classmethod
@@ -125,11 +127,11 @@ class Known:
 
     def old(self) -> bool:
         """Whether the picture must be refreshed before it is used."""
-        return not self.watched and time.monotonic() - self._read_at >= CACHE_S
+        return not self.watched and self.clock() - self._read_at >= CACHE_S
 
     def check_age(self) -> None:
         """Raise FaultError(overloaded) when the database was away for so long that nothing is sure any more."""
-        if time.monotonic() - self._read_at >= STALE_S:
+        if self.clock() - self._read_at >= STALE_S:
             raise _away()
 
     # ---- reading -------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class Known:
         """Read what has changed. Raises StoreError, FaultError."""
         with self._reading:
             number = int(self.register.read("SELECT number FROM changes WHERE one = 1")[0]["number"])
-            began = time.monotonic()
+            began = self.clock()
             if number < self._number:  # the file was put back from a backup
                 self.keys, self.prefixes, self.tenants, self.tokens = {}, {}, {}, {}
                 self._number = 0

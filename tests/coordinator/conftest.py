@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,15 +11,36 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
+from coordinator.register import known
 from coordinator.services import Limits
 from coordinator.testing import FakeWorker, Running, Script, running
 from protocol.link_wire import ModelOffer
 from tests.coordinator.studio_rig import FAST, House, opened
 
+PATIENCE_S = 60.0
 _numbers = itertools.count(1)
 
 Serve = Callable[..., FakeWorker]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_busy_machine_is_no_outage() -> Iterator[None]:
+    """Answers may take as long as they take where everything runs on two cores; what is too late is tried on purpose.
+
+    httpx gives up after 5 s unless it is told otherwise, and stores and registers sooner.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for step in ("connect", "read", "write", "pool"):
+            patch.setattr(DEFAULT_TIMEOUT_CONFIG, step, PATIENCE_S)
+        patch.setattr(known, "ANSWER_S", PATIENCE_S)
+        if importlib.util.find_spec("psycopg_pool") is not None:
+            from coordinator.store import postgres_link
+
+            patch.setattr(postgres_link, "CONNECTION_S", PATIENCE_S)
+            patch.setitem(postgres_link.CONNECT, "connect_timeout", int(PATIENCE_S))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +53,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture
 def http(served: Running) -> Iterator[httpx.Client]:
     """Plain HTTP with the client key."""
-    with httpx.Client(base_url=served.url, headers=served.headers, timeout=20) as client:
+    with httpx.Client(base_url=served.url, headers=served.headers, timeout=PATIENCE_S) as client:
         yield client
 
 
 @pytest.fixture
 def ai(served: Running) -> Iterator[openai.OpenAI]:
     """The official client, without retries so that every fault is seen once."""
-    with openai.OpenAI(base_url=served.url + "/v1", api_key=served.key, max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=served.url + "/v1", api_key=served.key, max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 
 

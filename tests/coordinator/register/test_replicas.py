@@ -17,7 +17,7 @@ from coordinator.testing import Running, running
 from protocol import link_wire as wire
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def session(there: Running, secret: str, name: str) -> Iterator[ClientConnection
     """A worker's, welcomed."""
     headers = {"authorization": f"Bearer {secret}"}
     address = there.url.replace("http", "ws") + "/v1/worker"
-    with connect(address, subprotocols=[LINK_SUBPROTOCOL], additional_headers=headers) as socket:  # type: ignore[list-item]
+    with connect(address, subprotocols=[LINK_SUBPROTOCOL], additional_headers=headers, open_timeout=WAIT_S) as socket:  # type: ignore[list-item]
         hello = wire.Hello(worker=name, low=LINK_WIRE.low, high=LINK_WIRE.high, capabilities=wire.Capabilities())
         socket.send(wire.encode(hello))
         socket.recv(WAIT_S)

@@ -21,7 +21,7 @@ import pytest
 
 from coordinator.records import Submission
 from coordinator.store import SqliteStore, Store
-from coordinator.store.base import SILENT_MS, Outcome, Want
+from coordinator.store.base import Outcome, Want
 from protocol.faults import Fault, FaultError
 
 CRASH = Fault("engine_crashed", "The engine crashed.")
@@ -46,7 +46,8 @@ _ODD = """
     SELECT count(*) AS odd FROM attempts JOIN jobs ON jobs.id = attempts.job
     WHERE attempts.n > jobs.attempt OR (attempts.n = jobs.attempt AND jobs.state IN ('offered', 'running', 'succeeded'))
 """
-_LIVE = f"gateway IN (SELECT id FROM gateways WHERE beat_ms > now_ms() - {SILENT_MS})"
+# Both have said that they live just before the rows are looked at, however long ago that is on a slow machine.
+_LIVE = "gateway IN (SELECT id FROM gateways WHERE beat_ms > now_ms() - 600000)"
 
 
 class Chaos:

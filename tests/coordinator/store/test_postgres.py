@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.records import StoredInput, Submission
 from coordinator.store import StoreError, StoreTooNew
-from coordinator.store.base import LEFT_BEHIND, SILENT_MS, Outcome, StoreAway, Want
+from coordinator.store.base import LEFT_BEHIND, Outcome, StoreAway, Want
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
 from protocol.faults import Fault, FaultError
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 CRASH = Fault("engine_crashed", "The engine crashed.")
 CANCEL = Fault("cancelled", "The client left.")
 ANY = Want("chat", ("llm",), 100)
-WAIT_S = 30.0
+WAIT_S = 60.0
+SILENT_MS = 600_000  # of the stores of these tests: only the shifted clock makes one silent, never a slow machine
 Open = Callable[..., PostgresStore]
 
 
@@ -41,7 +42,7 @@ def open_store(space: str) -> Iterator[Open]:
     with contextlib.ExitStack() as stack:
 
         def one(**options: Any) -> PostgresStore:
-            store = PostgresStore(space, **options)
+            store = PostgresStore(space, **{"silent_ms": SILENT_MS, **options})
             stack.callback(store.close)
             return store
 
@@ -226,15 +227,16 @@ def test_a_broken_doorbell_is_mended(open_store: Open, space: str) -> None:
 
     second.listen(ring)
     with heard:
-        assert heard.wait_for(lambda: len(rings) == 1, WAIT_S)
+        assert heard.wait_for(lambda: len(rings) >= 1, WAIT_S)
     with psycopg.connect(space, autocommit=True) as admin:
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN %'")
     with heard:
-        assert heard.wait_for(lambda: len(rings) == 2, WAIT_S)
+        assert heard.wait_for(lambda: len(rings) >= 2, WAIT_S)
+        rung = len(rings)
     first.listen(lambda: None)
     first.insert("job_1", submission())
     with heard:
-        assert heard.wait_for(lambda: len(rings) == 3, WAIT_S)
+        assert heard.wait_for(lambda: len(rings) > rung, WAIT_S)
 
 
 def test_behind_a_pooler_nothing_is_prepared_set_or_listened_to(open_store: Open, space: str) -> None:
@@ -459,10 +461,10 @@ def own_server() -> Iterator[PostgresServer]:
 def test_while_the_database_is_away_clients_are_told_to_come_back(
     own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_link, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(postgres_link, "CONNECTION_S", 0.2)
     with contextlib.closing(PostgresStore(own_server.url)) as store:
         running(store, "job_1")
+        monkeypatch.setattr(postgres_link, "PATIENCE_S", 0.2)
+        monkeypatch.setattr(store._link._pool, "timeout", 0.2)
         own_server.stop()
         for step in (
             lambda: store.get("job_1"),
@@ -476,6 +478,7 @@ def test_while_the_database_is_away_clients_are_told_to_come_back(
             assert "Nothing was changed" in fault.message
         own_server.start()
         monkeypatch.setattr(postgres_link, "PATIENCE_S", WAIT_S)
+        monkeypatch.setattr(store._link._pool, "timeout", WAIT_S)
         assert until_it_answers(lambda: store.complete("job_1", 1, "w1", Outcome(b"\x80"))).verdict == "stored"
         assert not store.has_job("job_2")
 

@@ -84,9 +84,9 @@ def test_files_are_listed_in_pages(store: Store) -> None:
 
 
 def test_a_file_whose_time_has_passed_is_gone(store: Store) -> None:
-    short, long = file(store, keep_ms=1000), file(store)
-    assert short.expires_ms == short.created_ms + 1000
-    store.shift_clock(1000)
+    short, long = file(store, keep_ms=600_000), file(store)
+    assert short.expires_ms == short.created_ms + 600_000
+    store.shift_clock(600_000)
     assert store.get_file(short.id, "a") is None
     assert store.list_files("a", 10) == [long]
     assert store.has_blob(short.blob), "until it is purged, its bytes are its own"
@@ -96,9 +96,9 @@ def test_a_file_whose_time_has_passed_is_gone(store: Store) -> None:
 
 
 def test_what_an_open_batch_reads_stays(store: Store) -> None:
-    read = file(store, keep_ms=1000)
+    read = file(store, keep_ms=600_000)
     made = batch(store, read)
-    store.shift_clock(2000)
+    store.shift_clock(600_000)
     assert store.purge_files() == []
     with pytest.raises(FaultError, match=made.id) as refused:
         store.remove_file(read.id, "a")
@@ -196,17 +196,17 @@ def test_jobs_of_an_open_batch_are_kept(store: Store) -> None:
     mine, other = job(store), job(store)
     store.note_items(made.id, [BatchItem(0, mine.id)])
     finish(store)
-    store.shift_clock(10_000)
-    assert [purged.job for purged in store.purge(5000)] == [other.id]
+    store.shift_clock(600_000)
+    assert [purged.job for purged in store.purge(300_000)] == [other.id]
     moved(store, made, "completed")
     assert store.batch_items(made.id, 0, 10) == []
-    assert [purged.job for purged in store.purge(5000)] == [mine.id]
+    assert [purged.job for purged in store.purge(300_000)] == [mine.id]
 
 
 def test_old_batches_are_forgotten(store: Store) -> None:
     ended, open_ = batch(store, file(store)), batch(store, file(store))
     moved(store, ended, "completed")
-    store.shift_clock(10_000)
-    assert store.purge_batches(20_000) == 0
-    assert store.purge_batches(5000) == 1
+    store.shift_clock(600_000)
+    assert store.purge_batches(1_200_000) == 0
+    assert store.purge_batches(300_000) == 1
     assert store.list_batches("a", 10) == [open_]
