@@ -1,8 +1,10 @@
 """Tenants whose content is not kept: what their jobs, batches and files hold is deleted once it was delivered.
 
 Delivered means: the answer was given to the client's connection to its last byte; a result fetched by GET once; a job
-with output files, when each was fetched whole. What nobody fetches goes `undelivered_s` after its job ended. A batch's
-jobs and its input go when the batch has ended, its output once it was fetched.
+with output files, when each was fetched whole. What nobody fetches goes `undelivered_s` after its job ended; so does
+what was delivered a moment before this process was killed. A job that was cancelled because its client was gone has
+nothing to deliver: it goes with the next look. A batch's jobs and its input go when the batch has ended, its output
+once it was fetched.
 
 Of a job stays its row without content: when, where, how long, which model, what it used, and which fault code it ended
 with. What is on other media is beyond us: backups, a standby's archive, a file system's snapshots and free blocks, and
@@ -70,9 +72,10 @@ class Privacy:
         self._fetched: dict[str, set[str]] = {}  # job -> keys of its files that were fetched
         self._bell = anyio.Event()
         self._looked: dict[str, int] = {}  # tenant -> what ended before this instant was forgotten
+        self._left: dict[str, int] = {}  # likewise, of jobs whose clients were gone
         self._tidied: dict[str, int] = {}  # batch -> how far
         self._fresh: set[str] = set()  # jobs of `_fetched` that were not looked at since
-        self._unsettled = False
+        self._unsettled = True  # an earlier life may have been killed before it emptied the journal
         self._at_once = True  # a sweep is due, whatever the time
 
     def delivered(self, notes: Notes) -> None:
@@ -148,8 +151,13 @@ class Privacy:
             while found := await self._threads.read(self._store.unforgotten, [tenant], since, before, PAGE):
                 await self._forget(found)
             self._looked[tenant] = max(0, before - LATE_MS)
-        for tenant in set(self._looked) - set(tenants):
-            del self._looked[tenant]
+            since = self._left.get(tenant, 0)
+            while found := await self._threads.read(self._store.left_behind, [tenant], since, PAGE):
+                await self._forget(found)
+            self._left[tenant] = max(0, now_ms - LATE_MS)
+        for looked in (self._looked, self._left):
+            for tenant in set(looked) - set(tenants):
+                del looked[tenant]
 
     async def _tidy(self, batch: BatchRecord, before_ms: int) -> None:
         """A batch that has ended: its jobs and its input are in its output."""

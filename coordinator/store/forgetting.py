@@ -37,6 +37,10 @@ class Forgets(Protocol):
     def unforgotten(self, tenants: Sequence[str], ended_ms: int, before_ms: int, limit: int = 500) -> list[str]:
         """Jobs of these tenants that ended between the two instants and still have their content, oldest first."""
 
+    def left_behind(self, tenants: Sequence[str], ended_ms: int, limit: int = 500) -> list[str]:
+        """Jobs of these tenants that were cancelled after `ended_ms`, because their clients were gone or otherwise,
+        while a connection was to bring the answer: there is nothing to deliver, to nobody. Oldest first."""
+
     def batch_jobs(self, batch_id: str, tenant: str) -> list[str]:
         """The jobs that a batch has made and that still have their content."""
 

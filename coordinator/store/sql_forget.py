@@ -70,16 +70,24 @@ class SqlForget(SqlSteps):
 
     def unforgotten(self, tenants: Sequence[str], ended_ms: int, before_ms: int, limit: int = 500) -> list[str]:
         """See `Forgets`."""
+        return self._ended("finished_ms <= :before", tenants, ended_ms, limit, before=before_ms)
+
+    def left_behind(self, tenants: Sequence[str], ended_ms: int, limit: int = 500) -> list[str]:
+        """See `Forgets`."""
+        return self._ended("attended = 1 AND state = 'cancelled'", tenants, ended_ms, limit)
+
+    def _ended(self, which: str, tenants: Sequence[str], ended_ms: int, limit: int, **more: int) -> list[str]:
+        """Jobs that ended after an instant, and have their content."""
         if not tenants:
             return []
         names = {f"tenant{n}": tenant for n, tenant in enumerate(tenants)}
         rows = self._read(
-            f"SELECT id FROM jobs WHERE finished_ms > :ended AND finished_ms <= :before AND {_HAS_CONTENT} "
+            f"SELECT id FROM jobs WHERE finished_ms > :ended AND {which} AND {_HAS_CONTENT} "
             f"AND tenant IN ({', '.join(':' + name for name in names)}) ORDER BY finished_ms LIMIT :limit",
             ended=ended_ms,
-            before=before_ms,
             limit=limit,
             **names,
+            **more,
         )
         return [row["id"] for row in rows]
 

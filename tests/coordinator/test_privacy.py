@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -197,6 +198,36 @@ def test_what_nobody_fetches_goes_after_a_while(there, http, state):
         assert not [name for name in where(state, "canary-late") if "sqlite" not in name]
         there.coordinator._store.settle()
         gone(there, state, "canary-late")
+
+
+def test_what_a_client_left_in_the_middle_goes_with_the_next_look(there, http, state):
+    """Its job is cancelled, so there is nothing to deliver, and nobody to deliver it to."""
+
+    def endless(job: OfferedJob) -> None:
+        job.started()
+        job.chunk({"delta": {"content": "canary-left"}})
+        assert job.cancelled.wait(PATIENCE_S)
+        job.fail(Fault("cancelled", "as asked: canary-left"))
+
+    with worker(there, endless):
+        with http.stream("POST", "/v1/chat/completions", json=chat("canary-left", stream=True)) as stream:
+            assert any("canary-left" in line for line in stream.iter_lines())
+            assert where(state, "canary-left")
+        until(lambda: [job["state"] for job in http.get("/v1/jobs").json()["data"]] == ["cancelled"])
+        there.loop.call_soon_threadsafe(there.coordinator.privacy.look)
+        gone(there, state, "canary-left")
+
+
+def test_a_blow_between_forgetting_and_emptying_the_journal_leaves_nothing(there, http, state, tmp_path, monkeypatch):
+    store, dead = there.coordinator._store, tmp_path / "dead"
+    monkeypatch.setattr(store, "settle", lambda: False)
+    with worker(there, answer):
+        http.post("/v1/chat/completions", json=chat("canary-blow")).raise_for_status()
+        until(lambda: not store.unforgotten([TENANT], 0, store.now_ms() + 1))
+        shutil.copytree(state, dead)  # what a killed process leaves
+        assert where(dead, "canary-blow") == ["coordinator.sqlite-wal"]
+    with running(dead) as again:
+        gone(again, dead, "canary-blow")
 
 
 def test_a_tenant_that_keeps_its_content_keeps_it(there, http, state):

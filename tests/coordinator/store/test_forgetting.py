@@ -124,6 +124,21 @@ def test_what_ended_long_ago_is_found_by_tenant(store: Store) -> None:
     assert store.settle()
 
 
+def test_what_was_cancelled_under_a_connection_is_left_behind(store: Store) -> None:
+    gone = Fault("cancelled", CANARY)
+    for n, attended in enumerate((True, False)):
+        store.insert(f"job_{n}", asked(attended=attended))
+        assert f"job_{n}" not in store.left_behind(["a"], 0), "it may still be answered"
+        assert store.cancel(f"job_{n}", "a", gone)
+    run(store, "job_3", attended=True)
+    assert store.left_behind(["a", "b"], 0) == ["job_0"], "the others have something to deliver, or somebody may come"
+    assert store.left_behind(["b"], 0) == []
+    assert store.left_behind([], 0) == []
+    assert store.left_behind(["a"], store.now_ms() + 1) == []
+    store.forget(["job_0"])
+    assert store.left_behind(["a"], 0) == []
+
+
 def test_nothing_of_it_is_left_in_the_files_of_sqlite(tmp_path: Path) -> None:
     """Small content, which lies within pages that others share, and large, which has pages of its own."""
     store = SqliteStore(tmp_path / "jobs.sqlite")
