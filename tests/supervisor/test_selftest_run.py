@@ -9,10 +9,11 @@ import psutil
 import pytest
 import trio
 
-from supervisor import selftest_cases, selftest_judge, selftest_run
+from supervisor import selftest_judge, selftest_run
 from supervisor.selftest_cases import CASES, Case
 from supervisor.selftest_judge import Row
 from supervisor.selftest_run import MARK, run_case, run_kit
+from supervisor.settings import LimitsTable
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -31,18 +32,28 @@ def _ours() -> list[int]:
     return found
 
 
+STALL_S = 6.0  # where a hang is the case
+PATIENCE_S = 40.0
+
+
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second without a sign of life is a hang at a user's; where other tests have the processor it is nothing."""
-    monkeypatch.setattr(selftest_cases, "STALL_S", 4.0)
-    monkeypatch.setattr(selftest_judge, "NEIGHBOUR_S", 20.0)
-    monkeypatch.setattr(selftest_run, "RECOVERY_S", 30.0)
+    limits_of = Case.limits.fget
+
+    def limits(case: Case) -> LimitsTable:
+        stall_s = STALL_S if "engine_hung" in case.codes else PATIENCE_S
+        return msgspec.structs.replace(limits_of(case), load_s=stall_s, first_output_s=stall_s, stall_s=stall_s)
+
+    monkeypatch.setattr(Case, "limits", property(limits))
+    monkeypatch.setattr(selftest_judge, "NEIGHBOUR_S", PATIENCE_S)
+    monkeypatch.setattr(selftest_run, "RECOVERY_S", PATIENCE_S)
 
 
 def patient(name: str, **changed: object) -> Case:
     """A case that waits longer than at a user's for its answer."""
     case = BY_NAME[name]
-    return msgspec.structs.replace(case, **{"within_s": case.within_s + 20, **changed})
+    return msgspec.structs.replace(case, **{"within_s": case.within_s + PATIENCE_S, **changed})
 
 
 @pytest.mark.parametrize(

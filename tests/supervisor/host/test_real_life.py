@@ -26,11 +26,12 @@ from supervisor.host.watchdog import Bounds, Watchdog
 from supervisor.host.work import Done, EngineSpec, Failed, InstanceStatus, ModelSpec, RunEnd, RunRequest, Started
 from supervisor.settings import LimitsTable, RecycleTable
 
+# Nothing that is well comes near these, however busy the machine is; but for a cancel that is not heeded.
 LIMITS = LimitsTable(
-    start_s=20, load_s=10, first_output_s=2.0, stall_s=2.0, cancel_grace_s=0.3, term_grace_s=0.3, job_s=30
+    start_s=60, load_s=30, first_output_s=30, stall_s=30, cancel_grace_s=0.3, term_grace_s=0.3, job_s=120
 )
 MIB = 2**20
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc")
 
@@ -118,7 +119,7 @@ async def test_a_stuck_cancel_drains_the_instance_and_leaves_its_neighbour_alone
     async with bench(tmp_path) as it:
         await it.begin("deaf", "stuck")
         first = it.status.pid
-        await it.begin("deaf:2", "neighbour")
+        await it.begin("deaf:5", "neighbour")
         it.host.cancel("stuck")
         await it.until(lambda: it.status.state == "draining")
         assert it.fault_of("stuck").code == "cancelled"
@@ -149,7 +150,7 @@ async def test_a_kill_from_outside_is_told_within_moments(tmp_path):
         began = trio.current_time()
         os.kill(it.engine, signal.SIGKILL)
         await it.until(lambda: "a" in it.ends)
-        assert trio.current_time() - began < 5  # measured: 3 ms alone; it is told, not looked for
+        assert trio.current_time() - began < LIMITS.stall_s  # measured: 3 ms alone; it is told, not looked for
         fault = it.fault_of("a")
         assert (fault.code, fault.detail["signal"], fault.detail["end"]) == ("engine_crashed", 9, "signalled")
         assert isinstance(await it.ask("next"), Done)
@@ -192,13 +193,13 @@ def quick_dogs() -> Senses:
 
 @pytest.mark.parametrize(("prompt", "seen"), [("hang-gil", "wedged"), ("stop", "stopped")])
 async def test_an_engine_that_will_never_answer_is_ended_long_before_its_limit(tmp_path, prompt, seen):
-    limits = msgspec.structs.replace(LIMITS, first_output_s=25.0)
+    limits = msgspec.structs.replace(LIMITS, first_output_s=100.0)
     incidents = Incidents(tmp_path / "incidents")
     async with bench(tmp_path, limits=limits, incidents=incidents, senses=quick_dogs()) as it:
         await it.ask("warm")
         began = trio.current_time()
         fault = await it.fault(prompt)
-        assert trio.current_time() - began < 15
+        assert trio.current_time() - began < PATIENCE_S
         assert (fault.code, fault.detail["diagnosis"], fault.detail["end"]) == ("engine_hung", seen, "wedged")
         assert isinstance(await it.ask("next"), Done)
         (incident,) = incidents.recent()
@@ -208,7 +209,7 @@ async def test_an_engine_that_will_never_answer_is_ended_long_before_its_limit(t
 
 
 async def test_one_that_computes_with_the_lock_held_is_left_to_its_limit(tmp_path):
-    limits = msgspec.structs.replace(LIMITS, first_output_s=10.0)
+    limits = msgspec.structs.replace(LIMITS, first_output_s=60.0)
     async with bench(tmp_path, limits=limits, senses=quick_dogs()) as it:
         assert isinstance(await it.ask("spin:4"), Done)
 
