@@ -28,7 +28,7 @@ engine = "synthetic"
 device = "auto"
 gpus = ["{GPU}"]
 vram_gb = 5
-options = {{ gpu = "{GPU}", vram_bytes = {5 * GIB}, slots = 2, tokens = 400, delay_ms = 10 }}
+options = {{ gpu = "{GPU}", vram_bytes = {5 * GIB}, slots = 2, tokens = 800, delay_ms = 10 }}
 [[models]]
 name = "synthetic-b"
 engine = "synthetic"
@@ -104,22 +104,20 @@ def test_two_models_that_do_not_fit_together_take_turns(rig, rigs):
         for mine, other in (("synthetic-a", "synthetic-b"), ("synthetic-b", "synthetic-a")):
             answer = say(client, rigs, f"turn {turn}", mine, max_tokens=2)
             assert answer.status_code == 200, answer.text
-            assert rig.model(mine)["state"] == "ready"
             assert rig.model(other)["state"] == "cold"
-            rigs.until(lambda: free_gib(rig) == 3, f"the GPU shows that {mine} is there", 10)
-            rigs.until(
-                lambda mine=mine: rig.model(mine)["held"] == {GPU: 5 * GIB}, f"it knows that {mine} holds it", 10
-            )
+            rigs.until(lambda mine=mine: rig.model(mine)["state"] == "ready", f"{mine} is loaded, and done")
+            rigs.until(lambda: free_gib(rig) == 3, f"the GPU shows that {mine} is there")
+            rigs.until(lambda mine=mine: rig.model(mine)["held"] == {GPU: 5 * GIB}, f"it knows that {mine} holds it")
     assert rig.status()["incidents"] == []
     assert rig.gpu(GPU)["tainted"] == ""
 
 
 def test_who_waits_for_a_working_model_is_told_why_and_is_next(rig, rigs):
     client = rig.ready()
-    first = rigs.submit(client, rigs.job("a b", 400, "synthetic-a"))
+    first = rigs.submit(client, rigs.job("a b", 600, "synthetic-a"))
     rigs.until(lambda: rig.model("synthetic-a")["running"] == 1, "the first works")
     second = rigs.submit(client, rigs.job("c d", 2, "synthetic-b"))
-    rigs.until(lambda: rig.model("synthetic-b")["waits"], "the other waits", 10)
+    rigs.until(lambda: rig.model("synthetic-b")["waits"], "the other waits")
     (waiting,) = [model for model in status(rig)["models"] if model["name"] == "synthetic-b"]
     assert "synthetic-a is working" in waiting["waits"], waiting
     assert "synthetic-a is working" in ordered(rig, "status")
@@ -127,7 +125,7 @@ def test_who_waits_for_a_working_model_is_told_why_and_is_next(rig, rigs):
     for id_ in (first, second):
         found = rigs.ended(client, id_)
         assert (found["state"], found["tries"]) == ("succeeded", 1), found
-    assert rig.model("synthetic-a")["state"] == "cold"
+    rigs.until(lambda: rig.model("synthetic-a")["state"] == "cold", "it has made room")
 
 
 def ordered(rig: Any, *words: str) -> str:
@@ -141,12 +139,12 @@ def ordered(rig: Any, *words: str) -> str:
 def test_memory_of_other_programs_counts_as_taken_and_is_named(rig, rigs, gpus):
     client = rig.ready()
     ordered(rig, "pause", "--free-vram")
-    rigs.until(lambda: free_gib(rig) == 8, "our own models are gone", 20)
+    rigs.until(lambda: free_gib(rig) == 8, "our own models are gone")
     gpus.write(others_gib=6)
-    rigs.until(lambda: free_gib(rig) == 2, "somebody took it", 10)
+    rigs.until(lambda: free_gib(rig) == 2, "somebody took it")
     ordered(rig, "resume")
     id_ = rigs.submit(client, rigs.job("a b", 2, "synthetic-a"))
-    rigs.until(lambda: "other programs hold 6.0 GiB" in rig.model("synthetic-a")["waits"], "it waits for others", 20)
+    rigs.until(lambda: "other programs hold 6.0 GiB" in rig.model("synthetic-a")["waits"], "it waits for others")
     assert "other programs" in rig.gpu(GPU)["why"]
     gpus.write()
     assert rigs.ended(client, id_)["state"] == "succeeded"
@@ -154,19 +152,19 @@ def test_memory_of_other_programs_counts_as_taken_and_is_named(rig, rigs, gpus):
 
 def test_a_pause_frees_the_gpu_once_what_runs_is_done_and_resume_brings_it_back(rig, rigs):
     client = rig.ready()
-    id_ = rigs.submit(client, rigs.job("a b", 200, "synthetic-a"))
+    id_ = rigs.submit(client, rigs.job("a b", 400, "synthetic-a"))
     rigs.until(lambda: rig.model("synthetic-a")["running"] == 1, "it works")
     said = ordered(rig, "pause", "--free-vram", "--reason", "a game")
     assert "as soon as they are idle" in said
     assert rig.model("synthetic-a")["state"] in ("busy", "draining"), "a running job was ended"
     assert rigs.ended(client, id_)["state"] == "succeeded"
-    rigs.until(lambda: free_gib(rig) == 8, "the GPU is free", 10)
-    assert rig.model("synthetic-a")["state"] == "cold"
+    rigs.until(lambda: free_gib(rig) == 8, "the GPU is free")
+    rigs.until(lambda: rig.model("synthetic-a")["state"] == "cold", "its model is gone")
     assert "Paused by the operator (a game)" in rig.gpu(GPU)["why"]
     ordered(rig, "resume")
     # Whichever: the other one may have been on its way when the hold before this one began.
     warm = ("synthetic-a", "synthetic-b")
-    rigs.until(lambda: any(rig.model(name)["state"] == "ready" for name in warm), "it is warm, unasked", 20)
+    rigs.until(lambda: any(rig.model(name)["state"] == "ready" for name in warm), "it is warm, unasked")
     assert say(client, rigs, "again", "synthetic-a", max_tokens=1).status_code == 200
 
 
@@ -185,8 +183,8 @@ def test_memory_of_what_was_killed_comes_back_and_the_other_model_gets_it(rig, r
         client = rig.ready()
     answer = say(client, rigs, "mine now", "synthetic-b")
     assert answer.status_code == 200, answer.text
-    thread.join(20)
-    rigs.until(lambda: rig.model("synthetic-b")["held"] == {GPU: 5 * GIB}, "it holds the memory", 10)
+    thread.join(rigs.PATIENCE_S)
+    rigs.until(lambda: rig.model("synthetic-b")["held"] == {GPU: 5 * GIB}, "it holds the memory")
     assert rig.gpu(GPU)["tainted"] == ""
 
 
@@ -202,8 +200,8 @@ def test_a_gpu_that_fell_off_the_bus_takes_its_models_out_of_service_and_nothing
     """The last of this file: a simulated GPU passes no trial, so it stays away. A restart knows it, too."""
     client = rig.ready()
     gpus.write(events=[{"kind": "xid", "uuid": GPU, "xid": 79}])
-    rigs.until(lambda: rig.gpu(GPU)["fault"], "it is seen", 10)
-    rigs.until(lambda: _listed(client) == {"synthetic"}, "its models are not announced any more", 10)
+    rigs.until(lambda: rig.gpu(GPU)["fault"], "it is seen")
+    rigs.until(lambda: _listed(client) == {"synthetic"}, "its models are not announced any more")
     assert "79" in rig.gpu(GPU)["why"], rig.gpu(GPU)
     assert say(client, rigs, "on the CPU", "synthetic").status_code == 200
     answer = say(client, rigs, "x", "synthetic-a")
@@ -212,7 +210,7 @@ def test_a_gpu_that_fell_off_the_bus_takes_its_models_out_of_service_and_nothing
     gpus.write()
     rig.want = frozenset({"synthetic"})
     client = rig.ready()
-    rigs.until(lambda: rig.status()["gpus"], "the GPU is read", 20)
+    rigs.until(lambda: rig.status()["gpus"], "the GPU is read")
     assert rig.gpu(GPU)["fault"], "a restart trusts a GPU that had fallen off the bus"
     assert _listed(client) == {"synthetic"}
 

@@ -6,7 +6,6 @@ import io
 import json
 import socket
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,20 @@ engine = "synthetic"
 [[models]]
 name = "synthetic-slow"
 engine = "synthetic"
-options = { slots = 4, tokens = 4000, delay_ms = 25 }
+options = { slots = 4, tokens = 20000, delay_ms = 25 }
 """
 NAMES = frozenset({"synthetic", "synthetic-slow"})
 
 
 @pytest.fixture
 def rig(new_rig) -> Any:
-    return new_rig(models=MODELS, want=NAMES, limits="drain_s = 30")
+    return new_rig(models=MODELS, want=NAMES, limits="drain_s = 600")
 
 
 def raw(rig: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
     """A request as no client of ours would make it; status and body."""
     with socket.socket(socket.AF_UNIX) as wire:
-        wire.settimeout(60)
+        wire.settimeout(120)
         wire.connect(str(rig.state / "control.sock"))
         kind = b"Content-Type: application/json\r\n" if body else b""
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n".encode("latin-1")
@@ -48,7 +47,7 @@ def raw(rig: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes
 
 
 def running(rig: Any, rigs: Any, client: Any, count: int = 2) -> list[str]:
-    ids = [rigs.submit(client, rigs.job(f"number {n}", 4000)) for n in range(count)]
+    ids = [rigs.submit(client, rigs.job(f"number {n}", 20000)) for n in range(count)]
     rigs.until(lambda: all(rigs.state_of(client, id_) == "running" for id_ in ids), "all jobs run")
     return ids
 
@@ -88,20 +87,17 @@ def test_two_drains_agree_or_the_second_is_refused(rig, rigs):
     assert rig.ask("POST", "/v1/drain", {"reason": "second"})["draining"] == "first"
     with pytest.raises(RequestFailed, match="after which the supervisor ends"):
         rig.ask("POST", "/v1/drain", {"restart": True})
-    began = time.monotonic()
     rig.ask("POST", "/v1/shutdown", {"reason": "no time"})
+    # The drain would take much longer, as its jobs do.
     assert rig.process.wait(rigs.PATIENCE_S) == 0, rig.words()[-2000:]
-    assert time.monotonic() - began < 20, "the drain's 30 s were not cut short"
     assert not rigs.processes_of(rig.folder)
     assert len(ids) == 2
 
 
 def test_the_end_at_once_is_bounded_and_its_answer_arrives(rig, rigs):
-    rig.ready()
-    began = time.monotonic()
+    running(rig, rigs, rig.ready())  # for longer than anybody would wait
     assert rig.ask("POST", "/v1/shutdown", {"reason": "the power goes"})["draining"] == "the power goes"
     assert rig.process.wait(rigs.PATIENCE_S) == 0, rig.words()[-2000:]
-    assert time.monotonic() - began < 20
     assert "order of uid" in rig.words()
 
 

@@ -24,7 +24,7 @@ engine = "synthetic"
 [[models]]
 name = "synthetic-slow"
 engine = "synthetic"
-options = {{ slots = 4, tokens = 400, delay_ms = 25 }}
+options = {{ slots = 4, tokens = 4000, delay_ms = 25 }}
 [[models]]
 name = "synthetic-broken"
 engine = "odd"
@@ -32,7 +32,7 @@ kinds = ["llm"]
 options = {{ load = "crash:SIGSEGV", switch = "{switch}" }}
 """
 NAMES = frozenset({"synthetic", "synthetic-slow", "synthetic-broken"})
-REPROBE_S = 12.0  # longer than a restart takes on a loaded machine
+REPROBE_S = 600.0  # longer than any test; one that waits for the end of a quarantine sets it forward
 LIMITS = f"""drain_s = 30
 [limits.restart]
 first_pause_s = 0.2
@@ -126,11 +126,13 @@ def _status(rig: Any) -> dict[str, Any] | None:
 def test_a_pause_for_a_while_ends_by_itself(rig, rigs):
     client = rig.ready()
     began = time.monotonic()
-    ordered(rig, "pause", "--for", "2s")
-    assert rig.status()["state"] == "paused"
+    assert rig.ask("POST", "/v1/pause", {"for_s": 2})["state"] == "paused"
     assert say(client, rigs, "when it is over").status_code == 200
-    assert 2 <= time.monotonic() - began < 15
+    assert time.monotonic() - began > 1.9
     assert rig.status()["holds"] == []
+    ordered(rig, "pause", "--for", "1h")
+    (hold,) = rig.status()["holds"]
+    assert 3600 - rigs.PATIENCE_S < hold["until"] - time.time() < 3601
 
 
 def test_pauses_and_resumes_in_a_row_while_callers_work(rig, rigs):
@@ -158,12 +160,12 @@ def test_pauses_and_resumes_in_a_row_while_callers_work(rig, rigs):
         thread.start()
     for _ in range(3):
         seen = right[0]
-        rigs.until(lambda seen=seen: right[0] > seen + 6, "callers are served", 20)
+        rigs.until(lambda seen=seen: right[0] > seen + 6, "callers are served")
         assert rig.ask("POST", "/v1/pause", {})["state"] == "paused"
         assert rig.ask("POST", "/v1/resume", {})["lifted"]
     over.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(rigs.PATIENCE_S)
     assert not wrong, wrong[:3]
     assert say(rig.client(), rigs, "calm").status_code == 200
 
@@ -197,7 +199,7 @@ def broken(rig, rigs, tmp_path) -> Iterator[httpx.Client]:
         refused_or_crashed(say(client, rigs, "x", "synthetic-broken"))
         return bool(rig.model("synthetic-broken")["state"] == "quarantined")
 
-    rigs.until(out, "it is in quarantine", 30)
+    rigs.until(out, "it is in quarantine")
     yield client
     assert "Traceback" not in rig.words()
 
@@ -213,10 +215,10 @@ def refused_or_crashed(answer: httpx.Response) -> None:
 def test_a_model_that_always_crashes_is_out_of_service_until_it_is_mended_across_restarts(rig, rigs, broken, tmp_path):
     found = rig.model("synthetic-broken")
     assert "SIGSEGV" in found["reason"], found
-    rigs.until(lambda: "synthetic-broken" not in listed(broken), "it is not announced any more", 10)
+    rigs.until(lambda: "synthetic-broken" not in listed(broken), "it is not announced any more")
     began = time.monotonic()
     refused(say(broken, rigs, "x", "synthetic-broken"))
-    assert time.monotonic() - began < 8, "a caller waits for a model that is out of service"
+    assert time.monotonic() - began < REPROBE_S / 10, "a caller waits for a model that is out of service"
     assert say(broken, rigs, "beside it").status_code == 200
     assert "synthetic-broken" in ordered(rig, "status")
 
@@ -225,18 +227,20 @@ def test_a_model_that_always_crashes_is_out_of_service_until_it_is_mended_across
     rig.start()
     after = rigs.until(lambda: _status(rig), "the control socket answers")
     (model,) = [model for model in after["models"] if model["name"] == "synthetic-broken"]
-    assert time.time() < kept["until"], "the restart took so long that this proves nothing"
     assert model["state"] == "quarantined", "a restart gave it a fresh chance"
     assert "SIGSEGV" in model["reason"]
 
     (tmp_path / "switch").write_text("off")
-    mended = time.monotonic()
+    rig.kill()
+    quarantines = rig.state / "quarantines.json"
+    assert json.loads(quarantines.read_text())["synthetic-broken"]["until"] == kept["until"], "it began anew"
+    quarantines.write_text(json.dumps({"synthetic-broken": kept | {"until": time.time() + 1}}))
+    rig.start()
     client = rigs.until(lambda: _client(rig), "the coordinator answers")
-    rigs.until(lambda: "synthetic-broken" in listed(client), "it is announced again", 4 * REPROBE_S)
+    rigs.until(lambda: "synthetic-broken" in listed(client), "it is announced again")
     answer = say(client, rigs, "mended", "synthetic-broken")
     assert answer.status_code == 200, answer.text
-    print(f"back {time.monotonic() - mended:.1f} s after it was mended")  # noqa: T201
-    assert "synthetic-broken" not in json.loads((rig.state / "quarantines.json").read_text())
+    rigs.until(lambda: "synthetic-broken" not in json.loads(quarantines.read_text()), "it is forgiven")
 
 
 def test_two_poisoned_jobs_do_not_take_a_healthy_model_from_everybody_else(rig, rigs):
