@@ -12,8 +12,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
-from tests.coordinator.studio_rig import House, until
+from coordinator.studio import routes
+from coordinator.studio.jobs import StudioJobs
+from coordinator.testing_studio import PATIENCE_S
+from tests.coordinator.studio_rig import FAST, House, until
 
 
 def png(width: int = 8, height: int = 6) -> bytes:
@@ -198,7 +203,14 @@ def test_what_comes_after_a_cancel_is_taken_and_dropped(house: House) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"--x\r\n", b'--x\r\ncontent-disposition: form-data; name="image"\r\n\r\nab'])
-def test_an_upload_that_stalls_is_ended(house: House, sent: bytes) -> None:
+def test_an_upload_that_stalls_is_ended(house: House, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle_s, real = 0.5, routes.receive
+
+    async def receive(request: Request, jobs: StudioJobs, told_s: float, *rest: Any) -> Response:
+        assert told_s == FAST.upload_idle_s
+        return await real(request, jobs, idle_s, *rest)
+
+    monkeypatch.setattr(routes, "receive", receive)
     job = house.submit("image", PICTURE)
     with house.worker().session() as it:
         it.claim()
@@ -208,9 +220,10 @@ def test_an_upload_that_stalls_is_ended(house: House, sent: bytes) -> None:
             f"authorization: Bearer {it.worker.token}\r\ncontent-type: multipart/form-data; boundary=x\r\n"
             "content-length: 1000\r\n\r\n"
         )
-        with socket.create_connection((address.hostname, address.port), timeout=20) as slow:
+        with socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S) as slow:
             slow.sendall(head.encode() + sent)
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        idle_s = PATIENCE_S
         assert it.worker.upload(job, png()).is_success
 
 
@@ -227,7 +240,7 @@ def test_a_session_that_ends_during_an_upload_makes_it_late(house: House) -> Non
         f"authorization: Bearer {worker.token}\r\ncontent-type: multipart/form-data; boundary=x\r\n"
         f"content-length: {len(part)}\r\n\r\n"
     )
-    with socket.create_connection((address.hostname, address.port), timeout=20) as slow:
+    with socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S) as slow:
         slow.sendall(head.encode() + part[:60])
         until(lambda: house.job(job)["state"] == "running")
         it.drop()
