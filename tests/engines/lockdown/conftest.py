@@ -32,8 +32,8 @@ def reachable() -> Iterator[Path]:
 def launcher(reachable: Path) -> Callable[..., list[str]]:
     """launcher(code, …): argv of the launcher, but for the lifeline, of an engine that is this code.
 
-    `uid` will start it, `drop` lets it change to the engines' user; `spec` and the rest are more fields of the spec
-    and of the policy. The last line of its output are its verdicts.
+    `uid` will start it, `drop` lets it change to the engines' user, or to the user with that number; `spec` and the
+    rest are more fields of the spec and of the policy. The last line of its output are its verdicts.
     """
     scratch = reachable / "scratch"
     scratch.mkdir()
@@ -44,11 +44,17 @@ def launcher(reachable: Path) -> Callable[..., list[str]]:
         shutil.copy(ROOT / "engines" / name, reachable / "code/engines" / name)
 
     def make(
-        code: str, *, uid: int | None = None, drop: bool = False, spec: dict[str, Any] | None = None, **policy: Any
+        code: str,
+        *,
+        uid: int | None = None,
+        drop: bool | int = False,
+        spec: dict[str, Any] | None = None,
+        **policy: Any,
     ) -> list[str]:
+        user = ENGINE_UID if drop is True else int(drop)
         boot.write_text(code + "\nprint(__import__('os').environ.get('BULKHEAD_SANDBOX'), flush=True)\n")
         if os.geteuid() == 0:
-            os.chown(scratch, ENGINE_UID if drop else uid or 0, 0)
+            os.chown(scratch, user or uid or 0, 0)
             scratch.chmod(0o770)
         made: dict[str, Any] = {
             "read": ["/proc", "/sys", "/etc/ld.so.cache", str(reachable / "root")],
@@ -58,7 +64,7 @@ def launcher(reachable: Path) -> Callable[..., list[str]]:
         }
         if drop:
             needs = {"runs": [PYTHON], "reads": [str(reachable / "root")], "writes": [str(scratch)]}
-            made["user"] = {"uid": ENGINE_UID, "gid": ENGINE_UID, **needs}
+            made["user"] = {"uid": user, "gid": user, **needs}
         whole = {
             "root": str(reachable / "root"),
             "module": "none",
@@ -85,7 +91,7 @@ def confined(launcher: Callable[..., list[str]]) -> Confined:
                 capture_output=True,
                 text=True,
                 pass_fds=(theirs,),
-                timeout=60,
+                timeout=120,
                 check=False,
                 env={"PATH": "/usr/bin:/bin"},
                 **as_user,  # type: ignore[call-overload]

@@ -109,9 +109,10 @@ def test_what_cannot_be_held_says_so(confined):
 
 @as_root
 def test_a_user_of_their_own_is_held_without_namespaces_too(confined):
-    lines, verdicts = told(confined(_BOMB, drop=True, processes=20, layers=["uid", "privileges", "landlock"]))
+    # All processes of that user on the box are counted, so not the one that the engines of other tests have.
+    lines, verdicts = told(confined(_BOMB, drop=65530, processes=20, layers=["uid", "privileges", "landlock"]))
     assert verdicts["processes"] == "verified"
-    assert int(lines[0].split()[0]) <= 160
+    assert 100 < int(lines[0].split()[0]) <= 160
 
 
 def test_no_file_grows_beyond_the_limit(confined):

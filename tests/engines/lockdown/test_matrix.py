@@ -173,7 +173,7 @@ class Place:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 pass_fds=(lifeline,),
-                timeout=30,
+                timeout=120,
                 user=self.uid,
                 group=self.uid,
                 extra_groups=[],

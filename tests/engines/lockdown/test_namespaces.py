@@ -74,7 +74,7 @@ def test_a_tmp_of_its_own_for_programs(elsewhere: Path):
     theirs, ours = os.pipe()
     try:
         argv = [sys.executable, "-I", "-S", str(LAUNCH), json.dumps(spec), str(theirs)]
-        done = subprocess.run(argv, capture_output=True, text=True, pass_fds=(theirs,), timeout=30, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, pass_fds=(theirs,), timeout=120, check=False)
     finally:
         os.close(theirs)
         os.close(ours)

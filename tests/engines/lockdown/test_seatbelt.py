@@ -21,7 +21,7 @@ import pytest
 from engines.lockdown import seatbelt
 
 ROOT = Path(__file__).parents[3]
-PATIENCE_S = 20.0
+PATIENCE_S = 90.0
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-ins use /proc and pidfds")
 
 STAND_IN = """
@@ -159,12 +159,12 @@ if os.fork() == 0: stay()
 if os.fork() == 0:
     os.setsid()
     stay()
-if os.fork() == 0:
+if (middle := os.fork()) == 0:
     os.setsid()
     if os.fork() == 0: stay()
-    time.sleep(0.3)
+    time.sleep(2)
     os._exit(0)
-time.sleep(0.5)
+os.waitpid(middle, 0)
 print("up", flush=True)
 stay()
 """

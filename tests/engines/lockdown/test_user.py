@@ -136,6 +136,6 @@ def test_a_launcher_without_a_lifeline_still_dies_with_its_parent(launcher, reac
     fifo.read_text()
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    assert select.select([warden], [], [], 20)[0]
+    assert select.select([warden], [], [], 60)[0]
     for fd in (warden, told, tell):
         os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 
 import pytest
 
@@ -35,7 +36,7 @@ def _ended(child, seen=None):
     seen = [] if seen is None else seen
     while True:
         try:
-            seen.append(child.receive(20))
+            seen.append(child.receive())
         except Exception as error:
             if hasattr(error, "returncode"):
                 return error
@@ -86,7 +87,7 @@ def test_hang_leaves_the_pings_alive_and_is_deaf_to_cancel(child):
     child.receive()  # started
     child.send(Cancel(run=1))
     child.send(Ping(n=5))
-    assert child.receive(20) == Pong(n=5)
+    assert child.receive() == Pong(n=5)
     with pytest.raises(TimeoutError):
         child.receive(0.3)
 
@@ -98,7 +99,7 @@ def test_hang_with_the_gil_silences_the_pings(child):
     with pytest.raises(TimeoutError):
         child.receive(0.5)
     child.process.send_signal(signal.SIGTERM)  # default disposition: dies all the same
-    assert child.process.wait(10) == -signal.SIGTERM
+    assert child.process.wait(60) == -signal.SIGTERM
 
 
 def test_endless_progress_obeys_cancel(child):
@@ -110,7 +111,7 @@ def test_endless_progress_obeys_cancel(child):
 
 
 def test_deaf_goes_on_after_cancel(child):
-    answer = child.begin("llm", {"prompt": "deaf:0.5"}, stream=True)
+    answer = child.begin("llm", {"prompt": "deaf:2"}, stream=True)
     child.receive()  # started
     child.send(Cancel(run=1))
     child.finish(answer)
@@ -126,19 +127,20 @@ def test_ignore_term(child):
     _wait_ignored(child.process.pid)
     child.process.send_signal(signal.SIGTERM)
     child.send(Ping(n=2))
-    assert child.receive(20) == Pong(n=2)
+    assert child.receive() == Pong(n=2)
     child.process.kill()
-    assert child.process.wait(10) == -signal.SIGKILL
+    assert child.process.wait(60) == -signal.SIGKILL
 
 
 def _wait_ignored(pid):
     """Until the kernel says that SIGTERM is ignored by the child."""
-    for _ in range(10_000):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
         with open(f"/proc/{pid}/status") as file:
             mask = next(int(line.split()[1], 16) for line in file if line.startswith("SigIgn"))
         if mask & 1 << (signal.SIGTERM - 1):
             return
-        os.sched_yield()
+        time.sleep(0.005)
     raise AssertionError("SIGTERM is not ignored")
 
 
@@ -200,7 +202,7 @@ def _rss(pid):
 
 def test_a_grandchild_holds_the_pipe_after_the_engine_ended(child):
     child.begin("llm", {"prompt": "fork:exit"})
-    assert child.process.wait(20) == 9
+    assert child.process.wait(60) == 9
     pid = int(child.stderr().split("grandchild ")[1].split()[0])
     try:
         child.receive()  # started

@@ -33,9 +33,9 @@ def test_more_frames_that_must_not_be_believed(child, frame):
 def test_words_after_the_end(child):
     child.begin("llm", {"prompt": "frame:late"})
     child.receive()  # started
-    assert isinstance(child.receive(20), Result)
+    assert isinstance(child.receive(), Result)
     with pytest.raises(RemoteProtocolError):
-        child.receive(20)
+        child.receive()
 
 
 def test_a_flood_of_chunks_is_whole_and_in_order(child):
@@ -52,13 +52,13 @@ def test_a_flood_on_descriptor_1_does_not_reach_the_wire(child):
 
 def _receive_for_ever(child):
     while True:
-        child.receive(20)
+        child.receive()
 
 
 def test_a_closed_input_hears_nothing_and_stays(child):
     child.begin("llm", {"prompt": "close-stdin"})
     child.receive()  # started
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     with pytest.raises(BrokenPipeError):
         _ping_until(child, until)
     assert child.process.poll() is None
@@ -72,7 +72,7 @@ def _ping_until(child, until):
 def test_a_closed_output_ends_the_pipe_and_not_the_process(child):
     child.begin("llm", {"prompt": "close-stdout"})
     fd = child.process.stdout.fileno()
-    while select.select([fd], [], [], 20)[0] and os.read(fd, 2**16):
+    while select.select([fd], [], [], 60)[0] and os.read(fd, 2**16):
         pass  # what it said before
     assert select.select([fd], [], [], 0)[0]  # the end of the file
     assert os.read(fd, 1) == b""
