@@ -207,23 +207,41 @@ def _bytes(path: Path) -> int:
 
 def _remove(args: argparse.Namespace) -> int:
     toml = WorkerToml(config_path(args.config), whole=False)  # its files may be gone: that must not keep the entry
+    store, key = Store(models_dir(args.models_dir, toml.path)), folder_name(args.name)
+    folder = store.folder(key)
     try:
         toml.remove_model(args.name)
     except KeyError:
         known = ", ".join(str(model["name"]) for model in toml.models) or "none"
-        raise StoreError(f"{toml.path} has no model named {args.name}; it has: {known}.") from None
+        if args.keep_files or not _remove_left(store, key, toml):
+            raise StoreError(f"{toml.path} has no model named {args.name}; it has: {known}.") from None
+        sys.stdout.write(f"{toml.path} has no model named {args.name}; what a pull of it left is deleted.\n")
+        return ExitCode.STOPPED
     toml.save()
-    store, key = Store(models_dir(args.models_dir, toml.path)), folder_name(args.name)
-    folder = store.folder(key)
     tail = ""
     if not args.keep_files and folder.is_dir() and not is_named(folder, named_paths(load(toml.path))):
-        try:
-            gone = store.remove(key)
-        except OSError as error:
-            raise NoPermission(f"{folder} cannot be deleted: {error.strerror}; run this as its owner.") from None
+        gone = _deleted(store, key)
         tail = f", and {folder} is deleted" if gone else f"; a running supervisor uses {folder}: `gc` deletes it later"
     sys.stdout.write(f"{args.name} is out of {toml.path}{tail}.\n")
     return ExitCode.STOPPED
+
+
+def _remove_left(store: Store, key: str, toml: WorkerToml) -> bool:
+    """Delete what a pull for this worker.toml left that ended before its entry was written; whether there was some."""
+    folder, manifest = store.folder(key), store.manifest(key)
+    if not folder.exists():
+        return store.staging(key).exists() and _deleted(store, key)
+    ours = manifest is not None and manifest.config == str(toml.path)
+    return ours and not is_named(folder, named_paths(load(toml.path))) and _deleted(store, key)
+
+
+def _deleted(store: Store, key: str) -> bool:
+    """Whether nobody used it, so that it is gone. Raises NoPermission."""
+    try:
+        return store.remove(key)
+    except OSError as error:
+        where = store.folder(key)
+        raise NoPermission(f"{where} cannot be deleted: {error.strerror}; run this as its owner.") from None
 
 
 # ---- verify ------------------------------------------------------------------------------------------------

@@ -110,6 +110,15 @@ class _Meter:
 
         return report
 
+    def on_size(self, file: str) -> Callable[[int], None]:
+        """For the only file, whose size is known by its server alone: called with it."""
+
+        def report(size: int) -> None:
+            self._total = size
+            self._say(self._progress(file))
+
+        return report
+
     def next_file(self, file: str) -> None:
         """The current file is done."""
         self._before, self._here = self._before + self._here, 0
@@ -163,7 +172,9 @@ def _remote(request: Request, staging: Path, say: Callable[[Event], None]) -> di
         meter = _Meter(say, total, "fetch")
         digests = {}
         for name, remote in files.items():
-            digests[name] = fetch(http, remote, staging / name, meter.on_bytes(name), lambda text: say(Note(text=text)))
+            target, report = staging / name, meter.on_bytes(name)
+            told = meter.on_size(name) if request.kind == "url" else lambda _size: None
+            digests[name] = fetch(http, remote, target, report, lambda text: say(Note(text=text)), told)
             meter.next_file(name)
         return digests
 

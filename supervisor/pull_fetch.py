@@ -100,8 +100,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def fetch(http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, on_note: OnNote) -> str:
+def fetch(
+    http: httpx.Client,
+    remote: Remote,
+    target: Path,
+    on_bytes: OnBytes,
+    on_note: OnNote,
+    on_size: OnBytes = lambda _bytes: None,
+) -> str:
     """Fetch a file to `target` and return its sha256 hex. A complete target with the right digest is kept.
+
+    Args:
+        on_size: told how large the file is, as often as the server says it.
 
     Raises:
         FetchFailed: refused, not there, no space, wrong digest, or no progress in `ATTEMPTS` tries.
@@ -112,7 +122,7 @@ def fetch(http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, o
             return found
         target.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
-    download = _Download(http, remote, target, on_bytes, on_note)
+    download = _Download(http, remote, target, on_bytes, on_note, on_size)
     try:
         found = download.run()
         if remote.sha256 and found != remote.sha256 and download.resumed:
@@ -139,9 +149,11 @@ def fetch(http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, o
 class _Download:
     """The tries for one file."""
 
-    def __init__(self, http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, on_note: OnNote) -> None:
+    def __init__(
+        self, http: httpx.Client, remote: Remote, target: Path, on_bytes: OnBytes, on_note: OnNote, on_size: OnBytes
+    ) -> None:
         self._http, self._remote, self._target = http, remote, target
-        self._on_bytes, self._on_note = on_bytes, on_note
+        self._on_bytes, self._on_note, self._on_size = on_bytes, on_note, on_size
         self._part = target.with_name(target.name + ".part")
         self._about = target.with_name(target.name + ".part.json")
         self._hash = hashlib.sha256()
@@ -276,6 +288,7 @@ class _Download:
         except (KeyError, ValueError):
             return
         self._check_limit(self._have + missing)
+        self._on_size(self._have + missing)
         need_space(self._target.parent, missing)
 
     def _check_limit(self, whole_bytes: int) -> None:

@@ -17,7 +17,7 @@ import collections
 import logging
 import operator
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ from supervisor.control.exchange import KEEP_ALIVE_S, Refused
 from supervisor.errors import ExitCode
 from supervisor.host.child import ChildSpec, open_child, run_child
 from supervisor.host.means import OpenChild
+from supervisor.model_places import models_dir
+from supervisor.model_store import Store
 from supervisor.observe.redact import redacted
+from supervisor.pull_source import folder_name
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class _Course:
 
     def __init__(self) -> None:
         self.end: Mapping[str, Any] | None = None
+        self.scope, self.over = trio.CancelScope(), trio.Event()
         self._count = 0  # events so far
         self._kept: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque(maxlen=KEPT)
         self._progress: tuple[int, Mapping[str, Any]] | None = None
@@ -67,7 +71,7 @@ class _Course:
         self._news.set()
         self._news = trio.Event()
 
-    async def follow(self) -> AsyncIterator[Mapping[str, Any] | None]:
+    async def follow(self) -> AsyncGenerator[Mapping[str, Any] | None, None]:
         """See `Pulls.pull`."""
         seen = 0
         while True:
@@ -99,7 +103,7 @@ class Pulls:
         self._config, self._nursery, self._spawn = config, nursery, spawn
         self._courses: dict[Pull, _Course] = {}
 
-    def pull(self, order: Pull) -> AsyncIterator[Mapping[str, Any] | None]:
+    def pull(self, order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
         """Begin a pull, or follow the one under way.
 
         Raises:
@@ -125,9 +129,28 @@ class Pulls:
         """How many are under way."""
         return sum(course.end is None for course in self._courses.values())
 
+    async def call_off(self, order: Pull) -> None:
+        """End this very pull, if it is under way; returns when it is over. What was fetched stays for another one."""
+        course = self._courses.get(order)
+        if course is not None and course.end is None:
+            course.scope.cancel()
+            await course.over.wait()
+
+    async def has_files(self, name: str) -> bool:
+        """Whether the models folder has something of this name: a model, or what a pull left."""
+
+        def look() -> bool:
+            store, key = Store(models_dir(None, self._config)), folder_name(name)
+            return store.folder(key).exists() or store.staging(key).exists()
+
+        return await trio.to_thread.run_sync(look)
+
     async def _run(self, order: Pull, course: _Course) -> None:
         try:
-            await self._child(order, course)
+            with course.scope:
+                await self._child(order, course)
+            if course.scope.cancelled_caught:
+                course.add({"t": "failed", "message": "It was called off; ask again to go on where it stopped."})
         except (OSError, ValueError) as error:  # ValueError: a word that no process can have
             course.add({"t": "failed", "message": f"The pull cannot be started: {error}."})
         except Exception:  # the supervisor would end of it
@@ -136,6 +159,7 @@ class Pulls:
         finally:
             if course.end is None:
                 course.add({"t": "failed", "message": "The supervisor ends; ask again to go on where it stopped."})
+            course.over.set()
             if course.failed:
                 self._forget(order, course)
         await trio.sleep(KEPT_S)

@@ -32,12 +32,14 @@ class DeployTable(Table, frozen=True):
             "my-team/*" of Hugging Face; none lets the coordinator deploy nothing.
         engines: engines that may load them; none means all that need no program of the coordinator's choice.
         max_gb: GiB that all deployed models together may take on the disk.
+        fetches: how many of them are fetched side by side.
         token_file: holds the token for the servers of the sources.
     """
 
     sources: list[Annotated[str, Meta(min_length=1, max_length=1000)]] = []
     engines: list[str] = []
     max_gb: _Gigabytes = 100.0
+    fetches: Annotated[int, Meta(ge=1, le=8)] = 3
     token_file: str = ""
 
 

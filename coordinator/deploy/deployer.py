@@ -193,8 +193,12 @@ class Deployer:
         key = (worker.id, placement.model)
         announced = any(offer.name == placement.model and offer.kinds for offer in worker.capabilities.models)
         state = placement.state
-        if announced and (errand := self._errands.get(key)) is not None and errand.until < FOREVER:
-            del self._errands[key]  # that it was served is what the rest was for
+        if (errand := self._errands.get(key)) is not None and (
+            (announced and errand.until < FOREVER)  # that it was served is what the rest was for
+            or (state == "leaving" and errand.verb == "serve")  # a download of hours that nobody wants any more
+        ):
+            errand.scope.cancel()
+            del self._errands[key]
         if announced and state in ("wanted", "fetching", "failed"):
             await self._write(placement, "ready", "")
         elif (announced and state == "ready") or key in self._errands:

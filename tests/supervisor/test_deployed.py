@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from protocol.faults import Fault, refuse
 from supervisor.control.asked import Pull, Remove
 from supervisor.control.exchange import Refused as PullRefused
-from supervisor.deployed import Deployed
+from supervisor.deployed import STALL_S, Deployed
 from supervisor.link.remote import Refused, Serve, Unserve
+from supervisor.model_guess import Guess
+from supervisor.model_store import Kept, Manifest, Store
+from supervisor.pull_source import folder_name
 from supervisor.settings import CoordinatorTable, DeployTable, ModelTable, Settings
 
 NAME = "chat@0123456789"
@@ -37,37 +40,60 @@ class House:
         self.fault: Fault | None = None
         self.end: Mapping[str, Any] = {"t": "done", "engine": "llm"}
         self.busy = False
+        self.size = 2**20
+        self.says: Mapping[str, Any] = {"t": "plan", "total_bytes": self.size}
+        self.left: set[str] = set()  # what pulls left that were called off
         self.under: set[str] = set()  # what is being pulled
-        self.line = trio.Event()  # over which it comes
-        self.line.set()
+        self.lines: dict[str, trio.Event] = {}  # over which it comes
+        self.called_off: list[str] = []
         self._in_file: list[ModelTable] = []
         self.deployed = Deployed(lambda: self.settings, self, self, self.reload)  # type: ignore[arg-type]
 
-    def pull(self, order: Pull) -> AsyncIterator[Mapping[str, Any] | None]:
+    def pull(self, order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
         if self.busy:
             raise PullRefused(429, "8 pulls are under way; wait for one of them.")
         self.pulled.append(order)
         return self._course(order)
 
-    def under_way(self, order: Pull) -> bool:
-        return order.name in self.under
+    async def call_off(self, order: Pull) -> None:
+        if order.name in self.under:
+            self.under.discard(order.name)
+            self.called_off.append(order.name)
+            self.left.add(order.name)
 
-    async def _course(self, order: Pull) -> AsyncIterator[Mapping[str, Any] | None]:
-        yield {"t": "plan"}
-        yield None
+    async def has_files(self, name: str) -> bool:
+        return name in self.left
+
+    async def _course(self, order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
         self.under.add(order.name)
+        yield self.says
+        yield None
         await trio.lowlevel.checkpoint()
-        await self.line.wait()
+        if order.name in self.lines:
+            await self.lines[order.name].wait()
+            yield {"t": "progress", "done_bytes": self.size, "total_bytes": self.size}
         self.under.discard(order.name)
         if self.end["t"] == "done":
-            home = self.folder / order.name
-            home.mkdir()
-            (home / "model.gguf").write_bytes(bytes(2**20))
-            self._in_file.append(ModelTable(name=order.name, engine="llm", path=str(home / "model.gguf")))
+            self.keep(order.name, order.sha256)
         yield self.end
+
+    def keep(self, name: str, sha256: str, pulled: bool = True) -> None:
+        """Have it in worker.toml."""
+        store, key = Store(self.folder), folder_name(name)
+        store.folder(key).mkdir()
+        (store.folder(key) / "model.gguf").write_bytes(bytes(self.size))
+        if pulled:
+            store.open_for_writing()
+            kept = {"model.gguf": Kept(size_bytes=self.size, sha256=sha256)}
+            manifest = Manifest(
+                name=name, kind="url", source=SOURCE, origin=SOURCE, pulled_at=1.0, files=kept, guess=Guess()
+            )
+            (self.folder / ".store" / "manifests" / key).write_bytes(msgspec.json.encode(manifest))
+        self._in_file.append(ModelTable(name=name, engine="llm", path=str(store.folder(key) / "model.gguf")))
 
     async def remove(self, order: Remove) -> str:
         self.removed.append(order.name)
+        self.left.discard(order.name)
         self._in_file = [table for table in self._in_file if table.name != order.name]
         return f"{order.name} was removed."
 
@@ -163,43 +189,147 @@ async def test_the_disk_that_the_owner_gives_is_bounded(tmp_path: Path) -> None:
         await house.deployed.serve(msgspec.structs.replace(second, name="chat@2222222222"))
 
 
+def ordered(digit: int) -> Serve:
+    return Serve(name=f"m@{digit:010}", source=SOURCE, sha256=DIGEST)
+
+
+class Answers:
+    """What came of orders that were given at once."""
+
+    def __init__(self, house: House) -> None:
+        self._house, self.of = house, dict[str, str]()
+
+    async def ask(self, order: Serve) -> None:
+        try:
+            self.of[order.name] = await self._house.deployed.serve(order)
+        except Refused as refused:
+            self.of[order.name] = str(refused)
+
+
 async def test_many_orders_at_once_keep_to_the_disk_that_the_owner_gives_all_of_them(tmp_path: Path) -> None:
     house = House(tmp_path, msgspec.structs.replace(ALLOWED, max_gb=2 / 1024))  # two of these models
-    house.line = trio.Event()
-    answers: list[str] = []
-
-    async def ask(digit: int) -> None:
-        try:
-            answers.append(await house.deployed.serve(Serve(name=f"m@{digit:010}", source=SOURCE, sha256=DIGEST)))
-        except Refused as refused:
-            answers.append(str(refused))
-
+    answers = Answers(house)
     async with trio.open_nursery() as nursery:
         for digit in range(4):
-            nursery.start_soon(ask, digit)
+            house.lines[ordered(digit).name] = trio.Event()
+            nursery.start_soon(answers.ask, ordered(digit))
         await wait_all_tasks_blocked()
-        assert len(house.under) == 1
-        house.line.set()
-    assert len(house.pulled) == 2
-    assert sum("max_gb" in answer for answer in answers) == 2
+        assert len(house.under) == 2
+        for line in house.lines.values():
+            line.set()
+    assert sum("max_gb" in answer for answer in answers.of.values()) == 2
+    assert sum(answer.endswith("is served.") for answer in answers.of.values()) == 2
 
 
-async def test_a_pull_whose_order_was_cancelled_counts_as_well(tmp_path: Path) -> None:
-    house = House(tmp_path, ALLOWED)
-    house.line = trio.Event()
+async def test_one_whose_server_does_not_say_how_large_it_is_is_called_off_when_it_is_too_large(tmp_path: Path) -> None:
+    house = House(tmp_path, msgspec.structs.replace(ALLOWED, max_gb=1.5 / 1024))
+    house.says = {"t": "plan", "total_bytes": None}
+    answers, (one, other) = Answers(house), (ordered(1), ordered(2))
     async with trio.open_nursery() as nursery:
-        first = Serve(name="first@0123456789", source=SOURCE, sha256=DIGEST)
-        nursery.start_soon(house.deployed.serve, first)
+        for order in (one, other):
+            house.lines[order.name] = trio.Event()
+            nursery.start_soon(answers.ask, order)
         await wait_all_tasks_blocked()
+        assert house.under == {one.name, other.name}, "neither is known to be too much yet"
+        house.lines[one.name].set()
+        await wait_all_tasks_blocked()
+        house.lines[other.name].set()
+    assert answers.of[one.name].endswith("is served.")
+    assert "max_gb" in answers.of[other.name]
+    assert house.called_off == [other.name]
+
+
+async def test_some_are_fetched_side_by_side_and_one_that_hangs_or_fails_is_not_in_the_way(tmp_path: Path) -> None:
+    house = House(tmp_path, msgspec.structs.replace(ALLOWED, fetches=2))
+    answers = Answers(house)
+    async with trio.open_nursery() as nursery:
+        hangs, then = ordered(0), [ordered(digit) for digit in (1, 2, 3)]
+        house.lines = {order.name: trio.Event() for order in (hangs, *then)}
+        for order in (hangs, *then):
+            nursery.start_soon(answers.ask, order)
+            await wait_all_tasks_blocked()
+        assert house.under == {hangs.name, then[0].name}
+        house.end = {"t": "failed", "message": "The server answered 404."}
+        house.lines[then[0].name].set()
+        await wait_all_tasks_blocked()
+        assert "404" in answers.of[then[0].name]
+        house.end = {"t": "done", "engine": "llm"}
+        for order in then[1:]:
+            house.lines[order.name].set()
+        await wait_all_tasks_blocked()
+        assert [answers.of[order.name].endswith("is served.") for order in then[1:]] == [True, True]
+        assert hangs.name not in answers.of
         nursery.cancel_scope.cancel()
-    assert house.under == {first.name}
+
+
+async def test_the_same_order_while_it_is_fetched_waits_for_it(house: House) -> None:
+    house.lines[NAME] = trio.Event()
+    answers = Answers(house)
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(answers.ask, Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+        await wait_all_tasks_blocked()
+        house.lines[NAME].set()
+    assert len(house.pulled) == 1
+    assert answers.of == {NAME: f"{NAME} is served."}
+
+
+async def test_a_pull_whose_order_was_cancelled_is_called_off(house: House) -> None:
+    house.lines[NAME] = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(house.deployed.serve, Serve(name=NAME, source=SOURCE, sha256=DIGEST))
         await wait_all_tasks_blocked()
-        assert [pull.name for pull in house.pulled] == [first.name, first.name], "it is followed to its end"
-        house.line.set()
-    assert house.pulled[-1].name == NAME
-    assert house.pulled[-1].max_gb < house.pulled[0].max_gb
+        nursery.cancel_scope.cancel()
+    assert house.called_off == [NAME]
+
+
+async def test_what_is_wanted_no_more_while_it_is_fetched_is_called_off_and_deleted(house: House) -> None:
+    house.lines[NAME] = trio.Event()
+    answers = Answers(house)
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(answers.ask, Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+        await wait_all_tasks_blocked()
+        await house.deployed.unserve(Unserve(name=NAME))
+    assert answers.of == {NAME: f"{NAME} is wanted no more."}
+    assert (len(house.pulled), house.called_off, house.removed) == (1, [NAME], [NAME])
+    assert not house.left
+    house.lines[NAME].set()
+    await answers.ask(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+    assert answers.of == {NAME: f"{NAME} is served."}
+
+
+async def test_a_download_that_stalls_makes_way(house: House, autojump_clock: MockClock) -> None:
+    async def trickle(order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+        house.under.add(order.name)
+        for done in range(10_000):
+            await trio.sleep(20)
+            yield {"t": "progress", "done_bytes": done, "total_bytes": 2**30}
+
+    house.pull = lambda order: trickle(order)  # type: ignore[method-assign]
+    began = trio.current_time()
+    with pytest.raises(Refused, match="stalls"):
+        await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+    assert STALL_S < trio.current_time() - began < STALL_S + 60
+    assert house.called_off == [NAME]
+
+
+async def test_a_model_of_the_owners_is_his_whatever_it_is_called(house: House) -> None:
+    house.keep(NAME, DIGEST, pulled=False)
+    await house.reload()
+    with pytest.raises(Refused, match="this worker's owner"):
+        await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+    with pytest.raises(Refused, match="this worker's owner"):
+        await house.deployed.unserve(Unserve(name=NAME))
+    assert [*house.gone, *house.removed, *house.pulled] == []
+
+
+async def test_bytes_that_are_here_already_must_be_the_ones_that_are_wanted(house: House) -> None:
+    house.keep(NAME, DIGEST)
+    await house.reload()
+    with pytest.raises(Refused, match="other bytes"):
+        await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256="b" * 64))
+    assert "is served" in await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
 
 
 async def test_an_address_below_a_star_of_the_host_is_allowed(house: House) -> None:

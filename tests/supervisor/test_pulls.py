@@ -35,6 +35,12 @@ def models(config: Path) -> list[str]:
     return [str(model["name"]) for model in tomllib.loads(config.read_text()).get("models", [])]
 
 
+def words(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""  # it has ended meanwhile
+
+
 async def heard(events: Any) -> list[Mapping[str, Any]]:
     with trio.fail_after(60):
         async with contextlib.aclosing(events):
@@ -92,16 +98,42 @@ async def test_a_pull_ends_with_the_supervisor_and_the_next_one_goes_on(config, 
         with trio.fail_after(60):
             assert (await anext(events))["t"] == "plan"
         below = [child for child in psutil.Process().children(recursive=True) if child not in others]
-        assert any("pull" in " ".join(child.cmdline()) for child in below)
+        assert any("pull" in words(child) for child in below)
         nursery.cancel_scope.cancel()
     said = await heard(events)
     assert said[-1] == {"t": "failed", "message": "The supervisor ends; ask again to go on where it stopped."}
-    gone, left = await trio.to_thread.run_sync(lambda: psutil.wait_procs(below, timeout=10))
+    gone, left = await trio.to_thread.run_sync(lambda: psutil.wait_procs(below, timeout=60))
     assert left == [], gone
     assert models(config) == []
     site.hold.set()
     async with trio.open_nursery() as nursery:
         assert (await heard(Pulls(config, nursery).pull(order)))[-1]["t"] == "done"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pull_that_is_called_off_ends_and_what_it_left_can_be_removed(config, site):
+    site.files["/chat.gguf"] = BYTES
+    site.hold = threading.Event()
+    order = Pull(source=f"{site.url}/chat.gguf", sha256=DIGEST, name="mine@0123456789")
+    async with trio.open_nursery() as nursery:
+        pulls = Pulls(config, nursery)
+        assert not await pulls.has_files(order.name)
+        events = pulls.pull(order)
+        with trio.fail_after(60):
+            assert (await anext(events))["t"] == "plan"
+            await pulls.call_off(order)
+        assert pulls.running() == 0
+        assert "called off" in (await heard(events))[-1]["message"]
+        await pulls.call_off(order)
+        assert await pulls.has_files(order.name)
+        assert "what a pull of it left is deleted" in await pulls.remove(Remove(name=order.name))
+        assert not await pulls.has_files(order.name)
+        with pytest.raises(Refused, match="has no model named"):
+            await pulls.remove(Remove(name=order.name))
+        site.hold.set()
+        (*before, end) = await heard(pulls.pull(order))
+        assert end["t"] == "done"
+        assert before[-1]["total_bytes"] == len(BYTES), "known from the first answer on"
         nursery.cancel_scope.cancel()
 
 

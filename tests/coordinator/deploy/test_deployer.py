@@ -165,6 +165,24 @@ async def test_what_is_given_up_is_let_go_when_its_jobs_are_done(house: House) -
     assert house.deployer.model_of("chat") == "chat"
 
 
+async def test_what_is_given_up_while_it_is_fetched_is_called_off_at_once(house: House) -> None:
+    house.worker("a")
+    house.silence.add("a")
+    await house.deployer.deploy(ASKED)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(2):
+            await house.deployer.tick(tasks)
+            await anyio.wait_all_tasks_blocked()
+        await house.deployer.undeploy("chat")
+        house.silence.clear()
+        for _ in range(3):
+            await house.deployer.tick(tasks)
+            await anyio.wait_all_tasks_blocked()
+        assert [verb for _, verb, _ in house.orders] == ["serve", "unserve"]
+        assert house.store.placements() == []
+        tasks.cancel_scope.cancel()
+
+
 async def test_who_was_away_when_it_was_given_up_is_asked_when_it_comes_back(house: House) -> None:
     worker = house.worker("a")
     await house.deployer.deploy(ASKED)
