@@ -13,6 +13,8 @@ from protocol.link_wire import Offer
 
 # Jobs that may wait at the model beyond those that run: the next one starts without a round trip to the coordinator.
 QUEUE_AHEAD = 2
+# What the records of a worker can hold; no job is tried so often.
+MOST_ATTEMPTS = 2**31 - 1
 # No GPU has a PiB; what claims to need one is nonsense.
 MOST_VRAM_GB = 2.0**20
 BUSY_RETRY_MS = 1000
@@ -78,8 +80,8 @@ def admit(offer: Offer, job: str, attempt: int, situation: Situation) -> Verdict
         return Refuse("draining", f"The worker is draining: {situation.draining}.", DRAINING_RETRY_MS)
     if situation.paused:
         return Refuse("paused", f"The worker is paused: {situation.paused}.", situation.paused_ms or PAUSED_RETRY_MS)
-    if not is_safe_id(job) or attempt < 1:
-        return Refuse("bad_offer", f"{job!r} with attempt {attempt} is not a job id and an attempt from 1.")
+    if not is_safe_id(job) or not 1 <= attempt <= MOST_ATTEMPTS:
+        return Refuse("bad_offer", f"{job[:200]!r} with attempt {attempt} is not a job id and an attempt from 1.")
     model = situation.models.get(offer.model)
     if model is None:
         return Refuse("unknown_model", f"This worker has no model {offer.model!r}.")

@@ -257,6 +257,8 @@ class Attempts:
         except OSError as error:
             fault = refuse("worker_failed", f"The attempt's folder cannot be used: {error}.").fault
             end = wire.Fail(fault=fault, streamed=claim.streamed)
+        except Exception as error:
+            end = _ours(claim, error)
         if not isinstance(end, wire.Complete):
             # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
             # could then not even record the failure.
@@ -385,7 +387,16 @@ class Attempts:
                 return await self._upload(claim, parcel)
         except FaultError as error:
             return wire.Fail(fault=error.fault, streamed=claim.streamed)
+        except Exception as error:
+            return _ours(claim, error)
         return None
+
+
+def _ours(claim: Claim, error: Exception) -> wire.Fail:
+    """A mistake of our program costs the one job that it met; raised, it would end the link, and with it the others."""
+    log.error("a job could not be worked on, by a mistake of this program", exc_info=error)
+    sentence = f"The worker made a mistake of its own: {type(error).__name__}."
+    return wire.Fail(fault=Fault("worker_failed", sentence), streamed=claim.streamed)
 
 
 def _redacted(fault: Fault) -> Fault:

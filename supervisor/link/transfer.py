@@ -16,11 +16,12 @@ import msgspec
 
 from protocol.engine_wire import OutputFile
 from protocol.faults import FaultError, refuse
+from protocol.framing import UNDECODABLE
 from protocol.link_wire import FileRef
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import Address
 from supervisor.link.tries import AGAIN, Moved, Transient, judge, nobody, patience, persist, pour
-from supervisor.link.web import Web
+from supervisor.link.web import Moving, Web
 
 FETCH_PATIENCE_S = 60.0  # then another worker may have a better way to the file
 UPLOAD_PATIENCE_S = 600.0  # a result has cost GPU time: try much longer
@@ -154,15 +155,16 @@ class Transfer(Web):
             return ""
         client = await self.client()
         url, headers = self._target(_filled(template, file, "/place"))
-        response = await client.get(url, headers={**headers, "X-Content-SHA256": file.sha256})
+        headers |= {"X-Content-SHA256": file.sha256}
+        response, told = await self.ask(client.build_request("GET", url, headers=headers))
         if 400 <= response.status_code < 500 and response.status_code not in AGAIN:
             return ""  # of an earlier make, beside the one that wrote the template; if the file is refused, it says so
         judge(response.status_code, "upload_failed", f"The output {file.name!r} has no place to go to")
-        told = _Place.of(response.content)
+        place = _Place.of(told or b"")
         # A coordinator that is spoken to in TLS must not send a result out in the clear.
-        if told and not told.startswith("https://") and (told[:7] != "http://" or url.startswith("https:")):
+        if place and not place.startswith("https://") and (place[:7] != "http://" or url.startswith("https:")):
             raise refuse("upload_failed", "The coordinator named a place for an output that is no URL of its kind.")
-        return told
+        return place
 
     async def _pass_by(self, url: str, file: OutputFile, source: Output, moved: Moved) -> None:
         """PUT an output to its place past the coordinator. Raises Transient, FaultError for a file that is another."""
@@ -182,7 +184,8 @@ class Transfer(Web):
         client = await self.client()
         url, headers = self._target(_filled(template, file))
         headers |= {"X-Content-SHA256": file.sha256, "X-Placed-Bytes": str(file.size)}
-        response = await client.put(url, headers=headers, timeout=CLAIM_S)
+        request = client.build_request("PUT", url, headers=headers, timeout=CLAIM_S)
+        response, _told = await self.ask(request, within_s=CLAIM_S)
         judge(response.status_code, "upload_failed", f"The output {file.name!r} was not taken")
 
     async def _received(self, template: str, file: OutputFile) -> int:
@@ -191,9 +194,10 @@ class Transfer(Web):
         url, headers = self._target(_filled(template, file, "/received"))
         if not headers:
             return 0  # a store of somebody else's
-        response = await client.get(url, headers={**headers, "X-Content-SHA256": file.sha256})
+        headers |= {"X-Content-SHA256": file.sha256}
+        response, _told = await self.ask(client.build_request("GET", url, headers=headers))
         told = response.headers.get("upload-offset", "") if response.status_code == 200 else ""
-        return int(told) if told.isdecimal() and int(told) < file.size else 0
+        return int(told) if told.isdecimal() and len(told) < 20 and int(told) < file.size else 0
 
     async def _upload_once(self, template: str, file: OutputFile, source: Output, moved: Moved, at: int) -> None:
         client = await self.client()
@@ -208,10 +212,11 @@ class Transfer(Web):
         if at:
             headers["Content-Range"] = f"bytes {at}-{file.size - 1}/{file.size}"
         request = client.build_request("PUT", url, headers=headers)
+        moving = Moving(moved)
         fd = -1 if isinstance(source, bytes) else source()
-        request.stream = Held(source, moved, at) if isinstance(source, bytes) else Pieces(fd, file, moved, at)
+        request.stream = Held(source, moving, at) if isinstance(source, bytes) else Pieces(fd, file, moving, at)
         try:
-            response = await client.send(request)
+            response, _told = await self.ask(request, patience=moving.patience)
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -236,7 +241,7 @@ class _Place(msgspec.Struct, frozen=True):
         """The URL that an answer names. Raises Transient: the answer is none of a coordinator."""
         try:
             return msgspec.json.decode(body, type=_Place).url
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise Transient(f"the coordinator named no place: {error}") from None
 
 

@@ -14,7 +14,7 @@ import trio
 
 from protocol.faults import Fault, FaultError, refuse
 from supervisor.link.reconnect import Backoff
-from supervisor.link.web import Web
+from supervisor.link.web import Web, is_packed
 
 if TYPE_CHECKING:
     import httpx
@@ -59,7 +59,7 @@ async def persist(
             return await once()
         except Transient as error:
             last = error
-        except (httpx.TransportError, httpx.StreamError) as error:
+        except (httpx.RequestError, httpx.StreamError) as error:
             last = Transient(f"{type(error).__name__}: {error}")
         except (httpx.InvalidURL, ValueError) as error:
             raise refuse(code, f"The address of a file is none: {error}.") from None
@@ -106,13 +106,17 @@ async def pour(
     Raises:
         OSError: it cannot be written.
         httpx.HTTPError: the connection broke.
+        Transient: it is compressed.
     """
+    if is_packed(response):
+        os.close(fd)
+        raise Transient("it came compressed, though nobody asked for that")
     size, trouble = 0, None
     async with trio.wrap_file(os.fdopen(fd, "wb")) as out:
         # httpx iterates by generators within generators, which only end well from inside: so no `break`, no error
         # and no cancellation may happen between two pieces.
         with trio.CancelScope() as enough:
-            async for piece in response.aiter_bytes(PIECE_BYTES):
+            async for piece in response.aiter_raw(PIECE_BYTES):
                 size += len(piece)
                 moved(len(piece))
                 seen(piece)

@@ -29,6 +29,7 @@ from supervisor.link.ledger import Key
 from supervisor.link.outbox import Outbox
 from supervisor.link.transfer import Output
 from supervisor.link.tries import Moved, nobody, unusable
+from supervisor.link.web import Moving
 
 if TYPE_CHECKING:
     from supervisor.link.dialects.goliat_upload import Part
@@ -149,13 +150,14 @@ class GoliatDelivery:
         client = await self._http.client()
         from supervisor.link.dialects.goliat_upload import Form, Part  # after httpx, which takes its time
 
-        parts: list[Part] = [Part(each.file, each.open, each.moved) for each in whole]
+        patience = trio.CancelScope()
+        parts: list[Part] = [Part(each.file, each.open, Moving(each.moved, patience)) for each in whole]
         form = Form(f"split_{slip.index}" if slip.index >= 0 else slip.job, parts)
         url = self._http.url(f"api/assignments/{_quoted(slip.id)}/results")
         request = client.build_request("POST", url, headers=form.headers)
         request.stream = form
         try:
-            await self._http.send(request)
+            await self._http.send(request, patience)
         finally:
             with trio.CancelScope(shield=True):
                 await form.aclose()

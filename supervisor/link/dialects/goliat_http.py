@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import ssl
 import urllib.parse
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from protocol.framing import UNDECODABLE
 from supervisor.link.causes import unreachable
-from supervisor.link.web import Web
+from supervisor.link.web import ANSWER_S, Web
 
 if TYPE_CHECKING:
     import httpx
@@ -86,29 +86,24 @@ class Http(Web):
         _hold(request, b"")
         return await self._sent(request, MAX_CONFIG_BYTES, CONFIG_S)
 
-    async def send(self, request: httpx.Request) -> Any:
-        """Send what was built with `client`; no bound but that bytes have to move. Raises Trouble."""
-        return self.answer(await self._sent(request, MAX_REPLY_BYTES, math.inf))
+    async def send(self, request: httpx.Request, patience: trio.CancelScope) -> Any:
+        """Send what was built with `client`, whose body moves the deadline of `patience`. Raises Trouble."""
+        return self.answer(await self._sent(request, MAX_REPLY_BYTES, ANSWER_S, patience))
 
-    async def _sent(self, request: httpx.Request, most: int, within_s: float) -> bytes:
-        client = await self.client()
+    async def _sent(
+        self, request: httpx.Request, most: int, within_s: float, patience: trio.CancelScope | None = None
+    ) -> bytes:
         import httpx
 
         try:
-            with trio.fail_after(within_s):
-                response = await client.send(request, stream=True)
-                try:
-                    body = await _body(response, most)
-                finally:
-                    with trio.CancelScope(shield=True), trio.move_on_after(1):
-                        await response.aclose()
-        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, trio.TooSlowError) as error:
+            response, body = await self.ask(request, most=most, within_s=within_s, patience=patience)
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             if isinstance(error, httpx.ConnectError):
                 raise Trouble(unreachable("the dashboard", error)) from None
-            name = "no answer in time" if isinstance(error, trio.TooSlowError) else type(error).__name__
-            raise Trouble(f"the dashboard cannot be reached: {name}: {error}".rstrip(": ")) from None
+            raise Trouble(f"the dashboard cannot be reached: {type(error).__name__}: {error}".rstrip(": ")) from None
         if body is None:
-            raise Trouble(f"the answer has more than {most // 2**20} MiB", status=response.status_code, again=False)
+            problem = f"the answer is compressed, has more than {most // 2**20} MiB, or does not end"
+            raise Trouble(problem, status=response.status_code, again=False)
         if not response.is_success:
             raise _refusal(response, body)
         return body
@@ -117,7 +112,7 @@ class Http(Web):
         """The JSON of a good answer. Raises Trouble: it is none, or says that nothing was done."""
         try:
             answer = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise Trouble(f"the dashboard's answer cannot be read: {error}") from None
         if isinstance(answer, Mapping) and answer.get("success") is False:
             raise Trouble(f"the dashboard says that it failed{_reason(answer)}")
@@ -131,26 +126,11 @@ def _hold(request: httpx.Request, content: bytes) -> None:
     request.stream = Held(content, lambda _count: None)
 
 
-async def _body(response: httpx.Response, most: int) -> bytes | None:
-    """What came; None when it is too much."""
-    pieces, size = [], 0
-    # httpx iterates by generators within generators, which only end well from inside: so no `break`, no error and no
-    # cancellation may happen between two pieces.
-    with trio.CancelScope() as enough:
-        async for piece in response.aiter_bytes(2**18):
-            size += len(piece)
-            if size > most:
-                enough.cancel()
-            else:
-                pieces.append(piece)
-    return None if size > most else b"".join(pieces)
-
-
 def _refusal(response: httpx.Response, body: bytes) -> Trouble:
     status = response.status_code
     try:
         told = _reason(msgspec.json.decode(body))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         told = ""
     after = response.headers.get("retry-after", "")
     return Trouble(

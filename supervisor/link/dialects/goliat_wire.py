@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from protocol.framing import UNDECODABLE
 from protocol.ids import is_safe_id
 
 MAX_LINE_CHARS = 4000
@@ -238,7 +239,7 @@ def said(text: str, at: float) -> Message:
 def _own(text: str) -> Message | None:
     try:
         message = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         return None
     return message if isinstance(message, dict) and message.get("type") in (*_STATES, *_LINES) else None
 

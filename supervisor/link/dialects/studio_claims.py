@@ -29,6 +29,7 @@ import trio
 from msgspec import UNSET
 
 from protocol import link_wire as wire
+from protocol.framing import UNDECODABLE
 from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
@@ -274,7 +275,7 @@ class Claims:
         body = self._large.get(key, b"") if inline is None else inline
         try:
             result = offers.json_result(slip, body, complete.usage)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             log.error("the result cannot be told to a studio: %s", error, extra={"job": slip.job})
             if key == self._held:
                 sentence = "The engine's result is not what its kind has."

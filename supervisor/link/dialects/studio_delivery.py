@@ -29,6 +29,7 @@ from supervisor.link.dialects.studio_register import Credentials
 from supervisor.link.reconnect import Backoff
 from supervisor.link.transfer import FETCH_PATIENCE_S, UPLOAD_PATIENCE_S, Output
 from supervisor.link.tries import AGAIN, Moved, Transient, judge, nobody, patience, persist, pour, unusable
+from supervisor.link.web import Moving
 
 if TYPE_CHECKING:
     import httpx
@@ -189,13 +190,14 @@ class StudioDelivery:
         client = await self._http.client()
         from supervisor.link.dialects.studio_multipart import Multipart  # after httpx, which takes its time
 
+        moving = Moving(moved)
         ext = slip.ext if re.fullmatch(r"[A-Za-z0-9]{1,8}", slip.ext) else "bin"
         form = Multipart(
             {"prompt": slip.prompt, "ext": slip.ext},
             f"{slip.job}.{ext}",
             _MIME.get(slip.ext, "application/octet-stream"),
             file,
-            moved,
+            moving,
         )
         worker, job = (urllib.parse.quote(each, safe="") for each in (known.worker_id, slip.job))
         headers = {"Authorization": f"Bearer {known.auth_token}", **form.headers}
@@ -203,7 +205,7 @@ class StudioDelivery:
         fd = -1 if isinstance(source, bytes) else source()
         request.stream = form.over(source if isinstance(source, bytes) else fd)
         try:
-            response = await client.send(request)
+            response, _told = await self._http.ask(request, patience=moving.patience)
         finally:
             if fd >= 0:
                 os.close(fd)

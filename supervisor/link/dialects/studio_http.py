@@ -6,13 +6,12 @@ import ssl
 from typing import TypeVar
 
 import msgspec
-import trio
 
+from protocol.framing import UNDECODABLE
 from supervisor.link.causes import unreachable
-from supervisor.link.web import Web
+from supervisor.link.web import MAX_ANSWER_BYTES, Web
 
 TIMEOUT_S = 60.0
-MAX_ANSWER_BYTES = 2**20
 _Type = TypeVar("_Type")
 
 
@@ -35,7 +34,7 @@ class Answer:
         """As this struct. Raises Trouble."""
         try:
             return msgspec.json.decode(self.body, type=type_)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise Trouble(f"the studio's answer cannot be read: {error}") from None
 
 
@@ -56,12 +55,13 @@ class Http(Web):
         if content is not None:
             headers["Content-Type"] = "application/json"
         try:
-            with trio.fail_after(self._timeout_s):
-                response = await client.request(method, url, headers=headers, content=content)
-        except (httpx.HTTPError, httpx.StreamError, trio.TooSlowError) as error:
+            request = client.build_request(method, url, headers=headers, content=content)
+            response, told = await self.ask(request, most=MAX_ANSWER_BYTES, within_s=self._timeout_s)
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             if isinstance(error, httpx.ConnectError):
                 raise Trouble(unreachable("the studio", error)) from None
             raise Trouble(f"the studio cannot be reached: {type(error).__name__}: {error}".rstrip(": ")) from None
-        if len(response.content) > MAX_ANSWER_BYTES:
-            raise Trouble(f"the studio's answer has {len(response.content)} bytes")
-        return response.status_code, Answer(response.content, response.headers.get("retry-after", ""))
+        if told is None:
+            most = MAX_ANSWER_BYTES // 2**20
+            raise Trouble(f"the studio's answer is compressed, has more than {most} MiB, or does not end")
+        return response.status_code, Answer(told, response.headers.get("retry-after", ""))

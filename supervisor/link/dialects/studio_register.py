@@ -25,6 +25,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from protocol.framing import UNDECODABLE
 from supervisor.link.dialects.studio_frames import Capabilities, Words
 from supervisor.link.dialects.studio_http import Http, Trouble
 from supervisor.link.outbox import sync_folder
@@ -82,7 +83,7 @@ class CredentialsFile:
             return Credentials(install_id=str(uuid.uuid4()), studio=studio)
         try:
             found = msgspec.json.decode(text, type=Credentials)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from None
         if found.studio != studio:
             return Credentials(install_id=found.install_id, studio=studio)

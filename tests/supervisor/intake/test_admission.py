@@ -106,3 +106,10 @@ def test_a_model_that_is_not_available_now_may_be_asked_for_again():
     assert refused.code == "unknown_model"
     assert refused.retry_after_ms > 0
     assert not verdict(offer(model="gone")).retry_after_ms
+
+
+@pytest.mark.parametrize("attempt", [0, -1, 2**31, 2**63, 2**64 - 1])
+def test_a_number_that_no_records_can_hold_is_no_attempt(attempt: int):
+    refused = verdict(offer(), attempt=attempt)
+    assert isinstance(refused, Refuse)
+    assert refused.code == "bad_offer"

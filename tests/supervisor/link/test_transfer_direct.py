@@ -201,13 +201,10 @@ async def test_a_place_in_the_clear_is_refused_by_who_speaks_tls(port, blobs, mo
     async with transfer(port) as way:
         monkeypatch.setattr(way, "_target", lambda _url: (f"https://127.0.0.1:{port}/x", {}))
 
-        class Client:
-            async def get(self, _url, headers):
-                return httpx.Response(200, json={"url": "http://elsewhere/x"})
+        async def ask(_request):
+            answer = httpx.Response(200, json={"url": "http://elsewhere/x"})
+            return answer, answer.content
 
-        async def client():
-            return Client()
-
-        monkeypatch.setattr(way, "client", client)
+        monkeypatch.setattr(way, "ask", ask)
         with pytest.raises(FaultError, match="no URL of its kind"):
             await way._place("/v1/blobs/j/1/{name}?direct=1", FILE)

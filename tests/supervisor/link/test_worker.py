@@ -142,7 +142,7 @@ async def test_a_job_from_offer_to_acknowledgement(tmp_path):
         run = await r.offered(peer, stream=True, deadline_ms=60_000)
         assert run.request.label == "job_1#1"
         assert run.request.stream
-        assert 59 < run.request.deadline_s <= 60
+        assert 30 < run.request.deadline_s <= 60
         assert msgspec.msgpack.decode(run.request.params) == CHAT
         assert run.request.folder.is_dir()
         run.start()
@@ -240,6 +240,25 @@ async def test_a_missing_input_fails_the_attempt_before_any_engine_sees_it(tmp_p
         await peer.offer("job_1", 1, "audio_stt", "ears", {}, inputs=(given,))
         await peer.expect(wire.Accept)
         assert (await peer.expect(wire.Fail)).fault.code == "input_unavailable"
+
+
+async def test_a_mistake_of_ours_costs_the_job_that_it_met_and_no_other(tmp_path, caplog, monkeypatch):
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        other = await r.offered(peer, "job_2")
+
+        async def fetch(*_args: object) -> None:
+            raise RuntimeError("nobody thought of this")
+
+        monkeypatch.setattr(r.transfer, "fetch", fetch)
+        audio = wire.FileRef(name="audio", url="v1/x", size=3, sha256="0" * 64)
+        await peer.offer("job_1", 1, "audio_stt", "ears", {}, inputs=(audio,))
+        await peer.expect(wire.Accept)
+        fault = (await peer.expect(wire.Fail)).fault
+        assert (fault.code, fault.message) == ("worker_failed", "The worker made a mistake of its own: RuntimeError.")
+        assert "nobody thought of this" in caplog.text
+        assert not other.cancelled
+        assert r.worker.holds("job_2", 1)
 
 
 async def test_a_failure_after_the_first_chunk_says_so(tmp_path):
