@@ -19,6 +19,7 @@ from starlette.routing import Route
 from coordinator.dashboard.view import attempt_row, job_row
 from coordinator.errors import Json
 from coordinator.jobs_api import STATES
+from coordinator.kept_lines import MOST_LINES, merged
 from coordinator.keys import Key, KeyRefusal
 from coordinator.records import JobRecord
 from coordinator.services import services
@@ -28,6 +29,7 @@ from protocol.faults import FaultError, refuse
 
 JOBS = 50
 MOST_JOBS = 200
+LINES = 200
 MAX_TEXT = 200
 _FILTERS = ("state", "model", "tenant", "worker")
 
@@ -38,15 +40,13 @@ async def list_jobs(request: Request) -> Response:
     asked = request.query_params
     if unknown := [name for name in asked if name not in (*_FILTERS, "limit", "before")]:
         raise refuse("invalid_parameter", f"{unknown[0][:50]}: Expected one of {', '.join(_FILTERS)}, limit, before.")
-    limit = asked.get("limit", str(JOBS))
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MOST_JOBS:
-        raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {MOST_JOBS}.", "limit")
+    limit = _limit(request, JOBS, MOST_JOBS)
     wanted = JobFilter(**{name: asked.get(name, "")[:MAX_TEXT] for name in _FILTERS})
     if wanted.state and wanted.state not in STATES:
         raise refuse("invalid_parameter", f"state: Expected one of {', '.join(STATES)}.", "state")
-    found = await services(request).look.jobs(wanted, int(limit) + 1, asked.get("before", "")[:MAX_TEXT])
-    rows = [job_row(record) for record in found[: int(limit)]]
-    return Json({"object": "list", "data": rows, "more": len(found) > int(limit)})
+    found = await services(request).look.jobs(wanted, limit + 1, asked.get("before", "")[:MAX_TEXT])
+    rows = [job_row(record) for record in found[:limit]]
+    return Json({"object": "list", "data": rows, "more": len(found) > limit})
 
 
 async def get_job(request: Request) -> Response:
@@ -54,6 +54,23 @@ async def get_job(request: Request) -> Response:
     record = await _job(request)
     attempts = await services(request).dispatcher.attempts_of(record)
     return Json({**job_row(record), "attempts": [attempt_row(attempt) for attempt in attempts]})
+
+
+async def job_logs(request: Request) -> Response:
+    """What workers' logs said of a job lately, the oldest line first; `worker`, and `limit`: the latest so many.
+
+    Every replica keeps in memory what its workers told. `since_ms`: of what was told before, lines may be missing;
+    `lost`: lines, of whatever job, that a worker lost on their way; `not_asked`: replicas that did not answer.
+    """
+    record, asked = await _job(request), request.query_params
+    if unknown := [name for name in asked if name not in ("worker", "limit")]:
+        raise refuse("invalid_parameter", f"{unknown[0][:50]}: Expected worker or limit.")
+    limit, worker = _limit(request, LINES, MOST_LINES), asked.get("worker", "")[:MAX_TEXT]
+    attempts = services(request).dispatcher.attempts
+    elsewhere, silent = await attempts.elsewhere.lines(record.id, worker, limit)
+    found = msgspec.to_builtins(merged([attempts.kept.of(record.id, worker, limit), *elsewhere], limit))
+    about = {"object": "list", "job": record.id, "created_ms": record.created_ms, "not_asked": silent}
+    return Json({**about, "data": found.pop("lines"), **found})
 
 
 async def list_keys(request: Request) -> Response:
@@ -96,10 +113,19 @@ async def revoke_worker(request: Request) -> Response:
 ROUTES = [
     Route("/v1/admin/jobs", list_jobs, methods=["GET"]),
     Route("/v1/admin/jobs/{id}", get_job, methods=["GET"]),
+    Route("/v1/admin/jobs/{id}/logs", job_logs, methods=["GET"]),
     Route("/v1/keys", list_keys, methods=["GET"]),
     Route("/v1/keys/{prefix}/revoke", revoke_key, methods=["POST"]),
     Route("/v1/workers/{id}/revoke", revoke_worker, methods=["POST"]),
 ]
+
+
+def _limit(request: Request, usual: int, most: int) -> int:
+    """How many are asked for. Raises FaultError(invalid_parameter)."""
+    limit = request.query_params.get("limit", str(usual))
+    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= most:
+        raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {most}.", "limit")
+    return int(limit)
 
 
 async def _job(request: Request) -> JobRecord:

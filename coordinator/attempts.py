@@ -20,6 +20,7 @@ from coordinator.costs import Costs
 from coordinator.counting import Counters
 from coordinator.elsewhere import Elsewhere, Nobody
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
+from coordinator.kept_lines import KeptLines
 from coordinator.logs import JobLines
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
@@ -76,6 +77,7 @@ class Attempts:
         self._declined: Counter[str] = Counter()
         self.traces: Traces = NoTraces()
         self.lines = JobLines()
+        self.kept = KeptLines()
         self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
 
     # ---- sessions ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from coordinator.fleet import Key
+from coordinator.kept_lines import Lines
 
 
 class Reach(NamedTuple):
@@ -22,7 +23,7 @@ class Reach(NamedTuple):
 
 
 class Elsewhere(Protocol):
-    """The other replicas. No method waits, and none that tells is sure: the rows tell them later, too."""
+    """The other replicas. No method that tells waits, and none is sure: the rows tell them later, too."""
 
     def stop(self, gateway: str, key: Key, reason: str) -> None:
         """A replica holds an attempt that its row went on without."""
@@ -32,6 +33,9 @@ class Elsewhere(Protocol):
 
     def reach(self) -> Reach | None:
         """How they are reached; None where there can be none."""
+
+    async def lines(self, job: str, worker: str, limit: int) -> tuple[list[Lines], list[str]]:
+        """What workers' logs said of a job there, and the names of those that did not answer in time."""
 
 
 class Nobody:
@@ -46,3 +50,7 @@ class Nobody:
     def reach(self) -> Reach | None:
         """There can be none."""
         return None
+
+    async def lines(self, job: str, worker: str, limit: int) -> tuple[list[Lines], list[str]]:
+        """Nobody to ask."""
+        return [], []

@@ -367,7 +367,7 @@ class WorkerSession:
                 self._attempts.drain(worker)
             case wire.LogBatch():
                 lines = (Line(line.ts, line.level, line.message, line.job) for line in body.lines)
-                worker_lines.tell(worker.id, lines, body.dropped)
+                worker_lines.tell(worker.id, lines, body.dropped, kept=self._attempts.kept)
             case _:
                 return False
         return True

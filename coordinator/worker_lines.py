@@ -10,6 +10,8 @@ import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from coordinator.kept_lines import KeptLines
+
 # The supervisor leaves out this logger's lines where it embeds a coordinator: they are its own.
 log = logging.getLogger("coordinator.worker")
 
@@ -34,14 +36,17 @@ class Line(NamedTuple):
     job: str = ""
 
 
-def tell(worker: str, lines: Iterable[Line], dropped: int = 0) -> None:
-    """Log a batch, and how many lines were lost before it and left out of it."""
+def tell(worker: str, lines: Iterable[Line], dropped: int = 0, *, kept: KeptLines) -> None:
+    """Log a batch, and how many lines were lost before it and left out of it; `kept` gets those of jobs."""
     told = iter(lines)
     shown = list(itertools.islice(told, MOST_LINES))
     lost = max(0, dropped) + sum(1 for _ in told)
     if lost:
+        kept.lose(worker, lost)
         log.warning("%s: %d lines of its log were lost", worker, lost, extra={"worker": worker, "dropped": lost})
     for line in shown:
-        about = {"worker": worker, "at": line.at[:_SHORT]} | ({"job": line.job[:_SHORT]} if line.job else {})
+        at, message, job = line.at[:_SHORT], line.message[:MOST_CHARS], line.job[:_SHORT]
         level = _LEVELS.get(line.level.lower(), logging.INFO)
-        log.log(level, "%s: %r", worker, line.message[:MOST_CHARS], extra=about)
+        log.log(level, "%s: %r", worker, message, extra={"worker": worker, "at": at} | ({"job": job} if job else {}))
+        if job:
+            kept.keep(worker, at, logging.getLevelName(level).lower(), message, job)

@@ -1,7 +1,7 @@
 """`coordinator jobs`: look at jobs, try failed ones again, cancel; over HTTP, from a coordinator that serves.
 
-The key is that of a client (its tenant's jobs), or an admin's (any job by its id). Without `--key-file` it is taken
-from COORDINATOR_KEY, or it is the client key in the state folder.
+The key is that of a client (its tenant's jobs), or an admin's (any job by its id; `logs` needs one). Without
+`--key-file` it is taken from COORDINATOR_KEY, or it is the client key in the state folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from coordinator.cli.showing import cell, date, fault_cell, line, say, table
 
 OK, FAILED = 0, 1
 MOST_SHOWN = 100
+MOST_LINES = 1000
+MOST_CHARS = 4000  # of a line
 
 
 def add_parser(commands: Any, shared: argparse.ArgumentParser, parser: type[argparse.ArgumentParser]) -> None:
@@ -36,6 +38,19 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser, parser: type[argp
         one = verbs.add_parser(verb, parents=[shared, options], help=text)
         one.add_argument("ids", nargs=1 if verb == "show" else "+", metavar="ID")
         one.set_defaults(command=command)
+    logs = verbs.add_parser(
+        "logs", parents=[shared, options], help="what workers' logs said of a job lately; with an admin's key"
+    )
+    logs.add_argument("id", metavar="ID")
+    logs.add_argument("--worker", default="", metavar="NAME", help="only lines of this worker")
+    logs.add_argument("-n", "--lines", type=_count, default=200, metavar="COUNT", help="the latest so many (200)")
+    logs.set_defaults(command=_logs)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MOST_LINES:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MOST_LINES}, not {text!r}")
+    return int(text)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -93,6 +108,36 @@ def _show(arguments: argparse.Namespace) -> int:
         ]
         table(rows)
     return OK
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    query = urllib.parse.urlencode({"limit": arguments.lines, "worker": arguments.worker})
+    answer = ask(arguments, "GET", f"/v1/admin/jobs/{quoted(arguments.id)}/logs?{query}")
+    if arguments.json:
+        return say(answer)
+    for one in answer["data"]:
+        at, level = cell(one["at"] or date(one["told_ms"])), cell(one["level"])
+        line(f"{at} {level:8} {cell(one['worker'])}: {cell(one['message'], MOST_CHARS)}")
+    for note in _missing(answer):
+        sys.stderr.write(note + "\n")
+    return OK
+
+
+def _missing(answer: dict[str, Any]) -> list[str]:
+    """What is not there, in sentences."""
+    notes = []
+    if not answer["data"]:
+        notes.append("No line about this job is kept; lines are in memory only, and come from workers that ship them.")
+    if answer["more"]:
+        notes.append(f"{answer['more']} older lines are kept; -n shows more.")
+    if answer["since_ms"] > answer["created_ms"]:
+        notes.append(f"Lines of before {date(answer['since_ms'])} (UTC) are not kept any more.")
+    notes += [
+        f"{cell(name)} has lost {count} lines on their way since the coordinator started, of whatever job."
+        for name, count in sorted(answer["lost"].items())
+    ]
+    notes += [f"Replica {cell(name)} did not answer: it may have more lines." for name in answer["not_asked"]]
+    return notes
 
 
 def _retry(arguments: argparse.Namespace) -> int:

@@ -103,7 +103,7 @@ class JoinedFrame(Frame, frozen=True, tag="j"):
 
 
 class OrderFrame(Frame, frozen=True, tag="o"):
-    """A message for a worker of yours, in the link's words."""
+    """A message for a worker of yours, in the link's words; one for the worker "" is for you yourself."""
 
     worker: _Name
     message: bytes

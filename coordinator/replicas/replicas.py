@@ -21,6 +21,7 @@ from coordinator.fleet import Key, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobNudge, JobProgress, JobStarted
 from coordinator.replicas import frames
 from coordinator.replicas.door import door, serve
+from coordinator.replicas.lines import ITSELF, Inquiry, answer
 from coordinator.replicas.peer import Caller, Peer
 from coordinator.replicas.remote import RemotePort, deliver, order_done, remote_worker, told_of
 from coordinator.store import StoreError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from coordinator.attempts import Attempts
+    from coordinator.kept_lines import Lines
     from coordinator.replicas.opening import Doorway
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Replicas:
         self._fleet_news = anyio.Event()
         self._dropped = 0  # by peers that are gone
         self._attempts: Attempts | None = None
+        self._inquiry = Inquiry(self._order)
 
     def attach(self, attempts: Attempts) -> None:
         """From now on these attempts hear of the other replicas, and the other way round."""
@@ -136,6 +139,10 @@ class Replicas:
         connected, dropped = sum(peer.connected for peer in peers), sum(peer.dropped for peer in peers)
         return Reach(len(peers), connected, self._dropped + dropped)
 
+    async def lines(self, job: str, worker: str, limit: int) -> tuple[list[Lines], list[str]]:
+        """What workers' logs said of a job at the others, and the names of those that did not answer in time."""
+        return await self._inquiry.ask(list(self._peers), job, worker, limit)
+
     def _workers_elsewhere(self) -> Iterator[Worker]:
         for fleet in self._fleets.values():
             yield from fleet.values()
@@ -179,6 +186,11 @@ class Replicas:
                 known = {} if frame.first else self._fleets.get(sender, {})
                 known |= {one.view.id: remote_worker(one, self._port(sender, one.view.id)) for one in frame.workers}
                 self._fleets[sender] = known
+            case frames.OrderFrame(worker=name) if name == ITSELF:
+                if found := answer(frame, attempts.kept):
+                    self._answer(sender, found)
+            case frames.AnswerFrame(worker=name) if name == ITSELF:
+                self._inquiry.answered(sender, frame)
             case frames.OrderFrame():
                 if worker := fleet.workers.get(frame.worker):
                     deliver(worker, frame, lambda answer: self._answer(sender, answer))

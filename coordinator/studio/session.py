@@ -326,7 +326,7 @@ class StudioSession:
                 self._beat(body)
             case LogBatch():
                 lines = (Line(one.ts, one.level, one.message, one.job_id or "") for one in body.entries)
-                worker_lines.tell(self.name, lines)
+                worker_lines.tell(self.name, lines, kept=self._attempts.kept)
             case Unreadable():
                 log.warning("Worker %s sent a frame that cannot be read: %s", self.name, body)
                 self._attempts.counters.events["unreadable"] += 1

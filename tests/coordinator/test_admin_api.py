@@ -12,13 +12,14 @@ from websockets.exceptions import InvalidStatus
 
 from coordinator.testing import OfferedJob, Running
 from coordinator.testing_link import CHAT, RawWorker
+from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 
 
 @pytest.fixture
 def admin(served: Running) -> Iterator[httpx.Client]:
     key = served.coordinator.keys.create("admin", name="boss")
-    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=20) as client:
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
         yield client
 
 
@@ -26,7 +27,7 @@ def submit(served: Running, tenant: str, model: str, **more: Any) -> str:
     key = served.coordinator.keys.create("client", tenant=tenant)
     body = {"kind": "llm", "model": model, "params": {"prompt": "a secret"}, "wait_for_worker": True, **more}
     headers = {"authorization": f"Bearer {key}"}
-    answer = httpx.post(served.url + "/v1/jobs", json=body, headers=headers, timeout=20)
+    answer = httpx.post(served.url + "/v1/jobs", json=body, headers=headers, timeout=60)
     return str(answer.json()["id"])
 
 
@@ -60,6 +61,40 @@ def test_a_job_is_shown_with_its_attempts(served: Running, admin: httpx.Client, 
     assert worker.jobs[0].id == job
     answer = admin.get("/v1/admin/jobs/job_nobody")
     assert (answer.status_code, "GET /v1/admin/jobs" in answer.json()["error"]["message"]) == (404, True)
+
+
+def test_what_workers_told_of_a_job_is_shown(served: Running, admin: httpx.Client, serve: Any) -> None:
+    def talks(job: OfferedJob) -> None:
+        told = wire.LogLine(ts="2026-11-21T10:00:00Z", level="warning", message="it is\x1b slow", job=job.id)
+        worker.send(wire.LogBatch(lines=(told, wire.LogLine("later", "info", "of nobody")), dropped=3))
+        worker.send(wire.LogBatch(lines=(wire.LogLine("later", "info", "done", job.id),)))
+        job.complete({"content": "x"})
+
+    worker = serve(talks, "talks", "llm")
+    job = submit(served, "somebody", "talks", wait=True)
+    seen = admin.get(f"/v1/admin/jobs/{job}/logs").json()
+    name = admin.get(f"/v1/admin/jobs/{job}").json()["worker"]
+    assert [(one["worker"], one["level"], one["message"]) for one in seen["data"]] == [
+        (name, "warning", "it is\x1b slow"),
+        (name, "info", "done"),
+    ]
+    assert seen["data"][0]["at"] == "2026-11-21T10:00:00Z"
+    assert (seen["job"], seen["more"], seen["lost"], seen["not_asked"]) == (job, 0, {name: 3}, [])
+    assert 0 < seen["since_ms"] <= seen["data"][0]["told_ms"]
+    assert seen["created_ms"] <= seen["data"][0]["told_ms"]
+    last = admin.get(f"/v1/admin/jobs/{job}/logs", params={"limit": 1, "worker": name}).json()
+    assert ([one["message"] for one in last["data"]], last["more"]) == (["done"], 1)
+    assert admin.get(f"/v1/admin/jobs/{job}/logs", params={"worker": "other"}).json()["data"] == []
+
+
+def test_lines_of_jobs_are_an_admins_and_wrong_questions_are_named(served: Running, admin: httpx.Client) -> None:
+    job = submit(served, "somebody", "silent")
+    answer = httpx.get(f"{served.url}/v1/admin/jobs/{job}/logs", headers=served.headers, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+    assert admin.get("/v1/admin/jobs/job_nobody/logs").status_code == 404
+    for query in ("limit=0", "limit=1001", "limit=x", "wroker=a"):
+        answer = admin.get(f"/v1/admin/jobs/{job}/logs?{query}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_parameter")
 
 
 def test_keys_are_listed_without_secrets_and_revoked(served: Running, admin: httpx.Client) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import pytest
 
 from coordinator import worker_lines
+from coordinator.kept_lines import KeptLines
 from coordinator.logs import JsonFormatter
-from coordinator.worker_lines import Line, tell
+from coordinator.worker_lines import Line
 
 
 @pytest.fixture
@@ -26,6 +27,12 @@ def told() -> Iterator[io.StringIO]:
     yield stream
     worker_lines.log.setLevel(before)
     worker_lines.log.removeHandler(handler)
+
+
+def tell(worker: str, lines: Iterable[Line], dropped: int = 0) -> KeptLines:
+    kept = KeptLines()
+    worker_lines.tell(worker, lines, dropped, kept=kept)
+    return kept
 
 
 def fields(told: io.StringIO) -> list[dict[str, object]]:
@@ -61,3 +68,17 @@ def test_a_flood_is_cut(told: io.StringIO) -> None:
     lost, first, *rest = fields(told)
     assert (lost["dropped"], len(rest)) == (7, worker_lines.MOST_LINES - 1)
     assert len(str(first)) < worker_lines.MOST_CHARS + 1000
+
+
+def test_lines_of_jobs_are_kept_for_who_asks_and_others_are_not(told: io.StringIO) -> None:
+    kept = tell("box", [Line("then", "WARN", "slow", "job_1"), Line("then", "error", "of nobody")], 3)
+    found = kept.of("job_1")
+    assert [(one.worker, one.at, one.level, one.message) for one in found.lines] == [("box", "then", "warning", "slow")]
+    assert found.lost == {"box": 3}
+    assert kept.of("").lines == []
+
+
+def test_what_is_kept_of_a_line_is_cut_too(told: io.StringIO) -> None:
+    kept = tell("box", [Line("x" * 999, "info", "y" * 99_999, "j" * 999)])
+    (line,) = kept.of("j" * 128).lines
+    assert (len(line.at), len(line.message)) == (128, worker_lines.MOST_CHARS)

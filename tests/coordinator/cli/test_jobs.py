@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from coordinator.cli import jobs
 from coordinator.cli.main import FAILED, OK, main
+from coordinator.testing import OfferedJob, Running
+from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -59,6 +62,56 @@ def test_jobs_are_listed_and_shown(http: httpx.Client, serve: Any, run: Run) -> 
     assert "\x1b" not in out
     shown = json.loads(run("show", job, "--json")[1])
     assert [one["outcome"] for one in shown["attempts"]] == ["failed"]
+
+
+def lines_of(job: OfferedJob) -> tuple[wire.LogLine, ...]:
+    return (
+        wire.LogLine("2026-11-21T10:00:00Z", "warning", "two\nlines\x1b[31m", job.id),
+        wire.LogLine("2026-11-21T10:00:01Z", "info", "last", job.id),
+    )
+
+
+def test_what_workers_told_of_a_job_is_shown_and_what_is_missing(
+    served: Running, http: httpx.Client, serve: Any, run: Run, tmp_path: Path
+) -> None:
+    def talks(job: OfferedJob) -> None:
+        worker.send(wire.LogBatch(lines=lines_of(job), dropped=2))
+        fails(job)
+
+    worker = serve(talks, "cli-talks", "command")
+    (job,) = ended(http, "cli-talks")
+    boss = tmp_path / "boss"
+    boss.write_text(served.coordinator.keys.create("admin"))
+    code, out, err = run("logs", job, key=boss)
+    first, second = out.splitlines()
+    assert code == OK
+    assert first.startswith("2026-11-21T10:00:00Z warning  fake-")
+    assert first.endswith(": two?lines?[31m")
+    assert second.endswith(": last")
+    assert "has lost 2 lines on their way" in err
+    code, out, err = run("logs", job, "-n", "1", key=boss)
+    assert (len(out.splitlines()), "1 older lines are kept" in err) == (1, True)
+    code, out, err = run("logs", job, "--worker", "nobody", key=boss)
+    assert (code, out, "No line about this job" in err) == (OK, "", True)
+    assert len(json.loads(run("logs", job, "--json", key=boss)[1])["data"]) == 2
+    code, _, err = run("logs", job)
+    assert (code, "admin key" in err) == (FAILED, True)
+
+
+def test_what_cannot_be_there_is_said() -> None:
+    answer: dict[str, Any] = {"data": [1], "more": 0, "since_ms": 86_400_000, "created_ms": 5, "lost": {}}
+    notes = jobs._missing({**answer, "not_asked": ["replica-b\x1b"]})
+    assert notes == [
+        "Lines of before 1970-01-02 00:00:00 (UTC) are not kept any more.",
+        "Replica replica-b? did not answer: it may have more lines.",
+    ]
+
+
+@pytest.mark.parametrize("count", ["0", "1001", "x", "-1"])
+def test_how_many_lines_is_a_number_within_bounds(run: Run, count: str) -> None:
+    with pytest.raises(SystemExit) as ended_with:
+        run("logs", "job_x", f"-n{count}")
+    assert ended_with.value.code == 64
 
 
 def test_a_failed_job_is_tried_again_and_what_is_refused_is_said(http: httpx.Client, serve: Any, run: Run) -> None:

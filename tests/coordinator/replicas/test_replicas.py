@@ -362,3 +362,28 @@ def test_a_replica_ends_though_another_one_takes_no_leave(start: Start, database
             assert stuck.wait(PATIENCE_S)
     finally:
         go_on.set()
+
+
+def test_lines_of_a_job_are_found_at_whatever_replica_its_worker_told_them_to(two: Two) -> None:
+    here, there = two
+    name = model()
+
+    def script(job: OfferedJob) -> None:
+        worker.send(wire.LogBatch(lines=(wire.LogLine("then", "warning", "slow", job.id),)))
+        job.complete({"content": "x"})
+
+    with FakeWorker(there, offer(name), script, name) as worker:
+        serving(name, here)
+        body = {"kind": "llm", "model": name, "params": {"prompt": "p"}, "wait": True}
+        job = httpx.post(here.url + "/v1/jobs", json=body, headers=here.headers, timeout=PATIENCE_S).json()["id"]
+        boss = {"authorization": f"Bearer {here.coordinator.keys.create('admin')}"}
+        for replica in two:
+            found: dict[str, Any] = {"not_asked": ["nobody yet"]}
+
+            def answered(replica: Running = replica) -> bool:
+                nonlocal found
+                found = httpx.get(f"{replica.url}/v1/admin/jobs/{job}/logs", headers=boss, timeout=PATIENCE_S).json()
+                return found.get("not_asked") == []
+
+            until(answered)  # the key may be new to the other one, and this machine slow
+            assert [(one["worker"], one["message"]) for one in found["data"]] == [(name, "slow")]
