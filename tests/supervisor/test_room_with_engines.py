@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from supervisor.settings import LimitsTable
 
 GIB = 2**30
 GPU = "GPU-sim-0"
-LIMITS = LimitsTable(start_s=30, load_s=10, first_output_s=10, stall_s=10, cancel_grace_s=1, term_grace_s=1, job_s=60)
+LIMITS = LimitsTable(start_s=60, load_s=60, first_output_s=60, stall_s=60, cancel_grace_s=1, term_grace_s=1, job_s=120)
+PATIENCE_S = 60.0
 
 
 def model(name: str, gib: float, told: float | None = None, **options: object) -> ModelSpec:
@@ -54,14 +54,14 @@ class Box:
         params = msgspec.msgpack.encode({"prompt": prompt})
         request = RunRequest(model=f"synthetic-{name}", kind="llm", params=params, folder=attempt.outputs, **more)
         try:
-            with trio.fail_after(40):
+            with trio.fail_after(PATIENCE_S):
                 return await self.host.run(request, self._hear)
         finally:
             attempt.close()
 
     async def until(self, what: Callable[[], object]) -> None:
         """Wait until something is so: looked at whenever the host changes or the GPU is read."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while not what():
                 bell = trio.Event()
                 self.host.on_change = bell.set
@@ -104,7 +104,7 @@ async def open_box(tmp_path: Path, *models: ModelSpec) -> AsyncIterator[Box]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch.run)
         nursery.start_soon(room.keep_learning)
-        assert await watch.wait_known(20)
+        assert await watch.wait_known(PATIENCE_S)
         async with open_host(models, LIMITS, scratch, means=Means(room=room)) as host:
             yield Box(tmp_path, host, room, watch)
         nursery.cancel_scope.cancel()
@@ -116,13 +116,13 @@ async def test_two_models_that_do_not_fit_together_take_turns(tmp_path):
             await box.serves("a")
             old = box.pid("a")
             assert (box.state("a"), box.state("b")) == ("ready", "cold")
-            began = time.monotonic()
+            began = trio.current_time()
             await box.serves("b")
-            swap_s = time.monotonic() - began
+            swap_s = trio.current_time() - began
             assert (box.state("a"), box.state("b")) == ("cold", "ready")
             assert not psutil.pid_exists(old)
             await box.until(lambda: box.watch.free_bytes(GPU) == 3 * GIB)
-            assert swap_s < 10, f"turn {turn} took {swap_s:.1f} s"
+            assert swap_s < PATIENCE_S / 2, f"turn {turn} took {swap_s:.1f} s"
         assert any("synthetic-a is ending" in text for text in box.told)
         assert box.room.tainted() == {}
 

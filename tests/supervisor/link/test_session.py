@@ -11,6 +11,7 @@ from trio_websocket import ConnectionClosed
 
 from protocol import link_wire as wire
 from supervisor.link import session as subject
+from supervisor.link.paced import AT_ONCE
 from supervisor.link.session import Address, SessionEnd, Why, converse
 from supervisor.suspend import Clocks
 from supervisor.testing import FakeCoordinator, open_coordinator
@@ -73,7 +74,9 @@ async def talking(side: FakeSide, coordinator: FakeCoordinator, clocks: Clocks |
         nursery.cancel_scope.cancel()
 
 
-async def test_it_greets_with_token_and_subprotocol_and_nothing_before_welcome():
+async def test_it_greets_with_token_and_subprotocol_and_nothing_before_welcome(monkeypatch):
+    monkeypatch.setattr(subject, "SILENT_BEATS", 1000)
+    monkeypatch.setattr(subject, "UNANSWERED_BEATS", 1000)
     side = FakeSide()
     async with open_coordinator() as coordinator, talking(side, coordinator):
         peer = await coordinator.connection()
@@ -169,21 +172,22 @@ async def test_a_server_that_is_no_tls_server():
 
 @pytest.mark.parametrize("stage", ["tls", "upgrade", "welcome"])
 async def test_one_deadline_covers_the_whole_way_to_welcome(stage):
+    connect_s = 1.5 if stage == "welcome" else 0.2  # the connection is made within it
     if stage in ("tls", "upgrade"):
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         where = f"{'wss' if stage == 'tls' else 'ws'}://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         with trio.fail_after(20):
-            end = await converse(Address(url=where, token="x", connect_s=0.2), FakeSide())
+            end = await converse(Address(url=where, token="x", connect_s=connect_s), FakeSide())
         await listeners[0].aclose()
     else:
         async with (
             open_coordinator() as coordinator,
-            talking(FakeSide(), coordinator, connect_s=0.2) as wait,
+            talking(FakeSide(), coordinator, connect_s=connect_s) as wait,
         ):
             await coordinator.connection()
             end = await wait()
     assert end.why is Why.LOST
-    assert "did not welcome us in 0.2 s" in end.sentence
+    assert f"did not welcome us in {connect_s:g} s" in end.sentence
 
 
 async def test_silence_is_the_end_whatever_tcp_thinks(monkeypatch):
@@ -257,6 +261,7 @@ class Nap:
 async def test_after_a_sleep_the_peer_has_one_beat_to_answer(there, monkeypatch):
     monkeypatch.setattr(subject, "SLEEP_LOOK_S", 0.02)
     monkeypatch.setattr(subject, "CLOSE_PATIENCE_S", 0.05)
+    monkeypatch.setattr(subject, "SILENT_BEATS", 1000)
     nap, side = Nap(), FakeSide()
     async with open_coordinator() as coordinator, talking(side, coordinator, clocks=nap.clocks()) as end:
         peer = await coordinator.session(heartbeat_ms=60_000 if there else 500)
@@ -364,3 +369,54 @@ def test_addresses():
     assert deep.http_url == "https://h/pre/fix/"
     assert Address(url="ws://h/v1/worker", token="t").http_url == "http://h/"
     assert "t0ken" not in repr(Address(url="ws://h", token="t0ken"))
+
+
+async def test_a_peer_that_floods_what_means_nothing_fills_no_log(caplog):
+    side = FakeSide()
+    async with open_coordinator() as coordinator, talking(side, coordinator) as over:
+        peer = await coordinator.session(heartbeat_ms=300_000)
+        for number in range(200):
+            await peer.send_raw(msgspec.msgpack.encode({"t": f"{number}" + "x" * 10_000, "body": {}}))
+        await peer.socket.aclose(1001)
+        assert (await over()).why is Why.LOST
+    odd = [record for record in caplog.records if record.name == subject.log.name and record.levelno == logging.WARNING]
+    assert len(odd) == AT_ONCE + 1
+    assert all(len(record.getMessage()) < 1000 for record in odd)
+    assert f"{200 - AT_ONCE} more messages that meant nothing" in odd[-1].getMessage()
+
+
+async def test_a_peer_that_talks_and_does_not_read_is_left(monkeypatch):
+    monkeypatch.setattr(subject, "MAX_WAITING", 100)
+    side = FakeSide()
+
+    def answer(body, job, attempt) -> None:  # all at once: none of it can have gone out in between
+        for number in range(101):
+            side.post(wire.OrderDone(id=str(number), ok=True))
+
+    monkeypatch.setattr(side, "heard", answer)
+    async with open_coordinator() as coordinator, talking(side, coordinator) as over:
+        peer = await coordinator.session()
+        await peer.send(wire.Resume())
+        end = await over()
+    assert (end.why, "does not read what it is answered" in end.sentence) == (Why.LOST, True)
+
+
+async def test_a_cancel_that_meets_the_end_of_a_session_is_a_cancel_and_nothing_else(monkeypatch):
+    side = FakeSide()
+    closing = trio.Event()
+
+    async def close(_span: object, _socket: object) -> None:
+        closing.set()
+        await trio.sleep(0)
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(subject._Span, "_close", close)
+    async with open_coordinator() as coordinator:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(converse, Address(url=coordinator.url, token="t"), side)
+            peer = await coordinator.session()
+            await peer.send_raw("text on a binary link")
+            with trio.fail_after(20):
+                await closing.wait()
+            nursery.cancel_scope.cancel()
+    assert side.log[-1] == "closed"
