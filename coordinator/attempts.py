@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Container
 
@@ -205,7 +206,7 @@ class Attempts:
 
     async def chunk(self, worker: Worker, key: Key, body: wire.Chunk) -> bool:
         """Forward a chunk to the watchers. False when a chunk before it is missing."""
-        held = worker.attempts[key]
+        held, came_at = worker.attempts[key], time.monotonic()
         if held.state != "running":
             return True
         if held.next_seq is not None and body.seq != held.next_seq:
@@ -219,7 +220,7 @@ class Attempts:
         held.next_seq = body.seq + 1
         if held.stream:
             self.counters.events["chunks"] += 1
-            self._publish(held, JobChunk(body.seq, bytes(body.data)))
+            self._publish(held, JobChunk(body.seq, bytes(body.data), came_at))
         return True
 
     def progress(self, worker: Worker, key: Key, body: wire.Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -14,6 +15,9 @@ OTHER = "(other)"
 # Seconds: from a request that only reads, to a job that runs for ten minutes.
 LATENCIES_S = (0.005, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 60.0, 600.0)
 STORE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+
+# Seconds that a token is in the coordinator: a fraction of a millisecond where nothing else is done.
+LAG_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
 class Tally(Counter[K]):
@@ -69,6 +73,7 @@ class Counters:
         usage: (model, key) -> sum, of jobs that succeeded or were cancelled.
         submitted: (kind, model) -> jobs.
         declines: code -> declined offers.
+        stream_lag: seconds from a worker's piece of a stream to its place in the client's connection.
         events: offers, accepted, requeued, fenced, adopted, lost, offer_timeouts, chunks, sessions, …
     """
 
@@ -78,7 +83,13 @@ class Counters:
         self.usage: dict[tuple[str, str], float] = {}
         self.submitted: Tally[tuple[str, str]] = Tally()
         self.declines: Tally[str] = Tally(50)
+        self.stream_lag = Histogram(LAG_S)
         self.events: Counter[str] = Counter()
+
+    def written(self, came_at: float) -> None:
+        """A piece of a stream was written to its client; `came_at` on the monotonic clock, 0 when it is not known."""
+        if came_at:
+            self.stream_lag.observe(time.monotonic() - came_at)
 
     def add_usage(self, model: str, usage: dict[str, float]) -> None:
         """Add what one job used."""

@@ -28,6 +28,7 @@ from coordinator.bodies import (
     read_json,
     work_params,
 )
+from coordinator.counting import Counters
 from coordinator.errors import Json
 from coordinator.files import file_response
 from coordinator.media import UNKNOWN
@@ -386,7 +387,7 @@ class JobEvents(Response):
                 await writer.write(sse(to_job(self._record), "job"))
                 async with anyio.create_task_group() as group:
                     group.start_soon(writer.comment_forever)
-                    last = await _relay(source, writer)
+                    last = await _relay(source, writer, self._parts.dispatcher.counters)
                     group.cancel_scope.cancel()
             await writer.write(last)
             await writer.close()
@@ -395,7 +396,7 @@ class JobEvents(Response):
             await while_connected(receive, work)
 
 
-async def _relay(source: AsyncIterator[JobEvent], writer: EventWriter) -> bytes:
+async def _relay(source: AsyncIterator[JobEvent], writer: EventWriter, counters: Counters) -> bytes:
     """Write all events but the last thing to say, which is returned."""
     try:
         async for event in source:
@@ -403,6 +404,8 @@ async def _relay(source: AsyncIterator[JobEvent], writer: EventWriter) -> bytes:
                 deliveries.note_fault(event.record)
                 return sse(to_job(event.record), "ended") + DONE
             await writer.write(to_event(event))
+            if isinstance(event, JobChunk):
+                counters.written(event.at)
     except FaultError as error:
         return sse(error.fault.openai_error(), "error")
     return sse(refuse("internal", "The job's events ended without its end.").fault.openai_error(), "error")

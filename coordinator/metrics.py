@@ -181,6 +181,8 @@ def _job_lines(counters: Counters) -> Iterator[str]:
     yield from _family("declines_total", "counter", "Offers that workers declined, by code.")
     for code, count in sorted(counters.declines.items()):
         yield sample("declines_total", count, {"code": code})
+    yield from _family("stream_lag_seconds", "histogram", "From a worker's token here to its write to the client.")
+    yield from _buckets("stream_lag_seconds", counters.stream_lag, {})
     yield from _family("events_total", "counter", "What else happened between coordinator and workers.")
     for event, count in sorted(counters.events.items()):
         yield sample("events_total", count, {"event": event})

@@ -189,10 +189,14 @@ class JobStarted(JobEvent, frozen=True):
 
 
 class JobChunk(JobEvent, frozen=True):
-    """One piece of streamed output: `data` is msgpack of the kind's chunk struct; `seq` rises from 0 by 1."""
+    """One piece of streamed output: `data` is msgpack of the kind's chunk struct; `seq` rises from 0 by 1.
+
+    `at`: when it came to this coordinator, on the monotonic clock; 0 when that is not known.
+    """
 
     seq: int
     data: bytes
+    at: float = 0.0
 
 
 class JobNudge(JobEvent, frozen=True):

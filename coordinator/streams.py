@@ -256,6 +256,7 @@ class JobStream(Response):
                 begin = [] if begun else renderer.start(first)
                 begun = True
                 await writer.write(*begin, *renderer.chunk(event.data))
+                self._parts.dispatcher.counters.written(event.at)
             elif isinstance(event, JobChunk):
                 due = -1  # joined in the middle, or one was lost between replicas: the end brings the rest
             elif isinstance(event, JobEnded):

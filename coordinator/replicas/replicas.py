@@ -8,6 +8,7 @@ the jobs that somebody follows here have ended. So nothing here is ever waited f
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -160,7 +161,7 @@ class Replicas:
                 case frames.StartedFrame():
                     self._local.publish(frame.job, JobStarted())
                 case frames.ChunkFrame():
-                    self._local.publish(frame.job, JobChunk(frame.seq, frame.data))
+                    self._local.publish(frame.job, JobChunk(frame.seq, frame.data, time.monotonic()))
                 case frames.ProgressFrame():
                     event = JobProgress(frame.n, frame.total, frame.phase, frame.text)
                     self._local.publish(frame.job, event)

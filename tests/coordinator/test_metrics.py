@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from typing import Any
 
+import pytest
+
+from coordinator import vitals
+from coordinator.counting import LAG_S
 from coordinator.metrics import HttpCounters, _worker_lines, sample
 from coordinator.testing import FakeWorker, Running
 from coordinator.vitals import Vitals
@@ -20,7 +26,7 @@ def test_the_page_has_what_happened(http: Any, serve: Any) -> None:
         job.complete(FreeResult(), {"compute_ms": 7})
 
     serve(script, "measured", "x-measured")
-    assert http.post("/v1/jobs", json={"kind": "x-measured", "model": "measured", "wait": 5}).status_code == 200
+    assert http.post("/v1/jobs", json={"kind": "x-measured", "model": "measured", "wait": 30}).status_code == 200
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = answer.text.splitlines()
@@ -41,6 +47,43 @@ def test_the_page_has_the_verdicts_on_every_sandbox(http: Any, served: Running) 
     for layer, verdict in verdicts.items():
         labels = f'worker="w-confined",model="confined",layer="{layer}",verdict="{verdict}"'
         assert f"bulkhead_coordinator_model_sandbox{{{labels}}} 1" in lines
+
+
+def lag(http: Any) -> dict[str, float]:
+    """The samples of the streams' lag: bound of a bucket, `sum` or `count` -> value."""
+    name = "bulkhead_coordinator_stream_lag_seconds_"
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name)]
+    found = (re.fullmatch(r'([a-z]+)(?:\{le="(.*)"\})? (.*)', line.removeprefix(name)) for line in lines)
+    return {one[2] or one[1]: float(one[3]) for one in found if one is not None}
+
+
+@pytest.mark.parametrize("way", ["chat", "job"])
+def test_how_long_a_token_takes_from_the_worker_to_its_client_is_counted(http: Any, serve: Any, way: str) -> None:
+    def script(job: Any) -> None:
+        job.started()
+        go.wait(60)
+        for n in range(3):
+            job.chunk({"delta": {"content": f"w{n} "}})
+        job.complete({"content": "w0 w1 w2 "})
+
+    go = threading.Event()
+    serve(script, f"lags-{way}", "llm")
+    before, began = lag(http), time.monotonic()
+    body = {"model": f"lags-{way}", "stream": True}
+    if way == "chat":
+        go.set()
+        answer = http.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": "hi"}]})
+        assert answer.text.endswith("data: [DONE]\n\n")
+    else:
+        job = http.post("/v1/jobs", json={**body, "kind": "llm", "params": {"prompt": "hi"}}).json()["id"]
+        with http.stream("GET", f"/v1/jobs/{job}/events") as events:
+            for line in events.iter_lines():
+                if line == "event: job":
+                    go.set()
+    after = lag(http)
+    assert after["count"] - before.get("count", 0) == after["+Inf"] - before.get("+Inf", 0) == 3
+    assert 0 < after["sum"] - before.get("sum", 0) < 3 * (time.monotonic() - began)
+    assert [float(bound) for bound in after if bound[0].isdigit()] == list(LAG_S)
 
 
 def test_families_are_declared_once(http: Any) -> None:
@@ -90,10 +133,12 @@ def test_names_and_numbers_are_as_prometheus_has_them(http: Any) -> None:
     assert all(counts == sorted(counts) for counts in buckets.values())
 
 
-def test_the_queue_the_store_and_the_disk_are_told(http: Any, served: Running) -> None:
+def test_the_queue_the_store_and_the_disk_are_told(http: Any, served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vitals, "PATIENCE_S", 60.0)  # a busy machine is no store that hangs
     asked = {"kind": "x-late", "model": "nobody-has", "wait_for_worker": True}
     job = http.post("/v1/jobs", json=asked).json()
-    served.coordinator.parts.vitals = Vitals(served.coordinator._store, served.coordinator.state, fresh_s=0.0)
+    fresh = Vitals(served.coordinator._store, served.coordinator.state, fresh_s=0.0)
+    monkeypatch.setattr(served.coordinator.parts, "vitals", fresh)
     lines = http.get("/metrics").text.splitlines()
     assert 'bulkhead_coordinator_queue_jobs{kind="x-late",model="nobody-has"} 1' in lines
     assert any(line.startswith('bulkhead_coordinator_queue_oldest_seconds{kind="x-late"') for line in lines)
