@@ -20,8 +20,8 @@ import pytest
 
 from coordinator.cli.main import main
 
-START_S = 20.0
-END_S = 20.0
+START_S = 60.0
+END_S = 60.0
 TOKEN = "a-token-of-this-boot-only"
 
 
@@ -147,7 +147,9 @@ def test_standalone_makes_its_keys_once_and_stops_on_a_signal(tmp_path: Path) ->
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with process("serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path)) as child:
+    config = tmp_path / "coordinator.toml"
+    config.write_text("config_version = 1\ndrain_s = 600\n")
+    with process("serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path), "--config", str(config)) as child:
         assert child.stdout
         url = child.stdout.readline().split()[1].decode()
         headers = {"authorization": f"Bearer {(tmp_path / 'client.key').read_text().strip()}"}
@@ -157,14 +159,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             pieces = answer.iter_text()  # dropping the iterator would close the connection
             next(pieces)
             child.terminate()
-            # It waits for this request, so only the second signal can end it now.
+            # It waits for this request, for ten minutes, so only the second signal can end it now.
             deadline = time.monotonic() + END_S
             while httpx.get(url.removesuffix("/v1") + "/healthz").json()["status"] != "draining":
                 assert time.monotonic() < deadline
-            began = time.monotonic()
             child.terminate()
             assert child.wait(END_S) == 1
-            assert time.monotonic() - began < 15  # a drain takes 30 s
 
 
 def test_tls(tmp_path: Path) -> None:

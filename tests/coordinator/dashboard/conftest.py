@@ -19,7 +19,7 @@ def boss(served: Running) -> str:
 @pytest.fixture
 def browser(served: Running, boss: str) -> Iterator[httpx.Client]:
     """Has logged in; keeps cookies as a browser does."""
-    with httpx.Client(base_url=served.url, headers={"origin": served.url}, timeout=20) as client:
+    with httpx.Client(base_url=served.url, headers={"origin": served.url}, timeout=60) as client:
         page = client.post("/dashboard/login", json={"key": boss}).json()["page"]
         client.headers["x-bulkhead-page"] = page
         yield client

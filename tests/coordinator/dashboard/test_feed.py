@@ -14,7 +14,7 @@ from coordinator.dashboard.feed import Feed, Picture, difference
 from coordinator.store import StoreError
 from protocol.faults import FaultError
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 class World:

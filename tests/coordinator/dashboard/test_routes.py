@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ from coordinator.dashboard.routes import Dashboard
 from coordinator.testing import FakeWorker, Running, running
 from protocol.link_wire import ModelOffer
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 SECRET_PROMPT = "the password of the vault"
 SECRET_ANSWER = "it is under the mat"
 
@@ -125,16 +126,17 @@ def test_a_logout_ends_the_session_here_and_in_every_copy(browser: httpx.Client)
     assert browser.get("/v1/keys").status_code == 401
 
 
-def test_a_session_ends_with_its_time(served: Running, browser: httpx.Client) -> None:
-    assert browser.get("/v1/keys").status_code == 200
-    served.coordinator._store.shift_clock(sessions.SESSION_S * 1000 - 60_000)
-    try:
+def test_a_session_ends_with_its_time(tmp_path: Path) -> None:
+    with running(tmp_path) as served, httpx.Client(base_url=served.url, timeout=PATIENCE_S) as browser:
+        answer = login(served, served.coordinator.keys.create("admin"))
+        browser.cookies.update(answer.cookies)
+        browser.headers["x-bulkhead-page"] = answer.json()["page"]
         assert browser.get("/v1/keys").status_code == 200
-        served.coordinator._store.shift_clock(60_000)
+        served.coordinator._store.shift_clock(sessions.SESSION_S * 1000 - 600_000)
+        assert browser.get("/v1/keys").status_code == 200
+        served.coordinator._store.shift_clock(600_000)
         answer = browser.get("/v1/keys")
         assert (answer.status_code, "open the dashboard again" in answer.json()["error"]["message"]) == (401, True)
-    finally:
-        served.coordinator._store.shift_clock(-sessions.SESSION_S * 1000)
 
 
 def test_a_session_outlives_the_process_that_opened_it(tmp_path: Any) -> None:
@@ -149,7 +151,7 @@ def test_a_session_outlives_the_process_that_opened_it(tmp_path: Any) -> None:
             "cookie": f"bulkhead-{second.url.rpartition(':')[2]}={cookie}",
         }
         assert httpx.get(second.url + "/v1/keys", headers=headers).status_code == 200
-        stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert cookie.encode() not in stored
     assert answer.json()["page"].encode() not in stored
 
@@ -174,8 +176,9 @@ class Watching:
                     with self.more:
                         self.text += piece
                         self.more.notify_all()
-        except httpx.HTTPError:
-            pass
+        except Exception as error:  # its client may be closed under it; a test that waits for more looks what there is
+            with self.more:
+                self.text += f"\n(ended by {error!r})"
         with self.more:
             self.ended = True
             self.more.notify_all()
@@ -257,7 +260,7 @@ def test_the_feed_goes_on_behind_what_was_seen(browser: httpx.Client, served: Ru
 def test_who_may_watch(served: Running, http: httpx.Client, boss: str) -> None:
     assert httpx.get(served.url + "/dashboard/feed").status_code == 401
     assert http.get("/dashboard/feed").status_code == 403
-    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {boss}"}, timeout=20) as script:
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {boss}"}, timeout=PATIENCE_S) as script:
         watching = Watching(script)
         watching.until("event: snapshot")
         assert watching.status == 200
@@ -267,7 +270,8 @@ def test_a_coordinator_with_an_open_feed_ends_at_once(tmp_path: Any) -> None:
     """What never ends by itself must not hold up a drain."""
     with running(tmp_path) as served:
         key = served.coordinator.keys.create("admin")
-        with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=20) as script:
+        headers = {"authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=served.url, headers=headers, timeout=PATIENCE_S) as script:
             watching = Watching(script)
             watching.until("event: snapshot")
             served.call(served.coordinator.parts.http.wait_idle)  # nothing is waited for

@@ -20,7 +20,7 @@ from protocol import link_wire as wire
 
 CHROMIUM = os.environ.get("BULKHEAD_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 REASON = "no Chromium was found; on Debian: apt install chromium, elsewhere set BULKHEAD_CHROMIUM to its path"
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
 PATIENCE_S = PATIENCE_MS / 1000
 ARGUMENTS = [
     "--no-sandbox",  # the tests may run as root in a container, where Chromium's sandbox cannot
@@ -33,6 +33,11 @@ ARGUMENTS = [
     "--disable-dev-shm-usage",
 ]
 GIB = 2**30
+# A line about what went well is gone after 8 s, in which a test on a slow machine may not have come to look for it.
+NOTICES_STAY = """
+const later = window.setTimeout;
+window.setTimeout = (act, pause, ...rest) => later(act, pause === 8000 ? 600000 : pause, ...rest);
+"""
 BEAT_S = 3.0
 EVIL = "<img src=x onerror=alert(1)>"
 VERDICTS = {"landlock": "verified", "seccomp": "verified", "net": "unavailable(EPERM)"}
@@ -111,9 +116,9 @@ class Site:
         self.served, self.url, self._stack = served, served.url, stack
         self.key = served.coordinator.keys.create("admin", name="boss")
         self.admin = stack.enter_context(
-            httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {self.key}"}, timeout=20)
+            httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {self.key}"}, timeout=PATIENCE_S)
         )
-        self.client = stack.enter_context(httpx.Client(base_url=served.url, headers=served.headers, timeout=20))
+        self.client = stack.enter_context(httpx.Client(base_url=served.url, headers=served.headers, timeout=PATIENCE_S))
 
     def box(self, name: str, *models: str, **more: Any) -> Box:
         """Connect a worker with two GPUs that serves these models."""
@@ -171,7 +176,7 @@ def chromium() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip(REASON)
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=5 * PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -195,6 +200,7 @@ def tab(chromium: Any) -> Iterator[Any]:
     """A tab of a browser that knows nothing yet; what went wrong in it is in `problems`."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", locale="en-US")
     context.set_default_timeout(PATIENCE_MS)
+    context.add_init_script(NOTICES_STAY)
     page = context.new_page()
     page.problems = []
     page.on("console", lambda said: page.problems.append(said.text) if said.type in ("error", "warning") else None)
