@@ -35,10 +35,8 @@ async def put(request: Request) -> Response:
     given = await read_json(request, MAX_BYTES)
     if not isinstance(given, dict):
         raise refuse("invalid_parameter", "The body must be an object with source, sha256, replicas, on.")
-    known = await deployer.find(name)
-    asked = _asked(name, given, known)
-    made = await deployer.deploy(asked)
-    return Json(await _shown(deployer, made), status_code=200 if known is not None else 201)
+    made = await deployer.deploy(name, lambda known: _asked(name, given, known))
+    return Json(await _shown(deployer, made), status_code=200 if made.version > 1 else 201)
 
 
 async def show(request: Request) -> Response:

@@ -21,9 +21,10 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from coordinator.deploy.plan import due, plan
-from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, PlacementState, model_name
+from coordinator.deploy.spec import Candidate, Deployment, Placement, PlacementState, model_name
 from coordinator.fleet import FOREVER, Fleet, Worker
 from coordinator.store import Store, StoreError
+from coordinator.store.deployments import Wish
 from coordinator.store.threads import StoreThreads
 from protocol.faults import FaultError
 from protocol.link_wire import Capabilities, OrderDone
@@ -84,10 +85,11 @@ class Deployer:
 
     # ---- for admins ----------------------------------------------------------------------------------------
 
-    async def deploy(self, asked: Asked) -> Deployment:
-        """Ask for a model to be served. Raises StoreError, FaultError."""
-        made = await self._threads.write(self._store.deploy, asked)
-        log.info("%s is to be served by %d workers, revision %s", asked.name, asked.replicas, asked.revision)
+    async def deploy(self, name: str, wish: Wish) -> Deployment:
+        """Ask for a model to be served, see `Deployments.deploy`. Raises StoreError, and what `wish` raises."""
+        made = await self._threads.write(self._store.deploy, name, wish)
+        asked = made.asked
+        log.info("%s is to be served by %d workers, revision %s", name, asked.replicas, asked.revision)
         self.ring()
         return made
 
@@ -156,9 +158,11 @@ class Deployer:
         for name in [name for name in self._written if name not in there]:
             await self._threads.write(self._store.lost, name)
             del self._written[name]
+        # Another coordinator may have had the worker meanwhile, and a database that failed over may have lost the row.
+        present = await self._threads.read(self._store.present) if there else set[str]()
         for worker in there.values():
             now = (worker, worker.capabilities, worker.draining)
-            if self._written.get(worker.id) != now:
+            if worker.id not in present or self._written.get(worker.id) != now:
                 await self._threads.write(self._store.seen, worker.id, worker.capabilities, draining=worker.draining)
                 self._written[worker.id] = now
 

@@ -10,13 +10,19 @@ from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement
 from protocol.link_wire import Capabilities
 
 Plan = Callable[[Deployment, Sequence[Placement], Mapping[str, Candidate]], Changes]
+Wish = Callable[[Deployment | None], Asked]
 
 
 class Deployments(Protocol):
     """The part of a store that all coordinators over it plan with together. Raises StoreError, as all of it does."""
 
-    def deploy(self, asked: Asked) -> Deployment:
-        """Ask for a model to be served, or for another revision, number or choice of workers of it."""
+    def deploy(self, name: str, wish: Wish) -> Deployment:
+        """Ask for a model to be served, or for another revision, number or choice of workers of it.
+
+        Args:
+            wish: what is asked for, given the deployment that there is; nobody changes it meanwhile. What it raises
+                is raised, and changes nothing. It may be called more than once.
+        """
 
     def undeploy(self, name: str) -> Deployment | None:
         """Ask for no worker any more; the row goes when nobody who is here has anything of it. None: there is none."""
@@ -32,6 +38,9 @@ class Deployments(Protocol):
 
     def lost(self, worker: str) -> None:
         """Its session with this coordinator is over."""
+
+    def present(self) -> set[str]:
+        """The workers of which is written down that they are connected to this coordinator."""
 
     def all_lost(self) -> None:
         """This coordinator has just begun: whoever was connected to its last life is not."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from coordinator.deploy.plan import Changes
-from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, now_called
-from coordinator.store.deployments import Plan
+from coordinator.deploy.spec import Candidate, Deployment, Placement, now_called
+from coordinator.store.deployments import Plan, Wish
 from coordinator.store.rows import Row
 from coordinator.store.sql_steps import SqlSteps, whole
 from protocol.link_wire import Capabilities
@@ -35,10 +35,12 @@ class SqlDeploy(SqlSteps):
     silent_ms: int = 0
 
     @whole
-    def deploy(self, asked: Asked) -> Deployment:
+    def deploy(self, name: str, wish: Wish) -> Deployment:
         """Ask for a model to be served, or for another revision, number or choice of workers of it."""
         with self._transaction() as now:
-            row = self._one(f"SELECT body FROM deployments WHERE name = :name{self.LOCK}", name=asked.name)
+            self._one_by_one(f"deployment {name}")  # of two that ask at once the second sees what the first made of it
+            row = self._one(f"SELECT body FROM deployments WHERE name = :name{self.LOCK}", name=name)
+            asked = wish(None if row is None else _deployment(row["body"]))
             if row is None:
                 made = Deployment(asked=asked, created_ms=now, changed_ms=now)
                 self._one(
@@ -111,6 +113,11 @@ class SqlDeploy(SqlSteps):
                 me=self.gateway,
                 now=now,
             )
+
+    def present(self) -> set[str]:
+        """The workers of which is written down that they are connected to this coordinator."""
+        sql = "SELECT worker FROM presence WHERE gateway = :me AND connected = 1"
+        return {row["worker"] for row in self._read(sql, me=self.gateway)}
 
     @whole
     def all_lost(self) -> None:

@@ -47,7 +47,7 @@ def test_what_the_fleet_is_told_to_serve_is_looked_at(served: Running) -> None:
     )
 
     async def picture() -> Picture:
-        await parts.deployer.deploy(asked)
+        await parts.deployer.deploy(asked.name, lambda _known: asked)
         look._deployments_at = float("-inf")
         return await look()
 

@@ -63,6 +63,9 @@ class House:
             self.announce(worker)
         return OrderDone(id="1", ok=True)
 
+    async def deploy(self, asked: Asked) -> None:
+        await self.deployer.deploy(asked.name, lambda _known: asked)
+
     async def ticks(self, count: int = 4) -> None:
         for _ in range(count):
             async with anyio.create_task_group() as tasks:
@@ -82,7 +85,7 @@ def house(tmp_path: Path) -> Iterator[House]:
 async def test_workers_are_ordered_to_serve_and_ready_when_they_announce_it(house: House) -> None:
     house.worker("a")
     house.worker("b", deploys=False)
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     assert [(worker, verb) for worker, verb, _ in house.orders] == [("a", "serve")]
     assert house.orders[0][2] == {
@@ -102,7 +105,7 @@ async def test_workers_are_ordered_to_serve_and_ready_when_they_announce_it(hous
 async def test_a_refusal_is_kept_and_tried_again_after_a_pause(house: House) -> None:
     house.worker("a")
     house.refusals["a", "serve"] = "No room on the disk."
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     [placement] = house.store.placements()
     assert (placement.state, placement.reason, placement.failures) == ("failed", "No room on the disk.", 1)
@@ -117,7 +120,7 @@ async def test_a_refusal_is_kept_and_tried_again_after_a_pause(house: House) -> 
 async def test_what_a_worker_says_can_be_kept_by_any_database(house: House) -> None:
     house.worker("a")
     house.refusals["a", "serve"] = "No\0 room."
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     assert [one.reason for one in house.store.placements()] == ["No room."]
 
@@ -125,7 +128,7 @@ async def test_what_a_worker_says_can_be_kept_by_any_database(house: House) -> N
 async def test_an_answer_that_is_lost_with_the_session_is_asked_for_again(house: House) -> None:
     first = house.worker("a")
     house.silence.add("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     async with anyio.create_task_group() as tasks:
         await house.deployer.tick(tasks)
         house.fleet.remove(first)
@@ -140,7 +143,7 @@ async def test_an_answer_that_is_lost_with_the_session_is_asked_for_again(house:
 
 async def test_a_model_that_is_served_no_more_is_ordered_again(house: House) -> None:
     worker = house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     house.announce(worker)
     await house.ticks()
@@ -151,7 +154,7 @@ async def test_a_model_that_is_served_no_more_is_ordered_again(house: House) -> 
 
 async def test_what_is_given_up_is_let_go_when_its_jobs_are_done(house: House) -> None:
     worker = house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     held = HeldAttempt("job_1", 1, "llm", MODEL, "running")
     worker.attempts[held.key] = held
@@ -168,7 +171,7 @@ async def test_what_is_given_up_is_let_go_when_its_jobs_are_done(house: House) -
 async def test_what_is_given_up_while_it_is_fetched_is_called_off_at_once(house: House) -> None:
     house.worker("a")
     house.silence.add("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     async with anyio.create_task_group() as tasks:
         for _ in range(2):
             await house.deployer.tick(tasks)
@@ -185,7 +188,7 @@ async def test_what_is_given_up_while_it_is_fetched_is_called_off_at_once(house:
 
 async def test_who_was_away_when_it_was_given_up_is_asked_when_it_comes_back(house: House) -> None:
     worker = house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     house.fleet.remove(worker)
     await house.deployer.undeploy("chat")
@@ -206,7 +209,7 @@ async def test_who_was_away_when_it_was_given_up_is_asked_when_it_comes_back(hou
 
 async def test_who_comes_back_after_another_took_its_place_is_asked_to_let_go(house: House) -> None:
     worker = house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     house.fleet.remove(worker)
     await house.ticks(1)
@@ -221,7 +224,7 @@ async def test_who_comes_back_after_another_took_its_place_is_asked_to_let_go(ho
 
 async def test_a_worker_that_does_not_let_go_is_not_asked_for_ever(house: House) -> None:
     house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     house.refusals["a", "unserve"] = "Its owner keeps it."
     await house.deployer.undeploy("chat")
@@ -231,11 +234,11 @@ async def test_a_worker_that_does_not_let_go_is_not_asked_for_ever(house: House)
 
 async def test_another_revision_comes_beside_the_old_one_and_takes_its_name(house: House) -> None:
     worker = house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     await house.ticks()
     newer = msgspec.structs.replace(ASKED, sha256="b" * 64)
     house.silence.add("a")
-    await house.deployer.deploy(newer)
+    await house.deploy(newer)
     async with anyio.create_task_group() as tasks:
         await house.deployer.tick(tasks)
         await house.deployer.tick(tasks)
@@ -255,7 +258,7 @@ async def test_an_owners_model_of_that_name_answers_before_and_after_the_deploym
     house.announce(own, "chat")
     worker = house.worker("a")
     house.silence.add("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     async with anyio.create_task_group() as tasks:
         await house.deployer.tick(tasks)
         await house.deployer.tick(tasks)
@@ -278,13 +281,13 @@ async def test_orders_that_one_worker_does_not_answer_keep_no_other_waiting(hous
     house.worker("a")
     house.silence.add("a")
     for n in range(MOST_AT_ONCE + 1):
-        await house.deployer.deploy(msgspec.structs.replace(ASKED, name=f"m{n}", on={"worker": "a"}))
+        await house.deploy(msgspec.structs.replace(ASKED, name=f"m{n}", on={"worker": "a"}))
     async with anyio.create_task_group() as tasks:
         await house.deployer.tick(tasks)
         await house.deployer.tick(tasks)
         assert 0 < len(house.orders) <= MOST_OF_ONE
         house.worker("b")
-        await house.deployer.deploy(msgspec.structs.replace(ASKED, name="wanted", on={"worker": "b"}))
+        await house.deploy(msgspec.structs.replace(ASKED, name="wanted", on={"worker": "b"}))
         for _ in range(3):
             await house.deployer.tick(tasks)
             await anyio.wait_all_tasks_blocked()
@@ -293,9 +296,21 @@ async def test_orders_that_one_worker_does_not_answer_keep_no_other_waiting(hous
         tasks.cancel_scope.cancel()
 
 
+async def test_a_worker_whose_row_was_lost_or_taken_over_is_written_down_again(house: House) -> None:
+    """By a database that failed over, or by the replica from which the worker came."""
+    house.worker("a")
+    await house.ticks()
+    house.store.lost("a")
+    await house.ticks(1)
+    assert house.store.candidates()["a"].connected
+    await house.deploy(ASKED)
+    await house.ticks()
+    assert house.states() == {"a": "ready"}
+
+
 async def test_trouble_with_the_store_ends_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.worker("a")
-    await house.deployer.deploy(ASKED)
+    await house.deploy(ASKED)
     broken = iter([True, True])
     real: Callable[..., Any] = house.store.deployments
 

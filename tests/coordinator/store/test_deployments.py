@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import msgspec
+import pytest
 
 from coordinator.deploy.plan import GRACE_MS, plan
-from coordinator.deploy.spec import Asked, Placement, model_name
+from coordinator.deploy.spec import Asked, Deployment, Placement, model_name
 from coordinator.records import Submission
 from coordinator.store import Store
 from coordinator.store.base import Want
-from protocol.faults import Fault
+from protocol.faults import Fault, FaultError, refuse
 from protocol.link_wire import Capabilities, ModelOffer
 
 WILLING = Capabilities(deploys=True, labels={"room": "cellar"})
@@ -22,6 +24,10 @@ def asked(replicas: int = 1, digit: str = "a") -> Asked:
     return Asked(name="chat", source="https://models.test/chat.gguf", sha256=digit * 64, replicas=replicas)
 
 
+def deploy(store: Store, wanted: Asked) -> Deployment:
+    return store.deploy(wanted.name, lambda _known: wanted)
+
+
 def all_ready(store: Store) -> None:
     for one in store.placements():
         if one.state != "leaving":
@@ -29,7 +35,7 @@ def all_ready(store: Store) -> None:
 
 
 def test_a_deployment_is_planned_on_the_workers_that_are_there(store: Store) -> None:
-    store.deploy(asked(2))
+    deploy(store, asked(2))
     store.seen("a", WILLING, draining=False)
     store.seen("b", Capabilities(), draining=False)
     store.replan(plan)
@@ -42,13 +48,13 @@ def test_a_deployment_is_planned_on_the_workers_that_are_there(store: Store) -> 
 
 def test_another_revision_takes_over_with_the_jobs_that_wait(store: Store) -> None:
     store.seen("a", WILLING, draining=False)
-    store.deploy(asked())
+    deploy(store, asked())
     store.replan(plan)
     all_ready(store)
     [first] = store.replan(plan)
     assert first.current == asked().revision
     store.insert("job_1", Submission(kind="llm", model=model_name("chat", first.current), params=b"\x80"))
-    changed = store.deploy(asked(digit="b"))
+    changed = deploy(store, asked(digit="b"))
     assert changed.served == asked()
     assert changed.current == first.current
     store.replan(plan)
@@ -67,7 +73,7 @@ def test_another_revision_takes_over_with_the_jobs_that_wait(store: Store) -> No
 def flipped(store: Store, digit: str = "a") -> str:
     """Deploy it so that it answers; what its workers call it."""
     store.seen("a", WILLING, draining=False)
-    store.deploy(asked(digit=digit))
+    deploy(store, asked(digit=digit))
     store.replan(plan)
     all_ready(store)
     store.replan(plan)
@@ -138,7 +144,7 @@ def test_names_that_only_look_like_a_revision_are_somebody_elses(store: Store) -
 
 def test_a_deployment_that_is_given_up_ends_with_its_last_placement(store: Store) -> None:
     store.seen("a", WILLING, draining=False)
-    store.deploy(asked())
+    deploy(store, asked())
     store.replan(plan)
     all_ready(store)
     store.replan(plan)
@@ -172,7 +178,7 @@ def test_what_a_worker_that_is_away_is_to_let_go_of_waits_for_it(store: Store) -
     leave_behind(store)
     [waits] = store.placements()
     assert (waits.worker, waits.state) == ("a", "leaving")
-    store.deploy(msgspec.structs.replace(asked(), name="other"))
+    deploy(store, msgspec.structs.replace(asked(), name="other"))
     store.shift_clock(24 * HOUR_MS)
     store.beat()
     store.replan(plan)
@@ -195,7 +201,7 @@ def test_who_never_came_back_is_forgotten_after_a_year(store: Store) -> None:
 
 def test_what_was_given_up_and_is_wanted_again_stays_where_it_is(store: Store) -> None:
     leave_behind(store)
-    store.deploy(asked())
+    deploy(store, asked())
     store.seen("a", WILLING, draining=False)
     store.replan(plan)
     [again] = store.placements()
@@ -206,7 +212,7 @@ def test_what_was_given_up_and_is_wanted_again_stays_where_it_is(store: Store) -
 
 def test_given_up_and_given_anew_it_is_another_revision_that_stays(store: Store) -> None:
     leave_behind(store)
-    store.deploy(asked(digit="b"))
+    deploy(store, asked(digit="b"))
     store.seen("a", WILLING, draining=False)
     store.replan(plan)
     states = {one.revision: one.state for one in store.placements("a")}
@@ -215,7 +221,7 @@ def test_given_up_and_given_anew_it_is_another_revision_that_stays(store: Store)
 
 def test_who_writes_how_far_it_is_must_have_seen_where_it_was(store: Store) -> None:
     store.seen("a", WILLING, draining=False)
-    store.deploy(asked())
+    deploy(store, asked())
     store.replan(plan)
     [one] = store.placements()
     assert store.placed(msgspec.structs.replace(one, state="fetching"), ["wanted"])
@@ -228,7 +234,7 @@ def test_who_writes_how_far_it_is_must_have_seen_where_it_was(store: Store) -> N
 
 def test_a_lost_worker_is_replaced_after_its_grace(store: Store) -> None:
     store.seen("a", WILLING, draining=False)
-    store.deploy(asked())
+    deploy(store, asked())
     store.replan(plan)
     all_ready(store)
     store.lost("a")
@@ -254,7 +260,43 @@ def test_many_may_plan_at_once(store: Store) -> None:
     names = [f"w{n}" for n in range(6)]
     for name in names:
         store.seen(name, WILLING, draining=False)
-    store.deploy(asked(4))
+    deploy(store, asked(4))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: store.replan(plan), range(12)))
     assert len(store.placements()) == 4
+
+
+def test_of_two_who_ask_at_once_the_second_sees_what_the_first_made_of_it(store: Store) -> None:
+    together = Barrier(8)
+
+    def one_more(known: Deployment | None) -> Asked:
+        return asked(1) if known is None else msgspec.structs.replace(known.asked, replicas=known.asked.replicas + 1)
+
+    def ask(_: int) -> None:
+        together.wait(60)
+        store.deploy("chat", one_more)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    [made] = store.deployments()
+    assert (made.asked.replicas, made.version) == (8, 8)
+
+
+def test_a_wish_that_is_refused_changes_nothing(store: Store) -> None:
+    deploy(store, asked(3))
+
+    def refused(known: Deployment | None) -> Asked:
+        raise refuse("invalid_parameter", "No.")
+
+    with pytest.raises(FaultError, match=r"No\."):
+        store.deploy("chat", refused)
+    [made] = store.deployments()
+    assert (made.asked, made.version) == (asked(3), 1)
+
+
+def test_who_is_connected_here_is_written_down(make: Callable[[], Store]) -> None:
+    store = make()
+    for name in ("a", "b"):
+        store.seen(name, WILLING, draining=False)
+    store.lost("b")
+    assert store.present() == {"a"}

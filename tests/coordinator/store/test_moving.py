@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from coordinator.deploy.plan import plan
-from coordinator.deploy.spec import Asked
+from coordinator.deploy.spec import Asked, Deployment
 from coordinator.records import LotRecord, StoredInput, Submission
 from coordinator.store import SqliteStore, StoreBusy, StoreError
 from coordinator.store.base import Outcome, Want
@@ -97,11 +98,15 @@ def test_everything_is_there_afterwards_and_goes_on(source: Path, space: str) ->
         store.close()
 
 
+def asked(name: str, _known: Deployment | None) -> Asked:
+    return Asked(name=name, source="https://models.test/a.gguf", sha256="a" * 64)
+
+
 def test_what_is_deployed_goes_along(tmp_path: Path, space: str) -> None:
     path = tmp_path / "jobs.sqlite"
     source = SqliteStore(path)
     for name in ("kept", "gone"):
-        source.deploy(Asked(name=name, source="https://models.test/a.gguf", sha256="a" * 64))
+        source.deploy(name, partial(asked, name))
     source.seen("box", Capabilities(deploys=True), draining=False)
     source.replan(plan)
     source.undeploy("gone")
