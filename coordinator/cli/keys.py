@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from coordinator import config as configuration
+from coordinator.cli.joining import join_line
 from coordinator.cli.showing import cell, line, say, table
 from coordinator.enrolments import Enrolments
 from coordinator.keys import DEFAULT_TENANT, SCOPES, KeyRefusal, Keys
@@ -136,6 +137,7 @@ def add_parsers(commands: Any, shared: argparse.ArgumentParser, kind: type[argpa
     verbs = family("workers", "admit a worker by a one-time token")
     enrol = verbs.add_parser("enrol", parents=[shared], help="make a token that admits one worker, and print it once")
     enrol.add_argument("--name", default="", help="the id that the worker gets; default: its own")
+    enrol.add_argument("--url", default="", help="by which workers reach this coordinator, for the line to copy")
     enrol.add_argument("--expires", type=seconds, default=3600.0, metavar="TIME", help="90s, 30m, 2h, 7d; default 1h")
     enrol.set_defaults(command=_workers_enrol)
     verbs.add_parser("tokens", parents=[shared, listing], help="show the tokens of the last month").set_defaults(
@@ -257,10 +259,13 @@ def _tenants_set(arguments: argparse.Namespace) -> int:
 
 
 def _workers_enrol(arguments: argparse.Namespace) -> int:
+    settings = configuration.merged(configuration.load(arguments.config), arguments)
+    join_line(settings, "", arguments.url)  # a wrong --url makes no token
     with known(arguments) as place:
         token = Enrolments(place).create(arguments.expires, worker=arguments.name, by=operator())
     line(token)
-    _note("It admits one worker, once: supervisor enrol https://THIS-COORDINATOR")
+    command, hint = join_line(settings, token, arguments.url)
+    _note(f"It admits one worker, once. On its machine:\n{command}" + (f"\n{hint}" if hint else ""))
     return OK
 
 
