@@ -27,6 +27,18 @@ def first(group: BaseExceptionGroup[BaseException], type_: type[_Error]) -> _Err
     return None
 
 
+def beside(
+    group: BaseExceptionGroup[BaseException], known: tuple[type[BaseException], ...]
+) -> BaseExceptionGroup[BaseException]:
+    """What a group holds besides errors of these types: it goes on without them.
+
+    A cancellation that comes while a session ends lies in one group with the reason of that end. Nobody waits for the
+    reason any more, and raised beside the cancellation it would outlive it.
+    """
+    rest = group.split(known)[1]
+    return group if rest is None else rest
+
+
 MOST_CAUSES = 16
 
 

@@ -16,10 +16,13 @@ import trio
 from msgspec import Meta
 
 from protocol import link_wire as wire
+from supervisor.link.paced import Paced
 
 log = logging.getLogger(__name__)
 
 LONGEST_LEVEL_S = 86_400.0
+LONGEST_WHY = 1000
+MOST_ORDERS = 256
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -89,6 +92,8 @@ class Remote:
         deployed: Deploying | None = None,
     ) -> None:
         self._nursery = nursery
+        self._under_way = 0
+        self._said = Paced(log, "words about orders")
         self._deployed = deployed
         self._set_level, self._probe, self._configure, self._allow = set_level, probe, configure, allow
 
@@ -96,15 +101,28 @@ class Remote:
         """Carry an order out and call `answer` once; a session that is over by then hears nothing."""
 
         async def work() -> None:
-            log.info("the coordinator orders: %s", order.verb)
             try:
                 done = await self._carry_out(order)
             except (Refused, msgspec.ValidationError) as problem:
-                log.warning("the order %s is refused: %s", order.verb, problem)
-                done = wire.OrderDone(id=order.id, ok=False, message=str(problem))
+                done = self._refused(order, str(problem))
+            except Exception as error:  # an order is what somebody else made up: nothing ends of it but the order
+                log.exception("an order could not be carried out, by a mistake of this program")
+                done = self._refused(order, f"The worker made a mistake of its own: {type(error).__name__}.")
+            finally:
+                self._under_way -= 1
             answer(done)
 
+        self._said.say(logging.INFO, "the coordinator orders: %s", order.verb[:50])
+        if self._under_way >= MOST_ORDERS:
+            answer(self._refused(order, f"{MOST_ORDERS} orders are under way here already."))
+            return
+        self._under_way += 1
         self._nursery.start_soon(work)
+
+    def _refused(self, order: wire.Order, why: str) -> wire.OrderDone:
+        why = why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"  # it may quote the order
+        self._said.say(logging.WARNING, "the order %s is refused: %s", order.verb[:50], why)
+        return wire.OrderDone(id=order.id, ok=False, message=why)
 
     async def _carry_out(self, order: wire.Order) -> wire.OrderDone:
         match order.verb:

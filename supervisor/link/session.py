@@ -29,9 +29,11 @@ from trio_websocket import (
 )
 
 from protocol import link_wire as wire
+from protocol.ids import MAX_ID_BYTES
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
-from supervisor.link.causes import broken_words, closed_words, first, rejected_words
+from supervisor.link.causes import beside, broken_words, closed_words, first, rejected_words
+from supervisor.link.paced import Paced
 from supervisor.link.turns import Turns
 from supervisor.link.upgrade import Stream, open_stream, upgrade
 from supervisor.suspend import Clocks, SleepWatch
@@ -42,6 +44,8 @@ SILENT_BEATS = 3
 UNANSWERED_BEATS = 6  # by a peer that is not silent: it may have much to do before it comes to them
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
 SLEEP_LOOK_S = 1.0
+QUOTED_CHARS = 500  # of what a coordinator says, in a line of the log
+MAX_WAITING = 10_000  # messages besides those of streams; who lets more wait does not read, whatever it says itself
 CLOSE_GOING_AWAY = 1001
 CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone
 
@@ -181,7 +185,7 @@ async def converse(address: Address, side: Side, clocks: Clocks | None = None) -
     except BaseExceptionGroup as group:
         over = _translated(group)
         if over is None:
-            raise
+            raise beside(group, _KNOWN) from None
         return SessionEnd(over.why, over.sentence, span.lasted_s, over.sent_on)
     raise AssertionError("a session ends by raising")  # pragma: no cover
 
@@ -202,6 +206,7 @@ class _Span:
         self._sleepy = False  # it slept since we last heard anything
         self._opened_at: float | None = None
         self._stream: Stream | None = None
+        self._odd = Paced(log, "messages that meant nothing")
 
     @property
     def lasted_s(self) -> float:
@@ -224,6 +229,7 @@ class _Span:
             await self._read(socket)
         finally:
             self._closing = True
+            self._odd.flush()
             if self._opened_at is not None:
                 self._side.closed()
             if socket is not None:
@@ -263,7 +269,7 @@ class _Span:
         if not LINK_WIRE.low <= body.revision <= LINK_WIRE.high:
             raise _Over(Why.REVISION, f"the coordinator chose link revision {body.revision}, which is not ours")
         self._beat_s = min(max(body.heartbeat_ms / 1000, MIN_HEARTBEAT_S), MAX_HEARTBEAT_S)
-        log.info("connected to %s", self._address.url, extra={"session": body.session})
+        log.info("connected to %s", self._address.url, extra={"session": body.session[:MAX_ID_BYTES]})
 
     # ---- the three loops
 
@@ -323,6 +329,8 @@ class _Span:
                 how = "after the machine slept" if self._sleepy else f"for {self._beat_s * SILENT_BEATS:g} s"
                 raise _Over(Why.LOST, f"{self._address.url} was silent {how}")
             self._hear(envelope)
+            if self._waiting.plain > MAX_WAITING:
+                raise _Over(Why.LOST, f"{self._address.url} does not read what it is answered")
 
     async def _receive(self, socket: WebSocketConnection) -> wire.Envelope:
         message = await socket.get_message()
@@ -336,7 +344,8 @@ class _Span:
     def _hear(self, envelope: wire.Envelope) -> None:
         job, attempt = envelope.job, envelope.attempt
         if envelope.t == "offer" and self._side.holds(job, attempt):
-            log.warning("offered again what is held already", extra={"job": job, "attempt": attempt})
+            about = {"job": job, "attempt": attempt}
+            self._odd.say(logging.WARNING, "offered again what is held already", extra=about)
             return
         try:
             body = wire.decode_body(envelope, wire.DOWN)
@@ -354,7 +363,8 @@ class _Span:
 
     def _broken(self, envelope: wire.Envelope, reason: str) -> None:
         """A body that cannot be read costs that one job, not the session."""
-        log.warning("ignored: %s", reason, extra={"job": envelope.job, "attempt": envelope.attempt})
+        about = {"job": envelope.job[:MAX_ID_BYTES], "attempt": envelope.attempt}
+        self._odd.say(logging.WARNING, "ignored: %s", reason[:QUOTED_CHARS], extra=about)
         if envelope.t == "offer":
             empty = wire.Offer(kind="", model="", params=msgspec.Raw(b"\x80"))
             self._session.received(empty, envelope.job, envelope.attempt)
@@ -369,7 +379,7 @@ class _Span:
 
 
 def _said(body: wire.Error) -> str:
-    return f"the coordinator ended the session: {body.message or body.code}"
+    return f"the coordinator ended the session: {(body.message or body.code)[:QUOTED_CHARS]}"
 
 
 def _closed(reason: CloseReason | None) -> _Over:
@@ -383,10 +393,15 @@ def _rejected(error: ConnectionRejected) -> _Over:
     return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, rejected_words("coordinator", error))
 
 
+_KNOWN = (
+    *(_Over, LinkProtocolError, ConnectionClosed, HandshakeError, OSError),
+    *(trio.BrokenResourceError, trio.ClosedResourceError),
+)
+
+
 def _translated(group: BaseExceptionGroup[BaseException]) -> _Over | None:
     """The one place where foreign errors become our ending; None when something else went wrong too."""
-    known = (_Over, LinkProtocolError, ConnectionClosed, HandshakeError, OSError, trio.BrokenResourceError)
-    if group.split((*known, trio.ClosedResourceError))[1] is not None:
+    if group.split(_KNOWN)[1] is not None:
         return None
     if over := first(group, _Over):
         return over

@@ -6,6 +6,7 @@ coordinator's pause) and hands everything that speaks of an attempt to `Attempts
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 
@@ -16,7 +17,8 @@ from protocol import link_wire as wire
 from protocol.revision import LINK_WIRE
 from supervisor.intake.admission import ModelState, Refuse, Situation, admit
 from supervisor.link.attempts import Attempts
-from supervisor.link.session import Post
+from supervisor.link.paced import Paced
+from supervisor.link.session import QUOTED_CHARS, Post
 from supervisor.observe.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Worker:
         self._paused = ""
         self._paused_until = float("inf")
         self._pause_changed = trio.Event()
+        self._said = Paced(log, "words of the coordinator")
         self.on_pause: Callable[[str, float | None], object] = lambda _reason, _for_s: None
         self.on_resume: Callable[[], object] = lambda: None
 
@@ -159,6 +162,7 @@ class Worker:
     def closed(self) -> None:
         """The session is over."""
         self._post = None
+        self._said.flush()
         self._attempts.detach()
 
     def holds(self, job: str, attempt: int) -> bool:
@@ -181,7 +185,7 @@ class Worker:
     def heard(self, body: wire.Body, job: str, attempt: int) -> None:
         """Act on a message."""
         self._tally.heard()
-        _note(body)
+        self._note(body)
         match body:
             case wire.Offer():
                 self._judge(job, attempt, body)
@@ -195,6 +199,7 @@ class Worker:
                 self._drain_asked = "the coordinator asked for a drain"
                 self.announce()
             case wire.Pause(reason=reason, for_ms=for_ms):
+                reason = reason[:QUOTED_CHARS]  # it is kept, and announced
                 self._paused = reason or "the coordinator paused it"
                 self._paused_until = trio.current_time() + for_ms / 1000 if for_ms > 0 else float("inf")
                 self._pause_changed.set()
@@ -208,7 +213,7 @@ class Worker:
             case wire.Order():
                 self._on_order(body, self._answer)
             case wire.ShutdownWorker(reason=reason):
-                self._on_shutdown(reason or "the coordinator asked for it")
+                self._on_shutdown(reason[:QUOTED_CHARS] or "the coordinator asked for it")
             case _:
                 pass  # heartbeat_ack: that it came is all it says
 
@@ -259,21 +264,22 @@ class Worker:
         self._tally.declined(verdict.code)
         log.debug("declined: %s", verdict.reason, extra={"job": job, "attempt": attempt, "code": verdict.code})
         if self._post is not None:
-            body = wire.Decline(code=verdict.code, reason=verdict.reason, retry_after_ms=verdict.retry_after_ms)
+            reason = verdict.reason[:QUOTED_CHARS]  # it may quote the offer
+            body = wire.Decline(code=verdict.code, reason=reason, retry_after_ms=verdict.retry_after_ms)
             self._post(body, job, attempt)
 
-
-def _note(body: wire.Body) -> None:
-    """An owner finds in the log what others did to this worker, and why."""
-    match body:
-        case wire.Pause(reason=reason, for_ms=for_ms):
-            span = f" for {for_ms / 1000:g} s" if for_ms > 0 else ""
-            log.info("the coordinator pauses this worker%s: %s", span, reason[:200] or "no reason was given")
-        case wire.Resume():
-            log.info("the coordinator lifts its pause and its drain")
-        case wire.Drain():
-            log.info("the coordinator asks for a drain")
-        case wire.ShutdownWorker(reason=reason):
-            log.info("the coordinator ends this worker: %s", reason[:200] or "no reason was given")
-        case _:
-            pass
+    def _note(self, body: wire.Body) -> None:
+        """An owner finds in the log what others did to this worker, and why."""
+        say = functools.partial(self._said.say, logging.INFO)
+        match body:
+            case wire.Pause(reason=reason, for_ms=for_ms):
+                span = f" for {for_ms / 1000:g} s" if for_ms > 0 else ""
+                say("the coordinator pauses this worker%s: %s", span, reason[:200] or "no reason was given")
+            case wire.Resume():
+                say("the coordinator lifts its pause and its drain")
+            case wire.Drain():
+                say("the coordinator asks for a drain")
+            case wire.ShutdownWorker(reason=reason):
+                log.info("the coordinator ends this worker: %s", reason[:200] or "no reason was given")
+            case _:
+                pass

@@ -34,6 +34,7 @@ import trio
 
 from protocol import link_wire as wire
 from protocol.faults import FaultError
+from supervisor.link.causes import beside
 from supervisor.link.dialects import goliat_wire as words
 from supervisor.link.dialects.base import Delivery, Dialect, Features, Home, Spoken
 from supervisor.link.dialects.goliat_claims import Ending, Studies
@@ -154,7 +155,7 @@ class Goliat:
         except BaseExceptionGroup as group:
             over, others = group.split(_Over)
             if over is None or others is not None:
-                raise
+                raise beside(group, (_Over,)) from None
             return SessionEnd(Why.LOST, str(_first(over)), trio.current_time() - opened_at)
         finally:
             self._studies.finish()

@@ -30,12 +30,14 @@ from msgspec import UNSET
 
 from protocol import link_wire as wire
 from protocol.framing import UNDECODABLE
+from protocol.ids import MAX_ID_BYTES
 from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
 from supervisor.link.dialects.studio_models import Models, Source
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
 from supervisor.link.ledger import Key
+from supervisor.link.paced import Paced
 from supervisor.link.session import Side
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 ASIDE_S = 600.0
 ANSWER_S = 5.0  # for a result of an earlier session; offers wait for so long at most
 MANY_JOBS = 1024  # whose last attempt is remembered
+MANY_OFFERS = 8  # that wait behind an answer; a studio makes one at a time
+QUOTED_CHARS = 500
 
 BUSY = "worker already has an in-flight job"
 _CODES: dict[str, Literal["busy", "paused"]] = {"busy": "busy", "paused": "paused", "draining": "paused"}
@@ -90,6 +94,7 @@ class Claims:
         self._uploading: set[Key] = set()
         self._released: dict[Key, trio.Event] = {}
         self._doubted: set[Key] = set()
+        self._said = Paced(log, "words about offers", clock)
         # Of this session.
         self._side: Side | None = None
         self._send: Send = lambda _frame: None
@@ -119,6 +124,7 @@ class Claims:
             self._lay_aside(self._told)
         if self._offered is not None:
             self._slips.pop(self._offered, None)
+        self._said.flush()
         side, self._side = self._side, None
         self._send = lambda _frame: None
         self._offered = self._held = self._told = None
@@ -319,7 +325,9 @@ class Claims:
         """Act on a frame."""
         match frame:
             case frames.Offered():
-                if self._offers_wait:
+                if self._offers_wait and len(self._waiting) >= MANY_OFFERS:
+                    self._reject(frame.job, BUSY, "busy")
+                elif self._offers_wait:
                     self._waiting.append(frame)
                 else:
                     self._take(frame)
@@ -337,7 +345,7 @@ class Claims:
         job = offered.job
         key = job, self._attempts.get(job, 0)
         if key in (self._held, self._offered):
-            log.warning("offered again what is held already", extra={"job": job})
+            self._said.say(logging.WARNING, "offered again what is held already", extra={"job": job})
             return
         if self._held is not None or self._offered is not None:
             self._reject(job, BUSY, "busy")
@@ -419,5 +427,6 @@ class Claims:
             self._attempts.popitem(last=False)
 
     def _reject(self, job: str, reason: str, code: Literal["busy", "paused"] | None = None) -> None:
-        log.info("declined: %s", reason, extra={"job": job})
+        reason = reason[:QUOTED_CHARS]  # it may quote the offer
+        self._said.say(logging.INFO, "declined: %s", reason, extra={"job": job[:MAX_ID_BYTES]})
         self._send(frames.Reject(job_id=job, reason=reason, code=code or UNSET))

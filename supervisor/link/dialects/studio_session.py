@@ -26,9 +26,10 @@ from trio_websocket import (
     WebSocketConnection,
 )
 
-from supervisor.link.causes import broken_words, closed_words, first, rejected_words
+from supervisor.link.causes import beside, broken_words, closed_words, first, rejected_words
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
+from supervisor.link.paced import Paced
 from supervisor.link.session import SessionEnd, Side, Why
 from supervisor.link.upgrade import Stream, open_stream, upgrade
 from supervisor.suspend import Clocks, SleepWatch
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 INBOX_FRAMES = 64
 MAX_WAITING = 256  # frames; beyond it lines of the log are dropped, the rest is bounded by one job at a time
+MAX_UNREAD = 4 * MAX_WAITING  # frames; whoever lets more wait does not read
+QUOTED_CHARS = 500  # of what a studio says, in a line of the log
 SKEW_S = 5.0
 SLEEP_LOOK_S = 1.0
 
@@ -113,7 +116,7 @@ async def converse(door: Door, claims: Claims, side: Side, pace: Pace, clocks: C
     except BaseExceptionGroup as group:
         over = _translated(group, door.base)
         if over is None:
-            raise
+            raise beside(group, _KNOWN) from None
         claims.finish(over.theirs)
         return SessionEnd(over.why, over.sentence, span.lasted_s)
     finally:
@@ -131,6 +134,7 @@ class _Span:
         self._changed = trio.Event()
         self._opened_at: float | None = None
         self._stream: Stream | None = None
+        self._odd = Paced(log, "frames that meant nothing")
 
     @property
     def lasted_s(self) -> float:
@@ -157,6 +161,7 @@ class _Span:
             nursery.start_soon(SleepWatch(self._slept, clocks=self._clocks, interval_s=SLEEP_LOOK_S).run)
             await self._read(socket)
         finally:
+            self._odd.flush()
             self._claims.on_change = lambda: None
             if socket is not None:
                 with trio.CancelScope(shield=True), trio.move_on_after(self._pace.close_s):
@@ -190,8 +195,9 @@ class _Span:
             if isinstance(frame, frames.Welcome):
                 break
             if frame is not None:
-                log.warning("the studio sent something before its welcome")
-        log.info("welcomed by %s as %s", self._door.base, frame.worker_id or self._door.worker_id)
+                self._odd.say(logging.WARNING, "the studio sent something before its welcome")
+        as_whom = (frame.worker_id or self._door.worker_id)[:QUOTED_CHARS]
+        log.info("welcomed by %s as %s", self._door.base, as_whom)
         if skew_s := _skew_s(frame.server_time, datetime.datetime.now(datetime.UTC)):
             log.warning("the studio's clock and ours differ by %.0f s", skew_s)
 
@@ -255,6 +261,8 @@ class _Span:
                 raise _Over(Why.LOST, f"{self._door.base} was silent {how}")
             if frame is not None:
                 self._claims.hear(frame)
+            if len(self._waiting) > MAX_UNREAD:
+                raise _Over(Why.LOST, f"{self._door.base} does not read what it is answered")
 
     async def _receive(self, socket: WebSocketConnection) -> frames.Down | None:
         """The next frame; None for one that means nothing to us."""
@@ -264,11 +272,12 @@ class _Span:
         try:
             frame = frames.read(message)
         except frames.Unreadable as problem:
-            log.warning("ignored: %s", problem)
+            self._odd.say(logging.WARNING, "ignored: %s", str(problem)[:QUOTED_CHARS])
             return None
         if isinstance(frame, frames.Error):
             why = _BY_ERROR_CODE.get(frame.code, Why.LOST)
             said = f"the studio ended the session: {frame.code}{f': {frame.message}' if frame.message else ''}"
+            said = said[:QUOTED_CHARS]
             raise _Over(why, said, theirs=why is Why.PROTOCOL)
         return frame
 
@@ -299,10 +308,12 @@ def _rejected(error: ConnectionRejected) -> _Over:
     return _Over(Why.REFUSED if error.status_code in (401, 403) else Why.LOST, rejected_words("studio", error))
 
 
+_KNOWN = (_Over, ConnectionClosed, HandshakeError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
 def _translated(group: BaseExceptionGroup[BaseException], base: str) -> _Over | None:
     """The one place where foreign errors become our ending; None when something else went wrong too."""
-    known = (_Over, ConnectionClosed, HandshakeError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
-    if group.split(known)[1] is not None:
+    if group.split(_KNOWN)[1] is not None:
         return None
     if over := first(group, _Over):
         return over

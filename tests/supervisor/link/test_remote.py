@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from protocol import link_wire as wire
-from supervisor.link.remote import Refused, Remote
+from supervisor.link.paced import AT_ONCE
+from supervisor.link.remote import MOST_ORDERS, Refused, Remote
 
 
 class Box:
@@ -85,3 +87,37 @@ async def test_without_a_word_of_the_owner_nothing_may_be_pushed(box):
     box.allow = []
     done = await box.order("configure", changes={"worker.labels": {}})
     assert "coordinator.allow has nothing" in done.message
+
+
+async def test_a_mistake_of_ours_ends_one_order_and_nothing_else(box, monkeypatch, caplog):
+    async def configure(changes: Mapping[str, Any]) -> dict[str, str]:
+        raise RecursionError("nobody thought of this")
+
+    monkeypatch.setattr(box.remote, "_configure", configure)
+    done = await box.order("configure", changes={"limits.drain_s": 5})
+    assert (done.ok, done.message) == (False, "The worker made a mistake of its own: RecursionError.")
+    assert "nobody thought of this" in caplog.text
+    assert (await box.order("probe")).ok
+
+
+async def test_more_orders_than_anybody_needs_are_refused_and_fill_no_log(nursery, caplog, monkeypatch):
+    caplog.set_level("INFO", "supervisor")
+    box = Box(nursery)
+    free = trio.Event()
+
+    async def probe(model: str) -> dict[str, str]:
+        await free.wait()
+        return {}
+
+    monkeypatch.setattr(box.remote, "_probe", probe)
+    answers: list[wire.OrderDone] = []
+    for number in range(MOST_ORDERS + 50):
+        box.remote.begin(wire.Order(id=str(number), verb="probe"), answers.append)
+    assert [done.ok for done in answers] == [False] * 50
+    assert "are under way here already" in answers[0].message
+    free.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert [done.ok for done in answers[50:]] == [True] * MOST_ORDERS
+    assert len(caplog.records) <= AT_ONCE
+    assert (await box.order("dance" * 10_000)).message.startswith("This worker does not know the order")
+    assert all(len(record.getMessage()) < 2000 for record in caplog.records)

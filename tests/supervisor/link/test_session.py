@@ -11,6 +11,7 @@ from trio_websocket import ConnectionClosed
 
 from protocol import link_wire as wire
 from supervisor.link import session as subject
+from supervisor.link.paced import AT_ONCE
 from supervisor.link.session import Address, SessionEnd, Why, converse
 from supervisor.suspend import Clocks
 from supervisor.testing import FakeCoordinator, open_coordinator
@@ -368,3 +369,50 @@ def test_addresses():
     assert deep.http_url == "https://h/pre/fix/"
     assert Address(url="ws://h/v1/worker", token="t").http_url == "http://h/"
     assert "t0ken" not in repr(Address(url="ws://h", token="t0ken"))
+
+
+async def test_a_peer_that_floods_what_means_nothing_fills_no_log(caplog):
+    side = FakeSide()
+    async with open_coordinator() as coordinator, talking(side, coordinator) as over:
+        peer = await coordinator.session(heartbeat_ms=300_000)
+        for number in range(200):
+            await peer.send_raw(msgspec.msgpack.encode({"t": f"{number}" + "x" * 10_000, "body": {}}))
+        await peer.socket.aclose(1001)
+        assert (await over()).why is Why.LOST
+    odd = [record for record in caplog.records if record.name == subject.log.name and record.levelno == logging.WARNING]
+    assert len(odd) == AT_ONCE + 1
+    assert all(len(record.getMessage()) < 1000 for record in odd)
+    assert f"{200 - AT_ONCE} more messages that meant nothing" in odd[-1].getMessage()
+
+
+async def test_a_peer_that_talks_and_does_not_read_is_left(monkeypatch):
+    monkeypatch.setattr(subject, "MAX_WAITING", 100)
+    side = FakeSide()
+
+    def answer(body, job, attempt) -> None:  # all at once: none of it can have gone out in between
+        for number in range(101):
+            side.post(wire.OrderDone(id=str(number), ok=True))
+
+    monkeypatch.setattr(side, "heard", answer)
+    async with open_coordinator() as coordinator, talking(side, coordinator) as over:
+        peer = await coordinator.session()
+        await peer.send(wire.Resume())
+        end = await over()
+    assert (end.why, "does not read what it is answered" in end.sentence) == (Why.LOST, True)
+
+
+async def test_a_cancel_that_meets_the_end_of_a_session_is_a_cancel_and_nothing_else(monkeypatch):
+    side = FakeSide()
+    original = subject._Span._close
+    async with open_coordinator() as coordinator:
+        async with trio.open_nursery() as nursery:
+
+            async def close(span, socket) -> None:
+                nursery.cancel_scope.cancel()
+                await original(span, socket)
+
+            monkeypatch.setattr(subject._Span, "_close", close)
+            monkeypatch.setattr(subject, "UNANSWERED_BEATS", 0)  # the heart ends it, while the reader waits
+            nursery.start_soon(converse, Address(url=coordinator.url, token="t"), side)
+            await coordinator.session(heartbeat_ms=100)
+    assert side.log[-1] == "closed"

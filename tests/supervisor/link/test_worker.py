@@ -25,6 +25,7 @@ from supervisor.link import attempts as attempts_module
 from supervisor.link import ledger as ledger_module
 from supervisor.link.attempts import Attempts
 from supervisor.link.keeping import OnDisk
+from supervisor.link.paced import AT_ONCE
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, converse
 from supervisor.link.transfer import Output
@@ -327,6 +328,27 @@ async def test_pause_resume_drain_and_shutdown(tmp_path, caplog):
         "the coordinator pauses this worker for 0.05 s: no reason was given",
         "the coordinator ends this worker: moving house",
     ], "whose machine it is finds out who paused it"
+
+
+async def test_a_coordinator_that_says_much_is_quoted_shortly(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "supervisor")
+    async with rig(tmp_path) as r:
+        peer = await r.session()
+        for number in range(100):
+            await peer.send(wire.Pause(reason=f"{number} " + "x" * 100_000))
+        await peer.offer("job_1", 1, "llm", "y" * 100_000, CHAT)
+        declined = await peer.expect(wire.Decline)
+        assert declined.code == "paused"
+        await peer.send(wire.Resume())
+        await peer.offer("job_1", 2, "llm", "y" * 100_000, CHAT)
+        unknown = await peer.expect(wire.Decline)
+        assert unknown.code == "unknown_model"
+        assert max(len(declined.reason), len(unknown.reason)) <= 500
+        await peer.close()
+        await r.session()
+    said = [record for record in caplog.records if record.name == "supervisor.link.worker"]
+    assert len(said) == AT_ONCE + 1
+    assert all(len(record.getMessage()) < 1000 for record in said)
 
 
 async def test_only_changes_are_announced(tmp_path):

@@ -13,8 +13,9 @@ import trio.testing
 from protocol import link_wire as wire
 from protocol.faults import Fault
 from supervisor.link.dialects import studio_frames as frames
-from supervisor.link.dialects.studio_claims import Claims
+from supervisor.link.dialects.studio_claims import MANY_OFFERS, Claims
 from supervisor.link.dialects.studio_offers import Facts, Slip
+from supervisor.link.paced import AT_ONCE
 from tests.supervisor.link.dialects.studio_rig import RESULTS, TASKS
 
 MODELS = tuple(wire.ModelOffer(name="m", kinds=(kind,), engine="synthetic") for kind in TASKS)
@@ -314,3 +315,15 @@ async def test_a_conflict_waits_for_the_job_until_nobody_will_offer_it(drained, 
         await trio.sleep(601)
     await trio.testing.wait_all_tasks_blocked()
     assert verdicts == [False]
+
+
+def test_offers_without_end_are_declined_and_fill_neither_memory_nor_log(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "supervisor")
+    desk = Desk()
+    desk.away()
+    desk.session()  # offers wait for the answer to the result
+    for number in range(300):
+        desk.offer(f"k{number}" + "x" * 5000)
+    assert desk.types() == ["CompleteJson", *["Reject"] * (300 - MANY_OFFERS)]
+    assert len(caplog.records) <= AT_ONCE
+    assert all(len(str(record.__dict__)) < 3000 for record in caplog.records)
