@@ -21,6 +21,8 @@ class Site:
     Attributes:
         files: URL path -> content.
         cut_after: URL path -> bytes after which the connection is cut, once per entry in the list.
+        hold: until it is set, no connection is cut, nor any file sent to its end when `hold_all`: the server says
+            nothing more, and `holding` is set.
         etags: whether a strong ETag is sent.
         asked: (method, path, Range, If-Range, Authorization) of each request.
         status: URL path -> statuses to answer first.
@@ -48,6 +50,7 @@ class Site:
         self.commit = COMMIT
         self.drip = 0
         self.hold: threading.Event | None = None
+        self.hold_all = False
         self.holding = threading.Event()
         self.never = threading.Event()
         self.url = ""
@@ -191,13 +194,20 @@ class _Answer(BaseHTTPRequestHandler):
                 self.site.never.wait(0.005)
             return
         if cut is None:
-            self.wfile.write(body)
+            half = 0
+            if self.site.hold is not None and self.site.hold_all:
+                half = len(body) // 2
+                self.wfile.write(body[:half])
+                self.wfile.flush()
+                self.site.holding.set()
+                self.site.hold.wait(60)
+            self.wfile.write(body[half:])
             return
         self.wfile.write(body[:cut])
         self.wfile.flush()
         if self.site.hold is not None:
             self.site.holding.set()
-            self.site.hold.wait(30)
+            self.site.hold.wait(60)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True

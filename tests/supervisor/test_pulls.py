@@ -64,7 +64,7 @@ async def test_a_pull_brings_a_model_and_its_entry_and_says_how_far_it_is(config
 
 async def test_a_pull_goes_on_without_its_client_and_whoever_asks_again_follows_it(config, site):
     site.files["/chat.gguf"] = BYTES
-    site.hold = threading.Event()
+    site.hold, site.hold_all = threading.Event(), True
     order = Pull(source=f"{site.url}/chat.gguf", sha256=DIGEST, name="mine")
     async with trio.open_nursery() as nursery:
         pulls = Pulls(config, nursery)
@@ -90,7 +90,7 @@ async def test_a_pull_goes_on_without_its_client_and_whoever_asks_again_follows_
 
 async def test_a_pull_ends_with_the_supervisor_and_the_next_one_goes_on(config, site):
     site.files["/chat.gguf"] = BYTES
-    site.hold = threading.Event()
+    site.hold, site.hold_all = threading.Event(), True
     order = Pull(source=f"{site.url}/chat.gguf", sha256=DIGEST, name="mine")
     others = set(psutil.Process().children(recursive=True))  # a browser of other tests, say
     async with trio.open_nursery() as nursery:
@@ -113,7 +113,7 @@ async def test_a_pull_ends_with_the_supervisor_and_the_next_one_goes_on(config, 
 
 async def test_a_pull_that_is_called_off_ends_and_what_it_left_can_be_removed(config, site):
     site.files["/chat.gguf"] = BYTES
-    site.hold = threading.Event()
+    site.hold, site.hold_all = threading.Event(), True
     order = Pull(source=f"{site.url}/chat.gguf", sha256=DIGEST, name="mine@0123456789")
     async with trio.open_nursery() as nursery:
         pulls = Pulls(config, nursery)

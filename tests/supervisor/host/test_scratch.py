@@ -133,17 +133,23 @@ async def test_a_watch_counts_what_its_processes_hide(tmp_path: Path):
 
 async def test_a_file_system_that_hangs_costs_one_thread_and_not_all_of_them(tmp_path, monkeypatch):
     begun: list[Path] = []
-    thawed = threading.Event()
+    hangs, thawed = trio.Event(), threading.Event()
 
     def hang(folder: Path, *_more: object) -> Usage:
         begun.append(folder)
-        thawed.wait(20)
+        trio.from_thread.run_sync(hangs.set)
+        thawed.wait(60)
         return Usage(1, 1)
 
     monkeypatch.setattr(scratch, "measure", hang)
     watch = Watch(tmp_path, 100)
     try:
-        for _ in range(5):
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch.measure)
+                await hangs.wait()
+                nursery.cancel_scope.cancel()
+        for _ in range(4):
             with trio.move_on_after(0.02):
                 await watch.measure()
         assert len(begun) == 1
