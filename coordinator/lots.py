@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import anyio
 import msgspec
@@ -25,6 +26,9 @@ class Lots:
 
     def __init__(self, dispatcher: Dispatcher, store: Store, threads: StoreThreads) -> None:
         self._dispatcher, self._store, self._threads = dispatcher, store, threads
+        # Calls of one tenant that bring idempotency keys are written one after the other, here and in the store: they
+        # wait here, where a call that waits takes no thread and no connection.
+        self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def submit(
         self, tenant: str, asked: Sequence[Submission | Fault]
@@ -45,12 +49,21 @@ class Lots:
             answers.append(answer)
         refused = sum(isinstance(answer, Fault) for answer in answers)
         record = LotRecord(id=lot, tenant=tenant, created_ms=0, total=len(asked), refused=refused)
-        # Shielded: rows that were made are made known.
-        with anyio.CancelScope(shield=True):
-            record, stored = await self._threads.write(self._store.insert_lot, record, jobs)
-            self._dispatcher.queued([one[0] for one in stored if not isinstance(one, Fault) and one[1]])
+        if any(job.idempotency_key for _, job in jobs):
+            async with self._turns.setdefault(tenant, anyio.Lock()):
+                record, stored = await self._store_all(record, jobs)
+        else:
+            record, stored = await self._store_all(record, jobs)
         results = iter(stored)
         return record, [_answer(next(results)) if answer is None else answer for answer in answers]
+
+    async def _store_all(
+        self, lot: LotRecord, jobs: Sequence[tuple[str, Submission]]
+    ) -> tuple[LotRecord, list[tuple[JobRecord, bool] | Fault]]:
+        with anyio.CancelScope(shield=True):  # rows that were made are made known
+            record, stored = await self._threads.write(self._store.insert_lot, lot, jobs)
+            self._dispatcher.queued([one[0] for one in stored if not isinstance(one, Fault) and one[1]])
+        return record, stored
 
     async def _judge(
         self, one: Submission | Fault, lot: str, jobs: list[tuple[str, Submission]]

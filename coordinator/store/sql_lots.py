@@ -34,6 +34,9 @@ class SqlLots(SqlSteps):
         """`insert` of each, in one transaction; one that is refused by its key, or as too many, gets its fault."""
         answers: list[tuple[JobRecord, bool] | Fault] = []
         with self._transaction() as now:
+            if any(submission.idempotency_key for _, submission in jobs):
+                # Two calls with the same keys in other orders would lock each other out, again and again.
+                self._one_by_one(f"keys of {lot.tenant}")
             for job_id, submission in jobs:
                 try:
                     answers.append(self._insert(job_id, submission, now))
