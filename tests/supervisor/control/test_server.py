@@ -1,4 +1,8 @@
-"""The control socket against its friends and its enemies. Real sockets, real processes."""
+"""The control socket against its friends and its enemies. Real sockets, real processes.
+
+Where its patience is tried, both ends are in this process and the clock is virtual: what one end has sent, the other
+end has, so that time passes only when nobody has anything left to do.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,6 @@ from supervisor.errors import IdentityHeld, NoPermission
 
 NOBODY = 65534
 GET = b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Little patience with slow clients."""
-    monkeypatch.setattr(conversation, "PATIENCE_S", 0.3)
 
 
 async def connect(path: Path) -> trio.SocketStream:
@@ -158,13 +156,13 @@ async def test_half_a_request_and_a_hang_up(box, data):
 
 
 @pytest.mark.parametrize("data", [b"", GET[:-2]])
-async def test_half_a_request_and_silence(box, short, data):
+async def test_half_a_request_and_silence(box, autojump_clock, data):
     status, _headers, body = await talk(box.path, data)
     assert status == 408
     assert b"did not come within" in body
 
 
-async def test_one_who_drips_is_dropped_and_holds_up_nobody(box, short, nursery):
+async def test_one_who_drips_is_dropped_and_holds_up_nobody(box, autojump_clock, nursery):
     dropped = trio.Event()
 
     async def drip() -> None:
@@ -184,7 +182,7 @@ async def test_one_who_drips_is_dropped_and_holds_up_nobody(box, short, nursery)
             await trio.sleep(0.01)
 
 
-async def test_one_who_takes_no_answer_is_dropped(box, short):
+async def test_one_who_takes_no_answer_is_dropped(box, autojump_clock):
     """The answer is larger than the socket's buffer, and nobody reads it."""
     models = json.dumps({"x": "y" * 2_000_000})
     box.surface = box.surface._replace(more_metrics=lambda: [models])
@@ -202,7 +200,7 @@ async def test_one_who_takes_no_answer_is_dropped(box, short):
         await stream.aclose()
 
 
-async def test_fifty_silent_connections_cost_only_themselves(box, short):
+async def test_fifty_silent_connections_cost_only_themselves(box, autojump_clock):
     streams = [await connect(box.path) for _ in range(50)]
     refused = [parse(await everything(stream))[0] for stream in streams[MOST:]]
     assert set(refused) <= {503, 408}
