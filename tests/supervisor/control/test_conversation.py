@@ -96,10 +96,12 @@ async def test_a_stream_is_closed_when_its_client_leaves(port, clock):
 
 
 async def test_a_client_that_does_not_read_loses_its_stream_and_nobody_elses_is_touched(port, clock, monkeypatch):
-    monkeypatch.setattr(conversation, "PATIENCE_S", 0.2)
-    async with await ask(port, b"/flood"):
+    async with await ask(port, b"/flood") as stream:
+        await stream.receive_some(1)  # its request was heard
+        monkeypatch.setattr(conversation, "PATIENCE_S", 0.2)
         with trio.fail_after(20):
             await clock.closed.wait()
+    monkeypatch.undo()
     async with await ask(port, b"/later") as stream:
         assert parse(await everything(stream))[0] == 202
 
