@@ -138,9 +138,9 @@ def test_a_terminator_ends_the_walk(folder: Path) -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert begun.wait(30)
+    assert begun.wait(60)
     stop.terminate()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     assert len(ended) == 1
 

@@ -83,9 +83,14 @@ def test_truncation_of_the_file_is_off(folder: Path) -> None:
 
 def test_cancel_stops_before_the_next_batch() -> None:
     backend = load(ONNX_MODEL, batch_size=1)
-    begun = threading.Event()
+    begun, cancelled = threading.Event(), threading.Event()
     params = EmbeddingParams(input=["cat"] * 2000)
-    job = Job("embedding", params, report=lambda *_: begun.set())
+
+    def report(*_: object) -> None:
+        begun.set()
+        cancelled.wait(60)
+
+    job = Job("embedding", params, report=report)
     ends: list[BaseException] = []
 
     def work() -> None:
@@ -96,9 +101,10 @@ def test_cancel_stops_before_the_next_batch() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert begun.wait(30)
+    assert begun.wait(60)
     job.cancelled.set()
     backend.cancel(job)
-    thread.join(30)
+    cancelled.set()
+    thread.join(60)
     assert [type(error).__name__ for error in ends] == ["CancelledRun"]
     assert vector(backend, "cat").shape == (64,)

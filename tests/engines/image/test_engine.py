@@ -239,7 +239,7 @@ def test_cancel_ends_a_hanging_network_and_the_next_works(spawn: Spawn, hanging:
     with pytest.raises(TimeoutError):
         child.receive(0.5)
     child.send(wire.Cancel(run=2))
-    assert child.finish(answer, 2, timeout=10).fault.code == "cancelled"
+    assert child.finish(answer, 2).fault.code == "cancelled"
     assert child.run("image", {"prompt": "red", **SMALL}).result is not None
 
 
@@ -247,9 +247,9 @@ def test_a_hanging_network_still_answers_pings_and_dies_of_sigterm(spawn: Spawn,
     child = started(spawn, hanging)
     begin_and_wait(child, HANGS, wire.Started)
     child.send(wire.Ping(n=7))
-    assert child.receive(10) == wire.Pong(n=7)
+    assert child.receive() == wire.Pong(n=7)
     child.process.terminate()
-    assert child.process.wait(10) == -signal.SIGTERM
+    assert child.process.wait(60) == -signal.SIGTERM
 
 
 def test_probe_names_versions_and_devices() -> None:

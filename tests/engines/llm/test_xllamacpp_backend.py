@@ -165,7 +165,7 @@ def test_the_listener_is_a_socket_in_the_scratch_folder(server: Any) -> None:
 def test_shutdown_ends_the_process_at_once(server: Any) -> None:
     server.run("llm", user("ping"))
     server.send(wire.Shutdown())
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 @pytest.mark.engine

@@ -208,7 +208,7 @@ def test_cancel_and_the_instance_goes_on(child):
     while not isinstance(child.receive(), wire.Progress):
         pass
     child.send(wire.Cancel(run=1))
-    child.finish(answer, run=1, timeout=10)
+    child.finish(answer, run=1)
     assert answer.fault is not None
     assert answer.fault.code == "cancelled"
     assert heard(child.run("audio_tts", {"text": "hello"})) == "hello"
@@ -223,7 +223,7 @@ def test_two_slots_run_side_by_side(spawn):
         pass
     assert heard(child.run("audio_tts", {"text": "second"})) == "second"
     child.send(wire.Cancel(run=1))
-    assert child.finish(first, run=1, timeout=10).fault.code == "cancelled"
+    assert child.finish(first, run=1).fault.code == "cancelled"
 
 
 # ---- load

@@ -113,7 +113,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Never answer; notice when the client hangs up."""
         self.standin.asked.set()
         self.close_connection = True
-        if self.connection.recv(1) == b"":
+        try:
+            hung_up = self.connection.recv(1) == b""
+        except ConnectionError:
+            hung_up = True
+        if hung_up:
             self.standin.gone.set()
 
     def _embeddings(self, body: Any) -> None:

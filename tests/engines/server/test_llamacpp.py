@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -51,7 +52,8 @@ def _server_pid(child):
 def _children(pid):
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (thread / "children").read_text().split()]
+        with contextlib.suppress(OSError):  # threads come and go
+            found += [int(word) for word in (thread / "children").read_text().split()]
     return found
 
 
@@ -162,20 +164,20 @@ def test_the_death_of_the_server_ends_runs_and_process(child):
     child.finish(answer)
     assert (answer.fault.code, answer.fault.may_retry) == ("engine_crashed", True)
     assert "SIGSEGV" in answer.fault.message
-    assert child.process.wait(20) == EXIT_SERVER_DIED
+    assert child.process.wait(60) == EXIT_SERVER_DIED
     assert "SIGSEGV" in child.stderr()
 
 
 def test_an_idle_server_that_dies_takes_the_engine_with_it(child):
     os.kill(_server_pid(child), signal.SIGKILL)
-    assert child.process.wait(20) == EXIT_SERVER_DIED
+    assert child.process.wait(60) == EXIT_SERVER_DIED
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_server_dies_with_the_engine(child, number):
     pidfd = os.pidfd_open(_server_pid(child))
     child.process.send_signal(number)
-    assert select.select([pidfd], [], [], 20)[0]
+    assert select.select([pidfd], [], [], 60)[0]
     os.close(pidfd)
 
 

@@ -162,10 +162,10 @@ def test_a_field_of_the_servers_error_is_kept(child, standin):
 def test_cancel_before_the_first_byte_hangs_up(child, standin):
     standin.chat = ["HOLD"]
     answer = child.begin("llm", CHAT)
-    assert standin.asked.wait(20)
+    assert standin.asked.wait(60)
     child.send(Cancel(run=1))
     assert child.finish(answer).fault.code == "cancelled"
-    assert standin.gone.wait(20)
+    assert standin.gone.wait(60)
 
 
 @pytest.mark.parametrize(

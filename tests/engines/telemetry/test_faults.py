@@ -43,7 +43,7 @@ def heard(nvml, *script: Any, count: int = 1, **more: Any):
     lines: queue.Queue = queue.Queue()
     faults = Faults(module, [("GPU-1", "handle-0")])
     faults.start(lines.put)
-    return [lines.get(timeout=10) for _ in range(count)]
+    return [lines.get(timeout=60) for _ in range(count)]
 
 
 def test_an_xid_is_a_line_with_its_number(nvml):

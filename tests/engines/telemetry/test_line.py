@@ -64,7 +64,7 @@ def test_a_question_is_heard_at_once_and_nonsense_is_not(child):
 def test_the_end_of_the_input_ends_the_process(child):
     child.stdout.readline()
     child.stdin.close()
-    assert child.wait(timeout=10) == 0
+    assert child.wait(timeout=60) == 0
 
 
 def test_nobody_listening_ends_the_process(child):
@@ -72,7 +72,7 @@ def test_nobody_listening_ends_the_process(child):
     child.stdout.close()
     child.stdin.write(b"read 1\n")
     child.stdin.flush()
-    assert child.wait(timeout=10) == 0
+    assert child.wait(timeout=60) == 0
 
 
 def test_lines_of_two_threads_do_not_mix():

@@ -141,4 +141,4 @@ def test_watching_gives_a_reading_at_once_another_on_request_and_ends_with_its_i
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["asked"] == 5
         process.stdin.close()
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=60) == 0

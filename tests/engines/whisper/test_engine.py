@@ -206,7 +206,7 @@ def test_cancel_between_windows_and_the_instance_goes_on(child):
     while not (isinstance(message := child.receive(), wire.Progress) and message.phase == "window"):
         pass
     child.send(wire.Cancel(run=1))
-    child.finish(answer, run=1, timeout=10)
+    child.finish(answer, run=1)
     assert answer.fault is not None
     assert answer.fault.code == "cancelled"
     assert child.run("audio_stt", {}, inputs=DIGITS).body.text == "three one four"
@@ -222,7 +222,7 @@ def test_two_slots_run_side_by_side(spawn):
     second = two.run("audio_stt", {}, inputs=DIGITS)  # ends while the first still runs
     assert second.body.text == "three one four"
     two.send(wire.Cancel(run=1))
-    assert two.finish(first, run=1, timeout=10).fault.code == "cancelled"
+    assert two.finish(first, run=1).fault.code == "cancelled"
 
 
 # ---- load
