@@ -37,7 +37,7 @@ CHROMIUM = os.environ.get("BULKHEAD_CHROMIUM") or shutil.which("chromium") or sh
 REASON = "no Chromium was found; on Debian: apt install chromium, elsewhere set BULKHEAD_CHROMIUM to its path"
 
 GIB = 2**30
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 ARGUMENTS = [
     "--no-sandbox",  # the tests may run as root in a container, where Chromium's sandbox cannot
     "--disable-gpu",
@@ -213,10 +213,10 @@ def running(tmp_path_factory, clock, chromium) -> Iterator[Served]:
 
     thread = threading.Thread(target=trio.run, args=(serve,))
     thread.start()
-    assert up.wait(20)
+    assert up.wait(60)
     yield served
     end[0]()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from supervisor.control import login
 
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 pytestmark = pytest.mark.browser
 
 # ---- the owner
