@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 HUNG_UP = 0  # as a status: the connection is ended without an answer
 

@@ -72,7 +72,7 @@ def s3_server() -> Iterator[S3Rig]:
         yield rig
     finally:
         server.shutdown()
-        thread.join(10)
+        thread.join(60)
         server.server_close()
 
 

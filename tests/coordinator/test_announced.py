@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator.announced import MOST_LABELS, MOST_MODELS, MOST_SLOTS, NAME_CHARS, why_refused
@@ -35,6 +36,11 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "memory of nan": ({"vram_threshold_gb": math.nan}, "vram_threshold_gb"),
     "endless memory": ({"vram_threshold_gb": math.inf}, "vram_threshold_gb"),
     "negative memory": ({"vram_threshold_gb": -1.0}, "vram_threshold_gb"),
+    "limits that JSON cannot say": ({"models": model(limits={"n": msgspec.msgpack.Ext(1, b"x")})}, "models"),
+    "limits without end": ({"models": model(limits={"voices": ["v" * 1000] * 1000})}, "models"),
+    "an engine without end": ({"models": model(engine="e" * 2**20)}, "models"),
+    "a reason without end": ({"reason": "r" * 2**20}, "reason"),
+    "a GPU without end": ({"gpus": (Gpu(uuid="u" * 2**20, name="", vram_bytes=0),)}, "gpus"),
 }
 
 
@@ -73,7 +79,7 @@ def test_it_ends_its_own_session_and_jobs_are_done(served: Running, http: Any, n
         assert field in told.message
         with pytest.raises(Closed):
             worker.receive()
-        done = http.post("/v1/jobs", json={"kind": "x-odd", "model": "x-beside", "wait": 20})
+        done = http.post("/v1/jobs", json={"kind": "x-odd", "model": "x-beside", "wait": 30})
         assert done.json()["state"] == "succeeded", done.text
 
 

@@ -25,7 +25,7 @@ from protocol.work import LlmResult
 
 CHAT = "/v1/chat/completions"
 LINES = 5
-WAIT_S = 20.0
+WAIT_S = 60.0
 _job_ids = itertools.count()
 ANY = Want("m", ("llm",), 100)
 DONE = Outcome(msgspec.msgpack.encode(LlmResult(content="ok")), usage={"prompt_tokens": 1.0})

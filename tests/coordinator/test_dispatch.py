@@ -20,7 +20,7 @@ from coordinator.records import JobChunk, JobEnded, JobProgress, JobStarted, Sto
 from coordinator.store import SqliteStore
 from coordinator.store.base import Claimed, Want
 from coordinator.submitting import MAX_PARAMS_BYTES
-from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, pieces, running_desk, submission
+from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, Said, pieces, running_desk, submission
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 
@@ -256,9 +256,7 @@ def test_suspects_are_offered_again_alone_and_only_the_culprit_is_poisoned(desk:
         culprit, bystander = desk.submit(max_attempts=1), desk.submit(max_attempts=1)
         offers = [worker.take(), worker.take()]
         assert not any(offer.body.alone for offer in offers)
-        for offer in offers:
-            worker.fail(offer, detail={"suspects": 2})
-        again = [worker.take(), worker.take()]
+        again = failed_as_suspects(worker, offers)
         assert all(offer.body.alone for offer in again)
         for offer in again:
             if offer.job == culprit.id:
@@ -275,6 +273,20 @@ def test_suspects_are_offered_again_alone_and_only_the_culprit_is_poisoned(desk:
         fault = desk.get(twice.id).fault
         assert fault is not None
         assert (fault.code, fault.detail["crashes"], desk.get(twice.id).tries) == ("job_poisoned", 2, 2)
+
+
+def failed_as_suspects(worker: RawWorker, offers: list[Said]) -> list[Said]:
+    """Both fail; the first may be offered again before the end of the second has been taken."""
+    fault = Fault("engine_crashed", "It was engine_crashed.", detail={"suspects": len(offers)})
+    for offer in offers:
+        worker.send(wire.Fail(fault=fault), offer.job, offer.attempt)
+    heard = [worker.expect(wire.Ack, wire.Offer) for _ in range(2 * len(offers))]
+    again = [said for said in heard if isinstance(said.body, wire.Offer)]
+    assert {said.job for said in heard if isinstance(said.body, wire.Ack)} == {said.job for said in again}
+    for offer in again:
+        worker.send(wire.Accept(), offer.job, offer.attempt)
+        worker.send(wire.Started(), offer.job, offer.attempt)
+    return again
 
 
 def test_one_offer_per_free_slot(desk: Desk) -> None:
@@ -461,19 +473,22 @@ def test_a_waiting_job_ends_at_its_deadline(desk: Desk) -> None:
     assert (end.record.id, end.record.fault.code) == (record.id, "deadline_exceeded")
 
 
-def test_a_running_job_is_stopped_after_its_deadline(desk: Desk, worker: RawWorker) -> None:
-    _, events = desk.follow(deadline_ms=60_000)
-    offer = worker.take()
-    worker.send(wire.Progress(n=1), offer.job, offer.attempt)
-    desk.store.shift_clock(60_001)
-    assert worker.quiet(0.2)  # ending it in time is the worker's business
-    desk.store.shift_clock(5000)
-    worker.expect(wire.Cancel)
-    end = events.result(PATIENCE_S)[-1]
-    assert isinstance(end, JobEnded)
-    assert end.record.fault is not None
-    assert end.record.fault.code == "deadline_exceeded"
-    assert worker.complete(offer).verdict == "fenced"
+def test_a_running_job_is_stopped_after_its_deadline(tmp_path: Path) -> None:
+    slack = msgspec.structs.replace(FAST, deadline_slack_s=3600.0)
+    with running_desk(tmp_path, slack) as desk, desk.worker() as worker:
+        _, events = desk.follow(deadline_ms=60_000)
+        offer = worker.take()
+        worker.send(wire.Progress(n=1), offer.job, offer.attempt)
+        desk.until(lambda: desk.get(offer.job).state == "running")
+        desk.store.shift_clock(60_001)
+        assert worker.quiet(0.2)  # ending it in time is the worker's business
+        desk.store.shift_clock(3_600_000)
+        worker.expect(wire.Cancel)
+        end = events.result(PATIENCE_S)[-1]
+        assert isinstance(end, JobEnded)
+        assert end.record.fault is not None
+        assert end.record.fault.code == "deadline_exceeded"
+        assert worker.complete(offer).verdict == "fenced"
 
 
 def test_old_jobs_and_their_files_are_deleted(tmp_path: Path) -> None:

@@ -111,11 +111,11 @@ def test_a_request_that_the_servers_end_cuts_short_is_told_to_come_again() -> No
 
     with ThreadPoolExecutor(2) as pool:
         serving = pool.submit(serve)
-        answering = pool.submit(httpx.get, base_url(listener, secure=False), timeout=30)
-        assert asked.wait(30)
+        answering = pool.submit(httpx.get, base_url(listener, secure=False), timeout=60)
+        assert asked.wait(60)
         server.should_exit = True
-        answer = answering.result(30)
-        serving.result(30)
+        answer = answering.result(60)
+        serving.result(60)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "overloaded"
     assert int(answer.headers["retry-after"]) > 0

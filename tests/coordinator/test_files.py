@@ -32,7 +32,7 @@ def test_ranges_and_deleted_files(http: httpx.Client, served: Any, serve: Any) -
         job.complete(FreeResult())
 
     serve(script, "filer", "x-filer")
-    job = http.post("/v1/jobs", json={"kind": "x-filer", "model": "filer", "wait": 5}).json()
+    job = http.post("/v1/jobs", json={"kind": "x-filer", "model": "filer", "wait": 30}).json()
     url = job["files"][0]["url"]
     part = http.get(url, headers={"range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")

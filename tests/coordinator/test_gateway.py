@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import trio
+import trio.testing
+from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from coordinator.blobs.folder import FolderBlobs
+from coordinator.dispatch import Dispatcher
 from coordinator.dispatch_settings import DispatchSettings
-from coordinator.gateway import GatewaySettings
-from coordinator.records import JobEnded
+from coordinator.gateway import GatewaySettings, worker_endpoint
+from coordinator.records import JobEnded, WorkerScope
+from coordinator.store import SqliteStore
 from coordinator.testing_link import CHAT, PATIENCE_S, TOKEN, Desk, RawWorker, running_desk
 from protocol import link_wire as wire
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 
 FAST = DispatchSettings(poll_s=0.05, sweep_s=0.05, worker_grace_s=0.5, startup_grace_s=0.5)
-QUICK = GatewaySettings(heartbeat_ms=200, hello_s=0.5)
 HELLO = wire.Hello(worker="w1", low=1, high=1, capabilities=wire.Capabilities(models=(CHAT,)))
 
 
@@ -187,20 +194,53 @@ def test_a_gap_in_the_chunks_ends_the_session(desk: Desk, raw: RawWorker) -> Non
     assert raw.expect_close()[1] == wire.CLOSE_PROTOCOL
 
 
-def test_silence_ends_the_session_and_heartbeats_prevent_that(tmp_path: Path) -> None:
-    with running_desk(tmp_path, FAST, QUICK) as desk, desk.worker() as worker:
-        for n in range(8):  # 0.8 s in all, longer than the 0.6 s of silence that are allowed
-            assert worker.quiet(0.1)
-            worker.send(wire.Heartbeat(n=n))
-            assert worker.expect(wire.HeartbeatAck).body.n == n
+def test_silence_ends_the_session(tmp_path: Path) -> None:
+    with running_desk(tmp_path, FAST, GatewaySettings(heartbeat_ms=200)) as desk, desk.worker() as worker:
         error, code = worker.expect_close()
         assert error is not None
         assert (error.code, code) == ("internal_error", 1011)
         desk.until(lambda: desk.dispatcher.workers() == [])
 
 
+async def test_heartbeats_prevent_that(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """By a clock that stands still while the machine is busy: 0.6 s of silence are allowed."""
+    up_in, up = trio.open_memory_channel[Any](math.inf)
+    down_in, down = trio.open_memory_channel[Any](math.inf)
+    scope = {
+        "type": "websocket",
+        "headers": [(b"authorization", f"Bearer {TOKEN}".encode())],
+        "subprotocols": [LINK_SUBPROTOCOL],
+    }
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    try:
+        dispatcher = Dispatcher(store, FolderBlobs(tmp_path / "blobs"), settings=FAST)
+        endpoint = worker_endpoint(dispatcher, lambda _token: WorkerScope(), GatewaySettings(heartbeat_ms=200))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(endpoint, WebSocket(scope, up.receive, down_in.send))
+            await up_in.send({"type": "websocket.connect"})
+            assert (await down.receive())["type"] == "websocket.accept"
+            await up_in.send({"type": "websocket.receive", "bytes": wire.encode(HELLO)})
+            assert said(await down.receive()) == "welcome"
+            for n in range(8):
+                await trio.sleep(0.5)
+                await up_in.send({"type": "websocket.receive", "bytes": wire.encode(wire.Heartbeat(n=n))})
+                assert said(await down.receive()) == "heartbeat_ack"
+            heard_at = trio.current_time()
+            assert said(await down.receive()) == "error"
+            assert trio.current_time() - heard_at == pytest.approx(0.6)
+            closing = await down.receive()
+            assert (closing["type"], closing["code"]) == ("websocket.close", 1011)
+        assert dispatcher.workers() == []
+    finally:
+        store.close()
+
+
+def said(message: dict[str, Any]) -> str:
+    return wire.decode_envelope(message["bytes"]).t
+
+
 def test_who_never_says_hello_is_sent_away(tmp_path: Path) -> None:
-    with running_desk(tmp_path, FAST, QUICK) as desk, RawWorker(desk.port) as worker:
+    with running_desk(tmp_path, FAST, GatewaySettings(hello_s=0.5)) as desk, RawWorker(desk.port) as worker:
         assert worker.expect_close()[1] == wire.CLOSE_PROTOCOL
 
 
@@ -214,9 +254,11 @@ def test_a_worker_that_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
         while desk.dispatcher.workers():
             jobs.append(desk.submit(params=params, wait_for_worker=True))
             assert len(jobs) < 1000
-        desk.until(lambda: desk.get(jobs[0].id).attempt == 1 and not desk.store.open_attempts())
+        assert desk.get(jobs[0].id).attempt >= 1
+        desk.until(lambda: not desk.store.open_attempts())
         with desk.worker("w2") as other:
-            assert other.expect(wire.Offer).job == jobs[0].id
+            while (offer := other.take()).job != jobs[0].id:  # one that was claimed meanwhile is due a little later
+                other.complete(offer)
         deaf.drop()
 
 
@@ -229,6 +271,12 @@ UNREADABLE = {
     "unknown": ("from_the_future", b"\x80"),
     "complete": ("complete", b"\x81\xa5files\x05"),
     "fail": ("fail", b"\x80"),
+    "chunk that JSON cannot say": ("chunk", b"\x82\xa3seq\x01\xa4data\xd4\x05x"),
+    "chunk with odd keys": ("chunk", b"\x82\xa3seq\x01\xa4data\x81\xc0\x01"),
+    "fault that JSON cannot say": (
+        "fail",
+        b"\x81\xa5fault\x83\xa4code\xaaload_failed\xa7message\xa1x\xa6detail\x81\xa1k\xd4\x05x",
+    ),
     "bad utf-8": ("fail", b"\x81\xa5fault\x82\xa4code\xa2\xff\xff\xa7message\xa1x"),
 }
 
@@ -319,21 +367,23 @@ def test_log_lines_go_to_the_log(desk: Desk, worker: RawWorker, caplog: pytest.L
     assert "two\\nlines" in record.getMessage()  # one entry stays one line
 
 
-def test_a_full_disk_keeps_the_result_with_the_worker(desk: Desk, worker: RawWorker) -> None:
+def test_a_full_disk_keeps_the_result_with_the_worker(tmp_path: Path) -> None:
     """Nothing is acknowledged that was not stored: the session ends, the worker brings it again."""
-    record, events = desk.follow()
-    offer = worker.take()
-    desk.until(lambda: desk.get(record.id).state == "running")
-    pages = desk.store._writer.execute("PRAGMA page_count").fetchone()["page_count"]
-    desk.store._writer.execute(f"PRAGMA max_page_count = {pages}")
-    result = {"content": "x" * 200_000}
-    worker.send(wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode(result))), offer.job, offer.attempt)
-    error, code = worker.expect_close()
-    assert error is not None
-    assert (error.code, code) == ("internal_error", 1011)
-    desk.store._writer.execute("PRAGMA max_page_count = 1000000")
-    with desk.worker(held=(wire.Held(job=offer.job, attempt=offer.attempt, started=True),)) as again:
-        assert again.complete(offer, result).verdict == "stored"
-    end = events.result(PATIENCE_S)[-1]
-    assert isinstance(end, JobEnded)
-    assert (end.record.state, end.record.attempt) == ("succeeded", 1)
+    patient = msgspec.structs.replace(FAST, worker_grace_s=60.0)
+    with running_desk(tmp_path, patient) as desk, desk.worker() as worker:
+        record, events = desk.follow()
+        offer = worker.take()
+        desk.until(lambda: desk.get(record.id).state == "running")
+        pages = desk.store._writer.execute("PRAGMA page_count").fetchone()["page_count"]
+        desk.store._writer.execute(f"PRAGMA max_page_count = {pages}")
+        result = {"content": "x" * 200_000}
+        worker.send(wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode(result))), offer.job, offer.attempt)
+        error, code = worker.expect_close()
+        assert error is not None
+        assert (error.code, code) == ("internal_error", 1011)
+        desk.store._writer.execute("PRAGMA max_page_count = 1000000")
+        with desk.worker(held=(wire.Held(job=offer.job, attempt=offer.attempt, started=True),)) as again:
+            assert again.complete(offer, result).verdict == "stored"
+        end = events.result(PATIENCE_S)[-1]
+        assert isinstance(end, JobEnded)
+        assert (end.record.state, end.record.attempt) == ("succeeded", 1)

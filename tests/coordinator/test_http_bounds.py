@@ -18,7 +18,7 @@ from protocol.work import Delta, FreeResult, LlmChunk
 
 def connect(served: Any) -> socket.socket:
     url = httpx.URL(served.url)
-    return socket.create_connection((url.host, url.port or 80), timeout=10)
+    return socket.create_connection((url.host, url.port or 80), timeout=60)
 
 
 @pytest.mark.parametrize("piece", [b"x" * 4096, b"x-%d: y\r\n" * 400])
@@ -66,7 +66,7 @@ def test_large_bodies_and_many_requests_are_not_counted(served: Any, monkeypatch
 def test_a_workers_connection_outlives_the_clock_of_its_head(
     served: Any, serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_bounds, "HEAD_S", 0.2)
+    monkeypatch.setattr(http_bounds, "HEAD_S", 2.0)  # a busy machine gets its time for the heads of this test
 
     def script(job: Any) -> None:
         job.started()
@@ -74,9 +74,9 @@ def test_a_workers_connection_outlives_the_clock_of_its_head(
 
     serve(script, "lasting", "x-lasting")
     # A job that nobody takes is the bounded wait: its answer comes after the clock would have struck.
-    idle = {"kind": "x-nobody", "model": "nobody", "wait_for_worker": True, "wait": 0.5}
+    idle = {"kind": "x-nobody", "model": "nobody", "wait_for_worker": True, "wait": 2.5}
     assert http.post("/v1/jobs", json=idle).json()["state"] == "queued"
-    body = {"kind": "x-lasting", "model": "lasting", "wait": 5}
+    body = {"kind": "x-lasting", "model": "lasting", "wait": 30}
     assert http.post("/v1/jobs", json=body).json()["state"] == "succeeded"
 
 
@@ -103,4 +103,4 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_job_ends(
             fields = [f"{name}: {value}".encode() for name, value in served.headers.items()]
             length = b"Content-Length: %d" % len(body)
             peer.sendall(b"\r\n".join([b"POST /v1/chat/completions HTTP/1.1", b"Host: x", length, *fields, b"", body]))
-            assert cancelled.wait(15)
+            assert cancelled.wait(60)

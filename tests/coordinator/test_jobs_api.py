@@ -16,18 +16,22 @@ from coordinator.jobs_api import MAX_INPUTS, safe_mime
 from protocol.faults import Fault, FaultError
 from protocol.work import CommandResult, Delta, FreeResult, LlmChunk, LlmResult
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
 
-def finished(http: httpx.Client, job: str) -> dict[str, Any]:
+def become(http: httpx.Client, job: str, *states: str) -> dict[str, Any]:
     end = time.monotonic() + WAIT_S
     while True:
         record = http.get(f"/v1/jobs/{job}").json()
-        if record["state"] in ("succeeded", "failed", "cancelled"):
+        if record["state"] in states:
             return dict(record)
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def finished(http: httpx.Client, job: str) -> dict[str, Any]:
+    return become(http, job, "succeeded", "failed", "cancelled")
 
 
 def command(job: Any) -> None:
@@ -75,8 +79,11 @@ def test_waiting_for_the_end(http: httpx.Client, serve: Any) -> None:
 
     serve(script, "free", "x-demo")
     body = {"kind": "x-demo", "model": "free", "params": {"x": [1, None]}}
-    early = http.post("/v1/jobs", json={**body, "wait": 0.2})
-    assert (early.status_code, early.json()["state"]) == (202, "running")
+    once = {**body, "idempotency_key": "early"}
+    job = http.post("/v1/jobs", json=once).json()["id"]
+    become(http, job, "running")
+    early = http.post("/v1/jobs", json={**once, "wait": 0.2})
+    assert (early.status_code, early.json()["state"], early.json()["id"]) == (202, "running", job)
     assert http.get(f"/v1/jobs/{early.json()['id']}/result").status_code == 409
     go_on.set()
     done = http.post("/v1/jobs", json={**body, "wait": True})
@@ -93,7 +100,7 @@ def test_inputs_as_data_urls_and_as_a_form(http: httpx.Client, serve: Any) -> No
         job.complete(FreeResult())
 
     serve(script, "free-in", "x-in")
-    body = {"kind": "x-in", "model": "free-in", "params": {}, "wait": 5}
+    body = {"kind": "x-in", "model": "free-in", "params": {}, "wait": 30}
     data = "data:image/png;base64," + base64.b64encode(PNG).decode()
     assert http.post("/v1/jobs", json={**body, "inputs": {"image": data}}).json()["state"] == "succeeded"
     form = http.post("/v1/jobs", data={"job": json.dumps(body)}, files={"image": ("a.png", PNG)})
@@ -109,7 +116,7 @@ def test_a_failed_job_answers_with_its_fault(http: httpx.Client, serve: Any) -> 
         raise FaultError(Fault("command_failed", "It ended with 3.", detail={"exit_code": 3}))
 
     serve(script, "tool-fail", "command")
-    job = http.post("/v1/jobs", json={"kind": "command", "model": "tool-fail", "wait": 5}).json()
+    job = http.post("/v1/jobs", json={"kind": "command", "model": "tool-fail", "wait": 30}).json()
     assert job["state"] == "failed"
     assert (job["fault"]["code"], job["fault"]["detail"]) == ("command_failed", {"exit_code": 3})
     result = http.get(f"/v1/jobs/{job['id']}/result")
@@ -163,7 +170,7 @@ def test_events_of_a_job(http: httpx.Client, serve: Any) -> None:
 
 def test_the_same_idempotency_key_gives_the_same_job(http: httpx.Client, serve: Any) -> None:
     serve(command, "tool-once", "command")
-    body = {"kind": "command", "model": "tool-once", "idempotency_key": "once", "wait": 5}
+    body = {"kind": "command", "model": "tool-once", "idempotency_key": "once", "wait": 30}
     first, second = (http.post("/v1/jobs", json=body).json()["id"] for _ in range(2))
     assert first == second
     other = http.post("/v1/jobs", json={**body, "params": {"args": {"n": 1}}})
@@ -172,7 +179,7 @@ def test_the_same_idempotency_key_gives_the_same_job(http: httpx.Client, serve: 
 
 def test_jobs_of_another_tenant_are_not_there(served: Any, http: httpx.Client, serve: Any) -> None:
     serve(command, "tool-tenant", "command")
-    job = http.post("/v1/jobs", json={"kind": "command", "model": "tool-tenant", "wait": 5}).json()["id"]
+    job = http.post("/v1/jobs", json={"kind": "command", "model": "tool-tenant", "wait": 30}).json()["id"]
     secret = served.coordinator.keys.create("client", tenant="other")
     headers = {"authorization": f"Bearer {secret}"}
     for path in ("", "/result", "/events", "/files/x"):

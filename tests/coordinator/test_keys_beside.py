@@ -13,7 +13,7 @@ from coordinator.registrations import Registrations
 def made(state: Path) -> str:
     """A key, made by the real command."""
     argv = [sys.executable, "-m", "coordinator", "keys", "create", "--scope", "worker", "--state", str(state)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300)
     return next(word for word in done.stdout.split() if word.startswith("bhw_"))
 
 

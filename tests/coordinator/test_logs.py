@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -99,15 +101,20 @@ def test_there_is_one_line_per_request_when_wanted(stream: io.StringIO, served: 
 
     logs.set_up("json", access=True, stream=stream)
     answer = httpx.get(f"{served.url}/v1/jobs/job_secret?q=SECRET", headers=served.headers)
-    served.call(_nothing)  # the line is written on the loop behind the answer
-    (line,) = [
-        found for found in map(json.loads, stream.getvalue().splitlines()) if found["logger"] == "coordinator.access"
-    ]
-    assert line["message"] == "GET /v1/jobs/{id}"
-    assert (line["status"], line["request"]) == (404, answer.headers["x-request-id"])
+    until = time.monotonic() + 60
+    while not (lines := access_lines(stream, answer.headers["x-request-id"])):  # it is written behind the answer
+        assert time.monotonic() < until
+        served.call(_nothing)
+    (line,) = lines
+    assert (line["message"], line["status"]) == ("GET /v1/jobs/{id}", 404)
     assert (line["tenant"], line["key"]) == ("default", served.key.partition(".")[0][: len(line["key"])])
     assert "SECRET" not in stream.getvalue()
     assert served.key not in stream.getvalue()
+
+
+def access_lines(stream: io.StringIO, request: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [json.loads(line) for line in stream.getvalue().splitlines()]
+    return [one for one in found if one["logger"] == "coordinator.access" and one.get("request") == request]
 
 
 async def _nothing() -> None: ...

@@ -16,7 +16,7 @@ from coordinator.blobs.folder import FolderBlobs
 from coordinator.lots_api import MAX_JOBS
 from protocol.work import CommandResult, SttResult
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 _numbers = itertools.count()
 
 

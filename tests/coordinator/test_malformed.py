@@ -71,7 +71,7 @@ def unharmed(attacked: Attacked, caplog: pytest.LogCaptureFixture) -> Iterator[N
     with caplog.at_level(logging.WARNING):
         yield
         assert attacked.client.get("/healthz").status_code == 200
-        done = attacked.client.post("/v1/jobs", json={"kind": "x-any", "model": "x-any", "wait": 20})
+        done = attacked.client.post("/v1/jobs", json={"kind": "x-any", "model": "x-any", "wait": 30})
         assert done.json().get("state") == "succeeded", done.text
     wrong = [record.getMessage() for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
     assert not wrong, wrong

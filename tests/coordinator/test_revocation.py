@@ -23,7 +23,7 @@ from protocol import link_wire as wire
 from protocol.link_wire import ModelOffer
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 
-WAIT_S = 20.0  # it takes less than a second on a machine that is idle
+WAIT_S = 60.0  # it takes less than a second on a machine that is idle
 Serve = Callable[..., FakeWorker]
 
 

@@ -83,7 +83,7 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not notify("READY=1")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
         ear.bind(str(tmp_path / "s"))
-        ear.settimeout(5)
+        ear.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "s"))
         assert notify("READY=1")
         assert ear.recv(100) == b"READY=1"

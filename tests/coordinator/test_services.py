@@ -27,7 +27,7 @@ def test_tenant_trace_and_deadline_reach_the_worker(http: Any, served: Any, serv
 
     worker = serve(script, "traced", "x-traced")
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    body = {"kind": "x-traced", "model": "traced", "wait": 5}
+    body = {"kind": "x-traced", "model": "traced", "wait": 30}
     assert http.post("/v1/jobs", json=body, headers={"traceparent": trace}).status_code == 200
     offer = worker.jobs[0].offer
     assert (offer.traceparent, offer.tenant) == (trace, "default")

@@ -32,7 +32,7 @@ class Owner:
         self.url, self.dead_s, self._there = there.url, dead_s, there
         self._file = folder / FILE_NAME
         key = there.coordinator.keys.create("admin")
-        self._admin = httpx.Client(base_url=there.url, headers={"authorization": f"Bearer {key}"}, timeout=20)
+        self._admin = httpx.Client(base_url=there.url, headers={"authorization": f"Bearer {key}"}, timeout=60)
         self._numbers = itertools.count(1)
         self._requests: dict[str, str] = {}
 

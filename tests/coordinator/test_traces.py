@@ -46,7 +46,7 @@ def test_the_callers_trace_reaches_the_worker_untouched(served: Running, http: h
         job.complete(FreeResult(), {})
 
     serve(script, "traced", "x-traced")
-    body = {"kind": "x-traced", "model": "traced", "wait": 10}
+    body = {"kind": "x-traced", "model": "traced", "wait": 30}
     for sent in (PARENT, "not-a-traceparent"):
         assert http.post("/v1/jobs", json=body, headers={"traceparent": sent}).status_code == 200
     assert offers == [PARENT, "not-a-traceparent"]
@@ -134,7 +134,7 @@ def test_a_job_from_the_request_to_the_worker(
     attempts.traces = exported.traces
     try:
         serve(script, "spanned", "x-spanned")
-        body = {"kind": "x-spanned", "model": "spanned", "wait": 10}
+        body = {"kind": "x-spanned", "model": "spanned", "wait": 30}
         assert http.post("/v1/jobs", json=body, headers={"traceparent": PARENT}).status_code == 200
     finally:
         attempts.traces = NoTraces()

@@ -22,13 +22,15 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.begun = threading.Event()
         self.wait: threading.Event | None = None
         self.away = False
 
     def vitals(self) -> StoreVitals:
         self.asked += 1
+        self.begun.set()
         if self.wait is not None:
-            self.wait.wait(10)
+            self.wait.wait(60)
         if self.away:
             raise StoreError("Away.")
         return FINE
@@ -71,6 +73,7 @@ async def test_a_store_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
     try:
         assert (await them.sampled()).store is None
         assert (await them.sampled()).store is None
+        assert await anyio.to_thread.run_sync(store.begun.wait, 60)  # its thread may begin later than the patience ends
         assert store.asked == 1
     finally:
         store.wait.set()

@@ -28,7 +28,7 @@ async def followed(*events: JobEvent, rows: tuple[JobRecord, ...] = (), repair_s
     async def row() -> JobRecord:
         return left.pop(0)
 
-    with bus.subscribe("job_1") as subscription, anyio.fail_after(20):
+    with bus.subscribe("job_1") as subscription, anyio.fail_after(60):
         for event in events:
             bus.publish("job_1", event)
         return [event async for event in events_of(RUNNING, subscription, row, repair_s, lambda: None)]

@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidState
 from coordinator.server import Server, Serving, listen, uvicorn_config
 from coordinator.websockets_end import EndingWebSockets
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 MUCH = bytes(16 * 2**20)  # more than two socket buffers hold
 UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

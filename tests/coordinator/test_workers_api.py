@@ -18,7 +18,7 @@ from protocol import link_wire as wire
 @pytest.fixture
 def admin(served: Running) -> Iterator[httpx.Client]:
     key = served.coordinator.keys.create("admin", name="boss")
-    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=20) as client:
+    with httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
         yield client
 
 

@@ -173,7 +173,7 @@ def test_an_upload_that_stalls_is_ended_and_what_came_is_kept(tmp_path: Path, mo
     }
 
     async def main() -> None:
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             await Starlette(routes=blob_routes(blobs))(scope, receive, send)
         assert await blobs.received("job_1", 1, digest) == 2**20
 

@@ -20,7 +20,7 @@ from protocol.faults import Fault, FaultError
 from protocol.link_wire import ModelOffer
 from protocol.work import EmbeddingResult, LlmResult, RerankResult
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 CHAT = "/v1/chat/completions"
 
 

@@ -20,7 +20,7 @@ DATA = b'{"a": 1}\n' * 50_000  # more than one write
 def other(served: Any) -> Iterator[openai.OpenAI]:
     """A client of another tenant."""
     key = served.coordinator.keys.create("client", tenant="other-files")
-    with openai.OpenAI(base_url=served.url + "/v1", api_key=key, max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=served.url + "/v1", api_key=key, max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -97,7 +97,7 @@ def test_what_is_refused_leaves_nothing_behind(served: Any, http: httpx.Client) 
         assert answer.status_code == 400
     assert http.post("/v1/files", data={"purpose": "batch"}, files={"image": b"x"}).status_code == 400
     assert http.post("/v1/files", json={"purpose": "batch"}).status_code == 415
-    assert set(folder.iterdir()) == before
+    assert set(folder.iterdir()) <= before
 
 
 def test_sizes_are_bounded(served: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,4 +135,4 @@ def test_a_digest_goes_with_a_file_both_ways(ai: openai.OpenAI, served: Any) -> 
     for header, words in (("0" * 64, "another sha256"), ("abc", "64 hexadecimal digits")):
         with pytest.raises(openai.BadRequestError, match=words):
             ai.files.create(file=("a.jsonl", DATA), purpose="batch", extra_headers={"x-content-sha256": header})
-    assert set(folder.iterdir()) == before
+    assert set(folder.iterdir()) <= before

@@ -13,7 +13,7 @@ from protocol.faults import Fault, FaultError
 from protocol.work import Delta, LlmChunk, LlmResult
 
 USER: Any = {"role": "user", "content": "hi"}
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def script(job: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 from protocol.faults import Fault, FaultError
 from protocol.work import AUDIO_MIME, AudioResult, TtsChunk
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def script(job: Any) -> None:

@@ -136,7 +136,7 @@ def test_an_upload_beyond_the_limit_is_413(http: Any) -> None:
 
 def test_an_announced_length_beyond_the_limit_is_refused_before_the_body(served: Running) -> None:
     url = httpx.URL(served.url)
-    connection = HTTPConnection(url.host, url.port, timeout=5)
+    connection = HTTPConnection(url.host, url.port, timeout=60)
     connection.putrequest("POST", "/v1/audio/transcriptions")
     headers = {**served.headers, "content-type": "multipart/form-data; boundary=b", "content-length": str(10**12)}
     for name, value in headers.items():
@@ -165,4 +165,4 @@ def test_a_refused_upload_leaves_no_file(http: httpx.Client, served: Running) ->
     for fields in ({"model": "nobody-serves-this"}, {"model": "whisper", "response_format": "xml"}, {}):
         answer = http.post("/v1/audio/transcriptions", data=fields, files={"file": ("a.wav", WAV)})
         assert answer.status_code >= 400, answer.text
-        assert set(folder.iterdir()) == before
+        assert set(folder.iterdir()) <= before

@@ -18,7 +18,7 @@ from protocol.work import VideoResult
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def until(check: Any) -> Any:
