@@ -156,7 +156,8 @@ async def test_memory_of_other_programs_is_waited_for_and_named(tmp_path):
         await box.until(lambda: box.watch.free_bytes(GPU) == 2 * GIB)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(box.serves, "a")
-            await box.until(box.room.waiting)
+            # Before it waits for memory, its files are looked at.
+            await box.until(lambda: "waits for" in box.room.waiting().get("synthetic-a", ""))
             assert box.room.waiting() == {
                 "synthetic-a": "waits for 3.2 GiB on GPU-sim-0: other programs hold 6.0 GiB there"
             }
