@@ -7,6 +7,7 @@ import * as tables from "./tables.js";
 import * as view from "./view.js";
 
 const JOBS_SHOWN = 25; // as many as the feed brings
+const LINES_SHOWN = 50; // of a job's log
 const AGES_MS = 10_000; // how often ages go on where nothing else changes
 const USAGE_MS = 60_000;
 
@@ -186,7 +187,11 @@ function turn_jobs(step) {
 
 async function look_at_history(id) {
   const told = await found_or_why(() => ask("GET", `/v1/admin/jobs/${of(id)}`), "The job is not kept any more.");
-  state.job.history[id] = typeof told === "string" ? told : told.attempts;
+  const known = { attempts: typeof told === "string" ? told : told.attempts, log: null };
+  state.job.history[id] = known;
+  draw();
+  if (typeof told === "string") return;
+  known.log = await found_or_why(() => ask("GET", `/v1/admin/jobs/${of(id)}/logs?limit=${LINES_SHOWN}`), "This coordinator keeps no lines of jobs.");
   draw();
 }
 

@@ -36,7 +36,7 @@ function job(one, now) {
       h("div", { class: "quiet id" }, [`tenant ${one.tenant}`, one.worker && `on ${one.worker}`, one.priority !== 0 && `priority ${one.priority}`, one.alone && "must run alone"].filter(Boolean).join(" · ")),
       Object.keys(one.labels).length > 0 && h("div", null, tags(one.labels)),
       one.fault && one.state !== "cancelled" && h("div", { class: "bad" }, `${one.fault.code} (${one.fault.owner}): ${one.fault.message}`),
-      one.tries > 0 && h("details", { "data-history": one.id }, h("summary", { class: "quiet" }, "attempts"), one.history ? history(one.history) : none("Loading…"))),
+      one.tries > 0 && h("details", { "data-history": one.id }, h("summary", { class: "quiet" }, "attempts and log"), one.history ? [history(one.history.attempts), one.history.log && log(one.history.log)] : none("Loading…"))),
     cell("State", "", badge(LOOKS[one.state] ?? "none", one.state)),
     cell("Made", "number right", moment(one.created_ms)),
     cell("Took", "number right", took),
@@ -50,6 +50,21 @@ function history(told) {
   if (!told.length) return none("No attempt has ended yet.");
   return h("ol", null, told.map((one) => h("li", { class: "quiet wraps", "data-key": `${one.n}` },
     `${one.n}: ${one.outcome || "runs"} on ${one.worker || "nobody"}`, one.ended_ms ? [", ", moment(one.ended_ms)] : "", one.fault ? `: ${one.fault.code}, ${one.fault.message}` : "")));
+}
+
+/** @param told a sentence, or what workers' logs said of a job */
+function log(told) {
+  if (typeof told === "string") return none(told);
+  const gaps = [
+    told.more > 0 && `${told.more} older ones: coordinator jobs logs ${told.job}`,
+    told.since_ms > told.created_ms && "those of its beginning are not kept any more",
+    ...Object.entries(told.lost).map(([worker, count]) => `${count} lines of ${worker} were lost, of whatever job`),
+    ...told.not_asked.map((name) => `replica ${name} did not answer`),
+  ].filter(Boolean);
+  return [
+    told.data.length ? h("ol", { "aria-label": "Log" }, told.data.map((one, number) => h("li", { class: "quiet wraps", "data-key": `${number}` },
+      moment(one.told_ms), ` ${one.level}, ${one.worker}: ${one.message}`))) : none("No line of a worker's log is kept about it."),
+    gaps.length > 0 && none(`Missing here: ${gaps.join("; ")}.`)];
 }
 
 // ---- deployments

@@ -257,6 +257,29 @@ def test_jobs_are_cancelled_and_tried_again(site: Site, signed: Any) -> None:
     assert site.job(job)["state"] == "cancelled"
 
 
+def test_what_workers_told_of_a_job_stands_below_its_attempts(site: Site, signed: Any) -> None:
+    box = site.box("talks", "talkative")
+    job = site.submit("talkative")
+    (offer,) = box.has_offers(1)
+    lines = (wire.LogLine("then", "warning", f"slow {EVIL}", job), wire.LogLine("then", "info", "of nobody"))
+    box.raw.send(wire.LogBatch(lines=lines, dropped=3))
+    box.raw.send(wire.Fail(fault=Fault("engine_failed", "Out of ideas.")), offer.job, offer.attempt)
+    row = signed.locator(f'#jobs tr[data-key="{job}"]')
+    row.get_by_text("Out of ideas.").wait_for()
+    row.locator("summary").click()
+    told = row.get_by_role("list", name="Log")
+    told.get_by_text(f"warning, talks: slow {EVIL}").wait_for()
+    assert "of nobody" not in told.inner_text()
+    row.get_by_text("3 lines of talks were lost").wait_for()
+    assert signed.locator("img").count() == 0
+    silent = failed_job(site, box, "talkative")
+    row = signed.locator(f'#jobs tr[data-key="{silent}"]')
+    row.get_by_text("Out of ideas.").wait_for()
+    row.locator("summary").click()
+    row.get_by_text("No line of a worker's log is kept").wait_for()
+    assert signed.problems == []
+
+
 def test_a_key_is_revoked(site: Site, signed: Any) -> None:
     secret = site.served.coordinator.keys.create("client", name="intern")
     signed.reload()
