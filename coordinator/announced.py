@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from coordinator.plain import json_bytes
 from protocol.link_wire import Capabilities, ModelOffer
 from protocol.work import is_kind
 
@@ -19,6 +20,7 @@ MOST_GPUS = 256
 MOST_LABELS = 200
 NAME_CHARS = 200
 TEXT_CHARS = 1000
+MOST_SAID_BYTES = 256 * 2**10  # of one model, and of the machine: all of it is shown again and again
 
 
 def why_refused(capabilities: Capabilities) -> str:
@@ -34,6 +36,9 @@ def why_refused(capabilities: Capabilities) -> str:
         return "vram_threshold_gb: Announce a number of GiB, or 0 to say nothing."
     if not _are_texts((*capabilities.labels, *capabilities.labels.values()), TEXT_CHARS):
         return f"labels: Announce texts of at most {TEXT_CHARS} characters, without NUL."
+    size = json_bytes((capabilities.version, capabilities.machine, capabilities.reason, capabilities.gpus))
+    if size is None or size > MOST_SAID_BYTES:
+        return f"version, machine, reason, gpus: Announce at most {MOST_SAID_BYTES} bytes."
     return next((words for offer in capabilities.models if (words := _why_not(offer))), "")
 
 
@@ -44,6 +49,9 @@ def _why_not(offer: ModelOffer) -> str:
         return f"models: {offer.name[:50]!r} has kinds that are none, or more than {MOST_KINDS}."
     if not 0 <= offer.slots <= MOST_SLOTS:
         return f"models: {offer.name[:50]!r} has {offer.slots} slots; announce 0 to {MOST_SLOTS}."
+    size = json_bytes((offer.engine, offer.device, offer.revision, offer.limits, offer.sandbox))
+    if size is None or size > MOST_SAID_BYTES:
+        return f"models: {offer.name[:50]!r} says more than {MOST_SAID_BYTES} bytes of itself, or what JSON cannot say."
     return ""
 
 

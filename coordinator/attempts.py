@@ -23,6 +23,7 @@ from coordinator.elsewhere import Elsewhere, Nobody
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.kept_lines import KeptLines
 from coordinator.logs import JobLines
+from coordinator.plain import bounded
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
 from coordinator.store import Store, StoreError
@@ -245,7 +246,7 @@ class Attempts:
         """The attempt failed: requeue the job or end it, then acknowledge."""
         held = worker.attempts[key]
         ending = await self._threads.write(
-            self._store.fail, *key, worker.id, body.fault, body.streamed or held.streamed
+            self._store.fail, *key, worker.id, bounded(body.fault), body.streamed or held.streamed
         )
         if ending.requeued:
             self.fleet.shun(key[0], worker.id)

@@ -23,6 +23,7 @@ from protocol.faults import Fault, FaultError
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5  # what a client is told to wait when the fault says nothing else
+LONGEST_RETRY_AFTER_S = 86_400
 REQUEST_ID = "x-request-id"
 JOB_ID = "x-bulkhead-job"
 
@@ -57,12 +58,19 @@ def fault_response(fault: Fault, status: int | None = None) -> Json:
     status = fault.http_status if status is None else status
     headers = {}
     if status in (429, 503) and fault.may_retry:
-        headers["retry-after"] = str(int(fault.detail.get("retry_after_s", RETRY_AFTER_S)))
+        headers["retry-after"] = str(_whole_seconds(fault.detail.get("retry_after_s")))
     if status in (409, 429) or status >= 500:
         headers["x-should-retry"] = "true" if fault.may_retry else "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return Json(fault.openai_error(), status_code=status, headers=headers)
+
+
+def _whole_seconds(told: object) -> int:
+    """What a fault says of when to come again; it may be a worker's."""
+    if isinstance(told, int | float) and 0 <= told <= LONGEST_RETRY_AFTER_S:
+        return int(told)
+    return RETRY_AFTER_S
 
 
 async def on_fault(request: Request, error: Exception) -> Response:

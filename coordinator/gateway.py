@@ -22,12 +22,13 @@ import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from coordinator import worker_lines
-from coordinator.announced import why_refused
+from coordinator.announced import MOST_GPUS, why_refused
 from coordinator.attempts import Attempts
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
 from coordinator.errors import fault_response
 from coordinator.fleet import Key, Worker
+from coordinator.plain import why_not_plain
 from coordinator.records import WorkerScope
 from coordinator.store import StoreError
 from coordinator.worker_lines import Line
@@ -301,6 +302,9 @@ class WorkerSession:
         except wire.BodyError as error:
             await self._unreadable(envelope, str(error))
             return
+        if why := why_not_plain(body):
+            await self._unreadable(envelope, f"{envelope.t}: {why}")
+            return
         if key in self._refused or (key in self._spoiled and not isinstance(body, wire.Complete | wire.Fail)):
             return
         try:
@@ -354,7 +358,7 @@ class WorkerSession:
         assert worker is not None
         match body:
             case wire.Heartbeat():
-                worker.gpus = body.gpus
+                worker.gpus = body.gpus[:MOST_GPUS]
                 self.send(wire.HeartbeatAck(n=body.n))
             case wire.OrderDone():
                 if waits := worker.orders.pop(body.id, None):

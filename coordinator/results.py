@@ -9,15 +9,17 @@ from anyio.to_thread import run_sync
 
 from coordinator.blobs.base import Blobs
 from coordinator.media import HEAD_BYTES, output_type
+from coordinator.plain import json_bytes
 from coordinator.records import StoredFile
 from coordinator.store.base import Outcome
 from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import Fault, FaultError
 from protocol.link_wire import RESULT_FILE, Complete
-from protocol.work import RESULTS, FreeResult
+from protocol.work import RESULTS, FreeResult, LlmResult
 
 MAX_RESULT_BYTES = 64 * 2**20
 MAX_USAGE_KEYS = 32
+_FREE = (LlmResult, FreeResult)  # those with fields of any type
 _THREAD_BYTES = 2**20  # decoding more than this is not done on the event loop
 
 
@@ -75,7 +77,9 @@ async def _broken(kind: str, result: bytes) -> str:
 def _misfit(kind: str, result: bytes) -> str:
     """msgspec's sentence when the result does not fit; "" when it does."""
     try:
-        msgspec.msgpack.decode(result, type=RESULTS.get(kind, FreeResult))
+        decoded = msgspec.msgpack.decode(result, type=RESULTS.get(kind, FreeResult))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return str(error)
+    if isinstance(decoded, _FREE) and json_bytes(decoded) is None:
+        return "it holds what cannot be said in JSON"
     return ""

@@ -275,7 +275,7 @@ UNREADABLE = {
     "chunk with odd keys": ("chunk", b"\x82\xa3seq\x01\xa4data\x81\xc0\x01"),
     "fault that JSON cannot say": (
         "fail",
-        b"\x81\xa5fault\x83\xa4code\xaaload_failed\xa7message\xa1x\xa6detail\x81\xa1k\xd4\x05x",
+        b"\x81\xa5fault\x83\xa4code\xabload_failed\xa7message\xa1x\xa6detail\x81\xa1k\xd4\x05x",
     ),
     "bad utf-8": ("fail", b"\x81\xa5fault\x82\xa4code\xa2\xff\xff\xa7message\xa1x"),
 }
