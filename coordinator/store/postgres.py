@@ -135,6 +135,7 @@ class PostgresStore(SqlStore):
             if lapsed:
                 # The database was away, or this process was stopped: the others may be as late as we are.
                 self._judges_from = now + self.silent_ms
+            self._clock_went_back(now)
             if now < self._judges_from:
                 return Beat(lapsed)
             silent = {"now": now, "silent": self.silent_ms}
@@ -149,6 +150,16 @@ class PostgresStore(SqlStore):
             self._all("DELETE FROM gateways WHERE beat_ms < :before RETURNING id", before=now - _FORGET_GATEWAY_MS)
             left = self._leave(LEFT_BEHIND, now)
             return Beat(False, len(found), tuple(left))
+
+    def _clock_went_back(self, now: int) -> None:
+        """From a clock that was ahead there may be instants that have not come yet; silence counts from now on."""
+        self._judges_from = min(self._judges_from, now + self.silent_ms)
+        self._all(
+            "UPDATE gateways SET beat_ms = :now WHERE id IN "
+            f"(SELECT id FROM gateways WHERE beat_ms > :now + :silent{self.SKIP}) RETURNING id",
+            now=now,
+            silent=self.silent_ms,
+        )
 
     @whole
     def peers(self) -> list[tuple[str, str]]:

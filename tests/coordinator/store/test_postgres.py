@@ -98,6 +98,22 @@ def test_after_a_silence_of_all_nobody_is_taken_over(open_store: Open) -> None:
     assert row.state == "cancelled"
 
 
+def test_a_clock_that_goes_back_keeps_nobody_alive(open_store: Open) -> None:
+    """The database's own was wrong, or another server took over whose clock is behind."""
+    first, second = open_store(), open_store()
+    first.shift_clock(10 * SILENT_MS)
+    assert second.beat().lapsed
+    first.beat()
+    running(first, "job_1")
+    first.shift_clock(-10 * SILENT_MS)
+    for _ in range(2):
+        assert second.beat().taken == 0, "it may live: it had no time to beat"
+    assert first.peers() == second.peers() == []
+    first.shift_clock(SILENT_MS + 1)
+    second._appear()
+    assert second.beat().taken == 1
+
+
 def test_replicas_find_each_other_by_their_beats(open_store: Open) -> None:
     first, second, third = open_store(), open_store(), open_store()
     second.advertised, third.advertised = "ws://second:9090", "ws://third:9090"
