@@ -102,8 +102,8 @@ class TestOurStudio(StudioServerCases):
         """Made outside of trio: the coordinator runs on another loop."""
         # Silence ends a session early where that is the case's matter; elsewhere a loaded machine may be slow.
         silent = "silent" in request.node.name
-        settings = structs.replace(FAST, silence_s=1.5 if silent else 30.0, busy_s=0.2)
-        with running(tmp_path, studio=settings) as there:
-            owner = Owner(there, tmp_path, 1.5 if silent else None)
+        silence_s = 5.0 if silent else FAST.silence_s
+        with running(tmp_path, studio=structs.replace(FAST, silence_s=silence_s, busy_s=0.2)) as there:
+            owner = Owner(there, tmp_path, silence_s if silent else None)
             yield owner
             owner.close()
