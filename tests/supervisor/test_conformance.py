@@ -63,6 +63,7 @@ def test_every_shipped_engine_passes(name: str, backend: str):
     assert failed(results) == {}
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("wrong", "case", "said"),
     [
@@ -83,6 +84,7 @@ async def test_a_misbehaviour_is_caught_in_its_case(wordy, wrong: str, case: str
     assert said in failed(results)[case]
 
 
+@pytest.mark.usefixtures("patient")
 async def test_an_engine_that_ignores_cancel_is_caught_and_ended(wordy, monkeypatch):
     monkeypatch.setattr("supervisor.conformance.CANCEL_S", 0.5)
     results = await run_suite(wordy("deaf"))
@@ -90,6 +92,7 @@ async def test_an_engine_that_ignores_cancel_is_caught_and_ended(wordy, monkeypa
     assert {r.name: r.status for r in results}["shutdown ends it with 0 and no noise on the wire"] == "ok"
 
 
+@pytest.mark.usefixtures("patient")
 async def test_what_cannot_be_asked_is_skipped_with_the_reason(wordy):
     results = await run_suite(wordy("no-files"))
     (skipped,) = [result for result in results if result.status == "skipped"]

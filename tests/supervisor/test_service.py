@@ -13,7 +13,7 @@ def test_it_tells_a_service_manager_that_listens(tmp_path):
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
-        manager.settimeout(5)
+        manager.settimeout(30)
         sd_notify("READY=1", {"NOTIFY_SOCKET": str(path)})
         assert manager.recv(100) == b"READY=1"
         Service({"NOTIFY_SOCKET": str(path)}).extend(1.5)
@@ -22,9 +22,10 @@ def test_it_tells_a_service_manager_that_listens(tmp_path):
 
 def test_an_abstract_socket_and_nobody_there(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind("\0bulkhead-test-notify")
-        manager.settimeout(5)
-        sd_notify("STOPPING=1", {"NOTIFY_SOCKET": "@bulkhead-test-notify"})
+        name = f"bulkhead-test-notify-{os.getpid()}"
+        manager.bind(f"\0{name}")
+        manager.settimeout(30)
+        sd_notify("STOPPING=1", {"NOTIFY_SOCKET": f"@{name}"})
         assert manager.recv(100) == b"STOPPING=1"
     sd_notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "gone")})
     sd_notify("READY=1", {})
