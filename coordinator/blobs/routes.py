@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import anyio
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -19,6 +20,21 @@ from protocol.faults import FaultError, refuse
 IDLE_S = 60.0  # twice what a worker waits before it gives a connection up
 PLACED = "x-placed-bytes"  # of a PUT without a body: the output lies at its place, and has so many bytes
 Admit = Callable[[str, int], Awaitable[bool]]
+
+
+class _Attempt(Convertor[int]):
+    """The number of an attempt. Of Starlette's own whole numbers Python may refuse to read one, for its length."""
+
+    regex = "[0-9]{1,10}"
+
+    def convert(self, value: str) -> int:
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+register_url_convertor("attempt", _Attempt())
 
 
 def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
@@ -56,9 +72,9 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
         return Json({"url": url}, headers={"cache-control": "no-store"})
 
     return [
-        Route(PREFIX + "/{job}/{attempt:int}/{name}", upload, methods=["PUT"]),
-        Route(PREFIX + "/{job}/{attempt:int}/{name}/place", place, methods=["GET"]),
-        Route(PREFIX + "/{job}/{attempt:int}/{name}/received", received, methods=["GET"]),
+        Route(PREFIX + "/{job}/{attempt:attempt}/{name}", upload, methods=["PUT"]),
+        Route(PREFIX + "/{job}/{attempt:attempt}/{name}/place", place, methods=["GET"]),
+        Route(PREFIX + "/{job}/{attempt:attempt}/{name}/received", received, methods=["GET"]),
         download_route(PREFIX + "/{key:path}", blobs),
     ]
 

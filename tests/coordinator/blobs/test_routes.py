@@ -179,3 +179,9 @@ def test_an_upload_that_stalls_is_ended_and_what_came_is_kept(tmp_path: Path, mo
 
     anyio.run(main)
     assert sent[0]["status"] == 502, "worth another try"
+
+
+@pytest.mark.parametrize("digits", [11, 20, 5000])
+def test_a_number_that_is_no_attempt_has_no_address(client: TestClient, digits: int) -> None:
+    for method, path in (("PUT", "out"), ("GET", "out/place"), ("GET", "out/received")):
+        assert client.request(method, f"/v1/blobs/job_1/{'9' * digits}/{path}").status_code in (403, 404, 405)
