@@ -310,7 +310,7 @@ class Rig:
 
     def ask(self, method: str, route: str, body: object = None) -> dict[str, Any]:
         """What the control socket answers."""
-        found: dict[str, Any] = ask(self.state / "control.sock", method, route, body)
+        found: dict[str, Any] = ask(self.state / "control.sock", method, route, body, patience_s=PATIENCE_S)
         return found
 
     def status(self) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import psutil
 import pytest
 
 HEALTH_S = 10.0  # two cores shared with others; alone it is about a millisecond
-LEFT_S = 5.0  # the promise is about a second; alone it is 0.1 s
+LEFT_S = 30.0  # the promise is about a second; alone it is 0.1 s. The job itself would take 100 s
 NOTHING = b""
 CLOSE_OPCODE = 8
+NO_HELLO = b"No hello within"
 
 
 @pytest.fixture
@@ -42,14 +43,15 @@ def assert_healthy(rig: Any) -> None:
     assert time.monotonic() - began < HEALTH_S
 
 
-def talk(rig: Any, data: bytes, patience_s: float = 3.0) -> bytes:
-    """Send raw bytes and return what comes until the server closes, or until it is silent for `patience_s`."""
-    with socket.create_connection(("127.0.0.1", rig.port), timeout=patience_s) as peer:
+def talk(rig: Any, data: bytes, first_s: float = 3.0) -> bytes:
+    """Send raw bytes and return what comes until the server closes, or is silent for `first_s`, then for 3 s."""
+    with socket.create_connection(("127.0.0.1", rig.port), timeout=first_s) as peer:
         got = b""
         with contextlib.suppress(ConnectionError, TimeoutError):
             peer.sendall(data)
             while piece := peer.recv(65536):
                 got += piece
+                peer.settimeout(3.0)
         return got
 
 
@@ -141,7 +143,7 @@ RAW: list[tuple[str, bytes, tuple[bytes, ...], bytes, tuple[bytes, ...]]] = [
 def test_malformed_http_is_answered_or_hung_up_on_and_the_next_request_is_served(rig, case):
     _, line, fields, body, right = case
     data = head(rig, line, *fields) + body if line.endswith((b"HTTP/1.1", b"HTTP/9.9")) else line + b"\r\n\r\n"
-    answer = talk(rig, data)
+    answer = talk(rig, data, 3.0 if NOTHING in right else 30.0)
     assert any(answer.startswith(words) if words else not answer for words in right), answer[:300]
     assert_healthy(rig)
 
@@ -183,7 +185,7 @@ def test_clients_that_never_read_their_stream_are_not_noticed_by_their_neighbour
         assert_healthy(rig)
         assert client.post("/v1/chat/completions", json=rigs.chat("beside it")).status_code == 200
         assert coordinator.memory_info().rss - before < 100 * 2**20
-    rigs.until(lambda: not newest(client, "synthetic-flood", "running"), "their jobs are ended", 20)
+    rigs.until(lambda: not newest(client, "synthetic-flood", "running"), "their jobs are ended")
 
 
 def chunks_of(client: httpx.Client, admin: str) -> float:
@@ -205,7 +207,7 @@ def test_a_hundred_idle_connections_cost_nothing_but_descriptors(rig, rigs):
     finally:
         for peer in [*idle, *half]:
             peer.close()
-    rigs.until(lambda: coordinator.num_fds() <= before + 3, "the descriptors are given back", 10)
+    rigs.until(lambda: coordinator.num_fds() <= before + 3, "the descriptors are given back")
 
 
 def test_a_client_that_leaves_ends_its_job_within_about_a_second(rig, rigs):
@@ -214,13 +216,13 @@ def test_a_client_that_leaves_ends_its_job_within_about_a_second(rig, rigs):
         body = json.dumps(rigs.chat(f"leaving {stream}", "synthetic-slow", stream=stream)).encode()
         with socket.create_connection(("127.0.0.1", rig.port)) as peer:
             peer.sendall(head(rig, POST, JSON, b"Content-Length: %d" % len(body)) + body)
-            running = rigs.until(lambda: newest(client, "synthetic-slow", "running"), "the job runs", 20)
+            running = rigs.until(lambda: newest(client, "synthetic-slow", "running"), "the job runs")
         began = time.monotonic()
-        found = rigs.ended(client, running["id"], 20)
+        found = rigs.ended(client, running["id"])
         assert found["state"] == "cancelled"
         assert time.monotonic() - began < LEFT_S
         line = re.compile(rf"llm job cancelled after \S+ s job={running['id']}")
-        rigs.until(lambda line=line: line.search(rig.words()), "the worker ended it too", 20)
+        rigs.until(lambda line=line: line.search(rig.words()), "the worker ended it too")
 
 
 def newest(client: httpx.Client, model: str, state: str) -> dict[str, Any] | None:
@@ -251,7 +253,9 @@ def upgraded(rig: Any, token: str) -> socket.socket:
     peer.sendall(b"\r\n".join([b"GET /v1/worker HTTP/1.1", b"Host: x", *fields, b"", b""]))
     answer = b""
     while b"\r\n\r\n" not in answer:
-        answer += peer.recv(1)
+        byte = peer.recv(1)
+        assert byte, answer
+        answer += byte
     assert answer.startswith(b"HTTP/1.1 101"), answer
     return peer
 
@@ -269,23 +273,19 @@ def frame(opcode: int, payload: bytes, fin: bool = True) -> bytes:
     return head + bytes(4) + payload
 
 
-def hung_up(peer: socket.socket, patience_s: float) -> bool:
-    """Whether the server says goodbye within `patience_s`, by a close frame or by closing.
+def farewell(peer: socket.socket) -> bytes:
+    """All that the server says until it says goodbye, by a close frame or by closing. TimeoutError when it does not.
 
     After its close frame it gives the peer ten seconds to do the same; here is nobody who would.
     """
-    peer.settimeout(patience_s)
+    peer.settimeout(60)
     got = b""
-    try:
+    with contextlib.suppress(ConnectionError):
         while piece := peer.recv(65536):
             got += piece
             if CLOSE_OPCODE in opcodes(got):
-                return True
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        pass
-    return True
+                break
+    return got
 
 
 def opcodes(data: bytes) -> list[int]:
@@ -319,7 +319,7 @@ def test_a_worker_that_talks_nonsense_is_hung_up_on(rig, worker_token, name: str
     with upgraded(rig, worker_token) as peer:
         with contextlib.suppress(ConnectionError):
             peer.sendall(WORKER_ATTACKS[name])
-        assert hung_up(peer, 5), "the session goes on"
+        assert NO_HELLO not in farewell(peer), "it was not for what it said"
     assert_healthy(rig)
 
 
@@ -335,10 +335,8 @@ def test_workers_that_never_say_hello_are_hung_up_on_even_when_they_ping(rig, wo
     thread = threading.Thread(target=ping)
     thread.start()
     try:
-        began = time.monotonic()
-        assert hung_up(silent, 15)
-        assert hung_up(pinging, 15)
-        assert time.monotonic() - began < 14
+        assert NO_HELLO in farewell(silent)
+        assert NO_HELLO in farewell(pinging)
     finally:
         over.set()
         thread.join()

@@ -20,8 +20,7 @@ def test_one_kind_is_held_and_the_others_go_on(new_rig: Any, rigs: Any):
     embedding = {"model": "synthetic", "input": "a b"}
     assert client.post("/v1/embeddings", json=embedding).status_code == 200
     rig.ask("POST", "/v1/pause", {"kind": "embedding", "reason": "a bad release"})
-    seen = rig.status()
-    assert seen["state"] == "idle"
+    seen = rigs.until(lambda: (now := rig.status())["state"] == "idle" and now, "the first job is over")
     assert "No embedding jobs are taken: held by the operator (embedding: a bad release)." in seen["why"]
     (model,) = seen["models"]
     assert list(model["held_kinds"]) == ["embedding"]
@@ -31,10 +30,10 @@ def test_one_kind_is_held_and_the_others_go_on(new_rig: Any, rigs: Any):
         assert rigs.state_of(client, job.json()["id"]) == "queued"
     assert rig.ask("POST", "/v1/resume", {})["lifted"] is False  # that is about the worker as a whole
     assert rig.ask("POST", "/v1/resume", {"kind": "embedding"})["lifted"] is True
-    rigs.until(lambda: client.post("/v1/embeddings", json=embedding).status_code == 200, "it is taken again", 20)
+    rigs.until(lambda: client.post("/v1/embeddings", json=embedding).status_code == 200, "it is taken again")
     if job.is_success:
         assert rigs.ended(client, job.json()["id"])["state"] == "succeeded"
-    rigs.until(lambda: rig.status()["why"] == "There are no jobs.", "nothing is held any more", 20)
+    rigs.until(lambda: rig.status()["why"] == "There are no jobs.", "nothing is held any more")
 
 
 def test_the_status_shows_what_the_rules_see_and_when_a_drain_ends(new_rig: Any, rigs: Any, tmp_path):
@@ -49,17 +48,18 @@ def test_the_status_shows_what_the_rules_see_and_when_a_drain_ends(new_rig: Any,
         seen = rig.status()
         return seen if any(sight["unknown"] for sight in seen["sights"]) else None
 
-    seen = rigs.until(looked, "the rules have looked", 20)
+    seen = rigs.until(looked, "the rules have looked")
     assert {"presence", "schedule", "disk"} <= {sight["source"] for sight in seen["sights"]}
     blind = {sight["source"]: sight["text"] for sight in seen["sights"] if sight["unknown"]}
     assert "there is no such file" in blind["presence"]
     (coming,) = seen["coming"]
     assert (coming["source"], coming["text"]) == ("schedule", f"quiet hours {day} 10:00-11:00")
     assert 86_400 < coming["at"] - seen["now"] < 5 * 86_400
-    rigs.submit(client, rigs.job("a b", 200))
+    rigs.submit(client, rigs.job("a b", 4000))
     rigs.until(lambda: rig.model("synthetic-slow")["running"], "it works")
     seen = rig.ask("POST", "/v1/drain", {"reason": "moving house"})
     assert seen["why"].startswith("The worker is draining: moving house. 1 job is still running, and ended at ")
     assert 0 < seen["drain_until"] - seen["now"] <= 20
     assert rig.ask("POST", "/v1/resume", {})["status"]["state"] == "draining"
-    assert rig.process.wait(60) == 0
+    rig.ask("POST", "/v1/shutdown", {"reason": "enough"})
+    assert rig.process.wait(rigs.PATIENCE_S) == 0
