@@ -27,7 +27,7 @@ from supervisor.host.launching import ROOT
 from supervisor.host.work import Done, EngineSpec, Failed, ModelSpec, RunEnd, RunRequest
 from supervisor.settings import LimitsTable
 
-LIMITS = LimitsTable(start_s=30, load_s=5.0, first_output_s=5.0, stall_s=5.0, cancel_grace_s=0.5, term_grace_s=0.5)
+LIMITS = LimitsTable(start_s=60, load_s=30, first_output_s=30, stall_s=30, cancel_grace_s=0.5, term_grace_s=0.5)
 SYSTEM = f"/usr/bin/python3.{sys.version_info.minor}"
 
 
@@ -72,7 +72,7 @@ class Bench:
         params = msgspec.msgpack.encode({"prompt": prompt})
         request = RunRequest(model="synthetic-m", kind="llm", params=params, folder=attempt.outputs)
         try:
-            with trio.fail_after(60):
+            with trio.fail_after(120):
                 return await self.host.run(request, lambda _event: None)
         finally:
             assert attempt.remove()
@@ -128,6 +128,6 @@ async def test_a_signal_from_root_reaches_it(open_folder: Path, python: str):
         leader, *_, engine = r.family
         ended = os.pidfd_open(engine.pid)
         os.kill(leader.pid, signal.SIGTERM)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await trio.lowlevel.wait_readable(ended)
         os.close(ended)
