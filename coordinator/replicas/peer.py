@@ -108,7 +108,7 @@ class Peer:
                 pause = min(LONGEST_PAUSE_S, pause * 2)
 
     def cut(self) -> None:
-        """Drop a connection whose other side has not taken leave in time; after the end of `run`."""
+        """Drop a connection whose other side has not taken leave in time, or is gone; `run` must have been ended."""
         if self._last is not None:
             self._last.transport.abort()
 

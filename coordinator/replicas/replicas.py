@@ -283,6 +283,7 @@ class Replicas:
         for name, peer in list(self._peers.items()):
             if urls.get(name) != peer.url:
                 peer.scope.cancel()
+                peer.cut()  # who is gone takes no leave, and nobody would drop the connection later
                 del self._peers[name]
                 self._dropped += peer.dropped
                 log.info("Replica %s is gone", name)

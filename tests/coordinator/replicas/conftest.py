@@ -6,23 +6,51 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from coordinator.replicas import door, peer
 from coordinator.testing import Running, running
-from tests.coordinator.replicas.rig import SECRET, Start, until
+from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, Start, until
+
+if TYPE_CHECKING:
+    from coordinator.testing_postgres import PostgresServer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standing_still_is_not_being_gone() -> Iterator[None]:
+    """Replicas of one process stand still together on a slow machine; the connection between them outlives that."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((peer, "OPEN_S"), (peer, "PING_S"), (door, "PING_S")):
+            patch.setattr(module, name, PATIENCE_S)
+        yield
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    """URL of an empty schema of a real server."""
+def postgres() -> Iterator[PostgresServer]:
+    """A real server."""
     if importlib.util.find_spec("psycopg") is None:
         pytest.skip("psycopg is not installed (extra: postgres)")
     from coordinator.testing_postgres import postgres_server, why_not
 
     if reason := why_not():
         pytest.skip(reason)
-    with postgres_server() as server, server.space() as url:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def database(postgres: PostgresServer) -> Iterator[str]:
+    """URL of an empty schema."""
+    with postgres.space() as url:
+        yield url
+
+
+@pytest.fixture
+def apart(postgres: PostgresServer) -> Iterator[str]:
+    """The same for replicas that those of other tests know nothing of."""
+    with postgres.space() as url:
         yield url
 
 

@@ -9,7 +9,7 @@ import anyio
 
 from coordinator.testing import Running
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 Start = Callable[[], Running]
 SECRET = "a-secret-of-all-replicas"
 

@@ -24,7 +24,7 @@ from tests.coordinator.malformed import (
     leave,
     upgraded,
 )
-from tests.coordinator.replicas.rig import SECRET
+from tests.coordinator.replicas.rig import SECRET, until
 
 MODEL = ModelOffer(name="x-door", kinds=("x-door",), engine="fake", slots=1)
 Two = tuple[Running, Running]
@@ -47,8 +47,8 @@ def unharmed(two: Two, worker: None) -> Iterator[None]:
         assert httpx.get(f"{one.url}/healthz", trust_env=False).status_code == 200
         replicas = one.coordinator.replicas
         assert replicas is not None
-        assert any(peer.connected for peer in replicas.peers)
-    asked = {"kind": "x-door", "model": "x-door", "wait": 20, "wait_for_worker": True}
+        until(lambda replicas=replicas: any(peer.connected for peer in replicas.peers))
+    asked = {"kind": "x-door", "model": "x-door", "wait": PATIENCE_S - 10, "wait_for_worker": True}
     done = httpx.post(f"{two[0].url}/v1/jobs", json=asked, headers=two[0].headers, timeout=PATIENCE_S, trust_env=False)
     assert done.json().get("state") == "succeeded", done.text
 

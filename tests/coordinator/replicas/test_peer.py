@@ -19,7 +19,7 @@ from tests.certificates import self_signed
 from tests.coordinator.replicas.rig import came_true
 
 ME = Caller("gw_me", "secret-secret-secret")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 Take = Callable[[ServerConnection], Awaitable[None]]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 from coordinator.replicas import frames
 from coordinator.replicas.opening import ReplicaTable, open_doorway
 from coordinator.replicas.replicas import Replicas
+from coordinator.store.base import SILENT_MS
 from coordinator.testing import FakeWorker, OfferedJob, Running, running
 from coordinator.testing_link import RawWorker
 from protocol import link_wire as wire
@@ -142,20 +142,18 @@ def test_somebody_may_follow_a_job_at_any_replica(two: Two) -> None:
 def test_a_job_that_runs_elsewhere_is_cancelled_by_word_of_the_peers(
     two: Two, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone it takes a few milliseconds."""
     here, there = two
-    for one in two:  # the rows alone would tell it in two looks
+    for one in two:  # the rows, which would tell it in two looks, do not
         monkeypatch.setattr(replicas(one)._directory, "ended_of", lambda _jobs: [])
     name = model()
     jobs: list[OfferedJob] = []
-    took: list[float] = []
-    asked = 0.0
+    stopped = threading.Event()
 
     def script(job: OfferedJob) -> None:
         jobs.append(job)
         job.started()
         assert job.cancelled.wait(PATIENCE_S)
-        took.append(time.monotonic() - asked)
+        stopped.set()
         job.complete({"content": ""})
 
     with FakeWorker(there, offer(name), script, name):
@@ -164,16 +162,13 @@ def test_a_job_that_runs_elsewhere_is_cancelled_by_word_of_the_peers(
             if how == "the client leaves":
                 with client.stream("POST", f"{here.url}/v1/chat/completions", json=chat(name, stream=True)):
                     until(lambda: jobs)
-                    asked = time.monotonic()
             else:
                 body = {"kind": "llm", "model": name, "params": {"prompt": "x"}}
                 job = client.post(f"{here.url}/v1/jobs", json=body).json()["id"]
                 until(lambda: jobs)
-                asked = time.monotonic()
                 at = here if how == "asked here" else there
                 assert client.post(f"{at.url}/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
-        until(lambda: took)
-    assert took[0] < 5.0 or pytest.fail(f"it took {took[0]:.2f} s")
+        assert stopped.wait(PATIENCE_S)
 
 
 def port(one: Running) -> int:
@@ -242,15 +237,19 @@ def test_an_end_that_nobody_told_of_is_found_in_the_database(two: Two, monkeypat
     for peer in replicas(there).peers:
         monkeypatch.setattr(peer, "push", lambda _frame, *, urgent=False: False)
     dispatcher = here.coordinator.parts.dispatcher
-    monkeypatch.setattr(dispatcher, "settings", msgspec.structs.replace(dispatcher.settings, repair_s=20))
+    monkeypatch.setattr(dispatcher, "settings", msgspec.structs.replace(dispatcher.settings, repair_s=600))
     with FakeWorker(there, offer(name), words, name):
         serving(name, there)
-        body = {"kind": "llm", "model": name, "params": {"prompt": "x"}, "wait": 20, "wait_for_worker": True}
+        body = {
+            "kind": "llm",
+            "model": name,
+            "params": {"prompt": "x"},
+            "wait": PATIENCE_S - 10,
+            "wait_for_worker": True,
+        }
         with httpx.Client(base_url=here.url, headers=here.headers, timeout=PATIENCE_S) as client:
-            began = time.monotonic()
             answer = client.post("/v1/jobs", json=body)
-            assert answer.json()["state"] == "succeeded"
-            assert time.monotonic() - began < 15  # a silent watcher alone would look after 20 s
+            assert answer.json()["state"] == "succeeded"  # a silent watcher alone would look after ten minutes
             text = chat(name, stream=True)
             with client.stream("POST", "/v1/chat/completions", json=text, headers={"x-bulkhead-begin-s": "60"}) as all_:
                 lines = list(all_.iter_lines())
@@ -313,7 +312,7 @@ def test_what_was_lost_between_replicas_comes_with_the_end(two: Two, monkeypatch
     assert "data: [DONE]" in lines
 
 
-def test_replicas_may_speak_over_tls(database: str, tmp_path: Path) -> None:
+def test_replicas_may_speak_over_tls(apart: str, tmp_path: Path) -> None:
     """Each judges the other's certificate by `tls_ca`; the wire is wss."""
     from coordinator.store.postgres import PostgresStore
 
@@ -329,7 +328,7 @@ def test_replicas_may_speak_over_tls(database: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
         pair = [
             stack.enter_context(
-                running(tmp_path / "state", open_store=lambda: PostgresStore(database), doorway=open_doorway(table))
+                running(tmp_path / "state", open_store=lambda: PostgresStore(apart), doorway=open_doorway(table))
             )
             for _ in range(2)
         ]
@@ -342,26 +341,34 @@ def test_replicas_may_speak_over_tls(database: str, tmp_path: Path) -> None:
         )
 
 
-def test_a_replica_ends_though_another_one_takes_no_leave(start: Start, database: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("believed", ["here", "gone"])
+def test_a_replica_ends_though_another_one_takes_no_leave(apart: str, tmp_path: Path, believed: str) -> None:
     """An event loop that is closed with a connection in it warns, and may not close at all."""
     from coordinator.store.postgres import PostgresStore
 
     (tmp_path / "secret").write_text(SECRET)
-    doorway = open_doorway(ReplicaTable(listen="127.0.0.1:0", secret_file=str(tmp_path / "secret")))
-    stuck, go_on, other = threading.Event(), threading.Event(), start()
+    table = ReplicaTable(listen="127.0.0.1:0", secret_file=str(tmp_path / "secret"))
+    stuck, go_on = threading.Event(), threading.Event()
 
     def stand_still() -> None:
         stuck.set()
-        go_on.wait(PATIENCE_S)
+        go_on.wait(2 * PATIENCE_S)
 
-    try:
-        with running(tmp_path / "state", open_store=lambda: PostgresStore(database), doorway=doorway) as one:
-            name = replicas(other).name
-            until(lambda: name in [peer.name for peer in replicas(one).peers if peer.connected])
-            other.loop.call_soon_threadsafe(stand_still)
-            assert stuck.wait(PATIENCE_S)
-    finally:
-        go_on.set()
+    def started() -> AbstractContextManager[Running]:
+        return running(tmp_path / "state", open_store=lambda: PostgresStore(apart), doorway=open_doorway(table))
+
+    with started() as other:
+        try:
+            with started() as one:
+                name = replicas(other).name
+                until(lambda: name in [peer.name for peer in replicas(one).peers if peer.connected])
+                other.loop.call_soon_threadsafe(stand_still)
+                assert stuck.wait(PATIENCE_S)
+                if believed == "gone":
+                    one.coordinator._store.shift_clock(SILENT_MS)
+                    until(lambda: name not in [peer.name for peer in replicas(one).peers])
+        finally:
+            go_on.set()
 
 
 def test_lines_of_a_job_are_found_at_whatever_replica_its_worker_told_them_to(two: Two) -> None:
