@@ -38,8 +38,9 @@ READY_S = 60.0  # a cold disk and a busy machine: imports alone may take seconds
 STOP_S = 4.0  # after the end of its stdin; it closes connections for up to 2 s
 TERM_GRACE_S = 3.0
 BACKLOG = 2048
-# How long the port of a coordinator whose supervisor was killed may still be taken: it ends within about 2 s.
-PREDECESSOR_S = 4.0
+# How long the port of a coordinator whose supervisor was killed may still be taken: it ends within about 2 s, but not
+# on a machine that stands still for seconds.
+PREDECESSOR_S = 10.0
 PREDECESSOR_POLL_S = 0.1
 MAX_READY_LINE_BYTES = 65536
 
