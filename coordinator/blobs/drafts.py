@@ -3,8 +3,9 @@
     folder/tmp/…                            uploads under way
     folder/parts/{job}.{attempt}.{sha256}   what came of an output before its connection broke
 
-Several coordinators may share the folder. Whoever writes a part holds a lock on it, so that no other goes on with it;
-what a coordinator that died has left is deleted once it is an hour old.
+Several coordinators may share the folder. Whoever receives a file holds a lock on it, so that no other goes on with it,
+or takes it for left behind. Of a coordinator that died, uploads go with the next sweep, and parts, from which a worker
+may go on, once they are an hour old.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Draft:
             except BlockingIOError:
                 os.close(fd)
                 return None
-            if self._still_there(fd):
+            if _still_there(self.path, fd):
                 break
             os.close(fd)  # it was made whole, or deleted, between the two
         self._fd = fd
@@ -64,13 +65,6 @@ class Draft:
             self.digest.update(piece)
             self.size += len(piece)
         return self.size
-
-    def _still_there(self, fd: int) -> bool:
-        try:
-            there = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(there, os.fstat(fd))
 
     def write(self, data: bytes) -> None:
         """Append. Raises OSError."""
@@ -103,7 +97,7 @@ class Draft:
         """Delete it; nothing when it was moved, or is another's."""
         if self._fd < 0:
             return
-        if self._still_there(self._fd):
+        if _still_there(self.path, self._fd):
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
@@ -198,12 +192,37 @@ class Drafts:
             part.unlink(missing_ok=True)
 
     def sweep(self) -> int:
-        """Delete what nobody has written to for an hour; how many. Blocks."""
+        """Delete what nobody receives any more, parts only after an hour; how many. Blocks."""
         before = self._now_s() - LEFT_S
-        found = [file for name in ("tmp", "parts") for file in (self._folder / name).iterdir() if mtime(file) < before]
-        for file in found:
-            file.unlink(missing_ok=True)
-        return len(found)
+        found = list((self._folder / "tmp").iterdir())
+        found += [file for file in (self._folder / "parts").iterdir() if mtime(file) < before]
+        return sum(_delete_left(file) for file in found)
+
+
+def _delete_left(path: Path) -> bool:
+    """Delete a file unless somebody receives it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        left = _still_there(path, fd)
+        if left:
+            path.unlink()
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return left
+
+
+def _still_there(path: Path, fd: int) -> bool:
+    """Whether the open file was neither made whole nor deleted meanwhile."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 async def _fill(draft: Draft, data: AsyncIterator[bytes], limit: int, at: int) -> None:

@@ -216,14 +216,43 @@ async def test_orphans_are_swept_when_they_are_old(tmp_path: Path) -> None:
     assert await blobs.find_named("job_lost", 1, "a") is None
 
 
-def test_interrupted_uploads_are_gone_when_they_are_old(tmp_path: Path) -> None:
-    """Not sooner: another replica over the same folder may still write to them."""
+def test_what_a_killed_coordinator_was_receiving_is_gone_at_once(tmp_path: Path) -> None:
     FolderBlobs(tmp_path / "blobs")
     (tmp_path / "blobs" / "tmp" / "half").write_bytes(b"x")
     FolderBlobs(tmp_path / "blobs")
-    assert leftovers(tmp_path) == ["half"]
-    FolderBlobs(tmp_path / "blobs", now_s=lambda: time.time() + ORPHAN_S + 60)
     assert leftovers(tmp_path) == []
+
+
+async def test_what_another_replica_receives_stays_whatever_the_clocks_say(tmp_path: Path) -> None:
+    blobs, both = FolderBlobs(tmp_path / "blobs"), tmp_path / "blobs"
+    begun, more = (trio.Event(), trio.Event()), trio.Event()
+
+    async def slowly(number: int) -> AsyncIterator[bytes]:
+        yield DATA[: 2 * 2**20]
+        begun[number].set()
+        await more.wait()
+        yield DATA[2 * 2**20 :]
+
+    stored: list[StoredBlob] = []
+
+    async def put() -> None:
+        stored.append(await blobs.put(slowly(0), len(DATA), DIGEST))
+
+    async def put_output() -> None:
+        stored.append(await blobs.put_output("job_1", 1, "a", slowly(1), DIGEST))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(put)
+            nursery.start_soon(put_output)
+            for one in begun:
+                await one.wait()
+            assert leftovers(tmp_path)
+            assert os.listdir(both / "parts")
+            ahead = await trio.to_thread.run_sync(lambda: FolderBlobs(both, now_s=lambda: time.time() + 2 * ORPHAN_S))
+            assert await trio.to_thread.run_sync(ahead.sweep, lambda _key: True, lambda _job: True) == 0
+            more.set()
+    assert [one.sha256 for one in stored] == [DIGEST, DIGEST]
 
 
 # ---- signatures --------------------------------------------------------------------------------------------
