@@ -135,7 +135,7 @@ async def test_two_models_that_fit_stay(tmp_path):
 
 
 async def test_a_working_model_finishes_its_job_first(tmp_path):
-    async with open_box(tmp_path, model("a", 5, tokens=20, delay_ms=50), model("b", 5)) as box:
+    async with open_box(tmp_path, model("a", 5, tokens=80, delay_ms=50), model("b", 5)) as box:
         ends: list[tuple[str, RunEnd]] = []
 
         async def ask(name: str) -> None:

@@ -21,7 +21,7 @@ from supervisor.control.snapshot import Link
 from supervisor.control.surface import Surface
 from supervisor.host.host import Host, open_host
 from supervisor.host.means import Means
-from supervisor.host.work import Done, EngineSpec, ModelSpec, RunRequest
+from supervisor.host.work import Done, EngineSpec, ModelSpec, RunEnd, RunRequest
 from supervisor.intake.holds import Mode
 from supervisor.machine.gpu_metrics import gpu_metrics
 from supervisor.machine.telemetry import GpuWatch, simulated_argv
@@ -32,6 +32,7 @@ from supervisor.settings import LimitsTable
 
 GIB = 2**30
 GPU = "GPU-sim-0"
+PATIENCE_S = 60.0
 
 
 def model(name: str, **options: object) -> ModelSpec:
@@ -64,21 +65,25 @@ class Owner:
 
     async def until(self, what: Callable[[Any], object]) -> Any:
         """Ask until something is so."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while not what(seen := await self.status()):
                 pass  # each question takes its time
             return seen
 
-    async def runs(self, name: str) -> None:
+    async def run(self, name: str) -> RunEnd:
+        """One run, to be cancelled by the name of its model."""
         self._count += 1
         attempt = self.host.ground(f"synthetic-{name}").open_attempt(f"a{self._count}")
         params = msgspec.msgpack.encode({"prompt": "hi"})
-        request = RunRequest(model=f"synthetic-{name}", kind="llm", params=params, folder=attempt.outputs)
+        request = RunRequest(model=f"synthetic-{name}", kind="llm", params=params, folder=attempt.outputs, label=name)
         try:
-            with trio.fail_after(40):
-                end = await self.host.run(request, lambda _event: None)
+            with trio.fail_after(PATIENCE_S):
+                return await self.host.run(request, lambda _event: None)
         finally:
             attempt.close()
+
+    async def runs(self, name: str) -> None:
+        end = await self.run(name)
         assert isinstance(end, Done), end
 
 
@@ -99,7 +104,7 @@ async def open_owner(tmp_path: Path, capsys: Any, *models: ModelSpec) -> AsyncIt
         nursery.start_soon(watch.run)
         nursery.start_soon(pausing.run)
         nursery.start_soon(room.keep_learning)
-        assert await watch.wait_known(20)
+        assert await watch.wait_known(PATIENCE_S)
         async with open_host(models, limits, tmp_path / "instances", means=Means(room=room)) as host:
             owner = Owner(host, tmp_path / "worker.toml", capsys)
             sources = Sources(
@@ -122,16 +127,23 @@ async def open_owner(tmp_path: Path, capsys: Any, *models: ModelSpec) -> AsyncIt
 
 
 async def test_status_says_in_one_sentence_why_the_gpu_is_idle(tmp_path, capsys):
-    async with open_owner(tmp_path, capsys, model("a", tokens=30, delay_ms=50), model("b")) as owner:
+    async with open_owner(tmp_path, capsys, model("a", tokens=10_000, delay_ms=50), model("b")) as owner:
         assert (await owner.status())["gpus"][0]["why"] == "There are no jobs."
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(owner.runs, "a")
+            nursery.start_soon(owner.run, "a")
             seen = await owner.until(lambda seen: seen["models"][0]["state"] == "busy")
             assert (seen["state"], seen["gpus"][0]["why"]) == ("busy", "")
             nursery.start_soon(owner.runs, "b")
             # Before that it says, for a moment, that its files are being looked at.
             await owner.until(lambda seen: "synthetic-a is working" in seen["models"][1]["waits"])
-        seen = await owner.until(lambda seen: seen["models"][1]["held"] and seen["models"][0]["state"] == "cold")
+            owner.host.cancel("a")
+
+        def settled(seen: Any) -> bool:
+            """What the reader tells comes a moment after the model is there."""
+            told = seen["gpus"][0]["free_bytes"] == 3 * GIB and seen["gpus"][0]["ours_bytes"] == 5 * GIB
+            return bool(told and seen["models"][1]["held"] and seen["models"][0]["state"] == "cold")
+
+        seen = await owner.until(settled)
         assert seen["models"][1]["vram_bytes"] == 5 * GIB
         gpu = seen["gpus"][0]
         assert (gpu["free_bytes"], gpu["ours_bytes"], gpu["foreign_bytes"]) == (3 * GIB, 5 * GIB, 0)
