@@ -22,7 +22,7 @@ from protocol.link_session import LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL
 from supervisor.host import work
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 _Body = TypeVar("_Body", bound=wire.Body)
 
 
