@@ -65,7 +65,7 @@ def admin(rig: Any) -> Iterator[httpx.Client]:
         text=True,
     )
     headers = {"authorization": f"Bearer {made.stdout.split()[-1]}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{rig.port}", headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{rig.port}", headers=headers, timeout=120) as client:
         yield client
 
 

@@ -40,7 +40,7 @@ def test_models_are_added_changed_and_removed_by_a_reload(new_rig: Callable[...,
 
     pid = rig.process.pid
     long = rigs.submit(client, rigs.job("at length", 80))
-    rigs.until(lambda: rigs.state_of(client, long) == "running", "the long job runs")
+    rigs.until(lambda: rigs.state_of(client, long) != "queued", "the long job runs")
     told = reload(before + MORE)
     assert [(change["key"], change["apply"]) for change in told["applied"]] == [("models.synthetic-more", "live")]
     rigs.until(lambda: "synthetic-more" in listed(), "the new model is announced")
