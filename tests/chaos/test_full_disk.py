@@ -40,6 +40,7 @@ CLIP = b"clip" * 5_000
 LONG = "x" * 70_000  # too long to go inline
 BODIES: dict[str, dict[str, str]] = {"file": {"t": "a"}, "long": {"t": LONG}, "fault": {}, "short": {"t": "c"}}
 SAMPLE = 8
+PATIENCE_S = 60.0
 log = logging.getLogger(__name__)
 
 
@@ -121,7 +122,7 @@ class Life:
         """Wait until nothing is in the way of more jobs."""
         changed = trio.Event()
         self.keeping.on_change = lambda: changed.set()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             while self.keeping.reason():
                 await changed.wait()
                 changed = trio.Event()
@@ -219,7 +220,7 @@ async def lives(
             if isinstance(body, wire.Complete):
                 two.judge(job, body)
             await peer.send(wire.Ack(), job, attempt)
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             await two.made.attempts.ledger.wait_empty()
     async with life(folder, connecting) as three:
         assert (await three.made.session()).hello.held == ()
