@@ -251,4 +251,4 @@ def serving(site: Site) -> Iterator[Site]:
             if site.hold is not None:
                 site.hold.set()
             server.shutdown()
-            thread.join(10)
+            thread.join(60)

@@ -18,7 +18,7 @@ from supervisor.reload import Applier, Outcome, Reloader, look
 from supervisor.reload_plan import Change
 from supervisor.settings import Settings
 
-BOUND_S = 30.0  # for one reload of a small file; it takes milliseconds
+BOUND_S = 60.0  # for one reload of a small file; it takes milliseconds
 
 
 class Taken:

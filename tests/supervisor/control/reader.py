@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import h11
 import trio
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 
 class Told(NamedTuple):

@@ -207,7 +207,7 @@ async def test_another_user_is_told_so(box):
     for mode, sentence in ((0o600, "is not for this user"), (0o666, "for the owner of the supervisor")):
         async with open_control(path, box.surface):
             path.chmod(mode)
-            ended = await off(subprocess.run, argv, capture_output=True, text=True, timeout=20, check=False)
+            ended = await off(subprocess.run, argv, capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 77, ended.stderr
         assert sentence in ended.stdout
 

@@ -51,7 +51,7 @@ class Page:
 
     async def raw(self, data: bytes, address: str = "127.0.0.1") -> tuple[int, dict[str, str], bytes]:
         got = b""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             async with await trio.open_tcp_stream(address, self.port) as stream:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await stream.send_all(data)

@@ -35,7 +35,7 @@ async def connect(path: Path) -> trio.SocketStream:
 
 async def talk(path: Path, data: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send bytes, read the answer to its end: status, headers, body."""
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         async with await connect(path) as stream:
             try:
                 await stream.send_all(data)
@@ -248,7 +248,7 @@ sys.stdout.write(got.decode())
 
 def as_nobody(path: Path) -> subprocess.CompletedProcess[str]:
     script = textwrap.dedent(CHILD.format(uid=NOBODY, path=str(path)))
-    return subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -305,7 +305,7 @@ async def test_what_a_killed_supervisor_left_is_replaced(tmp_path, box):
     with pytest.raises(IdentityHeld, match="Another process answers"):
         make_listener(path)
     child.kill()
-    child.communicate(timeout=10)
+    child.communicate(timeout=60)
     assert path.exists()
     async with open_control(path, box.surface):
         await is_well(path)

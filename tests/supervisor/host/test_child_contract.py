@@ -66,7 +66,7 @@ def opened(request):
 
 async def receive(child) -> wire.UpMessage:
     decoder = FrameDecoder()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while data := await child.read():
             decoder.feed(data)
             for frame in decoder:
@@ -91,7 +91,7 @@ async def test_a_polite_end(opened):
     async with opened as child:
         await receive(child)
         await send(child, wire.Shutdown())
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await child.wait() == Exit(code=0)
         assert await child.read() == b""
 
@@ -100,7 +100,7 @@ async def test_a_crash_is_its_signal_and_the_pipe_is_broken(opened):
     async with opened as child:
         await receive(child)
         await send(child, wire.Cancel(run=1))
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await child.read() == b""
             assert await child.wait() == Exit(signal=signal.SIGSEGV)
         with pytest.raises(BrokenPipeError):
@@ -119,7 +119,7 @@ async def test_closing_stdin_is_the_end_of_input(opened):
     async with opened as child:
         await receive(child)
         child.close_stdin()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await child.wait() == Exit(code=0)
 
 
@@ -135,7 +135,7 @@ async def test_kill_ends_it_at_once_and_keeps_the_first_reason(opened):
         assert not child.gone.is_set()
         child.kill("it leaks")
         child.kill("another reason")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await child.wait() == Exit(signal=signal.SIGKILL)
             await child.gone.wait()
         assert child.killed_because == "it leaks"
@@ -164,7 +164,7 @@ async def test_a_stack_dump_comes_on_stderr_line_by_line_and_ends_nothing(start)
     async with start(on_stderr_line=line) as child:
         await receive(child)
         assert child.dump_stacks() is True
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await whole.wait()
         assert any("most recent call first" in text for text in lines)
         assert child.stderr_tail()[: len(lines)] == lines

@@ -21,7 +21,7 @@ from supervisor.host.work import EngineSpec, Sandbox
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="families are found in /proc")
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(1000)"
 # A child, a child in a session of its own, and (with "daemon") a daemon; all deaf to SIGTERM.
 FAMILY = """

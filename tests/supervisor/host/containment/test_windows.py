@@ -234,8 +234,8 @@ async def test_a_whole_child_over_the_books(kernel: BookKernel, monkeypatch: pyt
     dying.console = False
     monkeypatch.setattr(WindowsLeash, "wait_dead", wait_dead)
     monkeypatch.setattr(windows_pipe, "_read_into", read_into)
-    with trio.fail_after(5):
-        async with open_child(SPEC, term_grace_s=60, backend=Windows(dying)) as child:
+    with trio.fail_after(60):  # and not after the grace
+        async with open_child(SPEC, term_grace_s=600, backend=Windows(dying)) as child:
             assert isinstance(child, Child)
             assert child.exit is None
     assert child.exit == Exit(signal=9)

@@ -82,7 +82,7 @@ async def test_a_grandchild_that_holds_the_pipe_cannot_hold_us(kernel: BookKerne
             got.append(data)
         got.append(b"")
 
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             await trio.testing.wait_all_tasks_blocked()

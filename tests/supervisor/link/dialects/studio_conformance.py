@@ -20,7 +20,7 @@ import msgspec
 import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
 
-PATIENCE_S = 15.0
+PATIENCE_S = 30.0
 SUBPROTOCOL = "studio-worker-v1"
 CHAT = {"kind": "llm", "messages": [{"role": "user", "content": "hi"}]}
 PICTURE = {"kind": "image", "prompt": "a red square", "ext": "png"}

@@ -192,7 +192,7 @@ class StudioWorkerCases:
         server.approving = True
         async with start(server):
             session = await server.session()
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 await session.socket.ping(b"x")
             await self._works(server, session)
 

@@ -92,7 +92,7 @@ async def registering(server, folder: Path):
             over.set()
 
         async def end() -> object:
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await over.wait()
             return ends[0]
 
