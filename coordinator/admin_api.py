@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from coordinator.bodies import whole_number
 from coordinator.dashboard.view import attempt_row, job_row
 from coordinator.errors import Json
 from coordinator.jobs_api import STATES
@@ -122,10 +123,10 @@ ROUTES = [
 
 def _limit(request: Request, usual: int, most: int) -> int:
     """How many are asked for. Raises FaultError(invalid_parameter)."""
-    limit = request.query_params.get("limit", str(usual))
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= most:
+    limit = whole_number(request.query_params.get("limit", str(usual)), 1, most)
+    if limit is None:
         raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {most}.", "limit")
-    return int(limit)
+    return limit
 
 
 async def _job(request: Request) -> JobRecord:

@@ -48,6 +48,17 @@ async def read_json(request: Request, limit: int = JSON_BYTES) -> dict[str, Any]
     return decode_object(bytes(body))
 
 
+def whole_number(text: str, least: int, most: int) -> int | None:
+    """A whole number from `least` to `most` that is written in digits; None for anything else.
+
+    Python reads no number of thousands of digits, and no database one of twenty.
+    """
+    digits = text.lstrip("0") or text[-1:]
+    if not text.isascii() or not text.isdigit() or len(digits) > len(str(most)):
+        return None
+    return number if least <= (number := int(digits)) <= most else None
+
+
 def check_length(request: Request, limit: int) -> None:
     """Refuse by the announced length, before the body is read. Raises FaultError(payload_too_large)."""
     announced = request.headers.get("content-length", "")

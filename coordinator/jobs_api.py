@@ -26,6 +26,7 @@ from coordinator.bodies import (
     flag,
     model_name,
     read_json,
+    whole_number,
     work_params,
 )
 from coordinator.counting import Counters
@@ -230,8 +231,8 @@ async def list_jobs(request: Request) -> Response:
     With `dead=1` those that failed without their caller's doing: what an owner looks at, mends, and tries again.
     """
     query = request.query_params
-    limit = query.get("limit", str(LIST_LIMIT))
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_LIST_LIMIT:
+    limit = whole_number(query.get("limit", str(LIST_LIMIT)), 1, MAX_LIST_LIMIT)
+    if limit is None:
         raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {MAX_LIST_LIMIT}.", "limit")
     state = query.get("state")
     if state is not None and state not in STATES:
@@ -239,7 +240,7 @@ async def list_jobs(request: Request) -> Response:
     dead = query.get("dead", "0")
     if dead not in ("0", "1"):
         raise refuse("invalid_parameter", "dead: Expected 0 or 1.", "dead")
-    records = await services(request).dispatcher.list(caller(request).tenant, int(limit), state, dead == "1")
+    records = await services(request).dispatcher.list(caller(request).tenant, limit, state, dead == "1")
     return Json({"object": "list", "data": [to_job(record) for record in records]})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
@@ -15,11 +16,12 @@ from coordinator.store.base import Outcome
 from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import Fault, FaultError
 from protocol.link_wire import RESULT_FILE, Complete
-from protocol.work import RESULTS, FreeResult, LlmResult
+from protocol.work import RESULTS, FreeResult, LlmResult, SttResult
 
 MAX_RESULT_BYTES = 64 * 2**20
 MAX_USAGE_KEYS = 32
 _FREE = (LlmResult, FreeResult)  # those with fields of any type
+_LONGEST_S = 1e9  # no recording is thirty years long
 _THREAD_BYTES = 2**20  # decoding more than this is not done on the event loop
 
 
@@ -74,12 +76,21 @@ async def _broken(kind: str, result: bytes) -> str:
     return _misfit(kind, result)
 
 
+def _has_times(result: SttResult) -> bool:
+    """Whether its times can be counted and written down."""
+    spans = (span for segment in result.segments for span in (segment, *segment.words))
+    times = itertools.chain((result.duration,), itertools.chain.from_iterable((span.start, span.end) for span in spans))
+    return all(-_LONGEST_S < time < _LONGEST_S for time in times)
+
+
 def _misfit(kind: str, result: bytes) -> str:
     """msgspec's sentence when the result does not fit; "" when it does."""
     try:
         decoded = msgspec.msgpack.decode(result, type=RESULTS.get(kind, FreeResult))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return str(error)
+    if isinstance(decoded, SttResult) and not _has_times(decoded):
+        return "it has times that are none"
     if isinstance(decoded, _FREE) and json_bytes(decoded) is None:
         return "it holds what cannot be said in JSON"
     return ""

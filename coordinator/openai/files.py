@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from coordinator import deliveries
 from coordinator.blobs.answers import UNKNOWN, blob_response
-from coordinator.bodies import check_length
+from coordinator.bodies import check_length, whole_number
 from coordinator.errors import Json
 from coordinator.kept_files import MAX_FILE_BYTES, new_file_id
 from coordinator.openai.listing import cursor, page, page_size
@@ -115,10 +115,11 @@ def keep_seconds(value: Any, field: str) -> int:
         raise refuse("invalid_parameter", f"{field}.anchor: Expected created_at.", f"{field}.anchor")
     text = str(seconds)
     least, most = KEEP_S
-    if not text.isascii() or not text.isdigit() or not least <= int(text[:9]) <= most:
+    number = whole_number(text, least, most)
+    if number is None:
         message = f"{field}.seconds: Expected a number from {least} to {most}."
         raise refuse("invalid_parameter", message, f"{field}.seconds")
-    return int(text)
+    return number
 
 
 async def list_files(request: Request) -> Response:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.bodies import FieldTable
+from coordinator.bodies import FieldTable, whole_number
 from coordinator.forms import form_values
 from coordinator.openai import images
 from coordinator.records import StoredInput
@@ -44,8 +44,8 @@ async def create(request: Request) -> Response:
         if "mask" in form.files:
             passed.setdefault("strength", MASKED_STRENGTH)
         quality = handled.get("quality", "")
-        if quality.isascii() and quality.isdigit():  # a form has texts only; a number is the encoder's
-            handled["quality"] = int(quality)
+        if (number := whole_number(quality, 1, 100)) is not None:  # a form has texts only; a number is the encoder's
+            handled["quality"] = number
         return await images.answer(request, passed, handled, inputs)
 
 

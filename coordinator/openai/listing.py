@@ -7,16 +7,16 @@ from typing import Any
 
 from starlette.datastructures import QueryParams
 
-from coordinator.bodies import MAX_NAME_CHARS
+from coordinator.bodies import MAX_NAME_CHARS, whole_number
 from protocol.faults import refuse
 
 
 def page_size(query: QueryParams, default: int, most: int) -> int:
     """The query's `limit`. Raises FaultError(invalid_parameter)."""
-    text = query.get("limit", str(default))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
+    limit = whole_number(query.get("limit", str(default)), 1, most)
+    if limit is None:
         raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {most}.", "limit")
-    return int(text)
+    return limit
 
 
 def cursor(query: QueryParams) -> str:

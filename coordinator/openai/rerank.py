@@ -64,7 +64,7 @@ def to_answer(record: JobRecord, result: RerankResult, count: int, documents: li
     results = []
     for item in result.results:
         index, score = item.get("index", -1), item.get("relevance_score", math.nan)
-        if index != int(index) or not 0 <= index < count or not math.isfinite(score):
+        if not 0 <= index < count or index != int(index) or not math.isfinite(score):
             raise refuse("engine_protocol", "The worker's result names no document of this request.")
         entry: dict[str, Any] = {"index": int(index), "relevance_score": score}
         if documents is not None:

@@ -14,6 +14,7 @@ from coordinator.bodies import (
     decode_object,
     flag,
     model_name,
+    whole_number,
     work_params,
 )
 from protocol.faults import FaultError
@@ -116,3 +117,15 @@ def test_refusals_use_the_callers_words() -> None:
     with pytest.raises(FaultError) as caught:
         work_params("llm", {"prompt": "x", "stop": [1]}, prefix="params.")
     assert caught.value.fault.field == "params.stop[0]"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("1", 1), ("100", 100), ("042", 42), ("0" * 5000 + "7", 7)),
+        *((text, None) for text in ("", "0", "101", "-1", "+1", " 1", "1.0", "1_0", "²", "٣", "9" * 5000)),
+        *((text, None) for text in ("0" * 9 + "9" * 30, "00000000199", "nan", "1\0")),
+    ],
+)
+def test_a_number_out_of_a_text_is_within_its_bounds(text: str, number: int | None) -> None:
+    assert whole_number(text, 1, 100) == number

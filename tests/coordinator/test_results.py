@@ -103,3 +103,31 @@ def test_usage_keeps_what_can_be_summed() -> None:
     nan, inf = float("nan"), float("inf")
     assert clean_usage({"a": 1.0, "b": nan, "c": inf, "d": -1.0, "e" * 65: 1.0}) == {"a": 1.0}
     assert len(clean_usage({f"k{n}": 1.0 for n in range(100)})) == MAX_USAGE_KEYS
+
+
+NAN, INF = float("nan"), float("inf")
+SEGMENT = {"id": 0, "start": 0.0, "end": 1.0, "text": "x"}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        *({"duration": time} for time in (NAN, INF, -INF, 1e300)),
+        {"segments": [{**SEGMENT, "end": NAN}]},
+        {"segments": [{**SEGMENT, "words": [{"word": "x", "start": INF, "end": 1.0}]}]},
+    ],
+)
+async def test_times_that_are_none_are_no_transcript(blobs: FolderBlobs, lie: dict[str, Any]) -> None:
+    good = {"text": "x", "language": "en", "duration": 1.5, "segments": [SEGMENT]}
+    assert isinstance(await judge(blobs, "audio_stt", good), Outcome)
+    outcome = await judge(blobs, "audio_stt", {**good, **lie})
+    assert isinstance(outcome, Fault)
+    assert outcome.code == "engine_protocol"
+
+
+@pytest.mark.parametrize("kind", ["llm", "x-any"])
+async def test_what_json_cannot_say_is_no_result(blobs: FolderBlobs, kind: str) -> None:
+    odd = [{"a": msgspec.msgpack.Ext(5, b"x")}]
+    outcome = await judge(blobs, kind, {"tool_calls": odd, "output": odd})
+    assert isinstance(outcome, Fault)
+    assert outcome.code == "engine_protocol"

@@ -26,13 +26,14 @@ def test_documents_come_back_best_first(http: Any, serve: Any) -> None:
     assert answer["usage"]["total_tokens"] == 5
 
 
-def test_a_document_that_was_not_sent_is_the_engines_fault(http: Any, serve: Any) -> None:
+@pytest.mark.parametrize("index", [7.0, -1.0, 0.5, float("nan"), float("inf")])
+def test_a_document_that_was_not_sent_is_the_engines_fault(http: Any, serve: Any, index: float) -> None:
     def script(job: Any) -> None:
         job.started()
-        job.complete(RerankResult(results=[{"index": 7, "relevance_score": 0.9}]))
+        job.complete(RerankResult(results=[{"index": index, "relevance_score": 0.9}]))
 
-    serve(script, "rank-wrong", "rerank")
-    answer = http.post("/v1/rerank", json={"model": "rank-wrong", "query": "q", "documents": ["x"]})
+    serve(script, f"rank-wrong-{index}", "rerank")
+    answer = http.post("/v1/rerank", json={"model": f"rank-wrong-{index}", "query": "q", "documents": ["x"]})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_protocol")
 
 
