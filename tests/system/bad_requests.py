@@ -13,7 +13,7 @@ import httpx
 
 from tests.system.served import ENGINES, HAS_LLAMA_CPP_PYTHON, LLMS
 
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
 DIGITS = ENGINES / "whisper/fixture/digits.flac"
 JSON = "application/json"
 CHATS, PLAIN, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

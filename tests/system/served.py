@@ -31,10 +31,11 @@ VOICE = ENGINES / "piper/fixture/tone-text.onnx"
 ESPEAK = ENGINES / "piper/fixture/tone-espeak.onnx"
 IMAGE = ENGINES / "image/fixture/tiny-sd-onnx"
 
-READY_S = 120.0
-END_S = 30.0
-# One run of a hanging engine lasts this long; every real engine here shows progress within milliseconds.
-FIRST_OUTPUT_S = 5.0
+READY_S = 240.0
+END_S = 60.0
+# One run of a hanging engine lasts this long; every real engine here shows progress within milliseconds, but not while
+# the machine stands still.
+FIRST_OUTPUT_S = 12.0
 HAS_LLAMA_CPP_PYTHON = importlib.util.find_spec("llama_cpp") is not None
 
 LIMITS = f"[limits]\nfirst_output_s = {FIRST_OUTPUT_S}\ncancel_grace_s = 0.5\nterm_grace_s = 0.5\ndrain_s = 10"
@@ -109,7 +110,7 @@ def healthy() -> list[Model]:
         Model("image", "image", IMAGE),
         Model("video", "video", IMAGE),
         Model("greet", "command", options={"argv": program}),
-        Model("synthetic-slow", "synthetic", kinds=["llm"], options={"slots": 1, "tokens": 2000, "delay_ms": 10}),
+        Model("synthetic-slow", "synthetic", kinds=["llm"], options={"slots": 1, "tokens": 6000, "delay_ms": 10}),
     ]
     if HAS_LLAMA_CPP_PYTHON:
         models.append(Model("chat-py", "llm", CHAT, backend="llama-cpp-python"))
@@ -207,7 +208,7 @@ class Served:
             self._sweep()
             raise
         headers = {"Authorization": f"Bearer {self.key}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120, trust_env=False)
 
     def words(self) -> str:
         """The log."""
@@ -235,7 +236,7 @@ class Served:
         self.process.send_signal(signal.SIGTERM)
         try:
             code = self.process.wait(END_S)
-            _, alive = psutil.wait_procs(family, timeout=20)
+            _, alive = psutil.wait_procs(family, timeout=END_S)
         finally:
             self._sweep()
         assert code == 0, f"exit code {code}\n{self.words()}"

@@ -20,7 +20,7 @@ import trio
 from supervisor.errors import ExitCode
 from supervisor.testing_goliat import Dashboard, open_dashboard
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 STUDY = "phantoms"
 # Says what it does, leaves a file, and ends as its config wants.
 _PROGRAM = """

@@ -33,7 +33,9 @@ from tests.system.served import ENGINES, LLMS, VOICE, Served, healthy, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
+# Alone it is a moment; the machine may stand still for seconds. What the job itself would take is far more.
+SOON_S = 15.0
 DIGITS = ENGINES / "whisper/fixture/digits.flac"
 HEARD = "three one four"
 ONE_OF_TWO = {
@@ -436,14 +438,13 @@ def test_async_errors_are_the_same(served: Served) -> None:
 # ---- a client that leaves
 
 
-def left(served: Served, job: str) -> float:
-    """Seconds until the job is cancelled."""
+def left(served: Served, job: str) -> None:
+    """Wait until the job is cancelled."""
     began = time.monotonic()
     while (state := served.http.get(f"/v1/jobs/{job}").json()["state"]) != "cancelled":
         assert state in ("queued", "running"), state
-        assert time.monotonic() - began < 10, "the job goes on without its client"
+        assert time.monotonic() - began < SOON_S, "the job goes on without its client"
         time.sleep(0.01)
-    return time.monotonic() - began
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -453,15 +454,15 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def test_leaving_a_stream_frees_its_slot(ai: Any, served: Served) -> None:
-    """The model has one slot and its answer takes 20 s."""
+    """The model has one slot and its answer takes 60 s."""
     stream = ai.chat.completions.create(model="synthetic-slow", messages=say("a b c"), stream=True)
     for _ in range(3):
         next(stream)
     job = stream.response.headers["x-bulkhead-job"]
     stream.close()
-    assert left(served, job) < 1.5
+    left(served, job)
     stream = ai.chat.completions.create(model="synthetic-slow", messages=say("a b c"), stream=True)
-    assert timed(lambda: [next(stream) for _ in range(3)]) < 3, "the slot was not free"
+    assert timed(lambda: [next(stream) for _ in range(3)]) < SOON_S, "the slot was not free"
     job = stream.response.headers["x-bulkhead-job"]
     stream.close()
     left(served, job)
@@ -477,19 +478,19 @@ def test_leaving_a_real_model_in_the_middle_of_its_stream(ai: Any, served: Serve
     next(stream)
     job = stream.response.headers["x-bulkhead-job"]
     stream.close()
-    assert left(served, job) < 1.5
+    left(served, job)
     pong = lambda: ai.chat.completions.create(model=llm, messages=say("ping"), temperature=0)  # noqa: E731
-    assert timed(pong) < 2
+    assert timed(pong) < SOON_S
     assert pong().choices[0].message.content == "pong"
 
 
 def test_a_client_that_gives_up_waiting_frees_the_only_slot(ai: Any, served: Served) -> None:
-    """Sixteen large pictures of 500 steps take many seconds; the client waits for one."""
+    """Sixteen large pictures of 500 steps take minutes; the client waits for some seconds."""
     asked: Any = {"model": "image", "prompt": "a red circle"}
-    hurried = ai.with_options(timeout=1.0)
+    hurried = ai.with_options(timeout=4.0)
     with pytest.raises(openai.APITimeoutError):
         hurried.images.generate(**asked, size="1536x1536", n=16, extra_body={"steps": 500})
     small = lambda: ai.images.generate(**asked, size="64x64", extra_body={"steps": 4})  # noqa: E731
-    assert timed(small) < 3
+    assert timed(small) < SOON_S
     newest = [job for job in served.http.get("/v1/jobs?limit=5").json()["data"] if job["kind"] == "image"]
     assert [job["state"] for job in newest[:2]] == ["succeeded", "cancelled"]

@@ -29,7 +29,7 @@ from tests.system.served import ESPEAK, Model, Served, healthy, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 NAMES = {"chat", "embed", "voice-espeak", "image"}
 # No model but these loads long enough for its load to be seen.
 COLD = [Model(f"synthetic-cold-{name}", "synthetic", kinds=["llm"], options={"load_s": 3.0}) for name in "ab"]

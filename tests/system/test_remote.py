@@ -17,7 +17,7 @@ import pytest
 
 from supervisor.errors import ExitCode
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 CHAT = {"model": "synthetic-far", "messages": [{"role": "user", "content": "from afar"}]}
 MODELS = """
 [[models]]
@@ -84,7 +84,7 @@ def test_two_programs_and_a_token(tmp_path: Path, made: str) -> None:
         ):
             said(supervisor, tmp_path / "supervisor.log", "connected to")
             job = {"kind": "llm", "model": CHAT["model"], "params": {"prompt": "x"}, "wait_for_worker": True}
-            assert client.post("/v1/jobs", json={**job, "wait": PATIENCE_S}).json()["state"] == "succeeded"
+            assert client.post("/v1/jobs", json={**job, "wait": PATIENCE_S / 2}).json()["state"] == "succeeded"
             chat = client.post("/v1/chat/completions", json=CHAT)
             assert chat.json()["choices"][0]["message"]["content"] == "from afar"
             picture = client.post("/v1/images/generations", json={"model": CHAT["model"], "prompt": "a red square"})

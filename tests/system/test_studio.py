@@ -17,7 +17,7 @@ from supervisor.errors import ExitCode
 from supervisor.testing_studio import Rules, StudioServer, open_studio_server
 from tests.certificates import self_signed
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 MODELS = """
 [limits]
 drain_s = 10
@@ -27,7 +27,11 @@ engine = "synthetic"
 [[models]]
 name = "synthetic-slow"
 engine = "synthetic"
-options = { tokens = 60, delay_ms = 25 }
+options = { tokens = 160, delay_ms = 25 }
+[[models]]
+name = "synthetic-endless"
+engine = "synthetic"
+options = { tokens = 20000, delay_ms = 25 }
 """
 TASKS = {
     "llm": {"kind": "llm", "messages": [{"role": "user", "content": "from afar"}]},
@@ -173,7 +177,7 @@ async def test_over_tls_its_owner_is_told_what_it_waits_for_and_may_send_a_job_e
             server.approve(next(iter(server.requests)))
             painted = server.enqueue(TASKS["image"], "synthetic")
             await until(server, process, lambda: painted.ends, "a picture")
-            long = server.enqueue(SLOW, "synthetic-slow")
+            long = server.enqueue(SLOW, "synthetic-endless")
             session = server.past[0]
             await until(server, process, lambda: session.accepted, "the long job")
             said = await program.says("jobs", "cancel", long.id, "--reason", "a game")

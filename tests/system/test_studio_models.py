@@ -18,7 +18,7 @@ import trio
 from supervisor.errors import ExitCode
 from supervisor.testing_studio import Rules, StudioServer, open_studio_server
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 TASK = {"kind": "llm", "messages": [{"role": "user", "content": "from afar"}]}
 DATA = b"weights" * 1000
 

@@ -53,9 +53,13 @@ def quick(worker: Any) -> Any:
 
 
 def family(box: Any) -> dict[int, str]:
-    """Processes of any supervisor, coordinator or engine in the box, strays of engines included."""
+    """Processes of any supervisor, coordinator or engine in the box, strays of engines included.
+
+    Clients of ours are none: one that was cut off needs a moment to end.
+    """
     system = ("/usr/lib/systemd/", "/lib/systemd/", "/usr/bin/dbus-daemon", "(sd-pam)", "nsenter")
-    return {pid: words for pid, words in box.processes().items() if not words.startswith(system)}
+    found = box.processes().items()
+    return {pid: words for pid, words in found if not words.startswith(system) and "urllib.request" not in words}
 
 
 # ---- install, status, uninstall ------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def test_install_and_linger_for_a_user(box):
         assert box.ok("stat", "-c", "%U", f"/proc/{worker.pid()}").strip() == "tester"
         worker.serving()
         asked = worker.chat("synthetic-odd", "still here")
-        assert asked.communicate(timeout=60)[0].strip(), "an engine works below a user's manager"
+        assert asked.communicate(timeout=180)[0].strip(), "an engine works below a user's manager"
     finally:
         gone = worker.service("uninstall")
     assert gone.returncode == 0, gone.stderr
@@ -161,7 +165,7 @@ def test_a_service_that_does_not_come_up_is_told_with_its_last_words(box, worker
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"up\n"
         done = worker.install()
-        holder.communicate(b"", timeout=10)
+        holder.communicate(b"", timeout=60)
     assert done.returncode == 1
     assert "does not come up" in done.stderr
     assert "7777" in done.stderr, "the sentence of the supervisor itself"
@@ -252,11 +256,13 @@ def test_the_status_line_says_what_it_does(quick):
 
 
 def test_a_supervisor_that_lives_is_left_alone_and_a_wedged_one_replaced(box, quick):
+    quick.drop_in(boxes.WATCHED)
+    assert quick.ctl("restart").returncode == 0, box.log(quick.unit)
     quick.serving()
     pid = quick.pid()
     began = time.monotonic()
-    # The watchdog's two seconds pass three times while it serves.
-    boxes.until(lambda: time.monotonic() - began > 6, "six seconds")
+    # The watchdog's time passes while it serves.
+    boxes.until(lambda: time.monotonic() - began > 1.2 * boxes.WATCHDOG_S, "more than its time")
     assert (quick.pid(), quick.show("NRestarts")) == (pid, "0"), box.log(quick.unit)
     old = set(family(box))
     box.ok("kill", "-STOP", str(pid))
@@ -271,7 +277,7 @@ def test_a_supervisor_that_lives_is_left_alone_and_a_wedged_one_replaced(box, qu
 def test_a_crash_is_followed_by_a_restart_that_finds_a_clean_box(box, quick, signal: str):
     quick.serving()
     pid, old = quick.pid(), set(family(box))
-    assert quick.chat("synthetic-odd", "daemon").communicate(timeout=60)[0]
+    assert quick.chat("synthetic-odd", "daemon").communicate(timeout=180)[0]
     old |= set(family(box))
     quick.ctl("kill", f"--signal={signal}", "--kill-whom=main")
     boxes.until(lambda: quick.pid() not in (0, pid) and quick.show("ActiveState") == "active", "another one serves")
@@ -350,7 +356,7 @@ def test_a_stop_leaves_nothing_of_any_engine(box, quick, stray: str):
     quick.serving()
     asked = quick.chat("synthetic-odd", stray)
     if stray != "hang-gil":
-        asked.communicate(timeout=60)
+        asked.communicate(timeout=180)
     boxes.until(lambda: any("misbehave" in words for words in family(box).values()), "the engine runs")
     assert quick.ctl("stop").returncode == 0
     assert family(box) == {}
@@ -362,11 +368,11 @@ def test_a_stop_finishes_what_runs_even_beyond_the_units_own_patience(box, quick
     # A worker.toml with a longer drain than the unit was written for: the drain asks for more time by itself.
     quick.drop_in(f"{boxes.QUICK}TimeoutStopSec=1\n")
     quick.serving()
-    asked = quick.chat("synthetic-slow", "nothing is lost " * 40, 120)  # 3 s of work
+    asked = quick.chat("synthetic-slow", "nothing is lost " * 40, 320)  # 8 s of work
     boxes.until(lambda: any("synthetic.engine" in words for words in family(box).values()), "the engine runs")
     boxes.until(lambda: "1 job runs" in quick.show("StatusText"), "the job runs")
     stopped = quick.ctl("stop")
-    answer, errors = asked.communicate(timeout=60)
+    answer, errors = asked.communicate(timeout=180)
     assert stopped.returncode == 0
     assert answer.startswith("nothing is lost"), errors
     assert quick.show("Result") == "success", box.log(quick.unit)
