@@ -45,6 +45,7 @@ _THIS_ATTEMPT = "id = :id AND attempt = :attempt AND worker = :worker"
 _RUNNING = f"{_THIS_ATTEMPT} AND state = 'running'"
 _OPEN = "state IN ('offered', 'running')"
 _UNENDED = "state IN ('queued', 'offered', 'running')"
+_LONGEST_PAUSE_MS = 60_000  # before a next try, whoever asked for it
 
 
 def in_turn(rows: Sequence[Row], now: int) -> list[Claimed]:
@@ -68,6 +69,7 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
     """What both databases share of `Store`. Subclasses fill in the methods that raise NotImplementedError."""
 
     ORPHANED = "attended = 1"  # whose client's coordinator is gone; with one coordinator: each, at its start
+    _latest_ms = 2**63  # the clock at the last look for what is over; before the first, any has gone back
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
         raise NotImplementedError
@@ -347,6 +349,7 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
     def expire(self, slack_ms: int) -> list[JobRecord]:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""
         with self._transaction() as now:
+            self._end_false_pauses(now)
             rows = self._all(
                 f"SELECT id FROM jobs WHERE deadline_at_ms > 0 AND deadline_at_ms <= :now AND {_UNENDED} "  # the index
                 "AND (state IN ('queued', 'offered') OR (state = 'running' AND deadline_at_ms + :slack <= :now))"
@@ -357,6 +360,18 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
             failed = [self._fail_row(row["id"], deadline_fault(), now) for row in rows]
             self._count(failed, now)
             return failed
+
+    def _end_false_pauses(self, now: int) -> None:
+        """When the clock went back, as of a machine that started with a wrong one: let no job that was claimed before
+        wait for its next try until that clock's time comes again. Those that wait for a start of their own still do."""
+        if now < self._latest_ms:
+            self._all(
+                "UPDATE jobs SET run_after_ms = :now WHERE state = 'queued' AND attempt > 0 AND run_after_ms > :most "
+                "RETURNING id",
+                now=now,
+                most=now + _LONGEST_PAUSE_MS,
+            )
+        self._latest_ms = now
 
     @whole
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:

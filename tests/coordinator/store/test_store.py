@@ -278,6 +278,20 @@ def test_a_retryable_fault_requeues_with_growing_pauses(store: Store) -> None:
     assert [record.attempt for record in claim(store)] == [3]
 
 
+def test_a_clock_that_goes_back_holds_up_no_next_try(store: Store) -> None:
+    """It was an hour ahead when the machine started; what was asked to start later still does."""
+    store.shift_clock(3_600_000)
+    held = running(store)
+    assert store.fail(held.id, 1, "w1", CRASH).requeued
+    later = job(store, run_after_ms=store.now_ms() + 1000)
+    store.expire(0)
+    store.shift_clock(-3_600_000)
+    store.expire(0)
+    assert [record.id for record in claim(store)] == [held.id]
+    store.shift_clock(3_602_000)
+    assert [record.id for record in claim(store)] == [later.id]
+
+
 def test_after_the_last_try_the_last_fault_is_kept(store: Store) -> None:
     wanted = running(store, max_attempts=2)
     store.fail(wanted.id, 1, "w1", CRASH)
