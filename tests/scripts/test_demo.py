@@ -37,7 +37,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def run(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
     command = ["sh", str(checkout / "scripts/demo"), "--out", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **env}, check=True)
     assert done.stdout == "road scripts/demo_road.py --out x\n"
     return done
 

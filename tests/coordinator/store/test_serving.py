@@ -26,7 +26,7 @@ from coordinator.testing_postgres import postgres_server, why_not
 if TYPE_CHECKING:
     from coordinator.testing_postgres import PostgresServer
 
-WAIT_S = 40.0
+WAIT_S = 120.0
 BODY = {"kind": "command", "model": "m", "wait_for_worker": True}
 OFFER = (ModelOffer(name="m", kinds=("command",), engine="fake", slots=2),)
 

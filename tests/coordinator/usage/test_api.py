@@ -32,7 +32,7 @@ def model(http: httpx.Client, serve: Any) -> str:
     name = f"=used-{next(_names)}"
     serve(script, name, "x-used")
     for _ in range(2):
-        assert http.post("/v1/jobs", json={"kind": "x-used", "model": name, "wait": 10}).status_code == 200
+        assert http.post("/v1/jobs", json={"kind": "x-used", "model": name, "wait": 50}).status_code == 200
     return name
 
 
