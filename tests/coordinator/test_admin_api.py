@@ -81,7 +81,6 @@ def test_what_workers_told_of_a_job_is_shown(served: Running, admin: httpx.Clien
     assert seen["data"][0]["at"] == "2026-11-21T10:00:00Z"
     assert (seen["job"], seen["more"], seen["lost"], seen["not_asked"]) == (job, 0, {name: 3}, [])
     assert 0 < seen["since_ms"] <= seen["data"][0]["told_ms"]
-    assert seen["created_ms"] <= seen["data"][0]["told_ms"]
     last = admin.get(f"/v1/admin/jobs/{job}/logs", params={"limit": 1, "worker": name}).json()
     assert ([one["message"] for one in last["data"]], last["more"]) == (["done"], 1)
     assert admin.get(f"/v1/admin/jobs/{job}/logs", params={"worker": "other"}).json()["data"] == []

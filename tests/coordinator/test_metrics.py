@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -61,14 +60,14 @@ def lag(http: Any) -> dict[str, float]:
 def test_how_long_a_token_takes_from_the_worker_to_its_client_is_counted(http: Any, serve: Any, way: str) -> None:
     def script(job: Any) -> None:
         job.started()
-        go.wait(60)
+        go.wait(120)
         for n in range(3):
             job.chunk({"delta": {"content": f"w{n} "}})
         job.complete({"content": "w0 w1 w2 "})
 
     go = threading.Event()
     serve(script, f"lags-{way}", "llm")
-    before, began = lag(http), time.monotonic()
+    before = lag(http)
     body = {"model": f"lags-{way}", "stream": True}
     if way == "chat":
         go.set()
@@ -81,8 +80,8 @@ def test_how_long_a_token_takes_from_the_worker_to_its_client_is_counted(http: A
                 if line == "event: job":
                     go.set()
     after = lag(http)
-    assert after["count"] - before.get("count", 0) == after["+Inf"] - before.get("+Inf", 0) == 3
-    assert 0 < after["sum"] - before.get("sum", 0) < 3 * (time.monotonic() - began)
+    assert after["count"] == after["+Inf"] >= before["count"] + 3  # more, where a stream of another test just ends
+    assert after["sum"] > before["sum"]
     assert [float(bound) for bound in after if bound[0].isdigit()] == list(LAG_S)
 
 
