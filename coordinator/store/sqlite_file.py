@@ -42,7 +42,10 @@ def _no_room(path: Path, error: sqlite3.Error) -> bool:
 
 
 def _full(path: Path) -> bool:
-    return shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES
+    try:
+        return shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES
+    except OSError:  # the folder is gone, too
+        return False
 
 
 def take_file(path: Path) -> int:

@@ -132,6 +132,9 @@ def test_an_index_of_the_journal_that_cannot_grow_is_a_full_disk(
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
     with pytest.raises((FaultError, StoreError), match=said), translated(tmp_path / "jobs.sqlite"):
         raise error
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match="disk I/O error"), translated(tmp_path / "unmounted" / "jobs.sqlite"):
+        raise error
 
 
 def test_the_reader_cannot_write(tmp_path: Path) -> None:
