@@ -85,7 +85,7 @@ async def test_the_engine_is_found_below_its_warden(mode: str, tmp_path: Path):
 
 async def first_message(child) -> wire.Hello:
     decoder = FrameDecoder()
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while data := await child.read():
             decoder.feed(data)
             for frame in decoder:

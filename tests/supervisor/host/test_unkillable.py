@@ -23,8 +23,8 @@ from supervisor.machine.gpu_trials import still_there
 from supervisor.settings import LimitsTable
 
 FREEZER = Path("/sys/fs/cgroup/freezer")
-PATIENCE_S = 20.0
-LIMITS = LimitsTable(first_output_s=30, stall_s=30, cancel_grace_s=0.3, term_grace_s=0.3, job_s=30)
+PATIENCE_S = 60.0
+LIMITS = LimitsTable(first_output_s=120, stall_s=120, cancel_grace_s=0.3, term_grace_s=0.3, job_s=120)
 
 pytestmark = pytest.mark.skipif(
     not (sys.platform.startswith("linux") and os.access(FREEZER / "cgroup.procs", os.W_OK)),
