@@ -98,6 +98,12 @@ class Zoo:
             process.stdout.close()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was killed has gone when it was its turn on the processor."""
+    monkeypatch.setattr(leftovers, "WAIT_S", PATIENCE_S)
+
+
 @pytest.fixture
 def zoo() -> Iterator[Zoo]:
     made = Zoo()
