@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import msgspec
@@ -78,8 +77,11 @@ async def _broken(kind: str, result: bytes) -> str:
 
 def _has_times(result: SttResult) -> bool:
     """Whether its times can be counted and written down."""
-    spans = (span for segment in result.segments for span in (segment, *segment.words))
-    times = itertools.chain((result.duration,), itertools.chain.from_iterable((span.start, span.end) for span in spans))
+    times = [result.duration]
+    for segment in result.segments:
+        times += (segment.start, segment.end)
+        for word in segment.words:
+            times += (word.start, word.end)
     return all(-_LONGEST_S < time < _LONGEST_S for time in times)
 
 

@@ -281,7 +281,8 @@ class Claims:
         body = self._large.get(key, b"") if inline is None else inline
         try:
             result = offers.json_result(slip, body, complete.usage)
-        except UNDECODABLE as error:
+            msgspec.json.encode(result)  # an engine may say what JSON cannot
+        except (*UNDECODABLE, TypeError, ValueError, OverflowError) as error:
             log.error("the result cannot be told to a studio: %s", error, extra={"job": slip.job})
             if key == self._held:
                 sentence = "The engine's result is not what its kind has."

@@ -68,10 +68,14 @@ def offer(claim: frames.Claim, attempt: int, engines: Collection[str] = ()) -> t
         raise Unfit(f"modelSource.engine: this worker knows no engine {slug[:50]!r}.")
     kind, params, inputs, prompt, ext, left = _task(claim.task)
     slip = Slip(job=claim.job_id, attempt=attempt, kind=kind, model=claim.model, prompt=prompt, ext=ext)
+    try:
+        packed = msgspec.msgpack.encode({key: value for key, value in params.items() if value is not None})
+    except (OverflowError, RecursionError):
+        raise Unfit("task: it holds a whole number of more than 64 bits, or is nested too deeply.") from None
     native = wire.Offer(
         kind=kind,
         model=claim.model,
-        params=msgspec.Raw(msgspec.msgpack.encode({key: value for key, value in params.items() if value is not None})),
+        params=msgspec.Raw(packed),
         inputs=tuple(inputs),
         upload=slip.text(),
         vram_gb_estimate=claim.vram_gb_estimate,

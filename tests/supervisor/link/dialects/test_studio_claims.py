@@ -327,3 +327,21 @@ def test_offers_without_end_are_declined_and_fill_neither_memory_nor_log(caplog:
     assert desk.types() == ["CompleteJson", *["Reject"] * (300 - MANY_OFFERS)]
     assert len(caplog.records) <= AT_ONCE
     assert all(len(str(record.__dict__)) < 3000 for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("result", "usage"),
+    [
+        ({"content": "x", "tool_calls": [{"a": msgspec.msgpack.Ext(5, b"x")}]}, {}),
+        ({"content": "x", "tool_calls": [{"a": {None: 1}}]}, {}),
+        ({"content": "x"}, {"prompt_tokens": float("nan")}),
+        ({"content": "x"}, {"compute_ms": float("inf")}),
+    ],
+)
+def test_a_result_that_cannot_be_said_fails_its_job_alone(result: Any, usage: dict[str, float]):
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Accept(), "j", 1)
+    desk.side.post(wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode(result)), usage=usage), "j", 1)
+    assert desk.types() == ["Accept", "Fail"]

@@ -222,3 +222,18 @@ def test_lines_of_the_log():
         ("info", "worker", "no logger: said this"),
     ]
     assert [entry.job_id for entry in batch.entries] == [msgspec.UNSET, "j", msgspec.UNSET]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"kind": "image", "prompt": "p", "width": 10**30},
+        {"kind": "image", "prompt": "p", "steps": 2**64},
+        {"kind": "video", "prompt": "p", "fps": -(10**30)},
+        {"kind": "llm", "messages": [{"role": "user", "content": "x"}], "maxTokens": 10**30},
+        {"kind": "llm", "messages": [{"role": "user", "content": [{"n": 2**64}]}]},
+    ],
+)
+def test_a_number_that_no_wire_carries_is_a_job_that_does_not_fit(task):
+    with pytest.raises(Unfit, match="64 bits"):
+        offers.offer(claim(task), 1)
