@@ -381,8 +381,10 @@ def test_lines_of_a_job_are_found_at_whatever_replica_its_worker_told_them_to(tw
 
     with FakeWorker(there, offer(name), script, name) as worker:
         serving(name, here)
-        body = {"kind": "llm", "model": name, "params": {"prompt": "p"}, "wait": True}
-        job = httpx.post(here.url + "/v1/jobs", json=body, headers=here.headers, timeout=PATIENCE_S).json()["id"]
+        body = {"kind": "llm", "model": name, "params": {"prompt": "p"}, "wait": True, "wait_for_worker": True}
+        made = httpx.post(here.url + "/v1/jobs", json=body, headers=here.headers, timeout=PATIENCE_S)
+        assert made.is_success, made.text
+        job = made.json()["id"]
         boss = {"authorization": f"Bearer {here.coordinator.keys.create('admin')}"}
         for replica in two:
             found: dict[str, Any] = {"not_asked": ["nobody yet"]}
