@@ -136,22 +136,21 @@ class Deployer:
     async def tick(self, tasks: TaskGroup) -> None:
         """One look at everything; orders are given in `tasks`."""
         await self._write_presence()
-        known = await self._threads.read(self._store.deployments)
-        if known:
-            known = await self._threads.write(self._store.replan, plan)
+        began = anyio.current_time()
+        standing = await self._threads.read(self._store.standing, plan)
+        if not standing.settled:
+            await self._threads.write(self._store.replan, plan)
+            standing = await self._threads.read(self._store.standing, plan)
         # Always: a replica that had not heard of a change yet has queued jobs by the old name; others come back to the
         # queue, also long after their deployment has gone.
         await self._threads.write(self._store.redirect)
-        placements, now_ms = await self._threads.read(self._placed)
+        known, placements, now_ms = standing.deployments, standing.placements, standing.now_ms
         self._learn(known, placements)
-        self._forget_errands()
+        self._forget_errands(began)
         for placement in placements:
             worker = self._fleet.workers.get(placement.worker)
             if worker is not None and worker.protocol == "native":
                 await self._look(placement, worker, known, now_ms, tasks)
-
-    def _placed(self) -> tuple[list[Placement], int]:
-        return self._store.placements(), self._store.now_ms()
 
     async def _write_presence(self) -> None:
         there = {worker.id: worker for worker in self._fleet.workers.values() if worker.protocol == "native"}
@@ -182,13 +181,13 @@ class Deployer:
         offers = (offer for worker in workers if not worker.draining for offer in worker.capabilities.models)
         return {offer.name for offer in offers if offer.kinds and offer.name in names}
 
-    def _forget_errands(self) -> None:
-        now = anyio.current_time()
+    def _forget_errands(self, began: float) -> None:
+        """Those that ended before this look began to read: what came of the others may not be in what it read."""
         for key, errand in list(self._errands.items()):
             if self._fleet.workers.get(key[0]) is not errand.worker:
                 errand.scope.cancel()
                 del self._errands[key]
-            elif errand.until <= now:
+            elif errand.until < began:
                 del self._errands[key]
 
     async def _look(

@@ -137,7 +137,7 @@ def _add(
         key=lambda one: (
             one.worker not in has_it,
             one.worker not in serving,
-            len(one.capabilities.models),
+            one.load,
             one.worker,
         )
     )

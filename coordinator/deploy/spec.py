@@ -127,6 +127,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         connected: some replica has a session with it.
         lost_ms: for how long it has been away.
         draining: it is about to leave.
+        placed: how many models of deployments it has, or is to have.
     """
 
     worker: str
@@ -134,6 +135,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     connected: bool = True
     lost_ms: int = 0
     draining: bool = False
+    placed: int = 0
+
+    @property
+    def load(self) -> int:
+        """How many models it has, its owner's included, or is to have."""
+        return self.placed + sum(_REVISION.match(offer.name) is None for offer in self.capabilities.models)
 
 
 def model_name(deployment: str, revision: str) -> str:

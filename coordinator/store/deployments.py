@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from coordinator.deploy.plan import Changes
 from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement
 from protocol.link_wire import Capabilities
 
 Plan = Callable[[Deployment, Sequence[Placement], Mapping[str, Candidate]], Changes]
+
+
+class Standing(NamedTuple):
+    """How far all deployments are.
+
+    Attributes:
+        placements: those that are shown, by deployment, revision and worker.
+        settled: nothing is to be planned.
+        now_ms: by the store's clock.
+    """
+
+    deployments: Sequence[Deployment]
+    placements: Sequence[Placement]
+    settled: bool
+    now_ms: int
+
+
 Wish = Callable[[Deployment | None], Asked]
 
 
@@ -47,6 +64,9 @@ class Deployments(Protocol):
 
     def candidates(self) -> dict[str, Candidate]:
         """All workers, those included that were here in the last hour."""
+
+    def standing(self, plan: Plan) -> Standing:
+        """What there is, and whether `plan` would change some of it. Only reads."""
 
     def replan(self, plan: Plan) -> list[Deployment]:
         """Apply what `plan` says of every deployment; one coordinator at a time per deployment. All that are left."""

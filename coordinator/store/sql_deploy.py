@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from coordinator.deploy.plan import Changes
 from coordinator.deploy.spec import Candidate, Deployment, Placement, now_called
-from coordinator.store.deployments import Plan, Wish
+from coordinator.store.deployments import Plan, Standing, Wish
 from coordinator.store.rows import Row
 from coordinator.store.sql_steps import SqlSteps, whole
 from protocol.link_wire import Capabilities
@@ -134,18 +135,21 @@ class SqlDeploy(SqlSteps):
         """All workers, those included that were here in the last hour."""
         return self._candidates(self._read(self._present()))
 
-    def replan(self, plan: Plan) -> list[Deployment]:
-        """Apply what `plan` says of every deployment. Asked without a lock first: mostly there is nothing to do."""
-        deployments, candidates = self.deployments(), self.candidates()
-        placements = _by_deployment(self.placements())
-        changing = any(plan(one, placements.get(one.name, []), candidates) != _NOTHING for one in deployments)
-        if not changing and all(one.lost_ms < FORGET_WORKER_MS for one in candidates.values()):
-            return deployments
-        self._replan(plan)
-        return self.deployments()
+    def standing(self, plan: Plan) -> Standing:
+        """What there is, and whether `plan` would change some of it."""
+        deployments, placements = self.deployments(), self.placements()
+        candidates = self.candidates() if deployments else {}
+        mine = _by_deployment(placements)
+        changing = any(plan(one, mine.get(one.name, []), candidates) != _NOTHING for one in deployments)
+        absent = any(one.lost_ms >= FORGET_WORKER_MS for one in candidates.values())
+        return Standing(deployments, placements, not changing and not absent, self._clock())
+
+    def _clock(self) -> int:
+        return int(self._read(f"SELECT {self.CLOCK} AS now")[0]["now"])
 
     @whole
-    def _replan(self, plan: Plan) -> None:
+    def replan(self, plan: Plan) -> list[Deployment]:
+        """Apply what `plan` says of every deployment; all that are left."""
         with self._transaction() as now:
             self._all(
                 "DELETE FROM presence WHERE connected = 0 AND changed_ms < :old RETURNING worker",
@@ -158,9 +162,15 @@ class SqlDeploy(SqlSteps):
             rows = self._all(f"SELECT body FROM deployments ORDER BY name{self.SKIP}")
             candidates = self._candidates(self._all(self._present()))
             placements = _by_deployment(map(_placement, self._all(f"SELECT * FROM placements WHERE {_SHOWN}")))
+            for one in itertools.chain.from_iterable(placements.values()):
+                _count(candidates, one)
             for row in rows:
                 deployment = _deployment(row["body"])
-                self._apply(deployment, plan(deployment, placements.get(deployment.name, []), candidates), now)
+                changes = plan(deployment, placements.get(deployment.name, []), candidates)
+                for one in changes.add:  # so that the next one is not put on the same worker
+                    _count(candidates, one)
+                self._apply(deployment, changes, now)
+            return [_deployment(row["body"]) for row in self._all("SELECT body FROM deployments ORDER BY name")]
 
     def _present(self) -> str:
         return f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence"
@@ -291,6 +301,13 @@ def _names(placement: Placement) -> dict[str, str]:
 
 def _placement(row: Row) -> Placement:
     return Placement(**{name: row[name] for name in Placement.__struct_fields__})
+
+
+def _count(candidates: dict[str, Candidate], placement: Placement) -> None:
+    """One model more that its worker has, or is to have."""
+    candidate = candidates.get(placement.worker)
+    if candidate is not None and placement.state != "leaving":
+        candidates[placement.worker] = msgspec.structs.replace(candidate, placed=candidate.placed + 1)
 
 
 def _by_deployment(placements: Iterable[Placement]) -> dict[str, list[Placement]]:

@@ -175,15 +175,44 @@ async def test_what_is_given_up_while_it_is_fetched_is_called_off_at_once(house:
     async with anyio.create_task_group() as tasks:
         for _ in range(2):
             await house.deployer.tick(tasks)
-            await anyio.wait_all_tasks_blocked()
         await house.deployer.undeploy("chat")
         house.silence.clear()
-        for _ in range(3):
-            await house.deployer.tick(tasks)
-            await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(60):
+            while house.store.placements():
+                await house.deployer.tick(tasks)
         assert [verb for _, verb, _ in house.orders] == ["serve", "unserve"]
-        assert house.store.placements() == []
         tasks.cancel_scope.cancel()
+
+
+async def test_an_order_that_is_answered_amid_a_look_is_not_given_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look has read that it is to leave; then the worker answers, and the row goes."""
+    house.worker("a")
+    await house.deploy(ASKED)
+    await house.ticks()
+    house.silence.add("a")
+    await house.deployer.undeploy("chat")
+    async with anyio.create_task_group() as tasks:
+        with anyio.fail_after(60):
+            while not [verb for _, verb, _ in house.orders if verb == "unserve"]:
+                await house.deployer.tick(tasks)
+        write = house.deployer._threads.write
+
+        async def amid(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+            if (
+                function == house.store.redirect and not house.silent.is_set()
+            ):  # between what was read and what is ordered
+                house.deployer._bell = anyio.Event()
+                house.silent.set()
+                with anyio.fail_after(60):
+                    await house.deployer._bell.wait()  # rung when an order is answered
+            return await write(function, *arguments, **named)
+
+        monkeypatch.setattr(house.deployer._threads, "write", amid)
+        await house.deployer.tick(tasks)
+        await house.deployer.tick(tasks)
+    assert [verb for _, verb, _ in house.orders] == ["serve", "unserve"]
 
 
 async def test_who_was_away_when_it_was_given_up_is_asked_when_it_comes_back(house: House) -> None:
@@ -312,14 +341,14 @@ async def test_trouble_with_the_store_ends_nothing(house: House, monkeypatch: py
     house.worker("a")
     await house.deploy(ASKED)
     broken = iter([True, True])
-    real: Callable[..., Any] = house.store.deployments
+    real: Callable[..., Any] = house.store.standing
 
-    def deployments() -> Any:
+    def standing(plan: Any) -> Any:
         if next(broken, False):
             raise refuse("storage_full", "The disk is full.")
-        return real()
+        return real(plan)
 
-    monkeypatch.setattr(house.store, "deployments", deployments)
+    monkeypatch.setattr(house.store, "standing", standing)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(house.deployer.run)
         with anyio.fail_after(20):

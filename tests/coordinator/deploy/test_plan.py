@@ -11,7 +11,7 @@ import pytest
 from coordinator.deploy.plan import GIVEN_UP_AFTER, GRACE_MS, Changes, due, plan
 from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, checked, why_not
 from protocol.faults import FaultError
-from protocol.link_wire import Capabilities, Gpu
+from protocol.link_wire import Capabilities, Gpu, ModelOffer
 
 DIGEST = "a" * 64
 OTHER = "b" * 64
@@ -68,6 +68,15 @@ def test_as_many_as_wanted_are_chosen_and_no_more() -> None:
     changes = plan(Deployment(asked=asked(2)), [], boxes("a", "b", "c"))
     assert [one.worker for one in changes.add] == ["a", "b"]
     assert not changes.leave
+
+
+def test_who_has_least_to_serve_is_chosen() -> None:
+    there = boxes("a", "b", "c")
+    there["a"] = box("a", placed=2)
+    own = tuple(ModelOffer(name=name, kinds=("llm",), engine="llm") for name in ("mine", "chat@home"))
+    there["b"] = box("b", capabilities=msgspec.structs.replace(there["b"].capabilities, models=own))
+    there["c"] = box("c", placed=1)
+    assert [one.worker for one in plan(Deployment(asked=asked(1)), [], there).add] == ["c"]
 
 
 def test_fewer_workers_than_wanted_are_all_chosen() -> None:

@@ -17,6 +17,7 @@ from coordinator.store.base import Want
 from protocol.faults import Fault, FaultError, refuse
 from protocol.link_wire import Capabilities, ModelOffer
 
+HOUR_MS = 3_600_000
 WILLING = Capabilities(deploys=True, labels={"room": "cellar"})
 
 
@@ -44,6 +45,32 @@ def test_a_deployment_is_planned_on_the_workers_that_are_there(store: Store) -> 
     store.replan(plan)
     assert {one.worker for one in store.placements()} == {"a", "c"}
     assert store.candidates()["a"].capabilities == WILLING
+
+
+def test_deployments_that_are_planned_together_come_to_workers_of_their_own(store: Store) -> None:
+    for name in ("a", "b", "c"):
+        store.seen(name, WILLING, draining=False)
+    for name in ("chat", "hear", "paint"):
+        deploy(store, msgspec.structs.replace(asked(), name=name))
+    store.replan(plan)
+    assert sorted(one.worker for one in store.placements()) == ["a", "b", "c"]
+
+
+def test_nothing_is_planned_where_all_is_as_it_was_asked_for(store: Store) -> None:
+    store.seen("a", WILLING, draining=False)
+    assert store.standing(plan).settled
+    deploy(store, asked())
+    assert not store.standing(plan).settled
+    store.replan(plan)
+    all_ready(store)
+    store.replan(plan)
+    standing = store.standing(plan)
+    assert standing.settled
+    assert (standing.deployments, standing.placements) == (store.deployments(), store.placements())
+    store.lost("a")
+    store.shift_clock(HOUR_MS)
+    store.beat()
+    assert not store.standing(plan).settled, "there is a worker to forget"
 
 
 def test_another_revision_takes_over_with_the_jobs_that_wait(store: Store) -> None:
@@ -157,9 +184,6 @@ def test_a_deployment_that_is_given_up_ends_with_its_last_placement(store: Store
     store.unplaced(placement)
     assert store.replan(plan) == []
     assert store.deployments() == []
-
-
-HOUR_MS = 3_600_000
 
 
 def leave_behind(store: Store) -> None:
