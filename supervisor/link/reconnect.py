@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from supervisor.link.session import SessionEnd
+from supervisor.link.session import SessionEnd, Why
 from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ async def keep_link(
     Cancellation: ends the current session, or the pause.
     """
     while True:
-        end = await converse()
+        end = await _conversed(converse)
         if end.final:
             return end
         sent_on = end.sent_on and end.lasted_s >= SENT_ON_AFTER_S
@@ -88,6 +88,17 @@ async def keep_link(
         if await _slept_during(pause_s, clocks):
             log.info("the machine slept; trying again now")
             backoff.forget()
+
+
+async def _conversed(converse: Callable[[], Awaitable[SessionEnd]]) -> SessionEnd:
+    """One session. What a coordinator says may meet a mistake of ours: it costs that session, and not the supervisor."""
+    began = trio.current_time()
+    try:
+        return await converse()
+    except Exception as error:
+        log.exception("a session ended by a mistake of this program")
+        sentence = f"a mistake of this program ended the session ({type(error).__name__})"
+        return SessionEnd(Why.LOST, sentence, trio.current_time() - began)
 
 
 async def _slept_during(pause_s: float, clocks: Clocks | None) -> bool:

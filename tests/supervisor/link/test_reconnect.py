@@ -107,3 +107,25 @@ async def test_a_pause_is_over_when_the_machine_has_slept_and_earlier_failures_a
     assert gaps[:7] == pytest.approx([1, 2, 4, 8, 16, 32, 64])
     assert gaps[7] < 64 - 40
     assert gaps[8] == pytest.approx(1)
+
+
+async def test_a_mistake_of_ours_costs_a_session_and_not_the_link(autojump_clock, caplog):
+    ends: list[Exception | SessionEnd] = [
+        KeyError("nobody thought of this"),
+        ExceptionGroup("several", [ValueError("nor of that")]),
+        SessionEnd(Why.DELETED, "gone"),
+    ]
+
+    async def converse() -> SessionEnd:
+        await trio.lowlevel.checkpoint()
+        end = ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    began = trio.current_time()
+    end = await keep_link(converse, Backoff(chance=lambda: 1.0))
+    assert end.why is Why.DELETED
+    assert trio.current_time() - began == pytest.approx(1 + 2), "it is a failure like any other"
+    assert "nobody thought of this" in caplog.text
+    assert "nor of that" in caplog.text
