@@ -91,7 +91,7 @@ async def keep_link(
 
 
 async def _conversed(converse: Callable[[], Awaitable[SessionEnd]]) -> SessionEnd:
-    """One session. What a coordinator says may meet a mistake of ours: it costs that session, and not the supervisor."""
+    """One session. A mistake of ours that a coordinator's words meet costs that session, and not the supervisor."""
     began = trio.current_time()
     try:
         return await converse()
