@@ -28,10 +28,11 @@ from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
 from coordinator.errors import fault_response
 from coordinator.fleet import Key, Worker
-from coordinator.plain import why_not_plain
+from coordinator.logs import trouble
+from coordinator.plain import MESSAGE_CHARS, why_not_plain
 from coordinator.records import WorkerScope
 from coordinator.store import StoreError
-from coordinator.worker_lines import Line
+from coordinator.worker_lines import ODD_LINES, Line, Pace
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 from protocol.ids import is_safe_id
@@ -165,6 +166,7 @@ class WorkerSession:
         self._refused: set[Key] = set()  # settled at hello; what the worker had sent before it knew means nothing
         self._acks: dict[Key, int] = {}
         self._acks_due = anyio.Event()
+        self._pace, self._odd = Pace(), Pace(*ODD_LINES)
 
     # ---- Port ----------------------------------------------------------------------------------------------
 
@@ -225,7 +227,7 @@ class WorkerSession:
             self._ending = (end.code, str(end))
         except (StoreError, FaultError, OSError) as error:
             # Nothing was acknowledged, so the worker says it all again after it has reconnected.
-            log.exception("Session of worker %s ended by trouble of ours", self._name)
+            trouble(log, error, f"Session of worker {self._name} ended by trouble of ours")
             self._ending = ("internal_error", str(error))
 
     async def _receive(self) -> bytes:
@@ -371,7 +373,7 @@ class WorkerSession:
                 self._attempts.drain(worker)
             case wire.LogBatch():
                 lines = (Line(line.ts, line.level, line.message, line.job) for line in body.lines)
-                worker_lines.tell(worker.id, lines, body.dropped, kept=self._attempts.kept)
+                worker_lines.tell(worker.id, lines, body.dropped, kept=self._attempts.kept, pace=self._pace)
             case _:
                 return False
         return True
@@ -380,7 +382,8 @@ class WorkerSession:
         """Stage two failed: the attempt that the envelope names fails, the session goes on."""
         worker, key = self._worker, (envelope.job, envelope.attempt)
         assert worker is not None
-        log.warning("Worker %s sent a message that cannot be read: %s", worker.id, error)
+        if self._odd.take(1):
+            log.warning("Worker %s sent a message that cannot be read: %s", worker.id, error[:MESSAGE_CHARS])
         self._attempts.counters.events["unreadable"] += 1
         if key not in worker.attempts:
             return

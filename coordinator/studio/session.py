@@ -37,7 +37,7 @@ from coordinator.studio.wire import (
     read_body,
     read_head,
 )
-from coordinator.worker_lines import Line
+from coordinator.worker_lines import ODD_LINES, Line, Pace
 from protocol import link_wire as wire
 from protocol.faults import FaultError
 from protocol.revision import LINK_WIRE
@@ -128,6 +128,7 @@ class StudioSession:
         self._paused = ("", 0.0)  # by our admin: why, until when
         self._jobs: StudioJobs | None = None
         self._beat_at = 0.0
+        self._pace, self._odd = Pace(), Pace(*ODD_LINES)
         self._ending: tuple[str, str] | None = None
         self._gone = False
 
@@ -305,7 +306,8 @@ class StudioSession:
             raise _End("protocol_violation", "hello was said before.")
         if head.type not in UP:
             # From a newer worker: to drop its session would only bring it back with the same frame.
-            log.warning("Worker %s sent a frame of the unknown type %r", self.name, head.type[:50])
+            if self._odd.take(1):
+                log.warning("Worker %s sent a frame of the unknown type %r", self.name, head.type[:50])
             return
         try:
             body = read_body(head, text)
@@ -326,9 +328,10 @@ class StudioSession:
                 self._beat(body)
             case LogBatch():
                 lines = (Line(one.ts, one.level, one.message, one.job_id or "") for one in body.entries)
-                worker_lines.tell(self.name, lines, kept=self._attempts.kept)
+                worker_lines.tell(self.name, lines, kept=self._attempts.kept, pace=self._pace)
             case Unreadable():
-                log.warning("Worker %s sent a frame that cannot be read: %s", self.name, body)
+                if self._odd.take(1):
+                    log.warning("Worker %s sent a frame that cannot be read: %s", self.name, body)
                 self._attempts.counters.events["unreadable"] += 1
 
     def _beat(self, beat: Heartbeat) -> None:

@@ -177,7 +177,7 @@ def announced(said: Capabilities, paused: str = "") -> wire.Capabilities:
     kinds: dict[str, set[str]] = {}
     for kind, names in _per_kind(said).items():
         for name in names:
-            if kind in KINDS and 1 <= len(name) <= MAX_NAME_CHARS and (name in kinds or len(kinds) < MAX_MODELS):
+            if kind in KINDS and _is_name(name) and (name in kinds or len(kinds) < MAX_MODELS):
                 kinds.setdefault(name, set()).add(kind)
     reason = paused or _away(said)
     return wire.Capabilities(
@@ -190,6 +190,11 @@ def announced(said: Capabilities, paused: str = "") -> wire.Capabilities:
         accepting=not reason,
         reason=reason,
     )
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can be a model's: one with a NUL no database takes, and every look at the queue asks for it."""
+    return 1 <= len(name) <= MAX_NAME_CHARS and "\0" not in name
 
 
 def _per_kind(said: Capabilities) -> dict[str, list[str]]:

@@ -330,6 +330,17 @@ def test_an_unreadable_message_without_a_job_is_passed_over(desk: Desk, raw: Raw
     assert desk.dispatcher.counters.events["unreadable"] == 3
 
 
+def test_messages_that_cannot_be_read_fill_no_log(desk: Desk, raw: RawWorker, caplog: pytest.LogCaptureFixture) -> None:
+    raw.hello()
+    for number in range(200):
+        raw.send_raw(f"from_the_future_{number}" + "x" * 10_000, b"\x80")
+    raw.send(wire.Heartbeat(n=1))
+    assert raw.expect(wire.HeartbeatAck).body.n == 1
+    said = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert 20 <= len(said) < 60
+    assert max(map(len, said)) < 5000
+
+
 def test_chunks_are_acknowledged_in_bunches(desk: Desk, worker: RawWorker) -> None:
     desk.submit(stream=True)
     offer = worker.take()

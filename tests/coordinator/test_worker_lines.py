@@ -12,7 +12,7 @@ import pytest
 from coordinator import worker_lines
 from coordinator.kept_lines import KeptLines
 from coordinator.logs import JsonFormatter
-from coordinator.worker_lines import Line
+from coordinator.worker_lines import Line, Pace
 
 
 @pytest.fixture
@@ -82,3 +82,18 @@ def test_what_is_kept_of_a_line_is_cut_too(told: io.StringIO) -> None:
     kept = tell("box", [Line("x" * 999, "info", "y" * 99_999, "j" * 999)])
     (line,) = kept.of("j" * 128).lines
     assert (len(line.at), len(line.message)) == (128, worker_lines.MOST_CHARS)
+
+
+def test_a_session_that_talks_without_end_is_heard_so_often_and_counted(told: io.StringIO) -> None:
+    now = [100.0]
+    pace, kept = Pace(at_once=5, a_second=2.0, clock=lambda: now[0]), KeptLines()
+    lines = [Line("", "info", str(number)) for number in range(8)]
+    worker_lines.tell("box", lines, kept=kept, pace=pace)
+    lost, *shown = fields(told)
+    assert (lost["dropped"], [line["message"] for line in shown]) == (3, [f"box: '{number}'" for number in range(5)])
+    now[0] += 1.0
+    worker_lines.tell("box", lines, dropped=1, kept=kept, pace=pace)
+    lost, *shown = fields(told)[6:]
+    assert (lost["dropped"], [line["message"] for line in shown]) == (7, ["box: '0'", "box: '1'"])
+    now[0] += 1000.0
+    assert pace.take(100) == 5, "what was not used does not add up for ever"

@@ -66,7 +66,7 @@ def test_models_by_kind_are_models_with_kinds() -> None:
     assert (found.machine, found.version, found.accepting, found.reason) == ("studio-box", "0.4.5", True, "")
 
 
-@pytest.mark.parametrize("name", ["", "x" * 201])
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])
 def test_names_that_cannot_be_are_left_out(name: str) -> None:
     assert announced(said(supportedModelsPerKind={"llm": [name]})).models == ()
 
