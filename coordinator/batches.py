@@ -23,6 +23,7 @@ from coordinator.batch_lines import MAX_LINES, parse_line, planned, read_lines, 
 from coordinator.blobs.base import Blobs
 from coordinator.dispatch import Dispatcher
 from coordinator.kept_files import MAX_OUTPUT_BYTES, KeptFiles
+from coordinator.logs import trouble
 from coordinator.records import Submission
 from coordinator.store import Store, StoreError
 from coordinator.store.shelf import BatchItem, BatchRecord, BatchState, FileRecord
@@ -134,8 +135,8 @@ class Batches:
                     purge_at = anyio.current_time() + 60.0
                     await self._files.purge()
                     await self._threads.write(self._store.purge_batches, int(self.settings.retention_s * 1000))
-            except (StoreError, FaultError, OSError):
-                log.exception("Batches wait after trouble with the store")
+            except (StoreError, FaultError, OSError) as error:
+                trouble(log, error, "Batches wait after trouble with the store")
             with anyio.move_on_after(self.settings.poll_s):
                 await self._bell.wait()
 
@@ -143,8 +144,8 @@ class Batches:
         """One batch's trouble must not stop the others."""
         try:
             await self._step(batch)
-        except (StoreError, FaultError, OSError):
-            log.exception("The batch %s waits after trouble", batch.id)
+        except (StoreError, FaultError, OSError) as error:
+            trouble(log, error, f"The batch {batch.id} waits after trouble")
 
     async def _step(self, batch: BatchRecord) -> None:
         """Take a batch as far as it goes now."""

@@ -24,6 +24,7 @@ from coordinator.bus import Bus, LocalBus, Subscription
 from coordinator.counting import Counters, Histogram
 from coordinator.dispatch_settings import DispatchSettings
 from coordinator.fleet import HeldAttempt, Worker
+from coordinator.logs import trouble
 from coordinator.lots import Lots
 from coordinator.offers import to_offer
 from coordinator.records import (
@@ -426,8 +427,8 @@ class Dispatcher:
     async def _guarded(self, step: Callable[[], Awaitable[None]]) -> None:
         try:
             await step()
-        except (StoreError, FaultError, OSError):
-            log.exception("The dispatcher goes on after trouble with its store")
+        except (StoreError, FaultError, OSError) as error:
+            trouble(log, error, "The dispatcher goes on after trouble with its store")
             await anyio.sleep(self.settings.poll_s)
 
 

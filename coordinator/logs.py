@@ -17,6 +17,7 @@ from typing import Literal, TextIO
 import msgspec
 
 from coordinator.records import JobRecord
+from protocol.faults import FaultError
 
 LEVELS = ("debug", "info", "warning", "error")
 Format = Literal["text", "json"]
@@ -96,6 +97,14 @@ def set_up(form: Format = "text", level: Level = "info", *, access: bool = False
     root.addHandler(handler)
     set_level(level)
     access_log.disabled = not access
+
+
+def trouble(log: logging.Logger, error: Exception, words: str) -> None:
+    """Tell of trouble that passes, and comes again as long as it lasts: a full disk, a database that is away.
+
+    What has a sentence for clients needs no traceback; a day without the database would fill a disk with them.
+    """
+    log.error("%s: %s", words, error, exc_info=None if isinstance(error, FaultError) else error)
 
 
 def set_level(level: str) -> None:

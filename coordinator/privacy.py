@@ -23,6 +23,7 @@ from anyio.to_thread import run_sync
 from coordinator.blobs.base import Blobs
 from coordinator.deliveries import Notes
 from coordinator.kept_files import KeptFiles
+from coordinator.logs import trouble
 from coordinator.store import Store, StoreError
 from coordinator.store.shelf import BatchRecord
 from coordinator.store.threads import StoreThreads
@@ -113,8 +114,8 @@ class Privacy:
                     await self.sweep()
                 if self._unsettled:
                     self._unsettled = not await self._threads.write(self._store.settle)
-            except (StoreError, FaultError, OSError):
-                log.exception("What a tenant does not want kept waits for trouble with a store to end")
+            except (StoreError, FaultError, OSError) as error:
+                trouble(log, error, "What a tenant does not want kept waits for trouble with a store to end")
                 await anyio.sleep(1)
             with anyio.move_on_after(self.settings.sweep_s):
                 await self._bell.wait()

@@ -14,7 +14,7 @@ import pytest
 from coordinator import logs
 from coordinator.records import JobRecord
 from coordinator.testing import Running
-from protocol.faults import Fault
+from protocol.faults import Fault, FaultError, refuse
 
 
 @pytest.fixture
@@ -118,3 +118,18 @@ def access_lines(stream: io.StringIO, request: str) -> list[dict[str, Any]]:
 
 
 async def _nothing() -> None: ...
+
+
+def test_trouble_that_has_a_sentence_is_told_in_one_line(stream: io.StringIO) -> None:
+    """A full disk is told of again and again: by tracebacks it would fill another one."""
+    logs.set_up(stream=stream)
+    for error in (refuse("storage_full", "The disk is full."), OSError("Input/output error")):
+        try:
+            raise error
+        except (FaultError, OSError) as raised:
+            logs.trouble(logging.getLogger("coordinator.test"), raised, "It goes on")
+    first, second, *traceback = stream.getvalue().splitlines()
+    assert first.endswith("ERROR coordinator.test: It goes on: The disk is full.")
+    assert second.endswith("ERROR coordinator.test: It goes on: Input/output error")
+    assert traceback[0].startswith("Traceback")
+    assert traceback[-1] == "OSError: Input/output error"
