@@ -10,7 +10,7 @@ import httpx
 import openai
 from replicas_parts import TALK
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 SHORT_WORDS = 40
 CLIENTS = 3
 LEAST_STREAMS = 3  # of each client, so that the upgrade is seen by all

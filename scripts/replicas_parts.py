@@ -22,7 +22,7 @@ from coordinator.testing_postgres import postgres_server, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 120.0
-END_S = 40.0
+END_S = 90.0
 LOOK_S = 0.05
 HEALTH_S = 2.0
 CHUNK = 65536

@@ -35,11 +35,11 @@ GIB = 2**30
 GPU = "GPU-sim-0"
 GAME = "Half-Life 3 fills the screen"
 CHAT, DRAW, EARS = "synthetic-chat", "synthetic-draw", "synthetic-ears"
-READY_S = 120.0
-PATIENCE_S = 60.0
+READY_S = 240.0
+PATIENCE_S = 120.0
 LOOK_S = 0.05
-# Words of the long job: 8 s. It has to run still when the worker has noticed the game, which takes it 2 s.
-LONG = 400
+# Words of the long job: 12 s. It has to run still when the worker has noticed the game, which takes it 2 s.
+LONG = 600
 
 CONFIG = """
 [coordinator]
@@ -180,7 +180,7 @@ class Watcher(threading.Thread):
         """Until `stop`."""
         while not self._over.wait(LOOK_S):
             try:
-                self._judge(ask(self._socket, "GET", "/v1/status"))
+                self._judge(ask(self._socket, "GET", "/v1/status", patience_s=PATIENCE_S))
             except (SupervisorError, OSError) as error:
                 if not self._over.is_set():
                     self.wrong.append(f"the status was not answered: {error}")

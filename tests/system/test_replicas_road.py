@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ pytest.importorskip("xllamacpp", reason="xllamacpp, which serves the chat model,
 from coordinator.testing_postgres import why_not
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 400.0  # the script's own bounds end it long before
+PATIENCE_S = 900.0  # the script's own bounds end it long before
 TOLD = (
     "three done, one waiting",
     "the job that waited is done",
@@ -72,4 +73,7 @@ def test_from_one_box_to_three_replicas_nothing_is_lost_and_nothing_stays_behind
     assert last["streams"] >= 9  # three of each of three clients
     assert last["jobs"] == last["streams"] + 2  # the long stream, and the job that waited
     assert list(place.iterdir()) == []
-    assert running(place) == []
+    until = time.monotonic() + 60
+    while left := running(place):  # PostgreSQL's helpers end with it, not before it
+        assert time.monotonic() < until, left
+        time.sleep(0.05)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 400.0  # the scene's own bounds end it long before
+PATIENCE_S = 900.0  # the scene's own bounds end it long before
 GAME = "Half-Life 3 fills the screen"
 USED = "because the machine is in use (Half-Life 3 fills the screen)"
 
@@ -92,8 +92,8 @@ def test_what_is_over_is_not_told_any_more(lines):
 
 def test_the_game_gets_its_memory_within_a_moment(lines):
     """A second to be noticed, one to be told, and what the end of two engines takes; generous for a loaded machine."""
-    assert lines[-1]["idle_game_free_s"] < 20
-    assert lines[-1]["working_game_free_s"] < 20
+    assert lines[-1]["idle_game_free_s"] < 60
+    assert lines[-1]["working_game_free_s"] < 60
 
 
 def test_the_same_models_come_back_although_nobody_asks_for_them(lines):
