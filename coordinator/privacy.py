@@ -76,7 +76,7 @@ class Privacy:
         self._left: dict[str, int] = {}  # likewise, of jobs whose clients were gone
         self._tidied: dict[str, int] = {}  # batch -> how far
         self._fresh: set[str] = set()  # jobs of `_fetched` that were not looked at since
-        self._unsettled = True  # an earlier life may have been killed before it emptied the journal
+        self._unsettled = False
         self._at_once = True  # a sweep is due, whatever the time
 
     def delivered(self, notes: Notes) -> None:
@@ -145,6 +145,7 @@ class Privacy:
         now_ms = await self._threads.read(self._store.now_ms)
         before = now_ms - int(self.settings.undelivered_s * 1000)
         for tenant in tenants:
+            self._unsettled |= tenant not in self._looked  # an earlier life may have left its journal as it was
             for batch in await self._threads.read(self._store.list_batches, tenant, MOST_BATCHES):
                 if batch.ended:
                     await self._tidy(batch, before)
