@@ -359,7 +359,8 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
             )
             failed = [self._fail_row(row["id"], deadline_fault(), now) for row in rows]
             self._count(failed, now)
-            return failed
+        self._latest_ms = now
+        return failed
 
     def _end_false_pauses(self, now: int) -> None:
         """When the clock went back, as of a machine that started with a wrong one: let no job that was claimed before
@@ -371,7 +372,6 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
                 now=now,
                 most=now + _LONGEST_PAUSE_MS,
             )
-        self._latest_ms = now
 
     @whole
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:

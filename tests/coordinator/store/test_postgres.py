@@ -302,6 +302,7 @@ def _cancelled(store: PostgresStore) -> None:
 
 
 def _late(store: PostgresStore) -> None:
+    store.expire(0)  # the first look of a store does more
     store.insert("job_1", submission(deadline_ms=1000))
     store.shift_clock(2000)
 
