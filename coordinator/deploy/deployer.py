@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 TICK_S = 2.0
 SERVE_S = 6 * 3600.0  # a large model over a slow line
 UNSERVE_S = 120.0
+AGAIN_S = 15.0  # before a worker that cannot be ordered to let go is tried again
 ANNOUNCE_S = 30.0  # between the answer to `serve` and the announcement
 MOST_AT_ONCE = 64  # orders under way from here: those who wait do not all ask one server for a model
 MOST_OF_ONE = 4  # of these for one worker: one that is slow, or never answers, keeps no other waiting
@@ -196,9 +197,14 @@ class Deployer:
         key = (worker.id, placement.model)
         announced = any(offer.name == placement.model and offer.kinds for offer in worker.capabilities.models)
         state = placement.state
-        if (errand := self._errands.get(key)) is not None and (
-            (announced and errand.until < FOREVER)  # that it was served is what the rest was for
-            or (state == "leaving" and errand.verb == "serve")  # a download of hours that nobody wants any more
+        errand = self._errands.get(key)
+        if (
+            errand is not None
+            and errand.verb == "serve"
+            and (
+                state == "leaving"  # a download of hours that nobody wants any more
+                or (announced and errand.until < FOREVER)  # that it was served is what the rest was for
+            )
         ):
             errand.scope.cancel()
             del self._errands[key]
@@ -247,6 +253,8 @@ class Deployer:
                 try:
                     rest_s = await step(*arguments)
                 except (StoreError, FaultError, OSError) as error:
+                    if isinstance(error, FaultError):  # the worker's: it will be no other at once
+                        rest_s = AGAIN_S
                     log.warning("%s of %s at %s: %s", verb, key[1], key[0], error)
                 errand.until = anyio.current_time() + rest_s
             self.ring()

@@ -51,6 +51,8 @@ class SqlDeploy(SqlSteps):
                 )
                 return made
             known = _deployment(row["body"])
+            if known.leaving:  # its name was given back
+                known = msgspec.structs.replace(known, current="", served=None)
             served = known.of(known.current) if known.current else None
             if served is not None and served.revision == asked.revision:
                 served = None

@@ -10,6 +10,7 @@ import anyio
 import msgspec
 import pytest
 
+from coordinator.deploy import deployer
 from coordinator.deploy.deployer import MOST_AT_ONCE, MOST_OF_ONE, Deployer
 from coordinator.deploy.plan import GRACE_MS
 from coordinator.deploy.spec import Asked, model_name
@@ -40,6 +41,7 @@ class House:
         self.refusals: dict[tuple[str, str], str] = {}
         self.silent = anyio.Event()
         self.silence: set[str] = set()
+        self.deaf: set[str] = set()
         self.deployer = Deployer(store, StoreThreads(), self.fleet, self.give)
 
     def worker(self, name: str, *, deploys: bool = True) -> Worker:
@@ -53,6 +55,8 @@ class House:
 
     async def give(self, worker: Worker, verb: str, arguments: dict[str, Any], patience_s: float) -> OrderDone:
         self.orders.append((worker.id, verb, arguments))
+        if worker.id in self.deaf:
+            raise refuse("unsupported", f"The worker {worker.id} is too old to take orders; update it.")
         if worker.id in self.silence:
             await self.silent.wait()
         if message := self.refusals.get((worker.id, verb)):
@@ -259,6 +263,20 @@ async def test_a_worker_that_does_not_let_go_is_not_asked_for_ever(house: House)
     await house.deployer.undeploy("chat")
     await house.ticks()
     assert house.store.placements() == []
+
+
+async def test_a_worker_that_takes_no_orders_any_more_is_not_asked_without_a_pause(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployer, "AGAIN_S", 600.0)  # longer than a slow machine needs
+    house.worker("a")
+    await house.deploy(ASKED)
+    await house.ticks()
+    house.deaf.add("a")  # it came back in an older version
+    await house.deployer.undeploy("chat")
+    await house.ticks(6)
+    assert [verb for _, verb, _ in house.orders] == ["serve", "unserve"]
+    assert house.states() == {"a": "leaving"}
 
 
 async def test_another_revision_comes_beside_the_old_one_and_takes_its_name(house: House) -> None:

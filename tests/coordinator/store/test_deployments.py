@@ -243,6 +243,19 @@ def test_given_up_and_given_anew_it_is_another_revision_that_stays(store: Store)
     assert states == {asked().revision: "leaving", asked(digit="b").revision: "wanted"}
 
 
+def test_given_up_and_given_anew_it_has_its_name_to_earn_again(store: Store) -> None:
+    """Until then whoever else bears it answers, as while it was given up."""
+    flipped(store)
+    store.undeploy("chat")
+    store.replan(plan)
+    again = deploy(store, asked(digit="b"))
+    assert (again.leaving, again.current, again.served) == (False, "", None)
+    store.replan(plan)
+    all_ready(store)
+    [answers] = store.replan(plan)
+    assert answers.current == asked(digit="b").revision
+
+
 def test_who_writes_how_far_it_is_must_have_seen_where_it_was(store: Store) -> None:
     store.seen("a", WILLING, draining=False)
     deploy(store, asked())
