@@ -23,6 +23,7 @@ import trio
 
 from supervisor.intake import holds
 from supervisor.intake.holds import Hold, Holds, Mode, Sight, Source
+from supervisor.link.paced import Paced
 from supervisor.state import write_atomically
 from supervisor.suspend import system_clocks
 
@@ -59,6 +60,7 @@ class Pausing:
         self, path: Path, *, now: Callable[[], float] = time.time, length: Callable[[], float] | None = None
     ) -> None:
         self._path, self._now, self._length = path, now, length or always_on()
+        self._said = Paced(log, "words about holds", self._length)
         self._changed = trio.Event()
         self.on_change: Callable[[], None] = lambda: None
         self.on_warm: Callable[[tuple[str, ...]], None] = lambda _models: None
@@ -124,7 +126,8 @@ class Pausing:
         hold = Hold(source=source, reason=reason, since=now, until=until, mode=mode, gpu=gpu, kind=kind, warm=warm)
         self._ends.pop(hold.key, None)
         self._set(self.holds().put(hold))
-        log.info("paused: %s%s", self.reason(kind, gpu), "" if for_s is None else f", for {for_s:g} s")
+        span = "" if for_s is None else f", for {for_s:g} s"
+        self._said.say(logging.INFO, "paused: %s%s", self.reason(kind, gpu), span)
         return hold
 
     def lift(self, source: Source, *, gpu: str = "", kind: str = "") -> bool:
@@ -134,7 +137,8 @@ class Pausing:
         if after == before:
             return False
         self._set(after)
-        log.info("the hold of the %s is lifted%s", source, f"; still {text}" if (text := self.reason()) else "")
+        still = f"; still {text}" if (text := self.reason()) else ""
+        self._said.say(logging.INFO, "the hold of the %s is lifted%s", source, still)
         return True
 
     def forget_warm(self, models: Iterable[str]) -> None:

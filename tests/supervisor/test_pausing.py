@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from supervisor.intake.holds import Mode, Source
+from supervisor.link.paced import AT_ONCE
 from supervisor.pausing import SET_BACK_S, Pausing, always_on
 
 START = 1_000_000.0
@@ -293,3 +294,17 @@ async def test_a_kind_alone_cannot_be_unloaded(tmp_path, autojump_clock):
     with pytest.raises(ValueError, match="can only stop accepting"):
         made.put(Source.OPERATOR, kind="video", mode=Mode.UNLOAD)
     assert made.holds().items == ()
+
+
+async def test_a_coordinator_that_pauses_without_end_fills_no_log_and_the_last_word_counts(
+    tmp_path, autojump_clock, caplog
+):
+    caplog.set_level(logging.INFO, "supervisor")
+    made, _ = pausing(tmp_path, Clock())
+    for number in range(300):
+        made.put(Source.COORDINATOR, f"reason {number}", for_s=60.0)
+        made.lift(Source.COORDINATOR)
+        await trio.sleep(0.01)
+    made.put(Source.COORDINATOR, "the last", for_s=60.0)
+    assert made.reason() == "held by the coordinator (the last)"
+    assert len(caplog.records) <= AT_ONCE
