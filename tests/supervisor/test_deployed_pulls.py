@@ -80,6 +80,12 @@ def hold(hub: Any, name: str, times: int = 1) -> None:
     hub.cut_after[f"/owner/{name}/resolve/{hub.commit}/{FILE}"] = [1000] * times
 
 
+def begun(config: Path) -> bool:
+    """Whether a part of a file is on the disk."""
+    parts = (config.parent / "state" / "models").glob(".pulling-*/*.part")
+    return any(part.stat().st_size for part in parts)
+
+
 async def test_one_comes_while_another_hangs_and_a_third_has_other_bytes(tmp_path: Path, hub: Any) -> None:
     hold(hub, "held", 20)
     async with trio.open_nursery() as nursery:
@@ -128,6 +134,8 @@ async def test_a_worker_that_is_killed_in_a_download_goes_on_with_it(tmp_path: P
         async with trio.open_nursery() as nursery:
             nursery.start_soon(House(config, nursery).ask, held)
             await trio.to_thread.run_sync(hub.holding.wait, PATIENCE_S)
+            while not begun(config):  # noqa: ASYNC110  what was sent is on the disk a moment later
+                await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         hub.hold.set()
         async with trio.open_nursery() as nursery:
