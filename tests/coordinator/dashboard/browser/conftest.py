@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -61,24 +62,23 @@ class Box:
 
     def _read(self) -> None:
         beat = 1
-        while True:
-            try:
-                said = self.raw.receive(BEAT_S)
-            except TimeoutError:
-                beat += 1
-                self.raw.send(wire.Heartbeat(n=beat, gpus=self.gpus))
-                continue
-            except Exception:  # however it ended: the test looks whether it should have
+        with contextlib.suppress(Exception):  # however it ended: the test looks whether it should have
+            while True:
+                try:
+                    said = self.raw.receive(BEAT_S)
+                except TimeoutError:
+                    beat += 1
+                    self.raw.send(wire.Heartbeat(n=beat, gpus=self.gpus))
+                    continue
+                if isinstance(said.body, wire.Offer):
+                    self.raw.send(wire.Accept(), said.job, said.attempt)
+                    self.raw.send(wire.Started(), said.job, said.attempt)
                 with self.changed:
-                    self.closed = True
+                    (self.offers if isinstance(said.body, wire.Offer) else self.told).append(said)
                     self.changed.notify_all()
-                return
-            if isinstance(said.body, wire.Offer):
-                self.raw.send(wire.Accept(), said.job, said.attempt)
-                self.raw.send(wire.Started(), said.job, said.attempt)
-            with self.changed:
-                (self.offers if isinstance(said.body, wire.Offer) else self.told).append(said)
-                self.changed.notify_all()
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
     def heard(self, kind: type[Any]) -> Any:
         """What it was told of this kind, once it was."""
