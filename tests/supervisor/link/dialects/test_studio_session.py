@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import logging
 
+import msgspec
 import pytest
 import trio
 
@@ -11,7 +12,7 @@ from supervisor.link.dialects.studio_register import Credentials, CredentialsFil
 from supervisor.link.dialects.studio_session import Door
 from supervisor.suspend import Clocks
 from supervisor.testing_studio import open_studio_server
-from tests.supervisor.link.dialects.studio_rig import open_bench
+from tests.supervisor.link.dialects.studio_rig import FAST, open_bench
 
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
@@ -48,19 +49,35 @@ async def test_clock_skew_is_told_and_harms_nothing(tmp_path, caplog):
 
 async def test_a_session_ends_soon_after_the_machine_slept(tmp_path, monkeypatch):
     monkeypatch.setattr(subject, "SLEEP_LOOK_S", 0.02)
-    slept_s = [0.0]
-    clocks = Clocks(lambda: 0.0, lambda: slept_s[0])
+    slept_s, looks = 0.0, 0
+
+    def always() -> float:
+        nonlocal looks
+        looks += 1
+        return slept_s
+
+    pace = msgspec.structs.replace(FAST.pace, beat_s=1.0, silent_s=60.0)
+    patient = msgspec.structs.replace(FAST, pace=pace)
     async with open_studio_server() as server:
         server.approving = True
-        async with open_bench(tmp_path, server.url, clocks=clocks) as bench:
+        async with open_bench(tmp_path, server.url, timing=patient, clocks=Clocks(lambda: 0.0, always)) as bench:
             session = await server.session()
             await server.until(lambda: bench.worker.connected, "the worker has seen its welcome")
-            slept_s[0] = 3600.0  # and the server still answers: nothing is lost by it
-            seen = len(session.said("heartbeat"))
-            await server.until(lambda: len(session.said("heartbeat")) > seen, "a heartbeat")
-            await server.until(lambda: bench.worker.connected and not bench.ends, "the session")
+
+            async def beats(more: int) -> None:
+                seen = len(session.said("heartbeat"))
+                await server.until(lambda: len(session.said("heartbeat")) >= seen + more, "heartbeats")
+
+            slept_s, seen = 3600.0, looks  # and the server still answers: nothing is lost by it
+            with trio.fail_after(20):
+                while looks < seen + 2:  # noqa: ASYNC110 - nothing tells of a look
+                    await trio.sleep(0.01)
+            await beats(2)
+            assert bench.worker.connected
+            assert not bench.ends
             session.muted = True
-            slept_s[0] = 7200.0
+            await beats(2)  # an answer that was under way is heard by then
+            slept_s = 7200.0
             await server.session(1)
     assert "silent after the machine slept" in bench.ends[0].sentence
 
