@@ -153,10 +153,7 @@ class SqlDeploy(SqlSteps):
     def replan(self, plan: Plan) -> list[Deployment]:
         """Apply what `plan` says of every deployment; all that are left."""
         with self._transaction() as now:
-            self._all(
-                "DELETE FROM presence WHERE connected = 0 AND changed_ms < :old RETURNING worker",
-                old=now - FORGET_WORKER_MS,
-            )
+            self._forget_absent()
             self._all(
                 "DELETE FROM placements WHERE state = 'leaving' AND changed_ms < :old RETURNING worker",
                 old=now - FORGET_LEAVING_MS,
@@ -173,6 +170,18 @@ class SqlDeploy(SqlSteps):
                     _count(candidates, one)
                 self._apply(deployment, changes, now)
             return [_deployment(row["body"]) for row in self._all("SELECT body FROM deployments ORDER BY name")]
+
+    def _forget_absent(self) -> None:
+        """Workers that were away for long, those included whose coordinator did not live to say that they left."""
+        for row in self._all(self._present()):
+            if self._candidate(row).lost_ms >= FORGET_WORKER_MS:
+                self._all(
+                    "DELETE FROM presence WHERE worker = :worker AND gateway = :gateway AND changed_ms = :changed_ms "
+                    "RETURNING worker",
+                    worker=row["worker"],
+                    gateway=row["gateway"],
+                    changed_ms=row["changed_ms"],
+                )
 
     def _present(self) -> str:
         return f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence"

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from coordinator.deploy.plan import plan
+from coordinator.deploy.spec import Asked
 from coordinator.records import StoredInput, Submission
 from coordinator.store import StoreError, StoreTooNew
 from coordinator.store.base import LEFT_BEHIND, Outcome, StoreAway, Want
 from coordinator.store.shelf import BatchItem, BatchRecord, FileRecord
 from protocol.faults import Fault, FaultError
+from protocol.link_wire import Capabilities
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (extra: postgres)")
 
@@ -112,6 +115,19 @@ def test_a_clock_that_goes_back_keeps_nobody_alive(open_store: Open) -> None:
     first.shift_clock(SILENT_MS + 1)
     second._appear()
     assert second.beat().taken == 1
+
+
+def test_a_worker_that_went_with_its_coordinator_is_forgotten(open_store: Open) -> None:
+    first, second = open_store(), open_store()
+    first.deploy("chat", lambda _known: Asked(name="chat", source="https://models.test/a.gguf", replicas=1))
+    second.seen("w1", Capabilities(), draining=False)
+    first.shift_clock(SILENT_MS + 3_600_000)
+    first._appear()
+    assert not first.candidates()["w1"].connected
+    assert not first.standing(plan).settled
+    first.replan(plan)
+    assert first.candidates() == {}
+    assert first.standing(plan).settled, "a look that finds nothing to do only reads"
 
 
 def test_replicas_find_each_other_by_their_beats(open_store: Open) -> None:
