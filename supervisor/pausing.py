@@ -23,7 +23,7 @@ import trio
 
 from supervisor.intake import holds
 from supervisor.intake.holds import Hold, Holds, Mode, Sight, Source
-from supervisor.link.paced import Paced
+from supervisor.observe.paced import Paced
 from supervisor.state import write_atomically
 from supervisor.suspend import system_clocks
 

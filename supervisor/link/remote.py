@@ -16,7 +16,7 @@ import trio
 from msgspec import Meta
 
 from protocol import link_wire as wire
-from supervisor.link.paced import Paced
+from supervisor.observe.paced import Paced
 
 log = logging.getLogger(__name__)
 

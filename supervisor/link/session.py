@@ -33,9 +33,9 @@ from protocol.ids import MAX_ID_BYTES
 from protocol.link_session import LinkProtocolError, LinkSession, Role
 from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from supervisor.link.causes import beside, broken_words, closed_words, first, rejected_words
-from supervisor.link.paced import Paced
 from supervisor.link.turns import Turns
 from supervisor.link.upgrade import Stream, open_stream, upgrade
+from supervisor.observe.paced import Paced
 from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)

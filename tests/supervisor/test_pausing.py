@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from supervisor.intake.holds import Mode, Source
-from supervisor.link.paced import AT_ONCE
+from supervisor.observe.paced import AT_ONCE
 from supervisor.pausing import SET_BACK_S, Pausing, always_on
 
 START = 1_000_000.0

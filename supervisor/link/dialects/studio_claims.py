@@ -37,8 +37,8 @@ from supervisor.link.dialects import studio_offers as offers
 from supervisor.link.dialects.studio_models import Models, Source
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
 from supervisor.link.ledger import Key
-from supervisor.link.paced import Paced
 from supervisor.link.session import Side
+from supervisor.observe.paced import Paced
 
 log = logging.getLogger(__name__)
 

@@ -29,9 +29,9 @@ from trio_websocket import (
 from supervisor.link.causes import beside, broken_words, closed_words, first, rejected_words
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
-from supervisor.link.paced import Paced
 from supervisor.link.session import SessionEnd, Side, Why
 from supervisor.link.upgrade import Stream, open_stream, upgrade
+from supervisor.observe.paced import Paced
 from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)

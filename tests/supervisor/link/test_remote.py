@@ -10,8 +10,8 @@ import trio
 import trio.testing
 
 from protocol import link_wire as wire
-from supervisor.link.paced import AT_ONCE
 from supervisor.link.remote import MOST_ORDERS, Refused, Remote
+from supervisor.observe.paced import AT_ONCE
 
 
 class Box:

@@ -11,8 +11,8 @@ from trio_websocket import ConnectionClosed
 
 from protocol import link_wire as wire
 from supervisor.link import session as subject
-from supervisor.link.paced import AT_ONCE
 from supervisor.link.session import Address, SessionEnd, Why, converse
+from supervisor.observe.paced import AT_ONCE
 from supervisor.suspend import Clocks
 from supervisor.testing import FakeCoordinator, open_coordinator
 

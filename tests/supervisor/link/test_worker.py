@@ -25,13 +25,13 @@ from supervisor.link import attempts as attempts_module
 from supervisor.link import ledger as ledger_module
 from supervisor.link.attempts import Attempts
 from supervisor.link.keeping import OnDisk
-from supervisor.link.paced import AT_ONCE
 from supervisor.link.reconnect import Backoff, keep_link
 from supervisor.link.session import Address, converse
 from supervisor.link.transfer import Output
 from supervisor.link.tries import Moved
 from supervisor.link.worker import Identity, Worker
 from supervisor.observe.jobwatch import Watches
+from supervisor.observe.paced import AT_ONCE
 from supervisor.observe.tally import Tally
 from supervisor.testing import FakeCoordinator, FakeHost, FakePeer, open_coordinator
 

@@ -15,7 +15,7 @@ from protocol.faults import Fault
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import MANY_OFFERS, Claims
 from supervisor.link.dialects.studio_offers import Facts, Slip
-from supervisor.link.paced import AT_ONCE
+from supervisor.observe.paced import AT_ONCE
 from tests.supervisor.link.dialects.studio_rig import RESULTS, TASKS
 
 MODELS = tuple(wire.ModelOffer(name="m", kinds=(kind,), engine="synthetic") for kind in TASKS)

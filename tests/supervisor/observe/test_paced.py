@@ -5,8 +5,8 @@ import logging
 import pytest
 import trio
 
-from supervisor.link import paced as subject
-from supervisor.link.paced import AT_ONCE, EVERY_S, Paced
+from supervisor.observe import paced as subject
+from supervisor.observe.paced import AT_ONCE, EVERY_S, Paced
 
 log = logging.getLogger("supervisor.link.tried")
 
