@@ -4,8 +4,8 @@
     folder/parts/{job}.{attempt}.{sha256}   what came of an output before its connection broke
 
 Several coordinators may share the folder. Whoever receives a file holds a lock on it, so that no other goes on with it,
-or takes it for left behind. Of a coordinator that died, uploads go with the next sweep, and parts, from which a worker
-may go on, once they are an hour old.
+or takes it for left behind. Of a coordinator that died, uploads go with the first sweep after two minutes, and parts,
+from which a worker may go on, once they are an hour old: some shared folders keep a lock to the machine that took it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from protocol.faults import refuse
 
 WRITE_BYTES = 2**20  # a thread hop per MiB, not per network read
 LEFT_S = 3600.0  # nothing has come for so long: nobody writes there any more
+YOUNG_S = 120.0  # an upload of which nothing comes for a minute is ended by whoever receives it
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -192,9 +193,14 @@ class Drafts:
             part.unlink(missing_ok=True)
 
     def sweep(self) -> int:
-        """Delete what nobody receives any more, parts only after an hour; how many. Blocks."""
+        """Delete what nobody receives any more, uploads after two minutes, parts after an hour; how many. Blocks."""
         before = self._now_s() - LEFT_S
-        found = list((self._folder / "tmp").iterdir())
+        uploads = self._folder / "tmp"
+        found = list(uploads.iterdir())
+        if found:
+            os.utime(uploads)  # the file system's own clock: it is what the files have their times by
+            young = mtime(uploads) - YOUNG_S
+            found = [file for file in found if mtime(file) < young]
         found += [file for file in (self._folder / "parts").iterdir() if mtime(file) < before]
         return sum(_delete_left(file) for file in found)
 

@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from coordinator.blobs.base import ORPHAN_S, StoredBlob, is_safe_name
+from coordinator.blobs.drafts import YOUNG_S
 from coordinator.blobs.folder import FolderBlobs
 from coordinator.testing_link import pieces
 from protocol.engine_wire import MAX_OUTPUT_FILES
@@ -216,11 +217,41 @@ async def test_orphans_are_swept_when_they_are_old(tmp_path: Path) -> None:
     assert await blobs.find_named("job_lost", 1, "a") is None
 
 
-def test_what_a_killed_coordinator_was_receiving_is_gone_at_once(tmp_path: Path) -> None:
+def test_what_a_killed_coordinator_was_receiving_goes_once_it_is_not_young(tmp_path: Path) -> None:
     FolderBlobs(tmp_path / "blobs")
-    (tmp_path / "blobs" / "tmp" / "half").write_bytes(b"x")
+    for name, age_s in (("half", YOUNG_S + 60), ("young", 0)):
+        (tmp_path / "blobs" / "tmp" / name).write_bytes(b"x")
+        os.utime(tmp_path / "blobs" / "tmp" / name, (time.time() - age_s,) * 2)
     FolderBlobs(tmp_path / "blobs")
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == ["young"]
+
+
+async def test_where_no_lock_is_seen_by_other_machines_an_upload_under_way_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some shared folders take a lock and keep it to the machine; this machine's clock may be wrong, too."""
+    blobs, begun, more = FolderBlobs(tmp_path / "blobs"), trio.Event(), trio.Event()
+    monkeypatch.setattr("coordinator.blobs.drafts.fcntl.flock", lambda _fd, _how: None)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield DATA[: 2 * 2**20]
+        begun.set()
+        await more.wait()
+        yield DATA[2 * 2**20 :]
+
+    stored: list[StoredBlob] = []
+
+    async def put() -> None:
+        stored.append(await blobs.put(slowly(), len(DATA), DIGEST))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(put)
+            await begun.wait()
+            await trio.to_thread.run_sync(lambda: FolderBlobs(tmp_path / "blobs", now_s=lambda: time.time() + 86_400.0))
+            assert len(leftovers(tmp_path)) == 1
+            more.set()
+    assert [one.sha256 for one in stored] == [DIGEST]
 
 
 async def test_what_another_replica_receives_stays_whatever_the_clocks_say(tmp_path: Path) -> None:
