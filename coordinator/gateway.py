@@ -306,6 +306,8 @@ class WorkerSession:
             return
         if why := why_not_plain(body):
             await self._unreadable(envelope, f"{envelope.t}: {why}")
+            if isinstance(body, wire.OrderDone):  # who asked would wait for hours
+                self._act(wire.OrderDone(id=body.id, ok=False, message=f"The worker's answer cannot be shown: {why}"))
             return
         if key in self._refused or (key in self._spoiled and not isinstance(body, wire.Complete | wire.Fail)):
             return

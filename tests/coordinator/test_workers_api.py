@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import msgspec
 import pytest
 
 from coordinator import workers_api
 from coordinator.testing import Running
 from coordinator.testing_link import CHAT, PATIENCE_S, RawWorker
 from protocol import link_wire as wire
+
+EXT = msgspec.msgpack.Ext(5, b"x")
 
 
 @pytest.fixture
@@ -69,6 +72,23 @@ def test_an_order_is_answered_by_the_worker(admin: httpx.Client, worker: RawWork
     asking.join(PATIENCE_S)
     assert answers[0].status_code == status
     assert answers[0].json()["message"] == "Done."
+
+
+def test_an_answer_that_cannot_be_shown_is_none_and_keeps_nobody_waiting(
+    admin: httpx.Client, worker: RawWorker
+) -> None:
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(admin.post("/v1/workers/raw-1/order", json={"verb": "probe"}))
+    )
+    asking.start()
+    asked = worker.expect(wire.Order).body
+    assert isinstance(asked, wire.Order)
+    worker.send(wire.OrderDone(id="another", ok=True, detail={"a": EXT}))  # nobody waits for it
+    worker.send(wire.OrderDone(id=asked.id, ok=True, message="Done.", detail={"a": EXT}))
+    asking.join(PATIENCE_S)
+    assert answers[0].status_code == 409
+    assert answers[0].json()["message"] == "The worker's answer cannot be shown: detail: It cannot be said in JSON."
 
 
 def test_a_worker_that_does_not_answer(admin: httpx.Client, worker: RawWorker, monkeypatch: pytest.MonkeyPatch) -> None:
