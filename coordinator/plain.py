@@ -50,7 +50,10 @@ def _is_plain(data: msgspec.Raw) -> bool:
 def bounded(fault: Fault) -> Fault:
     """A worker's fault in the size in which it is kept."""
     detail = fault.detail
-    if (size := json_bytes(detail)) is None or size > MOST_DETAIL_BYTES:
+    size = json_bytes(detail)
+    if size is None:
+        detail = {"left_out": "The worker's detail cannot be said in JSON."}
+    elif size > MOST_DETAIL_BYTES:
         detail = {
             "left_out": f"The worker sent {size} bytes of detail, more than the {MOST_DETAIL_BYTES} that are kept."
         }

@@ -253,7 +253,7 @@ class Deployer:
                 try:
                     rest_s = await step(*arguments)
                 except (StoreError, FaultError, OSError) as error:
-                    if isinstance(error, FaultError):  # the worker's: it will be no other at once
+                    if isinstance(error, FaultError):  # no answer, or a full disk: it will be no other at once
                         rest_s = AGAIN_S
                     log.warning("%s of %s at %s: %s", verb, key[1], key[0], error)
                 errand.until = anyio.current_time() + rest_s

@@ -74,7 +74,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         current: revision that answers clients; "" until one was ready for the first time.
         served: that revision as it was asked for, while `asked` is a newer one.
-        leaving: it was undeployed; the row goes with its last placement.
+        leaving: it was undeployed; the row goes when nobody who is here has anything of it.
         version: rises with every change; who changes it names the one that they saw.
         created_ms, changed_ms: by the store's clock.
     """

@@ -45,6 +45,8 @@ def test_a_fault_is_kept_in_bounds() -> None:
     kept = bounded(fault)
     assert (len(kept.code), len(kept.message), len(kept.field or "")) == (NAME_CHARS, MESSAGE_CHARS, NAME_CHARS)
     assert list(kept.detail) == ["left_out"]
+    left_out = bounded(Fault("c", "m", detail={"a": EXT})).detail["left_out"]
+    assert left_out == "The worker's detail cannot be said in JSON."
     usual = Fault("engine_crashed", "It crashed.", detail={"exit_code": 3, "stderr_tail": ["a"] * 50})
     assert bounded(usual) == usual
 
