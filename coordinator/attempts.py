@@ -30,6 +30,7 @@ from coordinator.store import Store, StoreError
 from coordinator.store.base import Done, Ending, Held, OpenAttempt
 from coordinator.store.threads import StoreThreads, Together
 from coordinator.traces import NoTraces, Traces
+from coordinator.worker_lines import Ears
 from protocol import link_wire as wire
 from protocol.faults import Fault, FaultError
 
@@ -79,7 +80,7 @@ class Attempts:
         self._declined: Counter[str] = Counter()
         self.traces: Traces = NoTraces()
         self.lines = JobLines()
-        self.kept = KeptLines()
+        self.kept, self.ears = KeptLines(), Ears()
         self.joining = anyio.Lock()  # held by the gateway from `join` to `open`
 
     # ---- sessions ------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class WorkerSession:
         self._refused: set[Key] = set()  # settled at hello; what the worker had sent before it knew means nothing
         self._acks: dict[Key, int] = {}
         self._acks_due = anyio.Event()
-        self._pace, self._odd = Pace(), Pace(*ODD_LINES)
+        self._odd = Pace(*ODD_LINES)
 
     # ---- Port ----------------------------------------------------------------------------------------------
 
@@ -375,7 +375,8 @@ class WorkerSession:
                 self._attempts.drain(worker)
             case wire.LogBatch():
                 lines = (Line(line.ts, line.level, line.message, line.job) for line in body.lines)
-                worker_lines.tell(worker.id, lines, body.dropped, kept=self._attempts.kept, pace=self._pace)
+                ear = self._attempts.ears.of(worker.id)
+                worker_lines.tell(worker.id, lines, body.dropped, kept=self._attempts.kept, ear=ear)
             case _:
                 return False
         return True

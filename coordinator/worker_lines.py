@@ -1,7 +1,8 @@
 """Lines of workers' logs as lines of ours: whose each is, which job it speaks of, and how many were lost.
 
 A worker is somebody else's program: a line is cut, cannot break out of its line, a batch has no more than so many, and
-a session no more than so many a second: our log, and whoever reads it, is everybody's.
+a worker no more than so many a second, however often it comes anew: our log, and whoever reads it, is everybody's. How
+many lines were lost is told less often still, and then of all together.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -19,7 +21,10 @@ log = logging.getLogger("coordinator.worker")
 
 MOST_LINES = 1000  # of a batch; ours send 200
 MOST_CHARS = 4000
-AT_ONCE, A_SECOND = 5000, 500.0  # of a session; ours send 200 a second, also what waited while we were away
+AT_ONCE, A_SECOND = 5000, 500.0  # of a worker; ours send 200 a second, also what waited while we were away
+LOST_LINES = 3, 0.1  # at once, a second: of a worker, how many of its lines were lost
+MOST_LOST = 10**9  # of a batch; the sum of many is a number that JSON can say
+MOST_EARS = 10_000  # names come from workers, so their number is not ours to trust
 ODD_LINES = 20, 0.2  # at once, a second: of messages that cannot be read; /metrics counts them all
 _SHORT = 128
 _LEVELS = {
@@ -41,7 +46,7 @@ class Line(NamedTuple):
 
 
 class Pace:
-    """How many lines one session may have told: some at once, then so many a second.
+    """How many lines may be told: some at once, then so many a second.
 
     Args:
         clock: seconds, monotonic.
@@ -66,16 +71,51 @@ class Pace:
         return passed
 
 
-def tell(worker: str, lines: Iterable[Line], dropped: int = 0, *, kept: KeptLines, pace: Pace | None = None) -> None:
+class Ear:
+    """How often one worker is heard.
+
+    Args:
+        clock: seconds, monotonic.
+        lines: the pace of its lines.
+
+    Attributes:
+        lost: how many of its lines were lost and not told of yet; they are with the first batch that may tell it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, lines: Pace | None = None) -> None:
+        self.lines, self.losses = lines or Pace(clock=clock), Pace(*LOST_LINES, clock=clock)
+        self.lost = 0
+
+
+class Ears:
+    """The ears for all workers; of more than `most`, those that were silent for the longest are forgotten."""
+
+    def __init__(self, most: int = MOST_EARS, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._clock = most, clock
+        self._ears: OrderedDict[str, Ear] = OrderedDict()
+
+    def of(self, worker: str) -> Ear:
+        """The ear for this worker, the same over all its sessions."""
+        ear = self._ears.get(worker) or Ear(self._clock)
+        self._ears[worker] = ear
+        self._ears.move_to_end(worker)
+        while len(self._ears) > self._most:
+            self._ears.popitem(last=False)
+        return ear
+
+
+def tell(worker: str, lines: Iterable[Line], dropped: int = 0, *, kept: KeptLines, ear: Ear) -> None:
     """Log a batch, and how many lines were lost before it and left out of it; `kept` gets those of jobs."""
     told = iter(lines)
     shown = list(itertools.islice(told, MOST_LINES))
-    if pace is not None and (passed := pace.take(len(shown))) < len(shown):
+    if (passed := ear.lines.take(len(shown))) < len(shown):
         told = itertools.chain(shown[passed:], told)
         shown = shown[:passed]
-    lost = max(0, dropped) + sum(1 for _ in told)
-    if lost:
+    if lost := min(max(0, dropped), MOST_LOST) + sum(1 for _ in told):
         kept.lose(worker, lost)
+        ear.lost += lost
+    if ear.lost and ear.losses.take(1):
+        lost, ear.lost = ear.lost, 0
         log.warning("%s: %d lines of its log were lost", worker, lost, extra={"worker": worker, "dropped": lost})
     for line in shown:
         at, message, job = line.at[:_SHORT], line.message[:MOST_CHARS], line.job[:_SHORT]

@@ -128,7 +128,7 @@ class StudioSession:
         self._paused = ("", 0.0)  # by our admin: why, until when
         self._jobs: StudioJobs | None = None
         self._beat_at = 0.0
-        self._pace, self._odd = Pace(), Pace(*ODD_LINES)
+        self._odd = Pace(*ODD_LINES)
         self._ending: tuple[str, str] | None = None
         self._gone = False
 
@@ -328,7 +328,8 @@ class StudioSession:
                 self._beat(body)
             case LogBatch():
                 lines = (Line(one.ts, one.level, one.message, one.job_id or "") for one in body.entries)
-                worker_lines.tell(self.name, lines, kept=self._attempts.kept, pace=self._pace)
+                ear = self._attempts.ears.of(self.name)
+                worker_lines.tell(self.name, lines, kept=self._attempts.kept, ear=ear)
             case Unreadable():
                 if self._odd.take(1):
                     log.warning("Worker %s sent a frame that cannot be read: %s", self.name, body)

@@ -378,6 +378,16 @@ def test_log_lines_go_to_the_log(desk: Desk, worker: RawWorker, caplog: pytest.L
     assert "two\\nlines" in record.getMessage()  # one entry stays one line
 
 
+def test_a_worker_that_comes_again_and_again_fills_no_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(20):
+        with desk.worker() as worker:
+            worker.send(wire.LogBatch(lines=(), dropped=1))
+            worker.send(wire.Heartbeat(n=1))
+            worker.expect(wire.HeartbeatAck)
+    lost = [record for record in caplog.records if "lines of its log were lost" in record.getMessage()]
+    assert 1 <= len(lost) < 15  # some at once, then one in ten seconds
+
+
 def test_a_full_disk_keeps_the_result_with_the_worker(tmp_path: Path) -> None:
     """Nothing is acknowledged that was not stored: the session ends, the worker brings it again."""
     patient = msgspec.structs.replace(FAST, worker_grace_s=60.0)

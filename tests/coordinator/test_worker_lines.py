@@ -12,7 +12,7 @@ import pytest
 from coordinator import worker_lines
 from coordinator.kept_lines import KeptLines
 from coordinator.logs import JsonFormatter
-from coordinator.worker_lines import Line, Pace
+from coordinator.worker_lines import LOST_LINES, MOST_LOST, Ear, Ears, Line, Pace
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def told() -> Iterator[io.StringIO]:
 
 def tell(worker: str, lines: Iterable[Line], dropped: int = 0) -> KeptLines:
     kept = KeptLines()
-    worker_lines.tell(worker, lines, dropped, kept=kept)
+    worker_lines.tell(worker, lines, dropped, kept=kept, ear=Ear())
     return kept
 
 
@@ -84,16 +84,59 @@ def test_what_is_kept_of_a_line_is_cut_too(told: io.StringIO) -> None:
     assert (len(line.at), len(line.message)) == (128, worker_lines.MOST_CHARS)
 
 
-def test_a_session_that_talks_without_end_is_heard_so_often_and_counted(told: io.StringIO) -> None:
-    now = [100.0]
-    pace, kept = Pace(at_once=5, a_second=2.0, clock=lambda: now[0]), KeptLines()
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_worker_that_talks_without_end_is_heard_so_often_and_counted(told: io.StringIO) -> None:
+    clock, kept = Clock(), KeptLines()
+    ear = Ear(clock, Pace(at_once=5, a_second=2.0, clock=clock))
     lines = [Line("", "info", str(number)) for number in range(8)]
-    worker_lines.tell("box", lines, kept=kept, pace=pace)
+    worker_lines.tell("box", lines, kept=kept, ear=ear)
     lost, *shown = fields(told)
     assert (lost["dropped"], [line["message"] for line in shown]) == (3, [f"box: '{number}'" for number in range(5)])
-    now[0] += 1.0
-    worker_lines.tell("box", lines, dropped=1, kept=kept, pace=pace)
+    clock.now += 1.0
+    worker_lines.tell("box", lines, dropped=1, kept=kept, ear=ear)
     lost, *shown = fields(told)[6:]
     assert (lost["dropped"], [line["message"] for line in shown]) == (7, ["box: '0'", "box: '1'"])
-    now[0] += 1000.0
-    assert pace.take(100) == 5, "what was not used does not add up for ever"
+    clock.now += 1000.0
+    assert ear.lines.take(100) == 5, "what was not used does not add up for ever"
+
+
+@pytest.mark.parametrize("lines", [[], [Line("", "info", "x")]], ids=["empty", "small"])
+def test_how_many_lines_were_lost_is_told_so_often_and_none_is_forgotten(told: io.StringIO, lines: list[Line]) -> None:
+    clock, kept = Clock(), KeptLines()
+    ear = Ear(clock)
+    for _ in range(1000):
+        worker_lines.tell("box", lines, dropped=1, kept=kept, ear=ear)
+    at_once, a_second = LOST_LINES
+    assert len([line for line in fields(told) if "dropped" in line]) == at_once
+    clock.now += 1 / a_second
+    worker_lines.tell("box", lines, kept=kept, ear=ear)
+    counts = [int(str(line["dropped"])) for line in fields(told) if "dropped" in line]
+    assert (len(counts), sum(counts)) == (at_once + 1, 1000)
+    assert kept.of("", "box").lost == {"box": 1000}, "who asks knows them all at once"
+
+
+def test_a_number_that_no_log_can_write_is_cut(told: io.StringIO) -> None:
+    ear = Ear(Clock())
+    for _ in range(5):
+        worker_lines.tell("box", [], dropped=2**64 - 1, kept=KeptLines(), ear=ear)
+    assert fields(told)[0]["dropped"] == MOST_LOST
+    assert ear.lost == 2 * MOST_LOST
+
+
+def test_a_worker_that_comes_again_is_heard_no_more_often() -> None:
+    clock = Clock()
+    ears = Ears(most=2, clock=clock)
+    assert ears.of("box").lines.take(10**6) == worker_lines.AT_ONCE
+    assert ears.of("box").lines.take(10**6) == 0
+    assert ears.of("other").lines.take(1) == 1
+    ears.of("box")
+    ears.of("third")
+    assert ears.of("box").lines.take(1) == 0, "the one that was silent for the longest is forgotten"
+    assert ears.of("other").lines.take(10**6) == worker_lines.AT_ONCE
