@@ -15,9 +15,7 @@ OTHER = "(other)"
 # Seconds: from a request that only reads, to a job that runs for ten minutes.
 LATENCIES_S = (0.005, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 60.0, 600.0)
 STORE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
-
-# Seconds that a token is in the coordinator: a fraction of a millisecond where nothing else is done.
-LAG_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+LAG_S = STORE_S  # a token is here for a fraction of a millisecond, too, where nothing else is done
 
 
 class Tally(Counter[K]):

@@ -264,7 +264,8 @@ def _workers_enrol(arguments: argparse.Namespace) -> int:
     with known(arguments) as place:
         token = Enrolments(place).create(arguments.expires, worker=arguments.name, by=operator())
     line(token)
-    command, hint = join_line(settings, token, arguments.url)
+    # Who takes the token from standard output has it; the log beside it, of a build say, must not keep a secret.
+    command, hint = join_line(settings, token if sys.stdout.isatty() else "TOKEN", arguments.url)
     _note(f"It admits one worker, once. On its machine:\n{command}" + (f"\n{hint}" if hint else ""))
     return OK
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,21 @@ def test_the_token_alone_is_on_standard_output(tmp_path: Path, capsys: pytest.Ca
     assert main([*words, "--url", "https://gpu.example.org"]) == 0
     said = capsys.readouterr()
     (token,) = said.out.split()
-    assert f"supervisor enrol https://gpu.example.org {token}" in said.err.splitlines()
+    assert token.startswith("bhe_")
+    assert "supervisor enrol https://gpu.example.org TOKEN" in said.err.splitlines()
+    assert token not in said.err  # the log of a build keeps what is said there
     assert main([*words, "--url", "nowhere"]) == BAD_CONFIG
     assert main(["workers", "tokens", "--json", "--state", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count('"prefix"') == 1  # a wrong address makes no token
+
+
+def test_at_a_terminal_the_line_has_the_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["workers", "enrol", "--state", str(tmp_path), "--url", "https://gpu.example.org"]) == 0
+    said = capsys.readouterr()
+    assert f"supervisor enrol https://gpu.example.org {said.out.strip()}" in said.err.splitlines()
 
 
 def test_the_supervisor_has_that_verb(capsys: pytest.CaptureFixture[str]) -> None:
