@@ -183,6 +183,7 @@ class Coordinator:
             self._store,
             parts.blobs,
             parts.files,
+            parts.dispatcher.attempts.kept,
             lambda: [tenant.name for tenant in known.tenants.values() if not tenant.store_content],
             PrivacySettings(undelivered_s=undelivered_s),
         )

@@ -2,15 +2,15 @@
 
 The lines are those that workers ship, and ours ship no word of what callers wrote. They are on no disk and gone with
 the process. The ring is bounded in bytes, and one worker that talks without end displaces its own lines first. What is
-not there any more is told: since when nothing was displaced, and how many lines were lost on their way.
+not there any more is told: since when nothing of the job was displaced, and how many lines were lost on their way.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
@@ -20,7 +20,8 @@ MOST_BYTES = 8 * 2**20
 SHARE = 4  # one worker has at most this part of them
 MOST_LINES = 1000  # of one answer
 MOST_CHARS = 500_000  # of one answer
-_AROUND = 400  # bytes of one line besides its texts: the objects and the two places that name it
+MOST_MARKED = 5000  # jobs of which is known since when nothing is missing, and so many that are not kept any more
+_AROUND = 700  # bytes of one line besides its texts: the objects and the three places that name it
 
 
 class KeptLine(msgspec.Struct, frozen=True):
@@ -46,7 +47,7 @@ class Lines(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         lines: the latest, the oldest of them first.
         more: how many older ones are kept as well.
-        since_ms: of what was told before this instant, lines may be missing.
+        since_ms: of what was told of the job before this instant, lines may be missing.
         lost: worker -> lines, of whatever job, that it lost before they came here.
     """
 
@@ -67,11 +68,14 @@ class KeptLines:
     def __init__(self, most_bytes: int = MOST_BYTES, clock: Callable[[], float] = time.time) -> None:
         self._most, self._clock = most_bytes, clock
         self._lines: OrderedDict[int, KeptLine] = OrderedDict()  # in the order in which they came
-        self._of: dict[str, deque[int]] = {}  # worker -> its lines, likewise
+        self._of: dict[str, OrderedDict[int, None]] = {}  # worker -> its lines, likewise
+        self._about: dict[str, dict[int, None]] = {}  # job -> its lines, likewise
         self._bytes_of: dict[str, int] = {}
         self._lost: Tally[str] = Tally()
         self._last = 0
-        self._since_ms = self._now()
+        self._since_ms = self._now()  # of every job
+        self._marks: OrderedDict[str, int] = OrderedDict()  # job -> likewise, of those that lost lines here
+        self._dropped: OrderedDict[str, None] = OrderedDict()  # jobs whose lines are not kept any more
         self.bytes = 0
 
     def lose(self, worker: str, count: int) -> None:
@@ -81,37 +85,61 @@ class KeptLines:
     def keep(self, worker: str, at: str, level: str, message: str, job: str) -> None:
         """Keep a line; what finds no room any more goes."""
         line = KeptLine(at, self._now(), worker, level, message, job)
+        if job in self._dropped:
+            return self._mark(job, line.told_ms + 1)
         self._last += 1
         self._lines[self._last] = line
-        self._of.setdefault(worker, deque()).append(self._last)
+        self._of.setdefault(worker, OrderedDict())[self._last] = None
+        self._about.setdefault(job, {})[self._last] = None
         self._add(line, _size(line))
         while self._bytes_of.get(worker, 0) > self._most // SHARE:
-            self._displace(self._of[worker][0])
+            self._displace(next(iter(self._of[worker])))
         while self.bytes > self._most:
             self._displace(next(iter(self._lines)))
 
+    def drop(self, jobs: Collection[str]) -> None:
+        """Let go of all lines of these jobs; workers ship in batches: what they still tell of them is not kept."""
+        now = self._now()
+        for job in jobs:
+            for number in list(self._about.get(job, ())):
+                self._displace(number)
+            self._dropped[job] = None
+            self._mark(job, now + 1)
+        while len(self._dropped) > MOST_MARKED:
+            self._dropped.popitem(last=False)
+
     def of(self, job: str, worker: str = "", limit: int = MOST_LINES) -> Lines:
         """The latest lines of a job, of one worker or of all."""
-        every = [one for one in self._lines.values() if one.job == job and worker in ("", one.worker)]
+        told = (self._lines[number] for number in self._about.get(job, ()))
+        every = [one for one in told if worker in ("", one.worker)]
         shown, chars = list[KeptLine](), 0
-        for line in reversed(every[-min(limit, MOST_LINES) :]):
+        for line in reversed(every[max(0, len(every) - min(limit, MOST_LINES)) :]):
             chars += len(line.message)
             if chars > MOST_CHARS:
                 break
             shown.append(line)
         shown.reverse()
         lost = {name: count for name in {one.worker for one in every} | {worker} if (count := self._lost.get(name, 0))}
-        return Lines(lines=shown, more=len(every) - len(shown), since_ms=self._since_ms, lost=lost)
+        since_ms = max(self._since_ms, self._marks.get(job, 0))
+        return Lines(lines=shown, more=len(every) - len(shown), since_ms=since_ms, lost=lost)
 
     def _displace(self, number: int) -> None:
-        """Let go of the oldest line of its worker."""
+        """Let go of a line."""
         line = self._lines.pop(number)
-        numbers = self._of[line.worker]
-        numbers.popleft()
         self._add(line, -_size(line))
-        if not numbers:
+        del self._of[line.worker][number], self._about[line.job][number]
+        if not self._of[line.worker]:
             del self._of[line.worker], self._bytes_of[line.worker]
-        self._since_ms = max(self._since_ms, line.told_ms + 1)
+        if not self._about[line.job]:
+            del self._about[line.job]
+        self._mark(line.job, line.told_ms + 1)
+
+    def _mark(self, job: str, since_ms: int) -> None:
+        """Lines of the job from before this instant are missing; a mark that finds no room counts for every job."""
+        self._marks[job] = max(since_ms, self._marks.get(job, 0))
+        self._marks.move_to_end(job)
+        while len(self._marks) > MOST_MARKED:
+            self._since_ms = max(self._since_ms, self._marks.popitem(last=False)[1])
 
     def _add(self, line: KeptLine, size: int) -> None:
         self.bytes += size

@@ -8,7 +8,8 @@ once it was fetched.
 
 Of a job stays its row without content: when, where, how long, which model, what it used, and which fault code it ended
 with. What is on other media is beyond us: backups, a standby's archive, a file system's snapshots and free blocks, and
-in PostgreSQL the dead rows until VACUUM and the write-ahead log until it is recycled.
+in PostgreSQL the dead rows until VACUUM and the write-ahead log until it is recycled. Lines of workers' logs that this
+process keeps in memory go with the content; those in another replica's stay until newer ones displace them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from anyio.to_thread import run_sync
 from coordinator.blobs.base import Blobs
 from coordinator.deliveries import Notes
 from coordinator.kept_files import KeptFiles
+from coordinator.kept_lines import KeptLines
 from coordinator.logs import trouble
 from coordinator.store import Store, StoreError
 from coordinator.store.shelf import BatchRecord
@@ -54,6 +56,7 @@ class Privacy:
     """See the module. Everything is called on the event loop.
 
     Args:
+        lines: what workers' logs said of jobs, kept by this process.
         tenants: names of those whose content is not kept, as they are now.
     """
 
@@ -62,11 +65,12 @@ class Privacy:
         store: Store,
         blobs: Blobs,
         files: KeptFiles,
+        lines: KeptLines,
         tenants: Callable[[], Sequence[str]],
         settings: PrivacySettings | None = None,
     ) -> None:
         self.settings = settings or PrivacySettings()
-        self._store, self._blobs, self._files, self._tenants = store, blobs, files, tenants
+        self._store, self._blobs, self._files, self._lines, self._tenants = store, blobs, files, lines, tenants
         self._threads = StoreThreads(writers=store.parallel)
         self._jobs: dict[str, None] = {}  # delivered, and not forgotten yet
         self._kept: dict[str, str] = {}  # id -> tenant of kept files that were fetched
@@ -197,3 +201,4 @@ class Privacy:
             for left in await self._threads.write(self._store.forget, due):
                 self._unsettled = True
                 await run_sync(self._blobs.delete, "", left.blobs)
+            self._lines.drop(due)

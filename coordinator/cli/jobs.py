@@ -11,12 +11,13 @@ import sys
 import urllib.parse
 from typing import Any
 
+from coordinator.bodies import whole_number
 from coordinator.cli.http import AskError, ask, asking, quoted
 from coordinator.cli.showing import cell, date, fault_cell, line, say, table
+from coordinator.kept_lines import MOST_LINES
 
 OK, FAILED = 0, 1
 MOST_SHOWN = 100
-MOST_LINES = 1000
 MOST_CHARS = 4000  # of a line
 
 
@@ -48,9 +49,9 @@ def add_parser(commands: Any, shared: argparse.ArgumentParser, parser: type[argp
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MOST_LINES:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MOST_LINES}, not {text!r}")
-    return int(text)
+    if (count := whole_number(text, 1, MOST_LINES)) is None:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MOST_LINES}, not {text[:50]!r}")
+    return count
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -118,20 +119,23 @@ def _logs(arguments: argparse.Namespace) -> int:
     for one in answer["data"]:
         at, level = cell(one["at"] or date(one["told_ms"])), cell(one["level"])
         line(f"{at} {level:8} {cell(one['worker'])}: {cell(one['message'], MOST_CHARS)}")
-    for note in _missing(answer):
+    for note in _missing(answer, arguments.lines):
         sys.stderr.write(note + "\n")
     return OK
 
 
-def _missing(answer: dict[str, Any]) -> list[str]:
-    """What is not there, in sentences."""
+def _missing(answer: dict[str, Any], asked: int) -> list[str]:
+    """What is not there of so many lines, in sentences."""
     notes = []
     if not answer["data"]:
         notes.append("No line about this job is kept; lines are in memory only, and come from workers that ship them.")
     if answer["more"]:
-        notes.append(f"{answer['more']} older lines are kept; -n shows more.")
+        # Fewer than were asked for: the answer was full by its characters, and a larger number changes nothing.
+        helps = len(answer["data"]) >= asked < MOST_LINES
+        cure = "-n shows more." if helps else "one answer has no room for more; --worker asks for one worker's."
+        notes.append(f"{answer['more']} older lines are kept; {cure}")
     if answer["since_ms"] > answer["created_ms"]:
-        notes.append(f"Lines of before {date(answer['since_ms'])} (UTC) are not kept any more.")
+        notes.append(f"Of what was told before {date(answer['since_ms'])} (UTC) lines may be missing.")
     notes += [
         f"{cell(name)} has lost {count} lines on their way since the coordinator started, of whatever job."
         for name, count in sorted(answer["lost"].items())

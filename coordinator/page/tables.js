@@ -57,7 +57,7 @@ function log(told) {
   if (typeof told === "string") return none(told);
   const gaps = [
     told.more > 0 && `${told.more} older ones: coordinator jobs logs ${told.job}`,
-    told.since_ms > told.created_ms && "those of its beginning are not kept any more",
+    told.since_ms > told.created_ms && "maybe those of its beginning",
     ...Object.entries(told.lost).map(([worker, count]) => `${count} lines of ${worker} were lost, of whatever job`),
     ...told.not_asked.map((name) => `replica ${name} did not answer`),
   ].filter(Boolean);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from coordinator import kept_lines
 from coordinator.kept_lines import KeptLine, KeptLines, Lines, merged
 
@@ -52,9 +54,9 @@ def test_the_oldest_go_when_there_is_no_room_and_since_when_nothing_is_missing_i
         assert kept.bytes <= 100_000
     assert kept.of("j0").lines == []
     assert len(kept.of("j999").lines) == 1
-    first = next(number for number in range(1000) if kept.of(f"j{number}").lines)
     # The clock was read once before the first line: line n came at n + 2 seconds.
-    assert kept.of("j999").since_ms == (first - 1 + 2) * 1000 + 1
+    assert (kept.of("j0").since_ms, kept.of("j7").since_ms) == (2001, 9001)
+    assert kept.of("j999").since_ms == 1000
 
 
 def test_a_worker_that_talks_without_end_displaces_its_own_lines_first() -> None:
@@ -64,6 +66,46 @@ def test_a_worker_that_talks_without_end_displaces_its_own_lines_first() -> None
         kept.keep("loud", "", "info", "x" * 500, "j")
     assert says(kept.of("j", "quiet")) == ["what matters"]
     assert kept.bytes <= 100_000 // kept_lines.SHARE + 1000
+
+
+def test_of_a_job_whose_lines_were_not_displaced_none_is_missing() -> None:
+    kept = ring(100_000)
+    kept.keep("quiet", "", "info", "what matters", "j")
+    for _ in range(1000):
+        kept.keep("loud", "", "info", "x" * 500, "other")
+    left = kept.of("other")
+    assert kept.of("j").since_ms == 1000
+    assert left.since_ms == left.lines[0].told_ms - 1000 + 1
+
+
+def test_of_jobs_beyond_those_that_are_remembered_the_newest_mark_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_lines, "MOST_MARKED", 2)
+    kept = ring(1)  # every line is displaced at once
+    for job in ("j1", "j2", "j1", "j3"):  # at 2, 3, 4 and 5 seconds
+        kept.keep("a", "", "info", "x", job)
+    assert [kept.of(job).since_ms for job in ("j1", "j2", "j3", "j4")] == [4001, 3001, 5001, 3001]
+
+
+def test_lines_of_a_job_that_was_dropped_are_gone_and_stay_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_lines, "MOST_MARKED", 2)
+    kept = ring()
+    for job in ("j1", "j2", "j1"):  # the last of them at 4 seconds
+        kept.keep("a", "", "info", "x", job)
+    before = kept.bytes
+    kept.drop(["j1"])  # at 5 seconds
+    assert (kept.of("j1"), says(kept.of("j2"))) == (Lines(since_ms=5001), ["x"])
+    assert kept.bytes * 3 == before
+    kept.keep("a", "", "info", "late", "j1")
+    assert kept.of("j1") == Lines(since_ms=6001)
+    kept.drop(["j2", "nobody"])
+    assert (kept.of("j2").lines, kept.bytes, len(kept._dropped)) == ([], 0, 2)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_who_asks_for_no_line_gets_none(limit: int) -> None:
+    kept = ring()
+    kept.keep("a", "", "info", "x", "j")
+    assert kept.of("j", limit=limit) == Lines(since_ms=1000, more=1)
 
 
 def test_a_line_that_is_too_long_for_everything_leaves_nothing_behind() -> None:

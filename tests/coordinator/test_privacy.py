@@ -19,7 +19,7 @@ import pytest
 
 from coordinator.testing import TENANT, FakeWorker, OfferedJob, Running, running
 from protocol.faults import Fault, FaultError
-from protocol.link_wire import ModelOffer
+from protocol.link_wire import LogBatch, LogLine, ModelOffer
 from protocol.work import AudioResult, FreeResult, ImageResult, LlmResult, SttResult
 
 PATIENCE_S = 60.0
@@ -262,6 +262,33 @@ def test_a_batch_leaves_nothing_once_its_output_was_fetched(there, http, state):
             assert "canary-batch" in http.get(f"/v1/files/{batch[name]}/content").text
         gone(there, state, "canary-batch")
         assert http.get(f"/v1/files/{batch['output_file_id']}").status_code == 404
+
+
+def test_what_workers_told_of_a_job_that_is_forgotten_goes_too(there, http, state):
+    kept = there.coordinator.parts.dispatcher.attempts.kept
+
+    def talks(job: OfferedJob) -> None:
+        worker_.send(LogBatch(lines=(LogLine("then", "info", str(job.params), job.id),)))
+        answer(job)
+
+    def told(job: str) -> list[str]:
+        async def asked() -> list[str]:
+            return [line.message for line in kept.of(job).lines]
+
+        found: list[str] = there.call(asked)
+        return found
+
+    with worker(there, talks) as worker_:
+        asked = {"kind": "llm", "model": "m", "params": {"messages": chat("canary-told")["messages"]}, "wait": 30}
+        job = http.post("/v1/jobs", json=asked).json()["id"]
+        (line,) = told(job)
+        assert "canary-told" in line
+        assert "canary-told" in http.get(f"/v1/jobs/{job}/result").text
+        until(lambda: not told(job))
+        worker_.send(LogBatch(lines=(LogLine("then", "info", "marker", "j"), LogLine("then", "info", "late", job))))
+        worker_.send(LogBatch(lines=(LogLine("then", "info", "marker", "other"),)))
+        until(lambda: bool(told("other")))
+        assert (told("j"), told(job)) == (["marker"], [])
 
 
 # ---- logs --------------------------------------------------------------------------------------------------

@@ -100,14 +100,22 @@ def test_what_workers_told_of_a_job_is_shown_and_what_is_missing(
 
 def test_what_cannot_be_there_is_said() -> None:
     answer: dict[str, Any] = {"data": [1], "more": 0, "since_ms": 86_400_000, "created_ms": 5, "lost": {}}
-    notes = jobs._missing({**answer, "not_asked": ["replica-b\x1b"]})
+    notes = jobs._missing({**answer, "not_asked": ["replica-b\x1b"]}, 200)
     assert notes == [
-        "Lines of before 1970-01-02 00:00:00 (UTC) are not kept any more.",
+        "Of what was told before 1970-01-02 00:00:00 (UTC) lines may be missing.",
         "Replica replica-b? did not answer: it may have more lines.",
     ]
 
 
-@pytest.mark.parametrize("count", ["0", "1001", "x", "-1"])
+@pytest.mark.parametrize(("shown", "asked", "helps"), [(5, 5, True), (4, 5, False), (1000, 1000, False)])
+def test_a_larger_number_is_advised_only_where_it_shows_more(shown: int, asked: int, helps: bool) -> None:
+    answer: dict[str, Any] = {"data": [1] * shown, "more": 7, "since_ms": 1, "created_ms": 5, "lost": {}}
+    (note,) = jobs._missing({**answer, "not_asked": []}, asked)
+    assert note.startswith("7 older lines are kept; ")
+    assert note.endswith("-n shows more.") == helps
+
+
+@pytest.mark.parametrize("count", ["0", "1001", "x", "-1", "0000010000", "1" * 5000])
 def test_how_many_lines_is_a_number_within_bounds(run: Run, count: str) -> None:
     with pytest.raises(SystemExit) as ended_with:
         run("logs", "job_x", f"-n{count}")
