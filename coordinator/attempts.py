@@ -22,7 +22,7 @@ from coordinator.counting import Counters
 from coordinator.elsewhere import Elsewhere, Nobody
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.kept_lines import KeptLines
-from coordinator.logs import JobLines
+from coordinator.logs import JobLines, trouble
 from coordinator.plain import bounded
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
 from coordinator.results import judge_result
@@ -348,8 +348,8 @@ class Attempts:
                 if held.state == "offered":
                     await self._threads.write(self._store.release, *held.key)
                     held.state = "abandoned"
-        except (StoreError, FaultError):
-            log.exception("Open offers are not taken back; they are when this replica is gone")
+        except (StoreError, FaultError) as error:
+            trouble(log, error, "Open offers are not taken back; they are when this replica is gone")
 
     async def hand_over(self) -> None:
         """Every worker goes to another replica and takes along what it has accepted; returns when all have gone.

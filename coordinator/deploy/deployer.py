@@ -23,6 +23,7 @@ from anyio.abc import TaskGroup
 from coordinator.deploy.plan import due, plan
 from coordinator.deploy.spec import Candidate, Deployment, Placement, PlacementState, model_name
 from coordinator.fleet import FOREVER, Fleet, Worker
+from coordinator.logs import trouble
 from coordinator.store import Store, StoreError
 from coordinator.store.deployments import Wish
 from coordinator.store.threads import StoreThreads
@@ -128,8 +129,8 @@ class Deployer:
                         await self._threads.write(self._store.all_lost)
                         first = False
                     await self.tick(tasks)
-                except (StoreError, FaultError, OSError):
-                    log.exception("The deployments wait for the store")
+                except (StoreError, FaultError, OSError) as error:
+                    trouble(log, error, "The deployments wait for the store")
                 self._bell = anyio.Event()
                 with anyio.move_on_after(TICK_S):
                     await self._bell.wait()

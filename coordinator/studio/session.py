@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from coordinator import worker_lines
 from coordinator.attempts import Attempts
 from coordinator.fleet import Key, Worker
+from coordinator.logs import trouble
 from coordinator.store import StoreError
 from coordinator.studio.claims import Sources
 from coordinator.studio.jobs import Stranger, StudioJobs
@@ -230,7 +231,7 @@ class StudioSession:
             self._ending = self._ending or (end.code, str(end))
         except (StoreError, FaultError, OSError) as error:
             # Nothing was acknowledged; the job goes back to the queue.
-            log.exception("Session of worker %s ended by trouble of ours", self.name)
+            trouble(log, error, f"Session of worker {self.name} ended by trouble of ours")
             self._ending = ("internal_error", str(error))
 
     async def _receive(self) -> str:
@@ -291,7 +292,7 @@ class StudioSession:
                 async with self.jobs.turn:
                     await step()
         except (StoreError, FaultError, OSError) as error:
-            log.exception("Session of worker %s ended by trouble of ours", self.name)
+            trouble(log, error, f"Session of worker {self.name} ended by trouble of ours")
             self.close("internal_error", str(error))
 
     # ---- frames --------------------------------------------------------------------------------------------

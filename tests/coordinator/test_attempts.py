@@ -14,7 +14,7 @@ from coordinator.records import JobChunk, JobEnded, JobRecord
 from coordinator.store.base import Want
 from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, Said, running_desk
 from protocol import link_wire as wire
-from protocol.faults import Fault
+from protocol.faults import Fault, refuse
 
 FAST = DispatchSettings(poll_s=0.05, sweep_s=0.05, worker_grace_s=0.5, startup_grace_s=0.5, repair_s=0.2)
 PATIENT = msgspec.structs.replace(FAST, worker_grace_s=60.0, startup_grace_s=60.0)
@@ -435,6 +435,23 @@ def test_after_a_long_silence_workers_say_again_what_they_hold(tmp_path: Path) -
         with RawWorker(desk.port, "b") as again:
             again.hello(held=(wire.Held(lost.job, lost.attempt, True),))
             assert again.expect(wire.Cancel).job == lost.job
+
+
+def test_a_full_disk_does_not_keep_a_replica_from_handing_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_job: str, _attempt: int) -> None:
+        raise refuse("storage_full", "The disk is full.")
+
+    with running_desk(tmp_path, PATIENT) as desk, desk.worker() as worker:
+        desk.submit()
+        worker.expect(wire.Offer)
+        with monkeypatch.context() as patched:
+            patched.setattr(desk.store, "release", full)
+            desk.portal.call(desk.dispatcher.attempts.take_back)
+    lines = [(one.getMessage(), bool(one.exc_info)) for one in caplog.records if one.name == "coordinator.attempts"]
+    why = "Open offers are not taken back; they are when this replica is gone: The disk is full."
+    assert lines == [(why, False)]
 
 
 def test_a_job_that_only_a_busy_worker_would_take_waits_for_it_and_is_not_claimed_meanwhile(desk: Desk) -> None:

@@ -355,7 +355,9 @@ async def test_a_worker_whose_row_was_lost_or_taken_over_is_written_down_again(h
     assert house.states() == {"a": "ready"}
 
 
-async def test_trouble_with_the_store_ends_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_trouble_with_the_store_ends_nothing_and_fills_no_log(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     house.worker("a")
     await house.deploy(ASKED)
     broken = iter([True, True])
@@ -374,3 +376,9 @@ async def test_trouble_with_the_store_ends_nothing(house: House, monkeypatch: py
                 house.deployer.ring()
                 await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()
+    lines = [
+        (one.getMessage(), bool(one.exc_info))
+        for one in caplog.records
+        if one.name == deployer.log.name and one.levelname == "ERROR"
+    ]
+    assert lines == [("The deployments wait for the store: The disk is full.", False)] * 2
