@@ -95,17 +95,20 @@ class Http(Web):
     ) -> bytes:
         import httpx
 
+        patience = patience or trio.CancelScope()
         try:
             response, body = await self.ask(request, most=most, within_s=within_s, patience=patience)
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             if isinstance(error, httpx.ConnectError):
                 raise Trouble(unreachable("the dashboard", error)) from None
             raise Trouble(f"the dashboard cannot be reached: {type(error).__name__}: {error}".rstrip(": ")) from None
-        if body is None:
-            problem = f"the answer is compressed, has more than {most // 2**20} MiB, or does not end"
-            raise Trouble(problem, status=response.status_code, again=False)
         if not response.is_success:
-            raise _refusal(response, body)
+            raise _refusal(response, body or b"")
+        if body is None and patience.cancelled_caught:
+            raise Trouble("there was no whole answer in time")  # that it stalls says nothing of what was asked
+        if body is None:
+            problem = f"the answer is compressed, or has more than {most // 2**20} MiB"
+            raise Trouble(problem, status=response.status_code, again=False)
         return body
 
     def answer(self, body: bytes) -> Any:

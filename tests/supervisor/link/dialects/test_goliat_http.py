@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 
 import pytest
@@ -95,6 +96,62 @@ async def test_a_peer_that_says_nothing_is_left() -> None:
         nursery.cancel_scope.cancel()
     assert found.away
     assert "no answer in time" in str(found)
+
+
+STALLED = {
+    "/api/ok": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nx",
+    "/api/bad-gateway": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 1000\r\n\r\nx",
+    "/api/not-found": b"HTTP/1.1 404 Not Found\r\nContent-Length: 1000\r\n\r\nx",
+}
+PACKED = {
+    "/api/ok": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+    "/api/bad-gateway": b"HTTP/1.1 503 Busy\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+    "/api/not-found": b"HTTP/1.1 404 Not Found\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+}
+
+
+async def bodies_left(answers: dict[str, bytes], request_s: float) -> dict[str, Trouble]:
+    """What comes of requests, side by side, whose answers have these bytes, and then nothing."""
+    found: dict[str, Trouble] = {}
+
+    async def talk(stream: trio.SocketStream) -> None:
+        async with stream:
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += await stream.receive_some(65536)
+            await stream.send_all(answers[data.split(b" ")[1].decode()])
+            await trio.sleep_forever()
+
+    async def ask(http: Http, path: str) -> None:
+        found[path] = await trouble(http, path=path)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(functools.partial(trio.serve_tcp, talk, 0, host="127.0.0.1"))
+        async with Http(f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}", request_s=request_s) as http:
+            async with trio.open_nursery() as asking:
+                for path in answers:
+                    asking.start_soon(ask, http, path)
+        nursery.cancel_scope.cancel()
+    return found
+
+
+async def test_an_answer_that_stalls_halfway_may_come_whole_the_next_time() -> None:
+    found = await bodies_left(STALLED, request_s=6.0)
+    assert {path: (one.status, one.again, one.away) for path, one in found.items()} == {
+        "/api/ok": (0, True, True),
+        "/api/bad-gateway": (502, True, True),
+        "/api/not-found": (404, False, False),
+    }
+    assert "no whole answer in time" in str(found["/api/ok"])
+
+
+async def test_an_answer_that_cannot_be_read_is_refused_for_good_only_where_it_is_a_good_one() -> None:
+    found = await bodies_left(PACKED, request_s=60.0)
+    assert {path: (one.status, one.again, one.away) for path, one in found.items()} == {
+        "/api/ok": (200, False, False),
+        "/api/bad-gateway": (503, True, True),
+        "/api/not-found": (404, False, False),
+    }
 
 
 async def test_a_config_is_a_file_as_it_is(dashboard: Dashboard, http: Http) -> None:
