@@ -46,6 +46,7 @@ _ODD = re.compile(r"^https://[^/?#]*@|[\x00-\x20\x7f\\]|/(\.|%2e)(\.|%2e)?(/|$)"
 LET_GO_S = 3600.0  # what jobs of a model get that is not to be served any more
 STALL_S, STALL_BYTES = 600.0, 2**20  # less than this in that time is no download
 _STALLED = f"It stalls: less than {STALL_BYTES >> 20} MiB came in {STALL_S / 60:g} minutes; what was fetched is kept."
+LOOK_BYTES = 64 * 2**20
 CALL_OFF_S = 15.0  # until the processes of a pull have ended
 
 
@@ -216,8 +217,12 @@ class Deployed:
         if end.get("t") != "done":
             raise Refused(str(end.get("message", "The pull ended without a word.")))
         if allowed.engines and end.get("engine") not in allowed.engines:
-            await self._pulls.remove(Remove(name=order.name))
-            raise Refused(f"engine: its files are for {end.get('engine')}, none of coordinator.deploy.engines.")
+            said = f"engine: its files are for {end.get('engine')}, none of coordinator.deploy.engines."
+            try:
+                await self._pulls.remove(Remove(name=order.name))
+            except PullRefused as problem:
+                raise Refused(f"{said} They are still here: {problem}") from None
+            raise Refused(said)
 
     async def _follow(self, asked: Pull) -> Mapping[str, Any]:
         """Its end. Raises Refused: it cannot begin, stalls, or has no room; then it was called off."""
@@ -228,11 +233,13 @@ class Deployed:
                 async for said in events:
                     end = said or end
                     here = end.get("done_bytes") or 0
+                    if "done_bytes" in end:
+                        before = min(before, here)  # a file that starts over comes anew from there
                     if here >= before + STALL_BYTES:
                         before, since = here, trio.current_time()
                     elif trio.current_time() > since + STALL_S:
                         raise Refused(_STALLED)
-                    self._reckon(asked.name, max(here, end.get("total_bytes") or 0))
+                    self._reckon(asked.name, here, end.get("total_bytes") or 0)
         except PullRefused as problem:
             raise Refused(str(problem)) from None
         finally:
@@ -240,12 +247,18 @@ class Deployed:
                 await self._pulls.call_off(asked)
         return end
 
-    def _reckon(self, name: str, bytes_: int) -> None:
-        """It is now known to become this large. Raises Refused when there is no room for that beside the others."""
-        if bytes_ > self._shares[name]:
-            if self._taken(name) + bytes_ > self._settings().coordinator.deploy.max_gb * 2**30:
-                raise self._no_room()
-            self._shares[name] = bytes_
+    def _reckon(self, name: str, here: int, total: int) -> None:
+        """It is now known to become this large. Raises Refused when there is no room for that beside the others.
+
+        Where no server told its size it grows with each event; then the disk is walked each `LOOK_BYTES` only.
+        """
+        bytes_, share = max(here, total), self._shares[name]
+        if bytes_ <= share:
+            return
+        is_due = total >= here or not share or bytes_ // LOOK_BYTES > share // LOOK_BYTES
+        if is_due and self._taken(name) + bytes_ > self._settings().coordinator.deploy.max_gb * 2**30:
+            raise self._no_room()
+        self._shares[name] = bytes_
 
     def _no_room(self) -> Refused:
         most = self._settings().coordinator.deploy.max_gb

@@ -227,6 +227,7 @@ class _Download:
             while data := file.read(BLOCK_BYTES):
                 self._hash.update(data)
                 self._have += len(data)
+                self._on_bytes(self._have)  # on a slow disk this takes long, and is no standstill
         self.resumed = self._have > 0
 
     def _once(self) -> None:

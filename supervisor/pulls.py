@@ -6,7 +6,7 @@ belongs to the supervisor and not to whoever asked: it goes on when the client l
 follows the one under way, and it ends with the supervisor (what was fetched is resumed by the next one). What a pull
 has said is kept short, so that somebody who comes late sees the plan, the notes and how far it is. A pull that
 succeeded is remembered for `KEPT_S`: a client that lost its connection at the very end asks again, and is told the end
-instead of "there is such a model already". One that failed is tried anew.
+instead of "there is such a model already". One that failed is tried anew, and so is one whose model was removed since.
 
 All methods belong to the trio thread.
 """
@@ -187,11 +187,19 @@ class Pulls:
             course.add({"t": "failed", "message": f"The pull {how.describe()}: {words}; ask again to go on."})
 
     async def remove(self, order: Remove) -> str:
-        """Take a model out of worker.toml, and its files away; one sentence.
+        """Take a model out of worker.toml, and its files away; one sentence. The next pull of it looks for itself.
 
         Raises:
             Refused: it cannot be done, with the command's own words.
         """
+        try:
+            return await self._removed(order)
+        finally:  # whatever came of it: the entry may be gone where the files are not
+            for pull, course in list(self._courses.items()):
+                if course.end is not None and order.name in (pull.name, course.end.get("name")):
+                    self._forget(pull, course)
+
+    async def _removed(self, order: Remove) -> str:
         words = ("--keep-files",) if order.keep_files else ()
         argv = (*_command("remove", self._config), *words, "--", order.name)
         try:

@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from protocol.faults import Fault, refuse
+from supervisor import deployed
 from supervisor.control.asked import Pull, Remove
 from supervisor.control.exchange import Refused as PullRefused
 from supervisor.deployed import STALL_S, Deployed
@@ -314,6 +315,64 @@ async def test_a_download_that_stalls_makes_way(house: House, autojump_clock: Mo
     assert house.called_off == [NAME]
 
 
+async def test_a_download_that_starts_over_and_moves_does_not_stall(house: House, autojump_clock: MockClock) -> None:
+    async def starts_over(order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+        yield {"t": "progress", "done_bytes": 2**30, "total_bytes": 2**30}
+        yield {"t": "note", "text": "what was there from an earlier pull is damaged; starting over"}
+        for done in range(0, 2 * int(STALL_S), 20):
+            await trio.sleep(20)
+            yield {"t": "progress", "done_bytes": done * 2**20, "total_bytes": 2**30}
+        house.keep(order.name, order.sha256)
+        yield house.end
+
+    house.pull = lambda order: starts_over(order)  # type: ignore[method-assign]
+    assert "is served" in await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+
+
+async def test_falling_back_is_no_progress(house: House, autojump_clock: MockClock) -> None:
+    async def up_and_down(order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+        for done in range(10_000):
+            await trio.sleep(20)
+            yield {"t": "progress", "done_bytes": done % 2 * 1000, "total_bytes": 2**30}
+
+    house.pull = lambda order: up_and_down(order)  # type: ignore[method-assign]
+    with pytest.raises(Refused, match="stalls"):
+        await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+
+
+async def test_one_whose_size_is_not_told_is_compared_with_the_disk_now_and_then(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.keep("other@0123456789", DIGEST)
+    await house.reload()
+    walks: list[Path] = []
+    monkeypatch.setattr(deployed, "folder_bytes", lambda folder: walks.append(folder) or 0)
+
+    async def sizeless(order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+        for done in range(1, 257):
+            yield {"t": "progress", "done_bytes": done * 2**20, "total_bytes": None}
+        house.keep(order.name, order.sha256)
+        yield house.end
+
+    house.pull = lambda order: sizeless(order)  # type: ignore[method-assign]
+    await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+    assert len(walks) == 1 + 1 + 256 * 2**20 // deployed.LOOK_BYTES  # before it, at its first bytes, at each step
+
+
+async def test_one_whose_size_is_not_told_is_called_off_when_it_is_too_large(tmp_path: Path) -> None:
+    house = House(tmp_path, msgspec.structs.replace(ALLOWED, max_gb=1.0))
+
+    async def sizeless(order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+        house.under.add(order.name)
+        for done in range(1, 2049):
+            yield {"t": "progress", "done_bytes": done * 2**20, "total_bytes": None}
+
+    house.pull = lambda order: sizeless(order)  # type: ignore[method-assign]
+    with pytest.raises(Refused, match="max_gb"):
+        await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+    assert house.called_off == [NAME]
+
+
 async def test_a_model_of_the_owners_is_his_whatever_it_is_called(house: House) -> None:
     house.keep(NAME, DIGEST, pulled=False)
     await house.reload()
@@ -342,6 +401,16 @@ async def test_an_engine_that_the_owner_did_not_name_is_thrown_out(tmp_path: Pat
     with pytest.raises(Refused, match="engine: its files are for llm"):
         await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
     assert house.removed == [NAME]
+
+
+async def test_one_that_cannot_be_thrown_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def remove(_order: Remove) -> str:
+        raise PullRefused(409, "worker.toml cannot be written.")
+
+    house = House(tmp_path, msgspec.structs.replace(ALLOWED, engines=["whisper"]))
+    monkeypatch.setattr(house, "remove", remove)
+    with pytest.raises(Refused, match=r"engine: its files are for llm.*worker\.toml cannot be written"):
+        await house.deployed.serve(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
 
 
 async def test_a_pull_that_fails_tells_why(house: House) -> None:

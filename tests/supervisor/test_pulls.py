@@ -289,6 +289,20 @@ async def test_a_removal_takes_entry_and_files_away(config, tmp_path):
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("named", ["mine", ""])
+async def test_what_was_removed_is_pulled_anew_at_once(config, tmp_path, named):
+    source = tmp_path / "mine.gguf"
+    source.write_bytes(BYTES)
+    order = Pull(source=str(source), name=named)
+    async with trio.open_nursery() as nursery:
+        pulls = Pulls(config, nursery)
+        assert (await heard(pulls.pull(order)))[-1]["name"] == "mine"
+        await pulls.remove(Remove(name="mine"))
+        assert (await heard(pulls.pull(order)))[-1]["t"] == "done"
+        assert models(config) == ["mine"]
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("name", ["nothing", "../../etc", "--keep-files", "-h", "a/b", "state"])
 async def test_what_is_not_there_is_not_removed(config, name):
     config.write_text(config.read_text() + '[[models]]\nname = "synthetic"\nengine = "synthetic"\n')
