@@ -220,25 +220,38 @@ def _remove(args: argparse.Namespace) -> int:
     toml.save()
     tail = ""
     if not args.keep_files and folder.is_dir() and not is_named(folder, named_paths(load(toml.path))):
-        gone = _deleted(store, key)
+        gone = _deleted(store, key, functools.partial(_is_named_in, toml.path, folder))
         tail = f", and {folder} is deleted" if gone else f"; a running supervisor uses {folder}: `gc` deletes it later"
     sys.stdout.write(f"{args.name} is out of {toml.path}{tail}.\n")
     return ExitCode.STOPPED
 
 
 def _remove_left(store: Store, key: str, toml: WorkerToml) -> bool:
-    """Delete what a pull for this worker.toml left that ended before its entry was written; whether there was some."""
+    """Delete what a pull for this worker.toml left that ended before its entry was written; whether there was some.
+
+    Raises:
+        StoreError: somebody uses it.
+        NoPermission: it cannot be deleted.
+    """
     folder, manifest = store.folder(key), store.manifest(key)
-    if not folder.exists():
-        return store.staging(key).exists() and _deleted(store, key)
-    ours = manifest is not None and manifest.config == str(toml.path)
-    return ours and not is_named(folder, named_paths(load(toml.path))) and _deleted(store, key)
+    named = functools.partial(_is_named_in, toml.path, folder)
+    if folder.exists():
+        ours = manifest is not None and manifest.config == str(toml.path) and not named()
+    else:
+        ours = store.staging(key).exists() and store.begun_for(key) in ("", str(toml.path))
+    if ours and not _deleted(store, key, named):
+        raise StoreError(f"What a pull of {key} left is in use, by a pull at work or a running supervisor; end that.")
+    return ours
 
 
-def _deleted(store: Store, key: str) -> bool:
+def _is_named_in(config: Path, folder: Path) -> bool:
+    return folder.exists() and config.exists() and is_named(folder, named_paths(load(config)))
+
+
+def _deleted(store: Store, key: str, named: Callable[[], bool]) -> bool:
     """Whether nobody used it, so that it is gone. Raises NoPermission."""
     try:
-        return store.remove(key)
+        return store.remove(key, named)
     except OSError as error:
         where = store.folder(key)
         raise NoPermission(f"{where} cannot be deleted: {error.strerror}; run this as its owner.") from None

@@ -4,7 +4,7 @@
     MODELS/.pulling-NAME/         a pull at work or interrupted; the same command goes on with it
     MODELS/.replaced-NAME/        an older model on its way out
     MODELS/.store/manifests/NAME  what is in NAME: files, sizes, sha256, source, revision, when
-    MODELS/.store/pulls/NAME      locked (flock) while a pull of NAME is at work; names its pid
+    MODELS/.store/pulls/NAME      locked (flock) while a pull of NAME is at work; names its pid, and its worker.toml
     MODELS/.store/uses/NAME       locked, shared, by each supervisor that has loaded NAME; its mtime is the last load
     MODELS/.store/failures/NAME   why the last pull of NAME failed; gone when one succeeds
     MODELS/.store/edit            locked while worker.toml is edited after a pull
@@ -194,7 +194,7 @@ class Store:
         old = self.models / f"{REPLACED}{key}"
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(self.pulling(key))
+                held.enter_context(self.pulling(key, self.begun_for(key)))
             except StoreError:
                 return False
             if not held.enter_context(self._alone(key)) or named():
@@ -222,8 +222,11 @@ class Store:
     # ---- locks
 
     @contextlib.contextmanager
-    def pulling(self, key: str) -> Iterator[None]:
+    def pulling(self, key: str, config: str = "") -> Iterator[None]:
         """Be the only pull of this model.
+
+        Args:
+            config: the worker.toml that it is for; see `begun_for`.
 
         Raises:
             StoreError: another one is at work; the sentence names its pid.
@@ -234,16 +237,23 @@ class Store:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pid = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+                pid = os.pread(lock, 32, 0).decode(errors="replace").partition("\n")[0] or "unknown"
                 raise StoreError(
                     f"Another pull of {key} is at work (pid {pid}); wait for it, or take another --name."
                 ) from None
             os.ftruncate(lock, 0)
             with contextlib.suppress(OSError):  # a full disk: the lock holds without a name on it
-                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+                os.pwrite(lock, f"{os.getpid()}\n{config}\n".encode(errors="surrogateescape"), 0)
             yield
         finally:
             os.close(lock)
+
+    def begun_for(self, key: str) -> str:
+        """The worker.toml that the last pull of it was for; "" when that is not known."""
+        with contextlib.suppress(OSError):
+            text = (self._own / "pulls" / key).read_bytes().decode(errors="surrogateescape")
+            return text.partition("\n")[2].removesuffix("\n")
+        return ""
 
     def is_pulled_now(self, key: str) -> bool:
         """Whether a pull of it is at work."""

@@ -157,7 +157,7 @@ def _pull_shown(args: argparse.Namespace, line: ProgressLine | EventLines) -> in
         raise PullError(f"--engine: there is no engine {args.engine!r}; known are {', '.join(CATALOG)}.")
     _check_free(toml, name, args.force)
     store = Store(models_dir(args.models_dir, toml.path))
-    with store.pulling(key):
+    with store.pulling(key, str(toml.path)):
         manifest = None if args.force else _adopted(store, key, asked, line)
         if manifest is None:
             if store.folder(key).exists() and not args.force:

@@ -243,3 +243,71 @@ def test_removing_a_loaded_model_leaves_its_files_to_gc(box: Any, store: Store):
     os.close(lock)
     assert box.run("gc", "--budget", "0") == 0
     assert not folder.exists()
+
+
+def forget_entry(box: Any) -> None:
+    """As a pull that was killed before it wrote the entry leaves worker.toml."""
+    box.toml.write_text("")
+
+
+def test_what_a_pull_left_is_deleted_by_its_name(box: Any):
+    folder = bring(box, "m")
+    forget_entry(box)
+    assert box.run("remove", "m") == 0
+    assert "what a pull of it left is deleted" in box.out
+    assert not folder.exists()
+
+
+def test_what_a_pull_left_and_somebody_works_on_is_told_as_that(box: Any, store: Store):
+    folder = bring(box, "m")
+    forget_entry(box)
+    with store.pulling("m"):
+        assert box.run("remove", "m") == ExitCode.FAILED
+        assert "in use" in box.err
+        assert "has no model named" not in box.err
+    lock = store.use("m")
+    assert lock is not None
+    assert box.run("remove", "m") == ExitCode.FAILED
+    assert "in use" in box.err
+    os.close(lock)
+    assert folder.is_dir()
+    assert box.run("remove", "m") == 0
+
+
+def test_what_a_pull_at_work_has_fetched_so_far_stays(box: Any, store: Store):
+    store.staging("m").mkdir(parents=True)
+    with store.pulling("m"):
+        assert box.run("remove", "m") == ExitCode.FAILED
+        assert "in use" in box.err
+    assert store.staging("m").is_dir()
+    assert box.run("remove", "m") == 0
+    assert not store.staging("m").exists()
+
+
+def test_what_was_entered_just_before_its_deletion_stays(box: Any, monkeypatch: pytest.MonkeyPatch):
+    folder = bring(box, "m")
+    entries = box.toml.read_text()
+    forget_entry(box)
+    alone = Store._alone
+
+    def entered(self: Store, key: str) -> Any:
+        box.toml.write_text(entries)
+        return alone(self, key)
+
+    monkeypatch.setattr(Store, "_alone", entered)
+    assert box.run("remove", "m") == ExitCode.FAILED
+    assert folder.is_dir()
+
+
+def test_a_part_that_another_worker_toml_began_stays(box: Any, store: Store):
+    store.staging("m").mkdir(parents=True)
+    other = box.folder / "other.toml"
+    with store.pulling("m", str(other)):
+        pass
+    assert box.run("remove", "m") == ExitCode.FAILED
+    assert "has no model named m" in box.err
+    assert store.staging("m").is_dir()
+    with store.pulling("m", str(box.toml.resolve())):
+        pass
+    assert box.run("remove", "m") == 0
+    assert not store.staging("m").exists()
