@@ -153,13 +153,12 @@ class SqlDeploy(SqlSteps):
     def replan(self, plan: Plan) -> list[Deployment]:
         """Apply what `plan` says of every deployment; all that are left."""
         with self._transaction() as now:
-            self._forget_absent()
             self._all(
                 "DELETE FROM placements WHERE state = 'leaving' AND changed_ms < :old RETURNING worker",
                 old=now - FORGET_LEAVING_MS,
             )
             rows = self._all(f"SELECT body FROM deployments ORDER BY name{self.SKIP}")
-            candidates = self._candidates(self._all(self._present()))
+            candidates = self._candidates(self._there())
             placements = _by_deployment(map(_placement, self._all(f"SELECT * FROM placements WHERE {_SHOWN}")))
             for one in itertools.chain.from_iterable(placements.values()):
                 _count(candidates, one)
@@ -171,17 +170,22 @@ class SqlDeploy(SqlSteps):
                 self._apply(deployment, changes, now)
             return [_deployment(row["body"]) for row in self._all("SELECT body FROM deployments ORDER BY name")]
 
-    def _forget_absent(self) -> None:
-        """Workers that were away for long, those included whose coordinator did not live to say that they left."""
+    def _there(self) -> list[Row]:
+        """All workers, after those were forgotten that were away for long, also those whose coordinator did not live to
+        say that they left."""
+        there = []
         for row in self._all(self._present()):
-            if self._candidate(row).lost_ms >= FORGET_WORKER_MS:
-                self._all(
-                    "DELETE FROM presence WHERE worker = :worker AND gateway = :gateway AND changed_ms = :changed_ms "
-                    "RETURNING worker",
-                    worker=row["worker"],
-                    gateway=row["gateway"],
-                    changed_ms=row["changed_ms"],
-                )
+            if self._lost_ms(row) < FORGET_WORKER_MS:
+                there.append(row)
+                continue
+            self._all(
+                "DELETE FROM presence WHERE worker = :worker AND gateway = :gateway AND changed_ms = :changed_ms "
+                "RETURNING worker",
+                worker=row["worker"],
+                gateway=row["gateway"],
+                changed_ms=row["changed_ms"],
+            )
+        return there
 
     def _present(self) -> str:
         return f"SELECT presence.*, {self.ALIVE} AS alive_ms, {self.CLOCK} AS now FROM presence"
@@ -289,17 +293,23 @@ class SqlDeploy(SqlSteps):
         return {row["worker"]: self._candidate(row) for row in rows}
 
     def _candidate(self, row: Row) -> Candidate:
-        now, alive = row["now"], row["alive_ms"]
-        silent = alive is not None and alive <= now - self.silent_ms
-        connected = bool(row["connected"]) and not silent
-        last = max(row["changed_ms"], alive or 0) if silent else row["changed_ms"]
+        lost_ms = self._lost_ms(row)
         return Candidate(
             worker=row["worker"],
             capabilities=_capabilities(row["body"]),
-            connected=connected,
-            lost_ms=0 if connected else max(1, now - last),
+            connected=lost_ms == 0,
+            lost_ms=lost_ms,
             draining=bool(row["draining"]),
         )
+
+    def _lost_ms(self, row: Row) -> int:
+        """For how long the worker has been away; 0 while it is here."""
+        now, alive = row["now"], row["alive_ms"]
+        silent = alive is not None and alive <= now - self.silent_ms
+        if row["connected"] and not silent:
+            return 0
+        last = max(row["changed_ms"], alive or 0) if silent else row["changed_ms"]
+        return max(1, int(now - last))
 
 
 _NOTHING = Changes()
