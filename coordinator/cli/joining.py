@@ -14,22 +14,23 @@ from coordinator.server import Refusal
 UNKNOWN = "https://THIS-COORDINATOR"
 
 
-def join_line(
-    settings: Config, token: str, url: str = "", hostname: Callable[[], str] = socket.getfqdn
-) -> tuple[str, str]:
-    """The line, and a sentence about its address; "" when there is nothing to say.
+def join_address(settings: Config, url: str = "", hostname: Callable[[], str] = socket.getfqdn) -> tuple[str, str]:
+    """Where workers reach the coordinator, and a sentence about that; "" when there is nothing to say. May ask DNS.
 
     Args:
         settings: of the coordinator: without `url` its address is made from them.
-        token: that admits a worker.
         url: by which workers reach the coordinator, as its admin knows it.
         hostname: this machine's, for a coordinator that listens on all addresses.
 
     Raises:
         Refusal: `url` is none.
     """
-    address, hint = (_checked(url), "") if url else _guessed(settings, hostname)
-    return f"supervisor enrol {shlex.quote(address)} {shlex.quote(token)}", hint
+    return (_checked(url), "") if url else _guessed(settings, hostname)
+
+
+def join_line(address: str, token: str) -> str:
+    """The line, for a token that admits a worker."""
+    return f"supervisor enrol {shlex.quote(address)} {shlex.quote(token)}"
 
 
 def _checked(url: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from coordinator import config as configuration
-from coordinator.cli.joining import join_line
+from coordinator.cli.joining import join_address, join_line
 from coordinator.cli.showing import cell, line, say, table
 from coordinator.enrolments import Enrolments
 from coordinator.keys import DEFAULT_TENANT, SCOPES, KeyRefusal, Keys
@@ -260,12 +260,12 @@ def _tenants_set(arguments: argparse.Namespace) -> int:
 
 def _workers_enrol(arguments: argparse.Namespace) -> int:
     settings = configuration.merged(configuration.load(arguments.config), arguments)
-    join_line(settings, "", arguments.url)  # a wrong --url makes no token
+    address, hint = join_address(settings, arguments.url)  # a wrong --url makes no token
     with known(arguments) as place:
         token = Enrolments(place).create(arguments.expires, worker=arguments.name, by=operator())
     line(token)
     # Who takes the token from standard output has it; the log beside it, of a build say, must not keep a secret.
-    command, hint = join_line(settings, token if sys.stdout.isatty() else "TOKEN", arguments.url)
+    command = join_line(address, token if sys.stdout.isatty() else "TOKEN")
     _note(f"It admits one worker, once. On its machine:\n{command}" + (f"\n{hint}" if hint else ""))
     return OK
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.cli.joining import join_line
+from coordinator.cli.joining import join_address, join_line
 from coordinator.cli.main import BAD_CONFIG, main
 from coordinator.config import Config
 from coordinator.server import Refusal
@@ -31,18 +31,17 @@ from supervisor.enrolment import addresses
     ],
 )
 def test_the_address_is_where_it_listens_as_far_as_can_be_told(settings: dict[str, Any], address: str) -> None:
-    line, hint = join_line(Config(**settings), "bhe_x", hostname=lambda: "gpu.example.org")
-    assert shlex.split(line) == ["supervisor", "enrol", address, "bhe_x"]
+    found, hint = join_address(Config(**settings), hostname=lambda: "gpu.example.org")
+    assert shlex.split(join_line(found, "bhe_x")) == ["supervisor", "enrol", address, "bhe_x"]
     assert "--url" in hint
     assert addresses(address)[0].startswith(address)
 
 
 def test_an_address_that_the_admin_knows_is_taken_as_it_is() -> None:
-    assert join_line(Config(), "bhe_x", "https://gpu.example.org/here/") == (
-        "supervisor enrol https://gpu.example.org/here bhe_x",
-        "",
-    )
-    assert shlex.split(join_line(Config(), "bhe_x", "https://h/$(true)")[0])[2] == "https://h/$(true)"
+    address, hint = join_address(Config(), "https://gpu.example.org/here/")
+    assert (join_line(address, "bhe_x"), hint) == ("supervisor enrol https://gpu.example.org/here bhe_x", "")
+    odd, _hint = join_address(Config(), "https://h/$(true)")
+    assert shlex.split(join_line(odd, "bhe_x"))[2] == "https://h/$(true)"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ def test_an_address_that_the_admin_knows_is_taken_as_it_is() -> None:
 )
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(Refusal, match="--url: expected https://HOST"):
-        join_line(Config(), "bhe_x", url)
+        join_address(Config(), url)
 
 
 def test_the_token_alone_is_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +76,6 @@ def test_at_a_terminal_the_line_has_the_token(
 
 def test_the_supervisor_has_that_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        supervisor([*shlex.split(join_line(Config(), "bhe_x")[0])[1:], "--help"])
+        supervisor([*shlex.split(join_line(join_address(Config())[0], "bhe_x"))[1:], "--help"])
     assert ended.value.code == 0
     assert "URL" in capsys.readouterr().out
