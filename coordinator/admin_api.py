@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.bodies import whole_number
+from coordinator.bodies import page_size
 from coordinator.dashboard.view import attempt_row, job_row
 from coordinator.errors import Json
 from coordinator.jobs_api import STATES
@@ -41,7 +41,7 @@ async def list_jobs(request: Request) -> Response:
     asked = request.query_params
     if unknown := [name for name in asked if name not in (*_FILTERS, "limit", "before")]:
         raise refuse("invalid_parameter", f"{unknown[0][:50]}: Expected one of {', '.join(_FILTERS)}, limit, before.")
-    limit = _limit(request, JOBS, MOST_JOBS)
+    limit = page_size(asked, JOBS, MOST_JOBS)
     wanted = JobFilter(**{name: asked.get(name, "")[:MAX_TEXT] for name in _FILTERS})
     if wanted.state and wanted.state not in STATES:
         raise refuse("invalid_parameter", f"state: Expected one of {', '.join(STATES)}.", "state")
@@ -66,7 +66,7 @@ async def job_logs(request: Request) -> Response:
     record, asked = await _job(request), request.query_params
     if unknown := [name for name in asked if name not in ("worker", "limit")]:
         raise refuse("invalid_parameter", f"{unknown[0][:50]}: Expected worker or limit.")
-    limit, worker = _limit(request, LINES, MOST_LINES), asked.get("worker", "")[:MAX_TEXT]
+    limit, worker = page_size(asked, LINES, MOST_LINES), asked.get("worker", "")[:MAX_TEXT]
     attempts = services(request).dispatcher.attempts
     elsewhere, silent = await attempts.elsewhere.lines(record.id, worker, limit)
     found = msgspec.to_builtins(merged([attempts.kept.of(record.id, worker, limit), *elsewhere], limit))
@@ -119,14 +119,6 @@ ROUTES = [
     Route("/v1/keys/{prefix}/revoke", revoke_key, methods=["POST"]),
     Route("/v1/workers/{id}/revoke", revoke_worker, methods=["POST"]),
 ]
-
-
-def _limit(request: Request, usual: int, most: int) -> int:
-    """How many are asked for. Raises FaultError(invalid_parameter)."""
-    limit = whole_number(request.query_params.get("limit", str(usual)), 1, most)
-    if limit is None:
-        raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {most}.", "limit")
-    return limit
 
 
 async def _job(request: Request) -> JobRecord:

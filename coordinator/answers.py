@@ -27,6 +27,7 @@ from coordinator.errors import JOB_ID
 from coordinator.records import JobEnded, JobEvent, JobProgress, JobRecord, Submission
 from coordinator.services import Services, services
 from protocol.faults import Fault, FaultError, refuse
+from protocol.framing import UNDECODABLE
 from protocol.work import RESULTS, FreeResult
 
 log = logging.getLogger(__name__)
@@ -240,7 +241,7 @@ def result_of(record: JobRecord) -> Any:
     type_ = RESULTS.get(record.kind, FreeResult)
     try:
         return msgspec.msgpack.decode(record.result or b"\xc0", type=type_)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise refuse("engine_protocol", f"The worker's result is not one of kind {record.kind}: {error}.") from None
 
 

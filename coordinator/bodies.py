@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from anyio.to_thread import run_sync
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
 from protocol.faults import Fault, FaultError, Owner, refuse
@@ -57,6 +58,14 @@ def whole_number(text: str, least: int, most: int) -> int | None:
     if not text.isascii() or not text.isdigit() or len(digits) > len(str(most)):
         return None
     return number if least <= (number := int(digits)) <= most else None
+
+
+def page_size(query: QueryParams, default: int, most: int) -> int:
+    """The query's `limit`. Raises FaultError(invalid_parameter)."""
+    limit = whole_number(query.get("limit", str(default)), 1, most)
+    if limit is None:
+        raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {most}.", "limit")
+    return limit
 
 
 def check_length(request: Request, limit: int) -> None:

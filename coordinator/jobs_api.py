@@ -25,8 +25,8 @@ from coordinator.bodies import (
     decode_object,
     flag,
     model_name,
+    page_size,
     read_json,
-    whole_number,
     work_params,
 )
 from coordinator.counting import Counters
@@ -231,9 +231,7 @@ async def list_jobs(request: Request) -> Response:
     With `dead=1` those that failed without their caller's doing: what an owner looks at, mends, and tries again.
     """
     query = request.query_params
-    limit = whole_number(query.get("limit", str(LIST_LIMIT)), 1, MAX_LIST_LIMIT)
-    if limit is None:
-        raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {MAX_LIST_LIMIT}.", "limit")
+    limit = page_size(query, LIST_LIMIT, MAX_LIST_LIMIT)
     state = query.get("state")
     if state is not None and state not in STATES:
         raise refuse("invalid_parameter", f"state: Expected one of {', '.join(STATES)}.", "state")

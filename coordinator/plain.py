@@ -13,6 +13,7 @@ import msgspec
 
 from protocol import link_wire as wire
 from protocol.faults import Fault
+from protocol.framing import UNDECODABLE
 
 MOST_DETAIL_BYTES = 64 * 2**10
 MESSAGE_CHARS = 4000
@@ -43,7 +44,7 @@ def why_not_plain(body: wire.Body) -> str:
 def _is_plain(data: msgspec.Raw) -> bool:
     try:
         return json_bytes(msgspec.msgpack.decode(data)) is not None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return False
 
 

@@ -14,6 +14,7 @@ from coordinator.records import StoredFile
 from coordinator.store.base import Outcome
 from protocol.engine_wire import MAX_OUTPUT_FILES
 from protocol.faults import Fault, FaultError
+from protocol.framing import UNDECODABLE
 from protocol.link_wire import RESULT_FILE, Complete
 from protocol.work import RESULTS, FreeResult, LlmResult, SttResult
 
@@ -89,7 +90,7 @@ def _misfit(kind: str, result: bytes) -> str:
     """msgspec's sentence when the result does not fit; "" when it does."""
     try:
         decoded = msgspec.msgpack.decode(result, type=RESULTS.get(kind, FreeResult))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         return str(error)
     if isinstance(decoded, SttResult) and not _has_times(decoded):
         return "it has times that are none"

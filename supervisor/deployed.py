@@ -124,10 +124,7 @@ class Deployed:
             return said
 
     def _line(self, name: str) -> trio.Lock:
-        lock = self._lines.get(name)
-        if lock is None:
-            lock = self._lines[name] = trio.Lock()
-        return lock
+        return self._lines.setdefault(name, trio.Lock())
 
     def _named(self, name: str) -> ModelTable | None:
         return next((table for table in self._settings().models if table.name == name), None)

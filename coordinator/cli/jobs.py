@@ -15,10 +15,10 @@ from coordinator.bodies import whole_number
 from coordinator.cli.http import AskError, ask, asking, quoted
 from coordinator.cli.showing import cell, date, fault_cell, line, say, table
 from coordinator.kept_lines import MOST_LINES
+from coordinator.worker_lines import MOST_CHARS
 
 OK, FAILED = 0, 1
 MOST_SHOWN = 100
-MOST_CHARS = 4000  # of a line
 
 
 def add_parser(commands: Any, shared: argparse.ArgumentParser, parser: type[argparse.ArgumentParser]) -> None:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from coordinator.bodies import read_json
 from coordinator.deploy.deployer import Deployer
-from coordinator.deploy.plan import due_in_s
+from coordinator.deploy.plan import due_in_s, serves
 from coordinator.deploy.spec import Asked, Candidate, Deployment, Placement, checked, why_not
 from coordinator.errors import Json
 from coordinator.services import services
@@ -92,7 +92,7 @@ def view(
         "revision": asked.revision,
         "serving": deployment.current,
         "wanted": asked.replicas,
-        "ready": sum(_serves(one, candidates) and one.revision == asked.revision for one in mine),
+        "ready": sum(serves(one, candidates) and one.revision == asked.revision for one in mine),
         "leaving": deployment.leaving,
         "workers": [
             {
@@ -106,11 +106,6 @@ def view(
         "not_chosen": not_chosen,
         "not_chosen_total": len(others),
     }
-
-
-def _serves(placement: Placement, candidates: Mapping[str, Candidate]) -> bool:
-    candidate = candidates.get(placement.worker)
-    return placement.state == "ready" and candidate is not None and candidate.connected
 
 
 def _why(placement: Placement, candidate: Candidate | None, now_ms: int) -> str:

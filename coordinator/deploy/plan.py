@@ -104,7 +104,7 @@ def _keep(
         ),
     )
     kept, surplus = ranked[: asked.replicas], ranked[asked.replicas :]
-    enough = len(kept) >= asked.replicas and all(_serves(one, candidates) for one in kept)
+    enough = len(kept) >= asked.replicas and all(serves(one, candidates) for one in kept)
     for one in wanted:
         candidate = candidates.get(one.worker)
         if one in count:
@@ -155,13 +155,14 @@ def _current(
     revision = deployment.asked.revision
     if deployment.current == revision or deployment.asked.replicas == 0:
         return None
-    ready = sum(_serves(one, candidates) for one in wanted)
+    ready = sum(serves(one, candidates) for one in wanted)
     before = [one for one in others if one.state == "ready" and one.revision == deployment.current]
     still = sum(not _is_lost(one, candidates) for one in before)
     return revision if ready >= max(1, min(deployment.asked.replicas, still)) else None
 
 
-def _serves(placement: Placement, candidates: Mapping[str, Candidate]) -> bool:
+def serves(placement: Placement, candidates: Mapping[str, Candidate]) -> bool:
+    """Whether it is ready, and its worker here."""
     candidate = candidates.get(placement.worker)
     return placement.state == "ready" and candidate is not None and candidate.connected
 

@@ -10,10 +10,10 @@ from starlette.routing import Route
 
 from coordinator.batch_lines import ENDPOINTS
 from coordinator.batches import new_batch_id
-from coordinator.bodies import FieldTable, choice, read_json
+from coordinator.bodies import FieldTable, choice, page_size, read_json
 from coordinator.errors import Json
 from coordinator.openai.files import keep_seconds
-from coordinator.openai.listing import cursor, page, page_size
+from coordinator.openai.listing import cursor, page
 from coordinator.services import caller, services
 from coordinator.store.shelf import BatchRecord
 from protocol.faults import FaultError, refuse

@@ -27,6 +27,7 @@ from coordinator.records import JobRecord
 from coordinator.services import services, submission
 from coordinator.streams import JobStream, sse
 from protocol.faults import refuse
+from protocol.framing import UNDECODABLE
 from protocol.work import Kind, LlmChunk, LlmResult
 
 FIELDS = FieldTable(
@@ -251,5 +252,5 @@ class ChatStream:
 def decode_chunk(data: bytes) -> LlmChunk:
     try:
         return msgspec.msgpack.decode(data, type=LlmChunk)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise refuse("engine_protocol", f"The worker's chunk is not one of kind llm: {error}.") from None

@@ -14,10 +14,10 @@ from starlette.routing import Route
 
 from coordinator import deliveries
 from coordinator.blobs.answers import UNKNOWN, blob_response
-from coordinator.bodies import check_length, whole_number
+from coordinator.bodies import check_length, page_size, whole_number
 from coordinator.errors import Json
 from coordinator.kept_files import MAX_FILE_BYTES, new_file_id
-from coordinator.openai.listing import cursor, page, page_size
+from coordinator.openai.listing import cursor, page
 from coordinator.services import caller, services
 from coordinator.store.shelf import FileRecord
 from coordinator.uploads import (

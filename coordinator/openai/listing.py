@@ -7,16 +7,8 @@ from typing import Any
 
 from starlette.datastructures import QueryParams
 
-from coordinator.bodies import MAX_NAME_CHARS, whole_number
+from coordinator.bodies import MAX_NAME_CHARS
 from protocol.faults import refuse
-
-
-def page_size(query: QueryParams, default: int, most: int) -> int:
-    """The query's `limit`. Raises FaultError(invalid_parameter)."""
-    limit = whole_number(query.get("limit", str(default)), 1, most)
-    if limit is None:
-        raise refuse("invalid_parameter", f"limit: Expected a number from 1 to {most}.", "limit")
-    return limit
 
 
 def cursor(query: QueryParams) -> str:

@@ -24,6 +24,7 @@ from coordinator.records import JobRecord
 from coordinator.services import Services, services, submission
 from coordinator.streams import EVENTS, JobStream, Shape, sse
 from protocol.faults import refuse
+from protocol.framing import UNDECODABLE
 from protocol.work import AUDIO_MIME, AudioResult, Kind, TtsChunk, TtsParams
 
 DEFAULT_FORMAT = "mp3"
@@ -82,7 +83,7 @@ class SpeechStream:
         """The next bytes."""
         try:
             audio = msgspec.msgpack.decode(data, type=TtsChunk).audio
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise refuse("engine_protocol", f"The worker's chunk is not one of kind audio_tts: {error}.") from None
         self._sent += len(audio)
         return [self._written(audio)]

@@ -18,6 +18,7 @@ from coordinator.services import services, submission
 from coordinator.streams import JobStream, sse
 from coordinator.uploads import is_multipart, read_form, uploads
 from protocol.faults import refuse
+from protocol.framing import UNDECODABLE
 from protocol.transcript import to_srt, to_verbose_json, to_vtt
 from protocol.work import Kind, SttChunk, SttResult
 
@@ -145,7 +146,7 @@ class TranscriptStream:
         """One segment."""
         try:
             segment = msgspec.msgpack.decode(data, type=SttChunk).segment
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise refuse("engine_protocol", f"The worker's chunk is not one of kind audio_stt: {error}.") from None
         text = segment.text if self._text else segment.text.lstrip()
         self._text += text

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from coordinator.records import WorkerView
+from protocol.framing import UNDECODABLE
 from protocol.link_wire import MAX_MESSAGE_BYTES, Capabilities
 
 MAX_BATCH_BYTES = 256 * 2**10  # frames that are gathered go out together, up to about this
@@ -159,5 +160,5 @@ def decode(data: bytes) -> list[AnyFrame]:
     """The frames of a message. Raises FrameError."""
     try:
         return _decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise FrameError(str(error)) from None

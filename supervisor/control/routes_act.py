@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from protocol.framing import UNDECODABLE
 from supervisor.control import asked
 from supervisor.control.exchange import (
     KEEP_ALIVE,
@@ -196,7 +197,7 @@ def _what(request: Request) -> str:
         return words
     try:
         told = safe(msgspec.json.decode(request.body))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return f"{words} with a body that is no JSON"
     return f"{words} {str(told)[:MOST_TOLD]}"
 

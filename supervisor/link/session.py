@@ -35,7 +35,7 @@ from protocol.revision import LINK_SUBPROTOCOL, LINK_WIRE
 from supervisor.link.causes import beside, broken_words, closed_words, first, rejected_words
 from supervisor.link.turns import Turns
 from supervisor.link.upgrade import Stream, open_stream, upgrade
-from supervisor.observe.paced import Paced
+from supervisor.observe.paced import QUOTED_CHARS, Paced
 from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ SILENT_BEATS = 3
 UNANSWERED_BEATS = 6  # by a peer that is not silent: it may have much to do before it comes to them
 MIN_HEARTBEAT_S, MAX_HEARTBEAT_S = 0.1, 300.0
 SLEEP_LOOK_S = 1.0
-QUOTED_CHARS = 500  # of what a coordinator says, in a line of the log
 MAX_WAITING = 10_000  # messages besides those of streams; who lets more wait does not read, whatever it says itself
 CLOSE_GOING_AWAY = 1001
 CLOSE_PATIENCE_S = 0.25  # for the closing handshake with a peer that may be gone

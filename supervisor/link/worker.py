@@ -17,8 +17,8 @@ from protocol import link_wire as wire
 from protocol.revision import LINK_WIRE
 from supervisor.intake.admission import ModelState, Refuse, Situation, admit
 from supervisor.link.attempts import Attempts
-from supervisor.link.session import QUOTED_CHARS, Post
-from supervisor.observe.paced import Paced
+from supervisor.link.session import Post
+from supervisor.observe.paced import QUOTED_CHARS, Paced
 from supervisor.observe.tally import Tally
 
 log = logging.getLogger(__name__)

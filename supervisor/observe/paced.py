@@ -12,6 +12,7 @@ import trio
 
 AT_ONCE = 20
 EVERY_S = 10.0
+QUOTED_CHARS = 500  # of what a peer says, in one line
 
 
 class Paced:

@@ -38,7 +38,7 @@ from supervisor.link.dialects.studio_models import Models, Source
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
 from supervisor.link.ledger import Key
 from supervisor.link.session import Side
-from supervisor.observe.paced import Paced
+from supervisor.observe.paced import QUOTED_CHARS, Paced
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ ASIDE_S = 600.0
 ANSWER_S = 5.0  # for a result of an earlier session; offers wait for so long at most
 MANY_JOBS = 1024  # whose last attempt is remembered
 MANY_OFFERS = 8  # that wait behind an answer; a studio makes one at a time
-QUOTED_CHARS = 500
 
 BUSY = "worker already has an in-flight job"
 _CODES: dict[str, Literal["busy", "paused"]] = {"busy": "busy", "paused": "paused", "draining": "paused"}

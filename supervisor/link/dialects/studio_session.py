@@ -31,7 +31,7 @@ from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import Claims
 from supervisor.link.session import SessionEnd, Side, Why
 from supervisor.link.upgrade import Stream, open_stream, upgrade
-from supervisor.observe.paced import Paced
+from supervisor.observe.paced import QUOTED_CHARS, Paced
 from supervisor.suspend import Clocks, SleepWatch
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 INBOX_FRAMES = 64
 MAX_WAITING = 256  # frames; beyond it lines of the log are dropped, the rest is bounded by one job at a time
 MAX_UNREAD = 4 * MAX_WAITING  # frames; whoever lets more wait does not read
-QUOTED_CHARS = 500  # of what a studio says, in a line of the log
 SKEW_S = 5.0
 SLEEP_LOOK_S = 1.0
 

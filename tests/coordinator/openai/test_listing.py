@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from starlette.datastructures import QueryParams
 
-from coordinator.openai.listing import cursor, page, page_size
+from coordinator.bodies import page_size
+from coordinator.openai.listing import cursor, page
 from protocol.faults import FaultError
 
 
