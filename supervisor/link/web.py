@@ -84,6 +84,10 @@ class Web:
         client = await self.client()
         import httpx
 
+        from supervisor.link.pieces import Held
+
+        if isinstance(request.stream, httpx.ByteStream):  # a generator, which nobody closes when the sending breaks off
+            request.stream = Held(request.content, lambda _count: None)
         response: httpx.Response | None = None
         body: bytes | None = None
         patience = patience or trio.CancelScope()

@@ -69,7 +69,6 @@ class Http(Web):
         where = self.url(path) + (f"?{urllib.parse.urlencode(query)}" if query else "")
         client = await self.client()
         request = client.build_request(method, where, headers=headers, content=content)
-        _hold(request, content or b"")
         return self.answer(await self._sent(request, MAX_REPLY_BYTES, self._request_s))
 
     async def config(self, url: str) -> bytes:
@@ -83,7 +82,6 @@ class Http(Web):
             raise Trouble(f"the address of its config is none: {error}", again=False) from None
         if request.url.scheme not in ("http", "https") or not request.url.host:
             raise Trouble("the address of its config is neither http nor https", again=False)
-        _hold(request, b"")
         return await self._sent(request, MAX_CONFIG_BYTES, CONFIG_S)
 
     async def send(self, request: httpx.Request, patience: trio.CancelScope) -> Any:
@@ -120,13 +118,6 @@ class Http(Web):
         if isinstance(answer, Mapping) and answer.get("success") is False:
             raise Trouble(f"the dashboard says that it failed{_reason(answer)}")
         return answer
-
-
-def _hold(request: httpx.Request, content: bytes) -> None:
-    """Give it a body that is no generator: nobody closes one when the connection breaks."""
-    from supervisor.link.pieces import Held  # with httpx, which is here by now
-
-    request.stream = Held(content, lambda _count: None)
 
 
 def _refusal(response: httpx.Response, body: bytes) -> Trouble:

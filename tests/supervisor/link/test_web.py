@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import gzip
 import hashlib
 import os
@@ -205,3 +206,30 @@ async def test_json_that_cannot_be_read_is_a_trouble_of_its_request(lie: bytes):
                 _status, answer = await studio.json("GET", base)
                 with pytest.raises(studio_http.Trouble):
                     answer.read(dict[str, int])
+
+
+async def _deaf(_stream: trio.SocketStream) -> None:
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("kind", ["native", "studio", "goliat"])
+async def test_a_request_that_is_called_off_while_it_goes_out_leaves_nothing_to_the_collector(kind):
+    """A generator that is left is a warning of trio's, and here an error."""
+    async with trio.open_nursery() as nursery:
+        listener, *_ = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, _deaf, [listener])
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}/"
+        body = "x" * 2**25  # more than the buffers of a connection hold
+        with trio.move_on_after(0.5) as calling_off:
+            if kind == "native":
+                async with Web(None, 30.0) as web:
+                    await web.ask((await web.client()).build_request("POST", url, json=body))
+            elif kind == "studio":
+                async with studio_http.Http() as studio:
+                    await studio.json("POST", url, body=body)
+            else:
+                async with goliat_http.Http(url) as goliat:
+                    await goliat.json("POST", "x", body=body)
+        gc.collect()
+        nursery.cancel_scope.cancel()
+    assert calling_off.cancelled_caught
