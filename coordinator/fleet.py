@@ -15,7 +15,7 @@ from coordinator.slots import Holding, Key, Slots
 from coordinator.store.base import Want
 from coordinator.store.needs import Labels, fits, needs_of
 from protocol.faults import Fault
-from protocol.link_wire import Body, Capabilities, GpuState, ModelOffer, OrderDone
+from protocol.link_wire import Body, Capabilities, Fetch, GpuState, ModelOffer, OrderDone
 
 __all__ = ["FOREVER", "Fleet", "HeldAttempt", "Key", "Port", "Worker"]
 
@@ -88,6 +88,7 @@ class Worker:
     draining: bool = False
     revision: int = 1  # of the link, in this session
     gpus: tuple[GpuState, ...] = ()  # as the last heartbeat told
+    fetches: tuple[Fetch, ...] = ()  # the same
     orders: dict[str, Callable[[OrderDone], None]] = dataclasses.field(default_factory=dict)  # by id, who waits
     # Model -> no offer before this time; "" speaks of all models. A new announcement lifts them.
     blocked: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -22,7 +22,7 @@ import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from coordinator import worker_lines
-from coordinator.announced import MOST_GPUS, why_refused
+from coordinator.announced import MOST_FETCHES, MOST_GPUS, why_refused
 from coordinator.attempts import Attempts
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
@@ -362,7 +362,7 @@ class WorkerSession:
         assert worker is not None
         match body:
             case wire.Heartbeat():
-                worker.gpus = body.gpus[:MOST_GPUS]
+                worker.gpus, worker.fetches = body.gpus[:MOST_GPUS], body.fetches[:MOST_FETCHES]
                 self.send(wire.HeartbeatAck(n=body.n))
             case wire.OrderDone():
                 if waits := worker.orders.pop(body.id, None):

@@ -141,12 +141,27 @@ class GpuState(Body, frozen=True):
     power_w: float | None = None
 
 
+class Fetch(Body, frozen=True):
+    """How far the worker is with a model that it was ordered to serve.
+
+    Attributes:
+        phase: `waiting` for others that are fetched, `fetching`, or `proving` (it is loaded and tried).
+        done_bytes, total_bytes: of all its files; a total of 0 is not known yet.
+    """
+
+    model: str
+    phase: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
 class Heartbeat(Body, frozen=True):
     """Every `heartbeat_ms` after welcome; answered by `heartbeat_ack` with the same `n`."""
 
     n: int
     running: int = 0
     gpus: tuple[GpuState, ...] = ()
+    fetches: tuple[Fetch, ...] = ()
 
 
 class Accept(Body, frozen=True):

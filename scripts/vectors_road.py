@@ -124,6 +124,17 @@ LINK: list[tuple[str, link.Body, tuple[str, int]]] = [
         ),
         ("", 0),
     ),
+    (
+        "heartbeat while ordered models are fetched",
+        link.Heartbeat(
+            n=8,
+            fetches=(
+                link.Fetch(model="chat@0123456789", phase="fetching", done_bytes=1073741824, total_bytes=4294967296),
+                link.Fetch(model="draw@9876543210", phase="waiting"),
+            ),
+        ),
+        ("", 0),
+    ),
     ("heartbeat_ack", link.HeartbeatAck(n=7), ("", 0)),
     ("announce", link.Announce(capabilities=link.Capabilities(accepting=False, reason="quiet hours")), ("", 0)),
     ("pause", link.Pause(reason="maintenance", for_ms=60000), ("", 0)),
@@ -263,6 +274,7 @@ LINK_PARTS = (
     link.ModelOffer,
     link.Gpu,
     link.GpuState,
+    link.Fetch,
     link.Held,
     link.FileRef,
     OutputFile,

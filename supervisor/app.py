@@ -238,7 +238,7 @@ class _Supervisor:
                 await front.reloader.reload("the coordinator deploys")
 
             deployed = Deployed(lambda: self._settings, pulls, roster, reload) if pulls is not None else None
-            worker = self._worker(box, served, attempts, keeping, self._remote(prover, nursery, deployed))
+            worker = self._worker(box, served, attempts, keeping, self._remote(prover, nursery, deployed), deployed)
             if self._notices is not None:
                 nursery.start_soon(Shipping(self._notices.ring, worker.say).run)
             keeping.on_change = worker.announce
@@ -382,7 +382,15 @@ class _Supervisor:
         liveness.probe("the control socket", lambda: knock(path))
         return liveness
 
-    def _worker(self, box: Box, served: Served, attempts: Attempts, keeping: OnDisk, remote: Remote) -> Worker:
+    def _worker(
+        self,
+        box: Box,
+        served: Served,
+        attempts: Attempts,
+        keeping: OnDisk,
+        remote: Remote,
+        deployed: Deployed | None,
+    ) -> Worker:
         def offered(not_accepting: str) -> Capabilities:
             return register.capabilities(
                 served.offers(),
@@ -406,6 +414,7 @@ class _Supervisor:
             tally=self._tally,
             on_order=remote.begin,
             gpus=box.gpu_states,
+            fetches=deployed.fetches if deployed is not None else tuple,
         )
 
     def _remote(self, prover: Prover, nursery: trio.Nursery, deployed: Deployed | None) -> Remote:

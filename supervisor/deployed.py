@@ -21,6 +21,7 @@ import fnmatch
 import logging
 import re
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ import trio
 
 from engines.catalog import CATALOG
 from protocol.faults import Fault
+from protocol.link_wire import Fetch
 from supervisor.control.asked import Pull, Remove
 from supervisor.control.exchange import Refused as PullRefused
 from supervisor.link.remote import Refused, Serve, Unserve
@@ -82,6 +84,8 @@ class Deployed:
         self._lines = weakref.WeakValueDictionary[str, trio.Lock]()  # per model, one order at a time
         self._bringing: dict[str, set[trio.CancelScope]] = {}  # per model, who waits or fetches, and can be called off
         self._shares: dict[str, int] = {}  # of those that are being fetched: the bytes that they are known to become
+        self._come: dict[str, tuple[int, int]] = {}  # of the same: bytes that are here, and in all (0: not known)
+        self._proving = Counter[str]()  # orders that wait for a model to be loaded and proved
 
     async def serve(self, order: Serve) -> str:
         """Fetch a model, serve it, and say so when it was proved.
@@ -99,7 +103,11 @@ class Deployed:
         manifest = self._manifest(table)
         if order.sha256 and order.sha256 not in manifest.digests.values():
             raise Refused(f"{order.name} is here already, with other bytes than {order.sha256[:16]}…")
-        fault = await self._models.take_on(table)
+        self._proving[order.name] += 1
+        try:
+            fault = await self._models.take_on(table)
+        finally:
+            self._proving -= Counter([order.name])
         if fault is not None:
             raise Refused(fault.message)
         return f"{order.name} is served."
@@ -122,6 +130,14 @@ class Deployed:
                 raise Refused(str(problem)) from None
             await self._reload()
             return said
+
+    def fetches(self) -> tuple[Fetch, ...]:
+        """How far each model is that was ordered and is not served yet."""
+        coming = {name: self._come.get(name) for name in self._bringing}
+        return (
+            *(Fetch(name, "fetching", *come) if come else Fetch(name, "waiting") for name, come in coming.items()),
+            *(Fetch(name, "proving") for name in self._proving if name not in coming),
+        )
 
     def _line(self, name: str) -> trio.Lock:
         return self._lines.setdefault(name, trio.Lock())
@@ -181,13 +197,13 @@ class Deployed:
                     self._slots.total_tokens = self._settings().coordinator.deploy.fetches
                     async with self._slots:
                         self._allow(order)  # the owner may have thought better of it meanwhile
-                        self._shares[order.name] = 0
+                        self._shares[order.name], self._come[order.name] = 0, (0, 0)
                         try:
                             await self._pull(order)
                             scopes.discard(scope)  # from here on it is there, and goes by `unserve`
                             await self._reload()
                         finally:
-                            del self._shares[order.name]
+                            del self._shares[order.name], self._come[order.name]
             finally:
                 scopes.discard(scope)
                 if not scopes:
@@ -229,14 +245,15 @@ class Deployed:
             async with contextlib.aclosing(self._pulls.pull(asked)) as events:
                 async for said in events:
                     end = said or end
-                    here = end.get("done_bytes") or 0
+                    here, total = end.get("done_bytes") or 0, end.get("total_bytes") or 0
                     if "done_bytes" in end:
+                        self._come[asked.name] = here, total
                         before = min(before, here)  # a file that starts over comes anew from there
                     if here >= before + STALL_BYTES:
                         before, since = here, trio.current_time()
                     elif trio.current_time() > since + STALL_S:
                         raise Refused(_STALLED)
-                    self._reckon(asked.name, here, end.get("total_bytes") or 0)
+                    self._reckon(asked.name, here, total)
         except PullRefused as problem:
             raise Refused(str(problem)) from None
         finally:

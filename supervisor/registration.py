@@ -64,8 +64,8 @@ class _Visitor:
     def holds(self, _job: str, _attempt: int) -> bool:
         return False
 
-    def gpus(self) -> tuple[wire.GpuState, ...]:
-        return ()
+    def heartbeat(self, n: int) -> wire.Heartbeat:
+        return wire.Heartbeat(n=n)
 
 
 async def register(

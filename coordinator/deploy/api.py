@@ -116,7 +116,7 @@ def _why(placement: Placement, candidate: Candidate | None, now_ms: int) -> str:
         case "wanted":
             return "the worker has not been asked yet"
         case "fetching":
-            return "the worker fetches, loads and proves it"
+            return placement.reason or "the worker fetches, loads and proves it"
         case "leaving":
             return "the worker is to let go of it"
         case "failed":

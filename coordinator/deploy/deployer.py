@@ -21,7 +21,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from coordinator.deploy.plan import due, plan
-from coordinator.deploy.spec import Candidate, Deployment, Placement, PlacementState, model_name
+from coordinator.deploy.spec import Candidate, Deployment, Placement, PlacementState, how_far, model_name
 from coordinator.fleet import FOREVER, Fleet, Worker
 from coordinator.logs import trouble
 from coordinator.store import Store, StoreError
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 TICK_S = 2.0
 SERVE_S = 6 * 3600.0  # a large model over a slow line
 UNSERVE_S = 120.0
+TELL_MS = 10_000  # between two words of how far a download is
 AGAIN_S = 15.0  # before a worker that cannot be ordered to let go is tried again
 ANNOUNCE_S = 30.0  # between the answer to `serve` and the announcement
 MOST_AT_ONCE = 64  # orders under way from here: those who wait do not all ask one server for a model
@@ -211,8 +212,10 @@ class Deployer:
             del self._errands[key]
         if announced and state in ("wanted", "fetching", "failed"):
             await self._write(placement, "ready", "")
-        elif (announced and state == "ready") or key in self._errands:
+        elif announced and state == "ready":
             return
+        elif key in self._errands:
+            await self._tell(placement, worker, now_ms)
         elif state == "leaving":
             if not any(held.model == placement.model for held in worker.attempts.values()):
                 self._begin(key, worker, "unserve", tasks, self._unserve, placement, worker)
@@ -232,6 +235,14 @@ class Deployer:
                     "options": asked.options,
                 }
                 self._begin(key, worker, "serve", tasks, self._serve, placement, worker, arguments)
+
+    async def _tell(self, placement: Placement, worker: Worker, now_ms: int) -> None:
+        """Write what the worker says of how far it is, where all replicas see it; not at every beat."""
+        fetch = next((one for one in worker.fetches if one.model == placement.model), None)
+        words = how_far(fetch) if fetch is not None else ""
+        soon = placement.reason and now_ms < placement.changed_ms + TELL_MS
+        if placement.state == "fetching" and words not in ("", placement.reason) and not soon:
+            await self._write(placement, "fetching", words)
 
     def _has_enough_to_do(self, worker: Worker) -> bool:
         serving = [errand.worker for errand in self._errands.values() if errand.verb == "serve"]

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol.faults import refuse
-from protocol.link_wire import Capabilities
+from protocol.link_wire import Capabilities, Fetch
 
 MAX_REPLICAS = 10_000
 REVISION_CHARS = 10
@@ -191,6 +191,23 @@ def _lacks(key: str, wanted: str, candidate: Candidate) -> str:
             if has == wanted:
                 return ""
             return f"its label {key} is {has}" if has is not None else f"it has no label {key}"
+
+
+def how_far(fetch: Fetch) -> str:
+    """What a worker says of a model that it was ordered to serve, in words."""
+    match fetch.phase:
+        case "waiting":
+            return "the worker fetches other models first"
+        case "proving":
+            return "the worker has fetched it, and loads and proves it"
+        case "fetching" if fetch.total_bytes > 0:
+            unit, name = (10**9, "GB") if fetch.total_bytes >= 10**9 else (10**6, "MB")
+            done, total = fetch.done_bytes / unit, fetch.total_bytes / unit
+            return f"the worker has fetched {done:.1f} of {total:.1f} {name}"
+        case "fetching":
+            return f"the worker has fetched {fetch.done_bytes / 10**6:.1f} MB, of a size that nobody told"
+        case _:
+            return ""
 
 
 def checked(asked: Asked) -> Asked:

@@ -152,8 +152,8 @@ class Side(Protocol):
     def running(self) -> int:
         """Attempts that have not ended."""
 
-    def gpus(self) -> tuple[wire.GpuState, ...]:
-        """Their state, for the heartbeat."""
+    def heartbeat(self, n: int) -> wire.Heartbeat:
+        """The next one."""
 
 
 class _Over(Exception):
@@ -308,7 +308,7 @@ class _Span:
 
     def _beat(self) -> None:
         self._beats += 1
-        self.post(wire.Heartbeat(n=self._beats, running=self._side.running, gpus=self._side.gpus()))
+        self.post(self._side.heartbeat(self._beats))
 
     def _slept(self, seconds: float) -> None:
         """The machine did; whatever was left of our patience was meant for a peer that heard us all the while."""

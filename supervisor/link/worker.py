@@ -49,7 +49,7 @@ class Worker:
         held: why this box takes no work now, as a phrase ("" when it does), and for how many more seconds (None when
             nobody knows).
         on_order: carries out what the coordinator orders besides, and answers when it is done.
-        gpus: their state, for heartbeats.
+        gpus, fetches: their state, and how far ordered models are, for heartbeats.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Worker:
         tally: Tally | None = None,
         on_order: OnOrder = _unknown_order,
         gpus: Callable[[], tuple[wire.GpuState, ...]] = tuple,
+        fetches: Callable[[], tuple[wire.Fetch, ...]] = tuple,
     ) -> None:
         self._tally = tally or Tally()
         self._identity = identity
@@ -72,7 +73,7 @@ class Worker:
         self._models = models
         self._on_shutdown = on_shutdown
         self._on_order = on_order
-        self._gpus = gpus
+        self._gpus, self._fetches = gpus, fetches
         self._held = held
         self._post: Post | None = None
         self._announced: wire.Capabilities | None = None
@@ -174,9 +175,9 @@ class Worker:
         """Attempts that have not ended."""
         return self._attempts.ledger.running
 
-    def gpus(self) -> tuple[wire.GpuState, ...]:
-        """Their state at this moment."""
-        return self._gpus()
+    def heartbeat(self, n: int) -> wire.Heartbeat:
+        """How things are at this moment."""
+        return wire.Heartbeat(n=n, running=self.running, gpus=self._gpus(), fetches=self._fetches())
 
     def broken_offer(self, job: str, attempt: int, reason: str) -> None:
         """Decline what cannot be read."""

@@ -127,8 +127,8 @@ class Idle:
     def holds(self, _job: str, _attempt: int) -> bool:
         return False
 
-    def gpus(self) -> tuple[wire.GpuState, ...]:
-        return ()
+    def heartbeat(self, n: int) -> wire.Heartbeat:
+        return wire.Heartbeat(n=n)
 
 
 def serve(folder: Path, listen: str) -> subprocess.Popen[bytes]:

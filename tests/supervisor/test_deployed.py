@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from protocol.faults import Fault, refuse
+from protocol.link_wire import Fetch
 from supervisor import deployed
 from supervisor.control.asked import Pull, Remove
 from supervisor.control.exchange import Refused as PullRefused
@@ -298,6 +299,43 @@ async def test_what_is_wanted_no_more_while_it_is_fetched_is_called_off_and_dele
     house.lines[NAME].set()
     await answers.ask(Serve(name=NAME, source=SOURCE, sha256=DIGEST))
     assert answers.of == {NAME: f"{NAME} is served."}
+
+
+async def test_how_far_each_model_is_stands_in_the_heartbeats(tmp_path: Path) -> None:
+    house = House(tmp_path, msgspec.structs.replace(ALLOWED, fetches=1))
+    other, far = "draw@0000000000", trio.Event()
+
+    async def half(order: Pull) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+        yield {"t": "progress", "done_bytes": 5, "total_bytes": house.size}
+        yield {"t": "note", "text": "nothing about how far it is"}
+        await far.wait()
+        house.keep(order.name, order.sha256)
+        yield house.end
+
+    async def proves(table: ModelTable) -> Fault | None:
+        await proved.wait()
+        return None
+
+    house.pull = lambda order: half(order)  # type: ignore[method-assign]
+    house.take_on, proved = proves, trio.Event()  # type: ignore[method-assign]
+    assert house.deployed.fetches() == ()
+    answers = Answers(house)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answers.ask, Serve(name=NAME, source=SOURCE, sha256=DIGEST))
+        await wait_all_tasks_blocked()
+        nursery.start_soon(answers.ask, Serve(name=other, source=SOURCE, sha256=DIGEST))
+        await wait_all_tasks_blocked()
+        fetching = Fetch(model=NAME, phase="fetching", done_bytes=5, total_bytes=house.size)
+        assert house.deployed.fetches() == (fetching, Fetch(model=other, phase="waiting"))
+        far.set()
+        await wait_all_tasks_blocked()
+        assert set(house.deployed.fetches()) == {
+            Fetch(model=NAME, phase="proving"),
+            Fetch(model=other, phase="proving"),
+        }
+        proved.set()
+    assert house.deployed.fetches() == ()
+    assert answers.of == {name: f"{name} is served." for name in (NAME, other)}
 
 
 async def test_a_download_that_stalls_makes_way(house: House, autojump_clock: MockClock) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def test_a_model_is_deployed_renewed_and_given_up(rig: Any, rigs: Any, admin: ht
     rigs.until(lambda: admin.get("/v1/deployments/big").status_code == 404, "it has gone")
     assert "big@" not in rig.config.read_text()
     assert not list((rig.state / "models").rglob("*.gguf"))
+
+
+def test_how_far_a_download_is_is_shown_to_who_deploys(rig: Any, rigs: Any, admin: httpx.Client, hub: Any) -> None:
+    hub.hold = threading.Event()  # the first part comes, and then a byte a minute until this is set
+    hub.cut_after[f"/{SOURCE}/resolve/{hub.commit}/chat-Q8_0.gguf"] = [150_000, *[1] * 20]
+    admin.put("/v1/deployments/big", json={"source": f"{SOURCE}@{hub.commit}"})
+
+    def fetched() -> bool:
+        workers = admin.get("/v1/deployments/big").json()["workers"]
+        return any(" of 0.4 MB" in one["why"] and one["state"] == "fetching" for one in workers)
+
+    rigs.until(fetched, "it is shown how much came")
+    hub.cut_after.clear()
+    hub.hold.set()
+    rigs.until(lambda: admin.get("/v1/deployments/big").json()["ready"] == 1, "the rest came")
+    assert all(one["why"] == "" for one in admin.get("/v1/deployments/big").json()["workers"])
 
 
 def test_what_the_owner_does_not_allow_is_told_to_who_deploys(rig: Any, rigs: Any, admin: httpx.Client) -> None:

@@ -18,7 +18,7 @@ from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.store import SqliteStore
 from coordinator.store.threads import StoreThreads
 from protocol.faults import refuse
-from protocol.link_wire import Body, Capabilities, ModelOffer, OrderDone
+from protocol.link_wire import Body, Capabilities, Fetch, ModelOffer, OrderDone
 
 ASKED = Asked(name="chat", source="https://models.test/chat.gguf", sha256="a" * 64, options={"n_ctx": 512})
 MODEL = model_name("chat", ASKED.revision)
@@ -104,6 +104,60 @@ async def test_workers_are_ordered_to_serve_and_ready_when_they_announce_it(hous
     assert house.deployer.model_of("chat") == MODEL
     assert house.deployer.name_of(MODEL) == "chat"
     assert house.deployer.name_of("somebody's own") == "somebody's own"
+
+
+@pytest.mark.parametrize(
+    ("fetch", "words"),
+    [
+        (Fetch(model=MODEL, phase="waiting"), "the worker fetches other models first"),
+        (Fetch(model=MODEL, phase="fetching", done_bytes=5, total_bytes=10**6), "the worker has fetched 0.0 of 1.0 MB"),
+        (
+            Fetch(model=MODEL, phase="fetching", done_bytes=2**63 - 1, total_bytes=4 * 10**9),
+            "the worker has fetched 9223372036.9 of 4.0 GB",
+        ),
+        (
+            Fetch(model=MODEL, phase="fetching", done_bytes=10**7),
+            "the worker has fetched 10.0 MB, of a size that nobody told",
+        ),
+        (Fetch(model=MODEL, phase="proving"), "the worker has fetched it, and loads and proves it"),
+        (Fetch(model=MODEL, phase="what a later release says"), ""),
+        (Fetch(model="another", phase="proving"), ""),
+    ],
+)
+async def test_how_far_a_worker_is_is_written_for_all_replicas(house: House, fetch: Fetch, words: str) -> None:
+    worker = house.worker("a")
+    house.silence.add("a")
+    await house.deploy(ASKED)
+    async with anyio.create_task_group() as tasks:
+        await house.deployer.tick(tasks)
+        worker.fetches = (fetch,)
+        await house.deployer.tick(tasks)
+        [placement] = house.store.placements()
+        assert (placement.state, placement.reason) == ("fetching", words)
+        house.silent.set()
+    await house.ticks()
+    [placement] = house.store.placements()
+    assert (placement.state, placement.reason) == ("ready", "")
+
+
+async def test_how_far_a_worker_is_is_not_written_at_every_beat(house: House) -> None:
+    def fetched(done: int) -> tuple[Fetch, ...]:
+        return (Fetch(model=MODEL, phase="fetching", done_bytes=done * 10**6, total_bytes=10**9),)
+
+    worker = house.worker("a")
+    house.silence.add("a")
+    await house.deploy(ASKED)
+    async with anyio.create_task_group() as tasks:
+        await house.deployer.tick(tasks)
+        for done in (1, 400):
+            worker.fetches = fetched(done)
+            await house.deployer.tick(tasks)
+        assert "0.0 of 1.0 GB" in house.store.placements()[0].reason
+        house.store.shift_clock(60_000)
+        worker.fetches = fetched(500)
+        await house.deployer.tick(tasks)
+        assert "0.5 of 1.0 GB" in house.store.placements()[0].reason
+        house.silent.set()
 
 
 async def test_a_refusal_is_kept_and_tried_again_after_a_pause(house: House) -> None:

@@ -46,8 +46,8 @@ class FakeSide:
     def closed(self) -> None:
         self.log.append("closed")
 
-    def gpus(self) -> tuple[wire.GpuState, ...]:
-        return (wire.GpuState(uuid="GPU-a", busy=0.5),)
+    def heartbeat(self, n: int) -> wire.Heartbeat:
+        return wire.Heartbeat(n=n, running=self.running, gpus=(wire.GpuState(uuid="GPU-a", busy=0.5),))
 
     def holds(self, job, attempt) -> bool:
         return (job, attempt) in self.held
@@ -226,13 +226,13 @@ async def test_a_heart_that_beats_while_the_session_closes_does_not_hide_why(mon
     monkeypatch.setattr(subject, "UNANSWERED_BEATS", 1000)
     side, beaten = FakeSide(), trio.Event()
 
-    def gpus() -> tuple[wire.GpuState, ...]:
+    def heartbeat(n: int) -> wire.Heartbeat:
         side.log.append("beat")
         if side.log.count("beat") == 2:
             beaten.set()
-        return ()
+        return wire.Heartbeat(n=n)
 
-    side.gpus = gpus
+    side.heartbeat = heartbeat
     async with open_coordinator() as coordinator, talking(side, coordinator) as end:
         peer = await coordinator.session(heartbeat_ms=200)
         with trio.fail_after(20):

@@ -57,8 +57,8 @@ class Bench:
     def broken_offer(self, job: str, attempt: int, reason: str) -> None:
         raise AssertionError(job, attempt, reason)
 
-    def gpus(self) -> tuple[wire.GpuState, ...]:
-        return ()
+    def heartbeat(self, n: int) -> wire.Heartbeat:
+        return wire.Heartbeat(n=n)
 
     def heard(self, body: wire.Body, job: str, attempt: int) -> None:
         self.heard_.append((body, job, attempt))
