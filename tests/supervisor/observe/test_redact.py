@@ -325,4 +325,4 @@ def test_it_is_fast_enough_on_long_hostile_lines() -> None:
     ):
         began = time.process_time()
         redacted(line)
-        assert time.process_time() - began < 0.5, line[:20]
+        assert time.process_time() - began < 5, line[:20]  # 0.07 on a quiet box; what goes back and forth takes minutes

