@@ -1,8 +1,9 @@
 """Works off batches: reads a batch's file, queues its requests a few at a time, writes its output at the end.
 
 The store is the truth and every step can be taken twice: a line's job carries the line's number as its idempotency
-key, what became of a line is noted once, and the batch itself changes only for who saw its latest version. So a
-coordinator that was killed goes on where it was, and two replicas that work on one batch do no harm.
+key, what became of a line is noted once, and the batch itself changes only for who saw its latest version, its output
+with it. So a coordinator that was killed goes on where it was, and two replicas that work on one batch do no harm: who
+wrote an output in vain deletes that, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from anyio.to_thread import run_sync
 from coordinator.batch_lines import MAX_LINES, parse_line, planned, read_lines, written, wrong_lines
 from coordinator.blobs.base import Blobs
 from coordinator.dispatch import Dispatcher
-from coordinator.kept_files import MAX_OUTPUT_BYTES, KeptFiles
+from coordinator.kept_files import MAX_OUTPUT_BYTES, KeptFiles, new_file_id
 from coordinator.logs import trouble
 from coordinator.records import Submission
 from coordinator.store import Store, StoreError
@@ -43,6 +44,7 @@ _BUSY = frozenset({"overloaded", "storage_full", "rate_limited"})  # not the lin
 # Inside the class `list` is the method.
 Records = list[BatchRecord]
 Items = list[BatchItem]
+Files = list[FileRecord]
 
 
 class BatchSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +132,9 @@ class Batches:
             self._bell = anyio.Event()
             try:
                 for batch in await self._threads.read(self._store.open_batches):
-                    await self._guarded(batch)
+                    now = await self._threads.read(self._store.get_batch, batch.id, batch.tenant)
+                    if now is not None and not now.ended:  # another replica may have been at it since
+                        await self._guarded(now)
                 if anyio.current_time() >= purge_at:
                     purge_at = anyio.current_time() + 60.0
                     await self._files.purge()
@@ -275,28 +279,30 @@ class Batches:
             first = found[-1][0].n + 1
 
     async def _finish(self, batch: BatchRecord) -> None:
-        """Write output and error file, and end the batch."""
-        tally = _Tally()
-        output = await self._write(batch, tally, good=True)
-        errors = await self._write(batch, tally, good=False)
-        done = msgspec.structs.replace(
-            batch,
-            output_file=output,
-            error_file=errors,
-            completed=tally.good,
-            failed=tally.bad,
-            usage=tally.usage,
-        )
-        await self._save(done, _END[batch.end])
+        """Write output and error file, and end the batch with them, unless another replica has done so meanwhile."""
+        tally, files, saved = _Tally(), list[FileRecord](), None
+        try:
+            output = await self._write(batch, tally, files, good=True)
+            errors = await self._write(batch, tally, files, good=False)
+            done = msgspec.structs.replace(
+                batch,
+                output_file=output,
+                error_file=errors,
+                completed=tally.good,
+                failed=tally.bad,
+                usage=tally.usage,
+            )
+            saved = await self._save(done, _END[batch.end], files)
+        finally:
+            if saved is None:
+                for file in files:
+                    await self._files.drop(file)
         self.on_end()
         self._places.pop(batch.id, None)
 
-    async def _write(self, batch: BatchRecord, tally: _Tally, *, good: bool) -> str:
-        """Write one of the two files; returns its id, "" when it would be empty."""
+    async def _write(self, batch: BatchRecord, tally: _Tally, files: Files, *, good: bool) -> str:
+        """Write one of the two files, for `files`; returns its id, "" when it would be empty."""
         word = "output" if good else "error"
-        file_id = f"file-{batch.id.removeprefix('batch_')}-{word}"
-        # Written by an earlier life that did not come to note it: its lines may not be the same any more.
-        await self._files.remove(file_id, batch.tenant)
         async with aclosing(self._written(batch, tally, good)) as lines:
             first = await anext(lines, None)
             if first is None:
@@ -308,7 +314,7 @@ class Batches:
                     yield line
 
             record = FileRecord(
-                id=file_id,
+                id=new_file_id(),
                 tenant=batch.tenant,
                 name=f"{batch.id}_{word}.jsonl",
                 purpose="batch_output",
@@ -317,9 +323,8 @@ class Batches:
                 sha256="",
             )
             async with aclosing(data()) as body:
-                received = await self._files.receive(body, record, MAX_OUTPUT_BYTES, bounded=False)
-            await self._files.keep(received, batch.keep_s)
-        return file_id
+                files.append(await self._files.receive(body, record, MAX_OUTPUT_BYTES, bounded=False))
+        return record.id
 
     async def _written(self, batch: BatchRecord, tally: _Tally, good: bool) -> AsyncGenerator[bytes, None]:
         """The lines of one of the two files. Memory holds a page at a time."""
@@ -338,8 +343,10 @@ class Batches:
                     yield line.data
             place = _Place(place.n + len(lines), offset)
 
-    async def _save(self, batch: BatchRecord, state: BatchState) -> BatchRecord | None:
-        return await self._threads.write(self._store.save_batch, msgspec.structs.replace(batch, state=state))
+    async def _save(
+        self, batch: BatchRecord, state: BatchState, files: Sequence[FileRecord] = ()
+    ) -> BatchRecord | None:
+        return await self._threads.write(self._store.save_batch, msgspec.structs.replace(batch, state=state), files)
 
 
 class _Tally:

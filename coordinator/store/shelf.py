@@ -141,10 +141,13 @@ class Shelf(Forgets, Protocol):
     def open_batches(self) -> list[BatchRecord]:
         """All that have not ended, oldest first."""
 
-    def save_batch(self, batch: BatchRecord) -> BatchRecord | None:
+    def save_batch(self, batch: BatchRecord, files: Sequence[FileRecord] = ()) -> BatchRecord | None:
         """Change a batch that still has the version which `batch` names; None when it was changed meanwhile.
 
         A new state is noted in `moved`. With a terminal one its items are forgotten.
+
+        Args:
+            files: what it made; kept with the change or not at all, for the batch's `keep_s`.
         """
 
     def note_items(self, batch_id: str, items: Sequence[BatchItem]) -> None:

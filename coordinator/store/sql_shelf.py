@@ -26,21 +26,24 @@ class SqlShelf(SqlForget):
     def add_file(self, file: FileRecord, keep_ms: int = 0) -> FileRecord:
         """Keep a file for `keep_ms`, or until it is deleted."""
         with self._transaction() as now:
-            row = self._one(
-                "INSERT INTO files (id, tenant, name, purpose, blob, size, sha256, created_ms, expires_ms) "
-                "VALUES (:id, :tenant, :name, :purpose, :blob, :size, :sha256, :now, :expires) RETURNING *",
-                id=file.id,
-                tenant=file.tenant,
-                name=file.name,
-                purpose=file.purpose,
-                blob=file.blob,
-                size=file.size,
-                sha256=file.sha256,
-                now=now,
-                expires=now + keep_ms if keep_ms else 0,
-            )
-            assert row is not None
-            return _file(row)
+            return self._add_file(file, keep_ms, now)
+
+    def _add_file(self, file: FileRecord, keep_ms: int, now: int) -> FileRecord:
+        row = self._one(
+            "INSERT INTO files (id, tenant, name, purpose, blob, size, sha256, created_ms, expires_ms) "
+            "VALUES (:id, :tenant, :name, :purpose, :blob, :size, :sha256, :now, :expires) RETURNING *",
+            id=file.id,
+            tenant=file.tenant,
+            name=file.name,
+            purpose=file.purpose,
+            blob=file.blob,
+            size=file.size,
+            sha256=file.sha256,
+            now=now,
+            expires=now + keep_ms if keep_ms else 0,
+        )
+        assert row is not None
+        return _file(row)
 
     def get_file(self, file_id: str, tenant: str) -> FileRecord | None:
         """The tenant's file, unless its time has passed."""
@@ -151,8 +154,8 @@ class SqlShelf(SqlForget):
         return [_batch(row) for row in self._read("SELECT body FROM batches WHERE ended_ms IS NULL ORDER BY seq")]
 
     @whole
-    def save_batch(self, batch: BatchRecord) -> BatchRecord | None:
-        """Change a batch that still has the version which `batch` names."""
+    def save_batch(self, batch: BatchRecord, files: Sequence[FileRecord] = ()) -> BatchRecord | None:
+        """Change a batch that still has the version which `batch` names, and keep what it made."""
         with self._transaction() as now:
             moved = {batch.state: now, **batch.moved}
             saved = msgspec.structs.replace(batch, moved=moved, version=batch.version + 1)
@@ -167,6 +170,8 @@ class SqlShelf(SqlForget):
             )
             if row is None:
                 return None
+            for file in files:
+                self._add_file(file, batch.keep_s * 1000, now)
             if saved.ended:
                 self._all("DELETE FROM batch_items WHERE batch = :id RETURNING n", id=batch.id)
             return saved

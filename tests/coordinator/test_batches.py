@@ -19,7 +19,7 @@ from coordinator.kept_files import KeptFiles, new_file_id
 from coordinator.records import JobRecord, Submission
 from coordinator.store import SqliteStore
 from coordinator.store.base import Outcome, Want
-from coordinator.store.shelf import BatchRecord, FileRecord
+from coordinator.store.shelf import BatchItem, BatchRecord, BatchState, FileRecord
 from protocol.faults import Fault, refuse
 from protocol.work import LlmResult
 
@@ -177,6 +177,67 @@ async def test_killed_at_every_step_it_ends_the_same(store: SqliteStore, blobs: 
         whole(store, blobs, look(store, batch), ran)
         for file in store.list_files("t", 10):
             store.remove_file(file.id, "t")
+
+
+class Meanwhile:
+    """A store in which another replica does `act` right before our call number `at`."""
+
+    def __init__(self, store: SqliteStore, at: int, act: Callable[[], None]) -> None:
+        self._store, self._at, self._act = store, at, act
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._store, name)
+
+        def call(*args: Any) -> Any:
+            self.calls += 1
+            if self.calls == self._at:
+                self._act()
+            return function(*args)
+
+        return call
+
+
+async def answered(store: SqliteStore, blobs: FolderBlobs, state: BatchState) -> BatchRecord:
+    """A batch in this state whose lines all have their answers."""
+    batch, queue = await begin(store, blobs), Queue(store)
+    for n in range(LINES):
+        wanted = Submission(kind="llm", model="m", params=b"\x80", tenant="t", idempotency_key=f"{batch.id}/{n}")
+        store.note_items(batch.id, [BatchItem(n, (await queue.submit(wanted)).id)])
+    for record, _ in store.claim([ANY]):
+        assert store.accept(record.id, record.attempt, "w")
+        store.complete(record.id, record.attempt, "w", DONE)
+    end = "completed" if state == "finalizing" else ""
+    saved = store.save_batch(msgspec.structs.replace(batch, state=state, end=end, total=LINES))
+    assert saved is not None
+    return saved
+
+
+@pytest.mark.parametrize("state", ["finalizing", "cancelling"])
+async def test_another_replica_that_ends_a_batch_at_any_step_of_ours_takes_nothing_away(
+    store: SqliteStore, blobs: FolderBlobs, state: BatchState
+) -> None:
+    for at in itertools.count(1):
+        batch = await answered(store, blobs, state)
+
+        def other(batch: BatchRecord = batch) -> None:
+            trio.run(runner(store, blobs)._step, look(store, batch))
+
+        ours = Meanwhile(store, at, other)
+        await runner(ours, blobs)._guarded(batch)
+        done = look(store, batch)
+        assert (done.ended, done.completed) == (True, LINES)
+        lines = lines_of(store, blobs, done.output_file)
+        assert [line["custom_id"] for line in lines] == [f"c{n}" for n in range(LINES)]
+        files = store.list_files("t", 10)
+        assert {file.id for file in files} == {done.input_file, done.output_file}
+        assert {path.name for path in (blobs.path(files[0].blob).parent).iterdir()} == {file.blob for file in files}
+        for file in files:
+            store.remove_file(file.id, "t")
+            blobs.delete("", (file.blob,))
+        if ours.calls < at:
+            assert at > 3, "the batch took fewer steps than it can"
+            return
 
 
 async def test_a_full_queue_only_delays(store: SqliteStore, blobs: FolderBlobs) -> None:
