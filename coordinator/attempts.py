@@ -230,18 +230,22 @@ class Attempts:
         if worker.attempts[key].state == "running":
             self._publish(worker.attempts[key], JobProgress(body.n, body.total, body.phase, body.text))
 
-    async def complete(self, worker: Worker, key: Key, body: wire.Complete) -> None:
-        """The attempt succeeded, says the worker: judge the result, store it, acknowledge."""
+    async def complete(self, worker: Worker, key: Key, body: wire.Complete) -> bool:
+        """The attempt succeeded, says the worker: judge the result, store it, acknowledge.
+
+        Returns whether it is a result; what is none has failed the attempt.
+        """
         held = worker.attempts[key]
         outcome = await judge_result(self._blobs, *key, held.kind, body)
         if isinstance(outcome, Fault):
             log.warning("%s#%d on %s: %s", *key, worker.id, outcome.message)
             await self.fail(worker, key, wire.Fail(fault=outcome, streamed=held.streamed))
-            return
+            return False
         ending = await self._complete(Done(*key, worker.id, outcome))
         if ending.verdict in ("stored", "late"):
             self.counters.add_usage(held.model, outcome.usage)
         await self._finish(worker, key, ending)
+        return True
 
     async def fail(self, worker: Worker, key: Key, body: wire.Fail) -> None:
         """The attempt failed: requeue the job or end it, then acknowledge."""

@@ -83,10 +83,6 @@ class StudioJobs:
         given = self._given.get(job)
         return given if given is not None and given.key in self._worker.attempts else None
 
-    def verdict(self, job: str) -> str | None:
-        """How a job ended that was this worker's: stored or fenced; None when it never was, or has not ended."""
-        return self._done.get(job)
-
     def abandoned(self, job: str) -> bool:
         """Whether nobody waits any more for the job that the worker has."""
         given = self.given(job)
@@ -138,15 +134,19 @@ class StudioJobs:
             case _:
                 await self._accepted(given)
 
-    async def complete(self, job: str, body: wire.Complete) -> str | None:
-        """Store a result that came by HTTP. Returns its verdict, None when the job is not this worker's.
+    async def uploaded(self, given: Given, end: wire.Complete | Fault) -> bool:
+        """End a job with what came by HTTP: a result, or why it is none.
+
+        Returns whether it is kept as the job's result, or wanted by nobody any more.
 
         Raises:
             StoreError, FaultError, OSError: nothing was stored.
         """
-        if (given := self.given(job)) is not None:
-            await self._end(given, "", body)
-        return self._done.get(job)
+        now = self.given(given.key[0])
+        if now is None or now.key != given.key:
+            return False
+        good = await self._end(given, "", end)
+        return good and self._done.get(given.key[0]) == "stored"
 
     def works_on(self, job: str) -> None:
         """The worker runs this job, it says: whoever waits for a stream may have its headers now."""
@@ -169,14 +169,14 @@ class StudioJobs:
             log.warning("%s#%d on %s: %s", *given.key, self._worker.id, error.fault.message)
             return error.fault
 
-    async def _end(self, given: Given, word: str, end: wire.Complete | Fault) -> None:
-        """End the attempt; `word` is the frame that acknowledges it, "" for none."""
+    async def _end(self, given: Given, word: str, end: wire.Complete | Fault) -> bool:
+        """End the attempt; `word` is the frame that acknowledges it, "" for none. Returns whether it has a result."""
         await self._accepted(given)
         self._acks[given.key] = word
         if isinstance(end, Fault):
             await self._attempts.fail(self._worker, given.key, wire.Fail(fault=end))
-        else:
-            await self._attempts.complete(self._worker, given.key, end)
+            return False
+        return await self._attempts.complete(self._worker, given.key, end)
 
     async def _decline(self, given: Given, said: wire.Decline) -> None:
         if self._held(given.key).state == "running":

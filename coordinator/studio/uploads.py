@@ -3,10 +3,14 @@
 The form has the file as `image` whatever it is, the texts `prompt` and `ext`, and perhaps `generationMeta`. What the
 file really is, its content tells; the texts decide nothing, so they are only bounded. A job that is not the worker's
 is refused before its bytes are read; one that nobody waits for any more is read and dropped.
+
+A file that is not what the job asks for ends the attempt, and is answered as a job that is not claimed any more: to
+any 5xx a worker would send the same file again, and keep the job meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -32,9 +36,11 @@ from coordinator.uploads import (
     part_pieces,
     read_text,
 )
-from protocol.faults import Fault, refuse
+from protocol.faults import Fault, FaultError, refuse
 from protocol.link_wire import Complete
 from protocol.work import Kind
+
+log = logging.getLogger(__name__)
 
 FILE_FIELD = "image"
 # Of one file, by kind; films only by what the blobs take.
@@ -53,12 +59,12 @@ async def receive(request: Request, jobs: StudioJobs, idle_s: float, job: str, b
         request: whose body was not read yet.
         jobs: of the worker that sends it.
         idle_s: an upload of which nothing comes for so long is ended.
-        job: its id; conflict when the worker does not have it.
+        job: its id.
         blobs: where the file goes.
 
     Raises:
-        FaultError: conflict, invalid_request, invalid_parameter, payload_too_large, unsupported_media_type,
-            engine_protocol (another format than was asked for), storage_full. The worker still has the job then.
+        FaultError: invalid_request, invalid_parameter, payload_too_large, unsupported_media_type, storage_full: the
+            worker still has the job. conflict: it does not, or not any more.
         ClientDisconnect: the worker left while sending.
     """
     given = jobs.given(job)
@@ -67,17 +73,19 @@ async def receive(request: Request, jobs: StudioJobs, idle_s: float, job: str, b
     if given.kind in JSON_KINDS:
         raise refuse("invalid_request", f"A result of kind {given.kind} is sent as completeJson.")
     try:
-        complete = await _read(request, jobs, idle_s, given, blobs)
+        end = await _read(request, jobs, idle_s, given, blobs)
     except _Stalled:
         return fault_response(Fault("invalid_request", "The upload stalled."), 408)
     async with jobs.turn:
-        verdict = await jobs.complete(job, complete)
-    if verdict != "stored":
-        raise refuse("conflict", "The job is not claimed by this worker any more.", "jobId")
+        kept = await jobs.uploaded(given, end)
+    if not kept:
+        why = f" {end.message}" if isinstance(end, Fault) else ""
+        raise refuse("conflict", f"The job is not claimed by this worker any more.{why}", "jobId")
     return Json({"ok": True})
 
 
-async def _read(request: Request, jobs: StudioJobs, idle_s: float, given: Given, blobs: Blobs) -> Complete:
+async def _read(request: Request, jobs: StudioJobs, idle_s: float, given: Given, blobs: Blobs) -> Complete | Fault:
+    """What the form ends the job with: its file as a result, or why it is none."""
     if not is_multipart(request):
         raise refuse("unsupported_media_type", "Expected a body of type multipart/form-data with the file in it.")
     most = min(blobs.max_output_bytes, _LIMITS.get(given.kind, blobs.max_output_bytes))
@@ -102,7 +110,11 @@ async def _read(request: Request, jobs: StudioJobs, idle_s: float, given: Given,
         raise refuse("invalid_parameter", f"{FILE_FIELD}: The file is required.", FILE_FIELD)
     if unwanted:
         return of_a_cancelled_job(given.kind, given.params)
-    return from_file(given.kind, given.params, bytes(head), stored.size, stored.sha256)
+    try:
+        return from_file(given.kind, given.params, bytes(head), stored.size, stored.sha256)
+    except FaultError as error:
+        log.warning("%s#%d: %s", *given.key, error.fault.message)
+        return error.fault
 
 
 def _check_field(name: str, text: str) -> None:
