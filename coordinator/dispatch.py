@@ -152,6 +152,10 @@ class Dispatcher:
         """Newest first, without params and result; with `dead` only those that somebody may want to try again."""
         return await self._threads.read(self._store.recent, tenant, limit, state, dead)
 
+    async def videos(self, tenant: str, limit: int, after: str, oldest_first: bool) -> Records:
+        """A page of the tenant's videos, see `Store.videos`."""
+        return await self._threads.read(self._store.videos, tenant, limit, after, oldest_first)
+
     async def cancel(self, job_id: str, tenant: str, reason: str) -> JobRecord | None:
         """Cancel; returns the row as it is afterwards (unchanged when it had ended before), None when unknown.
 

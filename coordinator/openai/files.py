@@ -17,7 +17,7 @@ from coordinator.blobs.answers import UNKNOWN, blob_response
 from coordinator.bodies import check_length, page_size, whole_number
 from coordinator.errors import Json
 from coordinator.kept_files import MAX_FILE_BYTES, new_file_id
-from coordinator.openai.listing import cursor, page
+from coordinator.openai.listing import cursor, oldest_first, page
 from coordinator.services import caller, services
 from coordinator.store.shelf import FileRecord
 from coordinator.uploads import (
@@ -125,11 +125,9 @@ def keep_seconds(value: Any, field: str) -> int:
 async def list_files(request: Request) -> Response:
     """The tenant's files, newest first, in pages."""
     query = request.query_params
-    limit, order = page_size(query, LIST_LIMIT, LIST_LIMIT), query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise refuse("invalid_parameter", "order: Expected asc or desc.", "order")
+    limit = page_size(query, LIST_LIMIT, LIST_LIMIT)
     records = await services(request).files.list(
-        caller(request).tenant, limit + 1, cursor(query), query.get("purpose", ""), order == "asc"
+        caller(request).tenant, limit + 1, cursor(query), query.get("purpose", ""), oldest_first(query)
     )
     return Json(page([to_file(record) for record in records], limit))
 

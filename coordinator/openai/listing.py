@@ -1,4 +1,4 @@
-"""What lists of files and of batches share: the query of a page, and its shape."""
+"""What lists of files, batches and videos share: the query of a page, and its shape."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def cursor(query: QueryParams) -> str:
     if len(text) > MAX_NAME_CHARS:
         raise refuse("invalid_parameter", "after: Expected an id.", "after")
     return text
+
+
+def oldest_first(query: QueryParams) -> bool:
+    """The query's `order`: "desc" is what a list comes in. Raises FaultError(invalid_parameter)."""
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise refuse("invalid_parameter", "order: Expected asc or desc.", "order")
+    return order == "asc"
 
 
 def page(found: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:

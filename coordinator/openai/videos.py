@@ -16,12 +16,14 @@ from coordinator.bodies import (
     FieldTable,
     in_callers_words,
     model_name,
+    page_size,
     read_json,
     work_params,
 )
 from coordinator.errors import Json
 from coordinator.files import file_response, only_file
 from coordinator.forms import form_values
+from coordinator.openai.listing import cursor, oldest_first, page
 from coordinator.openai.pictures import SIZE_NAMES, size_params
 from coordinator.records import JobRecord, StoredInput
 from coordinator.services import caller, services, submission
@@ -73,18 +75,13 @@ async def create(request: Request) -> Response:
 
 
 async def list_videos(request: Request) -> Response:
-    """The newest videos of the tenant."""
-    parts = services(request)
-    records = await parts.dispatcher.list(caller(request).tenant, LIST_LIMIT)
-    videos = [record for record in records if record.kind == Kind.VIDEO and record.state != "cancelled"]
-    data = []
-    for video in videos:
-        # Lists come without parameters, and a video object shows its prompt, size and length.
-        record = await parts.dispatcher.get(video.id, video.tenant)
-        if record is not None:
-            data.append(to_video(record, parts.progress.percent(record.id)))
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return Json({"object": "list", "data": data, "has_more": False, **ends})
+    """The tenant's videos, newest first, in pages."""
+    parts, query = services(request), request.query_params
+    limit = page_size(query, LIST_LIMIT, LIST_LIMIT)
+    records = await parts.dispatcher.videos(
+        caller(request).tenant, limit + 1, after=cursor(query), oldest_first=oldest_first(query)
+    )
+    return Json(page([to_video(record, parts.progress.percent(record.id)) for record in records], limit))
 
 
 async def status(request: Request) -> Response:

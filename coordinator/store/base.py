@@ -183,7 +183,8 @@ class Store(Shelf, Deployments, Watch, Protocol):
         """How many threads may write at once without waiting for each other."""
 
     def beat(self) -> Beat:
-        """Say that this coordinator lives (once a second), and take over from those that have not for `SILENT_MS`."""
+        """Say that this coordinator lives (once a second), and take over from those that have not for `SILENT_MS`
+        while this one has."""
 
     def listen(self, ring: Callable[[], None]) -> None:
         """From now on call `ring`, in a thread of the store's, when another coordinator has made work due."""
@@ -215,6 +216,9 @@ class Store(Shelf, Deployments, Watch, Protocol):
 
     def recent(self, tenant: str, limit: int, state: str | None = None, dead: bool = False) -> list[JobRecord]:
         """Newest first, without params and result; with `dead` only those that somebody may want to try again."""
+
+    def videos(self, tenant: str, limit: int, after: str = "", oldest_first: bool = False) -> list[JobRecord]:
+        """The tenant's jobs of videos behind the one with the id `after`, without those that were cancelled."""
 
     def attempts_of(self, record: JobRecord) -> list[AttemptRecord]:
         """The attempts that workers accepted, in their order; of very many the latest."""
@@ -285,7 +289,8 @@ class Store(Shelf, Deployments, Watch, Protocol):
         """All rows that are offered or running and held by this coordinator."""
 
     def leave_unattended(self, fault: Fault) -> list[JobRecord]:
-        """To cancelled: all jobs whose clients waited on connections of an earlier life. For the start alone."""
+        """To cancelled: all jobs whose clients waited on connections of an earlier life. For the start alone; where
+        several share the database nobody is known to be gone at once, and `beat` finds them."""
 
     def expire(self, slack_ms: int) -> list[JobRecord]:
         """Fail what is past its deadline: waiting jobs at once, running ones `slack_ms` after it."""

@@ -224,4 +224,7 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE INDEX jobs_unended ON jobs (tenant, key_id) WHERE state IN ('queued', 'offered', 'running');
     """,
+    """
+    CREATE INDEX jobs_videos ON jobs (tenant, seq) WHERE kind = 'video';
+    """,
 )

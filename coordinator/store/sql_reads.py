@@ -55,6 +55,19 @@ class SqlReads(SqlWatch):
         )
         return [record(row, light=True) for row in rows]
 
+    def videos(self, tenant: str, limit: int, after: str = "", oldest_first: bool = False) -> list[JobRecord]:
+        """The tenant's jobs of videos behind the one with the id `after`, without those that were cancelled."""
+        step, order = (">", "ASC") if oldest_first else ("<", "DESC")
+        rows = self._read(
+            "SELECT * FROM jobs WHERE tenant = :tenant AND kind = 'video' AND state <> 'cancelled' AND (:after = '' OR "
+            f"seq {step} (SELECT seq FROM jobs AS last WHERE last.id = :after AND last.tenant = :tenant)) "
+            f"ORDER BY seq {order} LIMIT :limit",
+            tenant=tenant,
+            after=after,
+            limit=limit,
+        )
+        return [record(row) for row in rows]
+
     def open_attempts(self) -> list[OpenAttempt]:
         """All rows that are offered or running and held by this coordinator."""
         rows = self._read(

@@ -78,6 +78,27 @@ def test_the_life_of_a_video(ai: openai.OpenAI, http: httpx.Client, serve: Any) 
     assert http.get(f"/v1/jobs/{video.id}").status_code == 404
 
 
+def test_videos_are_listed_in_pages_whatever_else_was_asked(ai: openai.OpenAI, http: httpx.Client, serve: Any) -> None:
+    def script(job: Any) -> None:
+        job.started()
+        finish(job)
+
+    serve(script, "film-list", "video")
+    made = [ai.videos.create(model="film-list", prompt=str(n)).id for n in range(3)]
+    for video in made:
+        until(lambda video=video: ai.videos.retrieve(video).status == "completed")
+    chats = [{"kind": "llm", "model": "film-list", "params": {"messages": [{"role": "user", "content": "x"}]}}] * 120
+    assert http.post("/v1/jobs/batch", json={"jobs": chats}).status_code == 200
+    assert [video.id for video in ai.videos.list().data[:3]] == made[::-1]
+    first = ai.videos.list(limit=2)
+    assert ([video.id for video in first.data], first.has_more) == (made[:0:-1], True)
+    assert next(video.id for video in ai.videos.list(limit=1, after=made[1]).data) == made[0]
+    assert [video.id for video in ai.videos.list(order="asc", after=made[0]).data] == made[1:]
+    assert {video.id for video in ai.videos.list(limit=1)} >= set(made), "the client turns the pages itself"
+    for query in ("limit=0", "limit=x", "order=up"):
+        assert http.get(f"/v1/videos?{query}").status_code == 400
+
+
 def test_deleting_a_running_video_cancels_it(ai: openai.OpenAI, serve: Any) -> None:
     def script(job: Any) -> None:
         job.started()

@@ -161,6 +161,7 @@ def test_no_statement_scans_the_table(tmp_path: Path) -> None:
         store.by_key(asked)
         store.get("job_1", "default")
         store.recent("default", 5, "queued")
+        store.videos("default", 5)
         store.claim([Want("chat", ("llm", "embedding"), 3)])
         store.release("job_1", 1)
         store.accept("job_1", 1, "w1")
