@@ -45,7 +45,10 @@ class SqlLots(SqlSteps):
                         raise
                     answers.append(error.fault)
             refused = lot.refused + sum(isinstance(answer, Fault) for answer in answers)
-            made = msgspec.structs.replace(lot, created_ms=now, refused=refused)
+            # Lines whose keys were known count where their jobs were first submitted, as in `get_lot`.
+            queued = sum(not isinstance(answer, Fault) and answer[1] for answer in answers)
+            counts = {"queued": queued} if queued else {}
+            made = msgspec.structs.replace(lot, created_ms=now, refused=refused, counts=counts)
             self._all(
                 "INSERT INTO lots (id, tenant, created_ms, total, refused) "
                 "VALUES (:id, :tenant, :now, :total, :refused) RETURNING id",

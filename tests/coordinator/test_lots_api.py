@@ -57,6 +57,7 @@ def test_each_line_has_its_answer_and_the_whole_its_progress(http: httpx.Client,
     assert answer.status_code == 200, answer.text
     lot = answer.json()
     assert (lot["object"], lot["total"], lot["refused"]) == ("job.batch", 8, 5)
+    assert lot["counts"] == {"queued": 2, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0}
     said = [(one["index"], one["error"]["code"] if "error" in one else one["state"]) for one in lot["jobs"]]
     assert [index for index, _ in said] == list(range(8))
     assert said[1:4] == [(1, "model_not_found"), (2, "invalid_parameter"), (3, "invalid_parameter")]
