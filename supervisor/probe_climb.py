@@ -56,6 +56,8 @@ async def climb(
                 await _listen(child, output)
                 await child.wait()
         await child.end(END_GRACE_S)
+        with trio.move_on_after(FAREWELL_S):  # what it had said before, and a busy machine had not read yet
+            await _listen(child, output)
     assert child.exit is not None
     return Climb(
         rungs=rungs(bytes(output)),

@@ -217,13 +217,13 @@ class FakeCoordinator:
         return await peer.welcome(heartbeat_ms)
 
     async def _serve(self, request: WebSocketRequest) -> None:
-        if self.reject_with:
-            await request.reject(self.reject_with, body=b"no entry")
-            return
-        headers = {name.decode().lower(): value.decode() for name, value in request.headers}
-        peer = FakePeer(await request.accept(subprotocol=self.subprotocol), headers)
-        self._peers_in.send_nowait(peer)
         with contextlib.suppress(ConnectionClosed):
+            if self.reject_with:
+                await request.reject(self.reject_with, body=b"no entry")
+                return
+            headers = {name.decode().lower(): value.decode() for name, value in request.headers}
+            peer = FakePeer(await request.accept(subprotocol=self.subprotocol), headers)
+            self._peers_in.send_nowait(peer)
             await peer.gone.wait()
 
 

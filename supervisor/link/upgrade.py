@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,8 +10,11 @@ from typing import cast
 
 import trio
 from trio_websocket import WebSocketConnection, wrap_client_stream
+from wsproto.utilities import LocalProtocolError
 
 from protocol.link_wire import MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
 
 INBOX_MESSAGES = 64
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
@@ -86,7 +90,10 @@ class _Reading:
         """See `trio.Nursery.start_soon`."""
 
         async def run() -> None:
-            await read()  # a refused upgrade is raised, and says more than that it is over
+            try:
+                await read()  # a refused upgrade is raised, and says more than that it is over
+            except LocalProtocolError:  # a ping after our close frame: the library cannot answer it any more
+                log.debug("something came after the close of a WebSocket")
             self._over.set()
 
         self._nursery.start_soon(run)
