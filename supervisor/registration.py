@@ -64,6 +64,9 @@ class _Visitor:
     def holds(self, _job: str, _attempt: int) -> bool:
         return False
 
+    def leave(self, _job: str, _attempt: int) -> bool:
+        return False
+
     def heartbeat(self, n: int) -> wire.Heartbeat:
         return wire.Heartbeat(n=n)
 

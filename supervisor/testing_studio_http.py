@@ -76,7 +76,7 @@ async def head(stream: trio.abc.Stream) -> tuple[bytes, Exchange] | None:
 
 
 async def answer(stream: trio.abc.Stream, asked: Exchange, exchange: Callable[[Exchange], tuple[int, Any]]) -> bool:
-    """Read the body and answer; returns whether the connection goes on."""
+    """Read the body and answer; returns whether the connection goes on. A status of 0 breaks it without an answer."""
     size = int(asked.headers.get("content-length", "0"))
     body = bytearray(asked.rest)
     while len(body) < size:
@@ -86,6 +86,8 @@ async def answer(stream: trio.abc.Stream, asked: Exchange, exchange: Callable[[E
         body += piece
     asked.body = bytes(body[:size])
     status, value = exchange(asked)
+    if status == 0:
+        return False
     more = ""
     if isinstance(value, Redirect):
         more, value = f"Location: {value.location}\r\n", b""

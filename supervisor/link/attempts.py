@@ -193,6 +193,25 @@ class Attempts:
         self.ledger.forget(claim)
         self._nursery.start_soon(self._keeping.forget, job, attempt)
 
+    def leave(self, job: str, attempt: int) -> bool:
+        """Nobody asks for this result before the worker ends: it is delivered after the next start.
+
+        Returns:
+            False where it is not on disk, and nothing was done.
+        """
+        claim = self.ledger.get(job, attempt)
+        if claim is None or not claim.kept or isinstance(claim.end, wire.Fail):
+            return False
+        if claim.end is None:
+            self._stop(job, attempt, Fault("worker_stopping", "The worker is stopping."))
+        else:
+            self._left(claim)
+        return True
+
+    def _left(self, claim: Claim) -> None:
+        log.info("the result is kept, and is delivered after the next start")
+        self.ledger.forget(claim)
+
     def stop_all(self, fault: Fault) -> None:
         """End what still runs, with `fault`; each says so as its end."""
         self.stop_models({claim.offer.model for claim in self.ledger}, fault)
@@ -275,8 +294,7 @@ class Attempts:
         if end is None:
             fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
             if claim.kept and fault.code == "worker_stopping" and not self.gave_back(claim.job):
-                log.info("the result is kept, and is delivered after the next start")
-                self.ledger.forget(claim)
+                self._left(claim)
                 return
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         if isinstance(end, wire.Fail):

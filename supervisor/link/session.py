@@ -148,6 +148,10 @@ class Side(Protocol):
     def holds(self, job: str, attempt: int) -> bool:
         """Whether this attempt is known here already."""
 
+    def leave(self, job: str, attempt: int) -> bool:
+        """Nobody will ask for the result of this attempt before the worker ends: what is kept of it is delivered after
+        the next start. False where nothing is kept, and nothing was done."""
+
     @property
     def running(self) -> int:
         """Attempts that have not ended."""

@@ -170,6 +170,10 @@ class Worker:
         """Whether this attempt is claimed."""
         return self._attempts.ledger.get(job, attempt) is not None
 
+    def leave(self, job: str, attempt: int) -> bool:
+        """Leave what is kept of this attempt to the next start."""
+        return self._attempts.leave(job, attempt)
+
     @property
     def running(self) -> int:
         """Attempts that have not ended."""

@@ -127,6 +127,9 @@ class Idle:
     def holds(self, _job: str, _attempt: int) -> bool:
         return False
 
+    def leave(self, _job: str, _attempt: int) -> bool:
+        return False
+
     def heartbeat(self, n: int) -> wire.Heartbeat:
         return wire.Heartbeat(n=n)
 

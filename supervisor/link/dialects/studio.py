@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from supervisor.link.dialects.base import Delivery, Dialect, Features, Home, Spoken
-from supervisor.link.dialects.studio_claims import ANSWER_S, ASIDE_S, Claims
+from supervisor.link.dialects.studio_claims import ACK_S, ANSWER_S, ASIDE_S, Claims
 from supervisor.link.dialects.studio_delivery import StudioDelivery
 from supervisor.link.dialects.studio_http import Http
 from supervisor.link.dialects.studio_models import Models
@@ -53,6 +53,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     poll_s: float = POLL_S
     aside_s: float = ASIDE_S
     answer_s: float = ANSWER_S
+    ack_s: float = ACK_S
     duplicate_s: tuple[float, float] = (DUPLICATE_S, LONGEST_DUPLICATE_S)
     upload_s: tuple[float, float] = (1.0, 64.0)
 
@@ -84,15 +85,17 @@ class Studio:
             person=home.person,
             aside_s=timing.aside_s,
             answer_s=timing.answer_s,
+            ack_s=timing.ack_s,
             models=models,
         )
         self._delivery = StudioDelivery(
             self._base,
             http,
             lambda: self._known,
-            on_uploading=self._claims.uploading,
-            on_conflict=self._claims.taken_up,
-            on_gone=self._claims.gone,
+            on_uploading=self._claims.uploads.uploading,
+            on_refused=self._claims.uploads.refused,
+            on_conflict=self._claims.uploads.taken_up,
+            on_gone=self._claims.uploads.gone,
             on_large=self._claims.large,
             backoff=lambda: Backoff(*timing.upload_s),
         )

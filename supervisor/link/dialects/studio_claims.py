@@ -7,7 +7,7 @@ the session. So each end is judged by whether this session holds its claim:
     held here               complete: `completeJson`, or nothing after an upload, which is the end itself
                             fail: `fail`; both leave the ledger when they are acknowledged
     not held, fail          nobody waits for it: forgotten
-    not held, a file        the upload tells the server, which may answer 409: then it waits as a result does
+    not held, a file        the upload tells the server; studio_uploads.py has what its answers mean
     not held, a result      told once, before any offer of that session is looked at and with nothing else at stake,
                             for the server may know better than its contract. When that costs the session, or is not
                             answered, the result is laid aside: it waits for its job to be offered here again, and
@@ -15,6 +15,10 @@ the session. So each end is judged by whether this session holds its claim:
 
 A job that is offered again while it is still worked on here, or while its result waits, is accepted and not begun
 again. So a result costs at most one session that it was not welcome in, and never two of them in a row.
+
+An end that is not acknowledged cannot be said again in the same session: if it did arrive, the second would be a
+violation. So after `ack_s` the session is ended, which releases the claim there, and the next one goes on as above.
+A drain leaves what waits for its job on disk, for the next life.
 """
 
 from __future__ import annotations
@@ -25,7 +29,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
-import trio
 from msgspec import UNSET
 
 from protocol import link_wire as wire
@@ -36,6 +39,7 @@ from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
 from supervisor.link.dialects.studio_models import Models, Source
 from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
+from supervisor.link.dialects.studio_uploads import Uploads
 from supervisor.link.ledger import Key
 from supervisor.link.session import Side
 from supervisor.observe.paced import QUOTED_CHARS, Paced
@@ -44,6 +48,7 @@ log = logging.getLogger(__name__)
 
 ASIDE_S = 600.0
 ANSWER_S = 5.0  # for a result of an earlier session; offers wait for so long at most
+ACK_S = 60.0  # for the end of a job of this session; no shorter than what an upload's answer gets
 MANY_JOBS = 1024  # whose last attempt is remembered
 MANY_OFFERS = 8  # that wait behind an answer; a studio makes one at a time
 
@@ -60,11 +65,12 @@ class Claims:
         clock: seconds, monotonic.
         utc: the time of day in RFC 3339.
         person: who sits here now.
-        aside_s, answer_s: see the module.
+        aside_s, answer_s, ack_s: see the module.
         models: fetches models that jobs bring the address of; None where that is not wanted.
 
     Attributes:
         on_change: called when what is announced may be another.
+        uploads: what delivery asks of claims.
     """
 
     def __init__(
@@ -76,10 +82,11 @@ class Claims:
         person: Callable[[], Person] = Person,
         aside_s: float = ASIDE_S,
         answer_s: float = ANSWER_S,
+        ack_s: float = ACK_S,
         models: Models | None = None,
     ) -> None:
         self._facts, self._clock, self._utc, self._person = facts, clock, utc, person
-        self._aside_s, self._answer_s, self._models = aside_s, answer_s, models
+        self._aside_s, self._answer_s, self._ack_s, self._models = aside_s, answer_s, ack_s, models
         self.on_change: Callable[[], None] = lambda: None
         self._native = wire.Capabilities()
         self._draining = False
@@ -89,10 +96,13 @@ class Claims:
         self._large: dict[Key, bytes] = {}
         self._results: dict[Key, wire.Complete] = {}
         self._aside: dict[Key, float] = {}
-        self._gone: set[Key] = set()
-        self._uploading: set[Key] = set()
-        self._released: dict[Key, trio.Event] = {}
-        self._doubted: set[Key] = set()
+        self.uploads = Uploads(
+            held=lambda: self._held,
+            fail=lambda key, why: self._fail(key, why, True),
+            leave=self._leave,
+            on_fewer=self._proceed,
+            aside_s=aside_s,
+        )
         self._said = Paced(log, "words about offers", clock)
         # Of this session.
         self._side: Side | None = None
@@ -100,9 +110,10 @@ class Claims:
         self._offered: Key | None = None  # with the side, which has not answered yet
         self._held: Key | None = None
         self._told: Key | None = None  # its result went out, and is not acknowledged
+        self._failing: Key | None = None  # the same of its failure
         self._fetching: Key | None = None  # accepted, and its model is being fetched
         self._fetched: set[Key] = set()  # of these, what the side has to judge now
-        self._answer_by = 0.0
+        self._answer_by = 0.0  # of what was told, or has failed
         self._strays: collections.deque[Key] = collections.deque()
         self._waiting: collections.deque[frames.Offered] = collections.deque()
 
@@ -126,8 +137,8 @@ class Claims:
         self._said.flush()
         side, self._side = self._side, None
         self._send = lambda _frame: None
-        self._offered = self._held = self._told = None
-        self._fetching = None
+        self._offered = self._held = self._told = self._failing = self._fetching = None
+        self.uploads.over()
         self._fetched.clear()
         self._strays.clear()
         self._waiting.clear()
@@ -151,9 +162,16 @@ class Claims:
         """The job of this session, or ""."""
         return self._held[0] if self._held else ""
 
-    def tick(self) -> None:
-        """Let go of what has waited long enough. Called about once a second."""
+    def tick(self) -> str:
+        """Let go of what has waited long enough. Called about once a second.
+
+        Returns:
+            Why the session has to end, as a sentence; "" where it may go on.
+        """
         now = self._clock()
+        ended = self._told or self._failing
+        if ended is not None and ended == self._held and now >= self._answer_by:
+            return f"the studio does not acknowledge the end of job {ended[0]!r} within {self._ack_s:g} s"
         if self._told is not None and self._told != self._held and now >= self._answer_by:
             log.warning("the studio does not answer to a result", extra={"job": self._told[0]})
             self._lay_aside(self._told)
@@ -162,51 +180,12 @@ class Claims:
         for key in [key for key, until in self._aside.items() if now >= until]:
             log.warning("the result is given up: its job was not offered here again", extra={"job": key[0]})
             self._forget(key, "fenced")
-
-    # ---- what delivery tells and asks
+        return ""
 
     def large(self, slip: Slip, body: bytes) -> None:
         """The body of a result that is too large to be posted."""
         key = slip.job, slip.attempt
         self._slips[key], self._large[key] = slip, body
-
-    def uploading(self, slip: Slip, now: bool) -> None:
-        """An upload is under way, or did not succeed.
-
-        The server's next offer overtakes its answer to an upload: meanwhile another offer is no mistake, but waits.
-        """
-        key = slip.job, slip.attempt
-        if now:
-            self._uploading.add(key)
-        else:
-            self._uploading.discard(key)
-            self._proceed()
-
-    async def taken_up(self, slip: Slip) -> bool:
-        """An upload was answered 409: wait until its job is offered here again; False when it is not.
-
-        Cancellation: at any moment.
-        """
-        key = slip.job, slip.attempt
-        if key == self._held:
-            # Said before the offer that we hold it by, perhaps: one more try tells. Else the server has ended its
-            # claim within this very session.
-            fresh = key not in self._doubted
-            self._doubted.add(key)
-            return fresh
-        event = self._released[key] = trio.Event()
-        self._proceed()
-        try:
-            with trio.move_on_after(self._aside_s):
-                await event.wait()
-                return key == self._held
-            return False
-        finally:
-            del self._released[key]
-
-    def gone(self, slip: Slip) -> None:
-        """The server says that this claim is not ours any more."""
-        self._gone.add((slip.job, slip.attempt))
 
     # ---- what the side posts
 
@@ -222,7 +201,7 @@ class Claims:
                     self._send(frames.Accept(job_id=job))
             case wire.Decline() if key in self._fetched:
                 self._fetched.discard(key)
-                self._send(frames.Fail(job_id=job, error=body.reason, retryable=True))
+                self._fail(key, body.reason, True)
             case wire.Decline():
                 self._offered = None
                 self._slips.pop(key, None)
@@ -239,10 +218,9 @@ class Claims:
             case wire.Draining():
                 self._draining = True
                 self._give_back_fetching()
-                for aside in list(self._aside):  # nothing is offered here again
-                    self._forget(aside, "fenced")
-                for event in self._released.values():
-                    event.set()
+                for aside in list(self._aside):
+                    self._let_go(aside)
+                self.uploads.drain()
                 self.on_change()
             case wire.LogBatch():
                 self._send(offers.log_batch(body, self._utc()))
@@ -267,12 +245,18 @@ class Claims:
             self._proceed()
 
     def _failed(self, key: Key, fail: wire.Fail) -> None:
-        if key != self._held or key in self._gone:
-            self._forget(key, "fenced")
+        told = self.uploads.has_failed(key)
+        if told or key != self._held or not self.uploads.may_fail(key):
+            self._forget(key, "stored" if told else "fenced")
             self._proceed()
             return
-        fault = fail.fault
-        self._send(frames.Fail(job_id=key[0], error=fault.message or fault.code, retryable=fault.may_retry))
+        self._fail(key, fail.fault.message or fail.fault.code, fail.fault.may_retry)
+
+    def _fail(self, key: Key, error: str, retryable: bool) -> None:
+        """Of the claim that is held, and once: the second would break the rules."""
+        if self._failing != key:
+            self._failing, self._answer_by = key, self._clock() + self._ack_s
+            self._send(frames.Fail(job_id=key[0], error=error, retryable=retryable))
 
     def _tell(self, key: Key) -> None:
         slip, complete = self._slips[key], self._results[key]
@@ -284,12 +268,12 @@ class Claims:
         except (*UNDECODABLE, TypeError, ValueError, OverflowError) as error:
             log.error("the result cannot be told to a studio: %s", error, extra={"job": slip.job})
             if key == self._held:
-                sentence = "The engine's result is not what its kind has."
-                self._send(frames.Fail(job_id=slip.job, error=sentence, retryable=True))
+                self._fail(key, "The engine's result is not what its kind has.", True)
             else:
                 self._forget(key, "fenced")
             return
-        self._told, self._answer_by = key, self._clock() + self._answer_s
+        self._told = key
+        self._answer_by = self._clock() + (self._ack_s if key == self._held else self._answer_s)
         self._send(frames.CompleteJson(job_id=slip.job, result=result, prompt=slip.prompt or UNSET))
 
     def _proceed(self) -> None:
@@ -302,22 +286,40 @@ class Claims:
     @property
     def _offers_wait(self) -> bool:
         """Whether an offer has to wait: for the answer to a result of an earlier session, or to an upload."""
-        return (self._told is not None and self._told != self._held) or self._held in self._uploading
+        return (self._told is not None and self._told != self._held) or self.uploads.keeps_offers_waiting(self._held)
 
     def _lay_aside(self, key: Key) -> None:
         self._aside.setdefault(key, self._clock() + self._aside_s)
+        if self._draining:
+            self._let_go(key)
+
+    def _let_go(self, key: Key) -> None:
+        """Nothing is offered here again."""
+        if not self._leave(key):
+            log.warning("the result is given up: it could not be written to disk", extra={"job": key[0]})
+            self._forget(key, "fenced")
+
+    def _leave(self, key: Key) -> bool:
+        """Leave a result to the next life; False where it is not on disk, or there is no session to say it in."""
+        left = self._side is not None and self._side.leave(*key)
+        if left:
+            self._clear(key)
+        return left
 
     def _forget(self, key: Key, verdict: str) -> None:
         """Its end is told, or nobody waits for it."""
+        self._clear(key)
+        if self._side is not None:
+            self._side.heard(wire.Ack(verdict="stored" if verdict == "stored" else "fenced"), *key)
+
+    def _clear(self, key: Key) -> None:
         books: tuple[dict[Key, Any], ...] = (self._slips, self._large, self._results, self._aside)
         for book in books:
             book.pop(key, None)
-        for marks in (self._gone, self._uploading, self._doubted):
-            marks.discard(key)
+        self.uploads.forget(key)
         self._held = None if self._held == key else self._held
         self._told = None if self._told == key else self._told
-        if self._side is not None:
-            self._side.heard(wire.Ack(verdict="stored" if verdict == "stored" else "fenced"), *key)
+        self._failing = None if self._failing == key else self._failing
 
     # ---- what the studio says
 
@@ -334,7 +336,8 @@ class Claims:
             case frames.CompleteAck(job_id=job) | frames.FailAck(job_id=job):
                 for key in (self._told, self._held):
                     if key is not None and key[0] == job:
-                        self._forget(key, "stored")
+                        if not self.uploads.acknowledged(key):
+                            self._forget(key, "stored")
                         break
                 self._proceed()
             case _:
@@ -353,7 +356,7 @@ class Claims:
             self._reject(job, offered.reason)
         elif self._side.holds(*key):
             self._take_up(key, offered.claim)
-        elif self._side.running > len(self._released):  # those only wait, as results that are laid aside
+        elif self._side.running > self.uploads.waiting:  # those only wait, as results that are laid aside
             self._reject(job, BUSY, "busy")
         else:
             self._begin(offered.claim)
@@ -370,8 +373,7 @@ class Claims:
         self._held = key
         self._aside.pop(key, None)
         self._send(frames.Accept(job_id=key[0]))
-        if key in self._released:
-            self._released[key].set()
+        self.uploads.taken(key)
         if key in self._results:
             self._tell(key)
 
@@ -406,7 +408,7 @@ class Claims:
             self._fetching = None
             if problem is not None:
                 log.warning("the job's model cannot be had: %s", problem, extra={"job": key[0]})
-                self._send(frames.Fail(job_id=key[0], error=problem, retryable=True))
+                self._fail(key, problem, True)
                 return
             self._fetched.add(key)
             self._side.heard(offer, *key)
@@ -416,7 +418,7 @@ class Claims:
     def _give_back_fetching(self) -> None:
         key, self._fetching = self._fetching, None
         if key is not None:
-            self._send(frames.Fail(job_id=key[0], error="The worker is stopping.", retryable=True))
+            self._fail(key, "The worker is stopping.", True)
 
     def _engines(self) -> set[str]:
         return {model.engine for model in self._native.models}

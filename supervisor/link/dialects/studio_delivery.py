@@ -1,9 +1,9 @@
 """Files of a studio's jobs: inputs by address, results as multipart with the file in the field `image`.
 
-A studio says neither size nor sha256 of an input, so its size is bounded by what its kind may have. A result is sent
-again for as long as it takes: it has cost GPU time. Only the word that the claim is not ours any more ends that. A job
-or worker that is unknown (404, 410) is such a word; a conflict (409) may only mean that the claim ended with its
-session, and that the same job is about to be offered here again.
+A studio says neither size nor sha256 of an input, so its size is bounded by what its kind may have. A result has cost
+GPU time: while the studio is away, or in trouble and without our session, it is sent again for as long as it takes.
+What an answer that is no yes means is in studio_uploads.py; what can never pass (a result that is too large) ends it at
+once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ _AGAIN = (401, 403, *AGAIN)
 
 
 class _Released(Exception):
-    """The claim is not ours now."""
+    """The claim is not ours now, by an answer of this status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class StudioDelivery:
@@ -63,7 +67,9 @@ class StudioDelivery:
         base: {B}.
         credentials: those in force, or None before the registration.
         on_uploading: told that an upload is under way, and that one did not succeed.
-        on_conflict: waits until a claim that was answered 409 is ours again; returns whether it is.
+        on_refused: told of an answer that is neither yes nor 409, and whether no other try helps; returns whether the
+            job has failed for it, as the studio knows.
+        on_conflict: waits until a claim that is not ours now is ours again; returns whether it is.
         on_gone: told of claims that are not ours any more.
         on_large: told of the body of a JSON result that is too large to be posted.
     """
@@ -75,14 +81,15 @@ class StudioDelivery:
         credentials: Callable[[], Credentials | None],
         *,
         on_uploading: Callable[[Slip, bool], None],
+        on_refused: Callable[[Slip, str, bool], Awaitable[bool]],
         on_conflict: Callable[[Slip], Awaitable[bool]],
         on_gone: Callable[[Slip], None],
         on_large: Callable[[Slip, bytes], None],
         backoff: Callable[[], Backoff] = lambda: Backoff(1.0, 64.0),
     ) -> None:
         self._base, self._http, self._credentials = base, http, credentials
-        self._on_uploading, self._on_conflict, self._on_gone = on_uploading, on_conflict, on_gone
-        self._on_large = on_large
+        self._on_uploading, self._on_refused, self._on_conflict = on_uploading, on_refused, on_conflict
+        self._on_gone, self._on_large = on_gone, on_large
         self._backoff = backoff
 
     # ---- in
@@ -177,11 +184,12 @@ class StudioDelivery:
         while True:
             try:
                 return await persist(self._http, once, "upload_failed", self._backoff(), patience_s)
-            except _Released:
-                log.info("the studio does not count this job as ours now", extra={"job": slip.job})
+            except _Released as released:
+                status = released.status
+            log.info("the studio does not count this job as ours now", extra={"job": slip.job})
             if not await self._on_conflict(slip):
                 self._on_gone(slip)
-                judge(_CONFLICT, "upload_failed", f"The output {file.name!r} cannot be delivered")
+                judge(status, "upload_failed", f"The output {file.name!r} cannot be delivered")
 
     async def _upload_once(self, slip: Slip, file: OutputFile, source: Output, moved: Moved) -> None:
         known = self._credentials()
@@ -209,11 +217,20 @@ class StudioDelivery:
         finally:
             if fd >= 0:
                 os.close(fd)
-        if response.status_code == _CONFLICT:
-            raise _Released
-        if response.status_code in _GONE:
-            self._on_gone(slip)
-        judge(response.status_code, "upload_failed", f"The output {file.name!r} cannot be delivered", _AGAIN)
+        await self._judge(slip, response.status_code, f"The output {file.name!r} cannot be delivered")
+
+    async def _judge(self, slip: Slip, status: int, sentence: str) -> None:
+        """What an answer means. Raises _Released, Transient, FaultError."""
+        if status == _CONFLICT:
+            raise _Released(status)
+        gone = status in _GONE
+        if gone or status >= 500 or status in _AGAIN:
+            why = f"{sentence}: HTTP {status}."
+            if await self._on_refused(slip, why, gone):
+                raise refuse("upload_failed", why)
+            if gone:
+                raise _Released(status)
+        judge(status, "upload_failed", sentence, _AGAIN)
 
 
 def _unpack(file: FileRef, target: Callable[[], int]) -> int:

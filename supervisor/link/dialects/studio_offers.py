@@ -41,6 +41,11 @@ class Slip(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt: str = ""
     ext: str = ""
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What names the attempt on the link."""
+        return self.job, self.attempt
+
     def text(self) -> str:
         """For `Offer.upload`."""
         return msgspec.json.encode(self).decode()

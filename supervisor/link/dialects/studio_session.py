@@ -248,7 +248,8 @@ class _Span:
     async def _tick(self) -> None:
         while True:
             await trio.sleep(self._pace.tick_s)
-            self._claims.tick()
+            if why := self._claims.tick():
+                raise _Over(Why.LOST, why)
 
     async def _read(self, socket: WebSocketConnection) -> None:
         while True:

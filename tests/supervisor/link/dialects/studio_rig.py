@@ -41,6 +41,7 @@ FAST = Timing(
     poll_s=0.05,
     aside_s=30.0,
     answer_s=5.0,
+    ack_s=60.0,
     duplicate_s=(4.0, 4.0),
     upload_s=(0.01, 0.02),
 )

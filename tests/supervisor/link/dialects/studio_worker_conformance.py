@@ -3,6 +3,8 @@
 Use: a class in a test module that inherits `StudioWorkerCases` and has a fixture `start`: called with a studio it opens
 a worker there; opened again in the same test it is the same worker after a kill. The worker serves one model per kind,
 named `<kind>-model`, with an engine that the test plays, and its times are a fiftieth of the contract's.
+
+What becomes of results is in studio_results_conformance.py.
 """
 
 from __future__ import annotations
@@ -73,6 +75,14 @@ async def cut(server: StudioServer, session: Session) -> None:
     stream = session.socket._stream
     await trio.aclose_forcefully(stream)
     await server.until(lambda: server.sessions.get(session.worker) is not session, "the end of the session")
+
+
+async def works(server: StudioServer, session: Session) -> None:
+    """This very session still does its work."""
+    seen = len(session.said("heartbeat"))
+    await server.until(lambda: len(session.said("heartbeat")) > seen, "another heartbeat")
+    assert server.sessions[session.worker] is session
+    assert len(server.past) == 1
 
 
 class StudioWorkerCases:
@@ -194,7 +204,7 @@ class StudioWorkerCases:
             session = await server.session()
             with trio.fail_after(30):
                 await session.socket.ping(b"x")
-            await self._works(server, session)
+            await works(server, session)
 
     async def test_a_stalled_upgrade_is_left(self, server: StudioServer, start: Start) -> None:
         server.approving, server.stalling = True, 1
@@ -226,7 +236,7 @@ class StudioWorkerCases:
             for text in ('{"type":"ofTomorrow"}', "no json", "[]", '{"type":5}', '{"type":"offer"}', '{"no":"type"}'):
                 await session.raw(text)
             await session.send("offer", claim={"model": "nobody's"})
-            await self._works(server, session)
+            await works(server, session)
 
     async def test_the_log_goes_on_over_a_dropped_socket(self, server: StudioServer, start: Start) -> None:
         server.approving = True
@@ -241,13 +251,6 @@ class StudioWorkerCases:
         [entry] = [line for line in server.logs if line["message"] == "one"]
         assert (entry["level"], entry["category"]) == ("warn", "x")
         assert "2 lines" in server.logs[0]["message"], "what was lost is told"
-
-    async def _works(self, server: StudioServer, session: Session) -> None:
-        """This very session still does its work."""
-        seen = len(session.said("heartbeat"))
-        await server.until(lambda: len(session.said("heartbeat")) > seen, "another heartbeat")
-        assert server.sessions[session.worker] is session
-        assert len(server.past) == 1
 
     # ---- jobs
 
@@ -297,31 +300,6 @@ class StudioWorkerCases:
         assert not session.said("completeJson")
         assert not session.said("reject"), "the next offer, which overtakes the answer to the upload, is no mistake"
         assert not session.said("readyForMore")
-
-    async def test_an_upload_is_tried_again_and_never_given_up(self, server: StudioServer, start: Start) -> None:
-        server.approving = True
-        server.uploads.extend([500, 503, 502, 500, 500, 401])
-        async with start(server) as worker:
-            job = enqueue(server, "image")
-            (await worker.next_run()).finish()
-            await server.ended(job)
-            await worker.empty()
-        assert (job.state, job.ends, job.file, job.attempts) == ("done", 1, b"file content", 0)
-
-    @pytest.mark.parametrize("status", [404, 409, 410])
-    async def test_an_upload_that_is_not_wanted_any_more_is_forgotten(
-        self, server: StudioServer, start: Start, status: int
-    ) -> None:
-        server.approving = True
-        server.uploads.extend([status] * 2)
-        async with start(server) as worker:
-            job = enqueue(server, "image")
-            (await worker.next_run()).finish()
-            await worker.empty()
-            session = await server.session()
-            assert not session.said("fail"), "it would cost the session"
-            await self._works(server, session)
-            assert job.ends == 0
 
     async def test_a_failure_is_told_with_whether_another_try_can_help(
         self, server: StudioServer, start: Start
@@ -425,120 +403,3 @@ class StudioWorkerCases:
             (await worker.next_run()).finish()
             await server.ended(job)
             assert (job.state, job.attempts) == ("done", 0)
-
-    # ---- nothing is lost, and nothing is done twice
-
-    async def test_a_job_goes_on_over_a_dropped_socket_and_is_taken_up_again(
-        self, server: StudioServer, start: Start
-    ) -> None:
-        server.approving = True
-        async with start(server) as worker:
-            for kind in ("llm", "image"):
-                job = enqueue(server, kind)
-                run = await worker.next_run()
-                number = len(server.past)
-                await server.until(lambda job=job: server.past[-1].accepted, "accept")
-                await cut(server, server.past[-1])
-                again = await server.session(number)
-                await server.until(lambda again=again: again.said("accept"), "that it is taken up again")
-                run.finish()  # the one and only run
-                await server.ended(job)
-                await worker.empty()
-                assert (job.state, job.ends) == ("done", 1)
-                assert len(server.past) == number + 1
-
-    async def test_a_result_that_was_not_acknowledged_is_told_again_where_it_is_taken(
-        self, server: StudioServer, start: Start
-    ) -> None:
-        server.approving = server.lenient = True
-        async with start(server) as worker:
-            job = await self._finished_away(server, worker)
-            await server.ended(job)
-            await worker.empty()
-        assert (job.state, job.ends) == ("done", 1)
-        assert len(server.past) == 2
-
-    async def test_where_it_is_not_taken_it_costs_one_session_and_waits_for_its_job(
-        self, server: StudioServer, start: Start
-    ) -> None:
-        server.approving = True
-        async with start(server) as worker:
-            job = await self._finished_away(server, worker)
-            third = await server.session(2)
-            assert len(server.past[1].said("completeJson")) == 1, "tried once"
-            await self._beats(server, third)
-            assert not third.said("completeJson"), "and not again by itself"
-            job.not_before, server.offering = float("inf"), True
-            other = enqueue(server, "audio_stt")  # what waits is in nobody's way
-            (await worker.next_run()).finish()
-            await server.ended(other)
-            job.not_before = 0
-            await server.ended(job)  # without another run
-            await worker.empty()
-        assert (job.state, job.ends) == ("done", 1)
-        assert len(server.past) == 3
-
-    async def test_after_a_kill_in_the_middle_the_job_is_done_from_the_beginning(
-        self, server: StudioServer, start: Start
-    ) -> None:
-        server.approving = True
-        async with start(server) as worker:
-            job = enqueue(server, "image")
-            await worker.next_run()
-            await server.until(lambda: server.past[0].accepted, "accept")
-        async with start(server) as worker:
-            (await worker.next_run()).finish()
-            await server.ended(job)
-            await worker.empty()
-        assert (job.state, job.ends) == ("done", 1)
-        assert len(server.past) == 2, "and no session was lost for what the first life held"
-
-    async def test_after_a_kill_before_the_result_went_out_it_needs_no_other_run(
-        self, server: StudioServer, start: Start
-    ) -> None:
-        server.approving = True
-        server.uploads.extend([500] * 100_000)
-        async with start(server) as worker:
-            job = enqueue(server, "image")
-            (await worker.next_run()).finish(b"of the first life")
-            await server.until(lambda: len(server.uploads) < 100_000 - 3, "uploads that fail")
-        async with start(server) as worker:
-            second = await server.session(1)
-            await server.until(lambda: second.said("accept"), "that it is taken up again")
-            server.uploads.clear()
-            await server.ended(job)
-            await worker.empty()
-        assert (job.state, job.ends, job.file) == ("done", 1, b"of the first life")
-
-    async def test_a_file_that_was_made_while_the_claim_was_gone_waits_for_its_job(
-        self, server: StudioServer, start: Start
-    ) -> None:
-        server.approving = True
-        async with start(server) as worker:
-            job = await self._finished_away(server, worker, "image")
-            await server.until(lambda: server.conflicts, "an upload that is not wanted now")
-            job.not_before, server.offering = float("inf"), True
-            other = enqueue(server, "image")  # what waits is in nobody's way
-            (await worker.next_run()).finish(b"another")
-            await server.ended(other)
-            job.not_before = 0
-            await server.ended(job)  # without another run
-            await worker.empty()
-        assert (job.state, job.ends, job.file) == ("done", 1, b"file content")
-        assert len(server.past) == 2, "and no session was lost for it"
-
-    async def _finished_away(self, server: StudioServer, worker: WorkerUnderTest, kind: str = "llm") -> Job:
-        """A job whose run ends while there is no session; from then on nothing is offered by itself."""
-        job = enqueue(server, kind)
-        run = await worker.next_run()
-        await server.until(lambda: server.past[0].accepted, "accept")
-        server.offering, server.stalling = False, 0
-        server.welcoming = trio.Event()  # the next session stays closed until the run has ended
-        await cut(server, server.past[0])
-        run.finish()
-        await server.until(lambda: len(server.past) > 1, "the next socket")
-        server.welcoming.set()
-        return job
-
-    async def _beats(self, server: StudioServer, session: Session) -> None:
-        await server.until(lambda: len(session.said("heartbeat")) >= 3, "heartbeats")

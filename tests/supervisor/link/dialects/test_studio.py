@@ -10,10 +10,12 @@ import msgspec
 import pytest
 
 from supervisor.testing_studio import Rules, StudioServer, open_studio_server
+from tests.supervisor.link.dialects.studio_results_conformance import StudioResultCases, finished_away
 from tests.supervisor.link.dialects.studio_rig import FAST, TASKS, Bench, open_bench
 from tests.supervisor.link.dialects.studio_worker_conformance import Start, StudioWorkerCases
 
 SHORT = msgspec.structs.replace(FAST, pace=msgspec.structs.replace(FAST.pace, silent_s=0.4, connect_s=0.4))
+IMPATIENT = msgspec.structs.replace(FAST, ack_s=1.0)
 
 
 async def test_what_it_waits_for_is_told_until_it_has_come(tmp_path: Path) -> None:
@@ -50,15 +52,42 @@ async def test_a_job_that_its_owner_gives_back_is_done_elsewhere(tmp_path: Path)
             await bench.empty()
 
 
+@pytest.mark.parametrize("kind", ["llm", "image"])
+async def test_a_drain_keeps_a_result_that_waits_for_its_job(tmp_path: Path, kind: str) -> None:
+    """It ends at once, as nothing is offered to a worker that drains; the next life needs no other run."""
+    async with open_studio_server(Rules(again_s=0.05)) as server:
+        server.approving = True
+        async with open_bench(tmp_path, server.url, play=False) as bench:
+            job = await finished_away(server, bench, kind)
+            await server.until(lambda: server.conflicts or len(server.past) > 2, "that it is not wanted now")
+            bench.drain("an update")
+            await bench.empty()
+        number, server.offering = len(server.past), True
+        async with open_bench(tmp_path, server.url, play=False) as bench:
+            await server.session(number)
+            await server.ended(job)
+            await bench.empty()
+        assert (job.state, job.ends) == ("done", 1)
+
+
+@pytest.fixture
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Start:
+    # Short deadlines only where they are the point: elsewhere a busy machine would meet them.
+    name = request.node.name
+    short = "stalled" in name or "silent_after" in name
+    timing = IMPATIENT if "server_has_lost" in name else SHORT if short else FAST
+
+    @contextlib.asynccontextmanager
+    async def start(server: StudioServer) -> AsyncIterator[Bench]:
+        async with open_bench(tmp_path, server.url, timing=timing, play=False) as bench:
+            yield bench
+
+    return start
+
+
 class TestOurWorker(StudioWorkerCases):
-    @pytest.fixture
-    def start(self, tmp_path: Path, request: pytest.FixtureRequest) -> Start:
-        # Short deadlines only where they are the point: elsewhere a busy machine would meet them.
-        timing = SHORT if "stalled" in request.node.name or "silent_after" in request.node.name else FAST
+    pass
 
-        @contextlib.asynccontextmanager
-        async def start(server: StudioServer) -> AsyncIterator[Bench]:
-            async with open_bench(tmp_path, server.url, timing=timing, play=False) as bench:
-                yield bench
 
-        return start
+class TestOurResults(StudioResultCases):
+    pass

@@ -28,6 +28,8 @@ class FakeSide:
         self.held: dict[tuple[str, int], Any] = {}
         self.acks: list[tuple[str, str, int]] = []
         self.again: list[tuple[wire.Body, str, int]] = []
+        self.left: list[tuple[str, int]] = []
+        self.leaving = True  # results are on disk
         self.running = 0
         self.post: Any = None
 
@@ -51,6 +53,12 @@ class FakeSide:
     def broken_offer(self, job: str, attempt: int, reason: str) -> None:
         raise AssertionError
 
+    def leave(self, job: str, attempt: int) -> bool:
+        if self.leaving:
+            self.left.append((job, attempt))
+            self.held.pop((job, attempt), None)
+        return self.leaving
+
     def closed(self) -> None:
         self.post = None
 
@@ -66,7 +74,12 @@ class Desk:
         self.side = FakeSide()
         self.sent: list[frames.Up] = []
         self.claims = Claims(
-            Facts(machine="b", user=""), clock=lambda: self.now, utc=lambda: "now", aside_s=600.0, answer_s=5.0
+            Facts(machine="b", user=""),
+            clock=lambda: self.now,
+            utc=lambda: "now",
+            aside_s=600.0,
+            answer_s=5.0,
+            ack_s=60.0,
         )
 
     def session(self) -> None:
@@ -164,14 +177,81 @@ def test_a_result_of_an_earlier_life_waits_for_the_offer_that_says_what_it_was_f
     assert desk.side.acks == [("stored", "j", 4)]
 
 
-def test_a_drain_waits_for_nothing_that_nobody_asks_for():
+@pytest.mark.parametrize("drained_first", [False, True])
+@pytest.mark.parametrize("leaving", [True, False])
+def test_a_drain_leaves_what_nobody_asks_for_to_the_next_life(leaving, drained_first):
     desk = Desk()
+    desk.side.leaving = leaving
     desk.side.held["j", 4] = None
-    desk.complete("j", 4)
+    if not drained_first:
+        desk.complete("j", 4)
     desk.session()
     desk.side.post(wire.Draining(), "", 0)
-    assert desk.side.acks == [("fenced", "j", 4)]
+    if drained_first:
+        desk.complete("j", 4)
+    assert desk.side.left == ([("j", 4)] if leaving else [])
+    assert desk.side.acks == ([] if leaving else [("fenced", "j", 4)]), "only what is not on disk is lost"
     assert not desk.claims.capabilities.auto_enabled
+    desk.now += 1000
+    desk.claims.tick()
+    assert len(desk.side.acks) == (0 if leaving else 1)
+
+
+def test_a_result_that_costs_the_session_of_a_drain_is_left_to_the_next_life():
+    desk = Desk()
+    desk.away()
+    desk.session()
+    desk.side.post(wire.Draining(), "", 0)
+    desk.claims.finish(violated=True)
+    assert (desk.side.left, desk.side.acks) == ([("j", 1)], [])
+
+
+@pytest.mark.parametrize("end", ["complete", "fail"])
+def test_an_end_that_is_not_acknowledged_ends_the_session_and_is_told_again(end):
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Accept(), "j", 1)
+    desk.now += 1000
+    assert desk.claims.tick() == "", "the engine may take as long as it likes"
+    if end == "complete":
+        desk.complete()
+    else:
+        desk.side.post(wire.Fail(fault=Fault("out_of_memory", "x")), "j", 1)
+    desk.now += 59
+    assert desk.claims.tick() == ""
+    desk.now += 1
+    assert "does not acknowledge the end of job 'j'" in desk.claims.tick()
+    desk.claims.finish(violated=False)
+    desk.session()
+    assert desk.types() == (["CompleteJson"] if end == "complete" else [])
+
+
+def test_an_end_that_is_acknowledged_leaves_the_session_alone():
+    desk = Desk()
+    desk.session()
+    for job, kind in (("j", "llm"), ("k", "image")):
+        desk.offer(job, kind)
+        desk.side.post(wire.Accept(), job, 1)
+        if kind == "llm":
+            desk.complete(job)
+            desk.claims.hear(frames.CompleteAck(job_id=job))
+        else:
+            desk.side.post(wire.Fail(fault=Fault("out_of_memory", "x")), job, 1)
+            desk.claims.hear(frames.FailAck(job_id=job))
+        desk.now += 100
+        assert desk.claims.tick() == ""
+
+
+def test_that_a_job_failed_is_said_once():
+    """Its owner may take it off this worker while the studio is being told; a second word would break its rules."""
+    desk = Desk()
+    desk.session()
+    desk.offer()
+    desk.side.post(wire.Accept(), "j", 1)
+    for _ in range(2):
+        desk.side.post(wire.Fail(fault=Fault("out_of_memory", "x")), "j", 1)
+    assert desk.types() == ["Accept", "Fail"]
 
 
 def test_a_failure_that_no_session_holds_is_nobodys():
@@ -213,7 +293,7 @@ def test_the_next_offer_may_overtake_the_answer_to_an_upload():
     desk.offer(kind="image")
     desk.side.post(wire.Accept(), "j", 1)
     slip = Slip.read(desk.side.held["j", 1].upload)
-    desk.claims.uploading(slip, True)
+    desk.claims.uploads.uploading(slip, True)
     desk.offer("k", "image")
     assert desk.types() == ["Accept"]
     desk.side.post(wire.Complete(), "j", 1)
@@ -227,9 +307,9 @@ def test_an_upload_that_did_not_succeed_leaves_no_offer_without_an_answer():
     desk.offer(kind="image")
     desk.side.post(wire.Accept(), "j", 1)
     slip = Slip.read(desk.side.held["j", 1].upload)
-    desk.claims.uploading(slip, True)
+    desk.claims.uploads.uploading(slip, True)
     desk.offer("k", "image")
-    desk.claims.uploading(slip, False)
+    desk.claims.uploads.uploading(slip, False)
     assert desk.sent[-1] == frames.Reject(job_id="k", reason="worker already has an in-flight job", code="busy")
 
 
@@ -290,8 +370,8 @@ async def test_a_conflict_that_the_offer_has_overtaken_is_asked_about_once_more(
     desk.offer(kind="image")
     desk.side.post(wire.Accept(), "j", 1)
     slip = Slip.read(desk.side.held["j", 1].upload)
-    assert await desk.claims.taken_up(slip)
-    assert not await desk.claims.taken_up(slip)
+    assert await desk.claims.uploads.taken_up(slip)
+    assert not await desk.claims.uploads.taken_up(slip)
 
 
 @pytest.mark.parametrize("drained", [True, False])
@@ -302,7 +382,7 @@ async def test_a_conflict_waits_for_the_job_until_nobody_will_offer_it(drained, 
     verdicts: list[bool] = []
 
     async def wait() -> None:
-        verdicts.append(await desk.claims.taken_up(Slip(job="j", attempt=1, kind="image", model="m")))
+        verdicts.append(await desk.claims.uploads.taken_up(Slip(job="j", attempt=1, kind="image", model="m")))
 
     nursery.start_soon(wait)
     await trio.testing.wait_all_tasks_blocked()
@@ -310,6 +390,7 @@ async def test_a_conflict_waits_for_the_job_until_nobody_will_offer_it(drained, 
     desk.offer("k")
     assert ("k", 1) in desk.side.held, "it is in nobody's way"
     if drained:
+        desk.side.leaving = False
         desk.side.post(wire.Draining(), "", 0)
     else:
         await trio.sleep(601)

@@ -63,6 +63,12 @@ class Told:
         self.large: list[tuple[Slip, bytes]] = []
         self.uploading: list[bool] = []
         self.verdicts: list[bool] = []
+        self.refused: list[tuple[str, bool]] = []
+        self.failing = False
+
+    async def refuse(self, _slip: Slip, why: str, at_once: bool) -> bool:
+        self.refused.append((why, at_once))
+        return self.failing
 
     async def conflict(self, _slip: Slip) -> bool:
         return self.verdicts.pop() if self.verdicts else False
@@ -78,6 +84,7 @@ async def delivering(base: str, known: bool = True):
             http,
             lambda: mine,
             on_uploading=lambda _slip, now: told.uploading.append(now),
+            on_refused=told.refuse,
             on_conflict=told.conflict,
             on_gone=told.gone.append,
             on_large=lambda slip, body: told.large.append((slip, body)),
@@ -241,6 +248,22 @@ async def test_a_result_that_is_refused(status, gone, again):
         assert len(site.asked) == 1
     assert (caught.value.fault.code, caught.value.fault.may_retry) == ("upload_failed", again)
     assert told.gone == ([SLIP] if gone else [])
+
+
+@pytest.mark.parametrize(
+    ("status", "at_once"), [(500, False), (503, False), (401, False), (429, False), (404, True), (410, True)]
+)
+async def test_a_result_that_its_holder_cannot_deliver(status, at_once):
+    async with open_site() as site, delivering(site.url) as (delivery, told):
+        site.answers = [(status, b"")]
+        told.failing = True
+        with pytest.raises(FaultError) as caught:
+            await delivery.upload(SLIP.text(), output(b"c"), b"c")
+        assert len(site.asked) == 1
+    assert (caught.value.fault.code, caught.value.fault.may_retry) == ("upload_failed", True)
+    assert told.refused == [(f"The output 'out.png' cannot be delivered: HTTP {status}.", at_once)]
+    assert told.gone == []
+    assert told.uploading == [True, False]
 
 
 async def test_a_job_that_is_offered_here_again_takes_its_result():

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from supervisor.link.dialects.studio_offers import Slip
+from supervisor.link.dialects.studio_uploads import TRIES, Uploads
+from supervisor.link.ledger import Key
+
+SLIP = Slip(job="j", attempt=1, kind="image", model="m")
+
+
+class Desk:
+    """What the claims would say."""
+
+    def __init__(self, held: Key | None = SLIP.key, left: bool = True) -> None:
+        self.held = held
+        self.failed: list[tuple[Key, str]] = []
+        self.left: list[Key] = []
+        self.verdicts: list[bool] = []
+        self.uploads = Uploads(
+            held=lambda: self.held,
+            fail=lambda key, why: self.failed.append((key, why)),
+            leave=lambda key: left and not self.left.append(key),
+            on_fewer=lambda: None,
+            aside_s=600.0,
+        )
+
+    async def refuse(self, at_once: bool = False) -> None:
+        self.verdicts.append(await self.uploads.refused(SLIP, "because", at_once))
+
+    async def conflict(self) -> None:
+        self.verdicts.append(await self.uploads.taken_up(SLIP))
+
+
+async def test_two_more_tries_and_then_the_job_has_failed_once_the_server_knows(nursery):
+    desk = Desk()
+    for _ in range(TRIES - 1):
+        await desk.refuse()
+    assert (desk.verdicts, desk.failed) == ([False, False], [])
+    nursery.start_soon(desk.refuse)
+    await trio.testing.wait_all_tasks_blocked()
+    assert desk.failed == [(SLIP.key, "because")]
+    assert len(desk.verdicts) == 2, "the result is kept meanwhile"
+    assert desk.uploads.acknowledged(SLIP.key)
+    await trio.testing.wait_all_tasks_blocked()
+    assert desk.verdicts[2:] == [True]
+    assert desk.uploads.keeps_offers_waiting(None), "until its end has come here"
+    desk.uploads.forget(SLIP.key)
+    assert not desk.uploads.keeps_offers_waiting(None)
+
+
+async def test_what_no_other_try_helps_fails_at_once(nursery):
+    desk = Desk()
+    nursery.start_soon(desk.refuse, True)
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(desk.failed) == 1
+    desk.uploads.acknowledged(SLIP.key)
+
+
+async def test_a_session_that_breaks_first_leaves_the_result_and_counts_from_the_beginning(nursery):
+    desk = Desk()
+    for _ in range(TRIES - 1):
+        await desk.refuse()
+    nursery.start_soon(desk.refuse)
+    await trio.testing.wait_all_tasks_blocked()
+    desk.uploads.over()
+    await trio.testing.wait_all_tasks_blocked()
+    assert desk.verdicts == [False] * TRIES
+    assert not desk.uploads.acknowledged(SLIP.key), "a word of nobody's"
+    for _ in range(TRIES - 1):
+        await desk.refuse()
+    assert len(desk.failed) == 1
+
+
+@pytest.mark.parametrize("held", [None, ("other", 1), ("j", 2)])
+async def test_without_its_claim_nothing_is_said_and_nothing_is_given_up(held):
+    desk = Desk(held)
+    for _ in range(3 * TRIES):
+        await desk.refuse()
+        await desk.refuse(True)
+    assert not any(desk.verdicts)
+    assert desk.failed == []
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("drained_first", [True, False])
+async def test_a_drain_lets_go_of_what_waits_for_its_job(nursery, left, drained_first):
+    desk = Desk(None, left)
+    if drained_first:
+        desk.uploads.drain()
+    nursery.start_soon(desk.conflict)
+    await trio.testing.wait_all_tasks_blocked()
+    if not drained_first:
+        assert desk.uploads.waiting == 1
+        desk.uploads.drain()
+        await trio.testing.wait_all_tasks_blocked()
+    # Left to the next life, it is cancelled from there; what cannot be left is given up.
+    assert (desk.left, desk.verdicts) == (([SLIP.key], []) if left else ([], [False]))
+    nursery.cancel_scope.cancel()
