@@ -35,6 +35,7 @@ from coordinator.deliveries import Deliveries
 from coordinator.deploy import api as deployments_api
 from coordinator.deploy.deployer import Deployer
 from coordinator.dispatch import Dispatcher
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.doors import Doors
 from coordinator.enrol_api import enrol_routes
 from coordinator.enrolments import Enrolments
@@ -95,6 +96,7 @@ class Coordinator:
         open_blobs: Callable[[], Blobs] | None = None,
         undelivered_s: float = PrivacySettings().undelivered_s,
         doorway: Doorway | None = None,
+        settings: DispatchSettings | None = None,
     ) -> None:
         """Open everything.
 
@@ -108,6 +110,7 @@ class Coordinator:
             open_blobs: opens the store of files; without it, a folder in the folder.
             undelivered_s: see `PrivacySettings`.
             doorway: where the other replicas over the same database reach this one; without it, it is alone.
+            settings: tunables of the dispatcher.
 
         Raises:
             StoreError, OSError.
@@ -130,16 +133,16 @@ class Coordinator:
         self.keys = Keys(self._known)
         self._doors = Doors(self.keys.lives)
         sessions = Sessions(self._store, self.keys)
-        self.parts = self._parts(blobs, limits or Limits(), sessions)
+        self.parts = self._parts(blobs, limits or Limits(), sessions, settings)
         self.feed = Feed(self.parts.look)
         self.dashboard = Dashboard(sessions, self.feed)
         self.privacy = self._privacy(undelivered_s)
         workers = self._worker_routes(studio_models, studio)
         self.app = Deliveries(build_app(self.parts, workers, self._lifetime), self.privacy.delivered)
 
-    def _parts(self, blobs: Blobs, limits: Limits, sessions: Sessions) -> Services:
+    def _parts(self, blobs: Blobs, limits: Limits, sessions: Sessions, settings: DispatchSettings | None) -> Services:
         """What the routes use, over the open store and register."""
-        dispatcher = Dispatcher(self._store, blobs, self.replicas)
+        dispatcher = Dispatcher(self._store, blobs, self.replicas, settings)
         if self.replicas is not None:
             self.replicas.attach(dispatcher.attempts)
         tenants, look = Tenants(self._known), Look(self._store)

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from coordinator import logs
 from coordinator.blobs.opening import BlobsConfig
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.replicas.opening import ReplicaTable, in_folder
 from coordinator.server import Refusal
 from coordinator.studio.claims import Source
@@ -21,6 +22,7 @@ from coordinator.traces import OtelConfig
 DEFAULT_LISTEN = "127.0.0.1:8080"
 LOOPBACK_PROXY = "127.0.0.1"
 _Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
+_Jobs = Annotated[int, Meta(ge=1, le=10_000_000)]
 STORE_VARIABLE = "COORDINATOR_STORE"  # a URL with a password is nothing for a command line
 
 
@@ -46,6 +48,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         behind_proxy: addresses of proxies that add TLS; their X-Forwarded-* headers are believed.
         drain_s: what running requests get at the end.
         job_s: deadline of jobs that bring none.
+        max_queued: jobs of all tenants that may wait; one more is refused. What starts later does not count for a job
+            that is due now.
+        max_queued_per_tenant: the same of one tenant.
         blobs: where files lie: see `BlobsConfig`.
         privacy: of tenants whose content is not kept.
         replica: how the other coordinators over the same database reach this one.
@@ -65,6 +70,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     behind_proxy: list[str] = []
     drain_s: _Seconds = 30.0
     job_s: _Seconds = 3600.0
+    max_queued: _Jobs = DispatchSettings().max_queued
+    max_queued_per_tenant: _Jobs = DispatchSettings().max_queued_per_tenant
     replica: ReplicaTable | None = None
     log_format: logs.Format = "text"
     log_level: logs.Level = "info"

@@ -35,6 +35,7 @@ from coordinator.records import (
     Submission,
     WorkerView,
 )
+from coordinator.room import RETRY_HINT_S, Room
 from coordinator.store import Store, StoreError
 from coordinator.store.base import Claimed, Want
 from coordinator.store.threads import StoreThreads, hear
@@ -45,7 +46,6 @@ from protocol.ids import RANDOM_BYTES, new_id
 
 log = logging.getLogger(__name__)
 
-RETRY_HINT_S = 5
 UNPLACED_MS = 500
 
 # Inside the class `list` is the method.
@@ -77,7 +77,7 @@ class Dispatcher:
         self.name_of: Callable[[str], str | None] = lambda model: model
         self._accepting = True
         self.handing_over = False  # workers are sent to other replicas
-        self._waiting = 0  # jobs in the queue, as last counted, plus submissions since
+        self._room = Room(self.settings.max_queued, self.settings.max_queued_per_tenant)
         self._bell = anyio.Event()
         self._due = float("inf")  # when the next ring is wanted, on anyio's clock
         self._freed = False
@@ -99,7 +99,7 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """About how many jobs wait."""
-        return self._waiting
+        return self._room.total
 
     @property
     def accepting(self) -> bool:
@@ -191,7 +191,7 @@ class Dispatcher:
         record = await self._threads.write(self._store.retry, job_id, tenant)
         if record is not None:
             self.counters.events["retried"] += 1
-            self._waiting += 1
+            self._room.came([record])
             self.attempts.fleet.ask(record.labels)
             self._ring(0)
         return record
@@ -264,14 +264,14 @@ class Dispatcher:
         s = self.terms(s)
         if (model := self.model_of(s.model)) != s.model:
             s = msgspec.structs.replace(s, model=model, asked=s.model)
-        self._may_wait(more)
+        self._may_wait(s, more)
         check(s, self.attempts.fleet)
         self.attempts.fleet.ask(s.labels)
         return msgspec.structs.replace(s, cost=self.attempts.costs.of(s.tenant, s.model))
 
     def queued(self, records: Sequence[JobRecord]) -> None:
         """Rows were made of jobs that were ready."""
-        self._waiting += len(records)
+        self._room.came(records)
         for record in records:
             self.counters.submitted[record.kind, record.model] += 1
         self._ring(0)
@@ -283,22 +283,21 @@ class Dispatcher:
             if wants:
                 write = self._store.insert_and_claim
                 record, created, claimed = await self._threads.write(write, job_id, s, wants)
-                self._waiting += created
+                self._room.came([record] if created else [])
                 if created and all(job.id != job_id for job, _ in claimed):
                     self._ring(0)
                 await self._place(claimed)
                 return record, created
         record, created = await self._threads.write(self._store.insert, job_id, s)
         if created:
-            self._waiting += 1
+            self._room.came([record])
             self._ring(0)
         return record, created
 
-    def _may_wait(self, more: int) -> None:
+    def _may_wait(self, s: Submission, more: int) -> None:
         if not self._accepting:
             raise refuse("overloaded", "The coordinator is shutting down; try again later.", retry_after_s=RETRY_HINT_S)
-        if self._waiting + more >= self.settings.max_queued:
-            raise refuse("overloaded", "Too many jobs wait; try again later.", retry_after_s=RETRY_HINT_S)
+        self._room.check(s, more)
 
     def _watched(self, record: JobRecord, subscription: Subscription) -> Events:
         def lagged() -> None:
@@ -375,7 +374,7 @@ class Dispatcher:
                 await self._threads.write(self._store.release, record.id, record.attempt, UNPLACED_MS)
                 self._ring(0)
                 continue
-            self._waiting = max(0, self._waiting - 1)
+            self._room.went(record)
             self._offer(worker, record, left_ms)
 
     def _offer(self, worker: Worker, record: JobRecord, left_ms: int) -> None:
@@ -409,7 +408,7 @@ class Dispatcher:
             self.attempts.stop(record, "The job's deadline has passed.")
         await self.attempts.give_up_offers(self.settings.offer_s)
         await self.attempts.reconcile(self.settings.worker_grace_s)
-        self._waiting = sum((await self._threads.read(self._store.queued)).values())
+        self._room.counted(await self._threads.read(self._store.waiting))
         self.attempts.fleet.asked(await self._threads.read(self._store.asked_labels))
 
     async def _purge(self) -> None:

@@ -19,7 +19,8 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
         purge_s, orphan_sweep_s: pause between two purges of old jobs, and of files without a job.
         repair_s: a silent watcher reads the row this often, in case an event was lost.
         blob_url_s: how long a worker may fetch inputs and leave outputs.
-        max_queued: waiting jobs beyond this are refused as overloaded.
+        max_queued: waiting jobs of all tenants beyond this are refused as overloaded, see `Room`.
+        max_queued_per_tenant: those of one tenant beyond this are refused as rate_limited.
     """
 
     poll_s: float = 0.5
@@ -33,4 +34,5 @@ class DispatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     orphan_sweep_s: float = 3600.0
     repair_s: float = 5.0
     blob_url_s: float = 86_400.0
-    max_queued: int = 10_000
+    max_queued: int = 100_000
+    max_queued_per_tenant: int = 10_000

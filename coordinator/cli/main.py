@@ -27,6 +27,7 @@ from coordinator.cli import service as cli_service
 from coordinator.cli import usage as cli_usage
 from coordinator.cli.http import AskError
 from coordinator.config import STORE_VARIABLE, Config
+from coordinator.dispatch_settings import DispatchSettings
 from coordinator.keys import FILE_NAME, KeyRefusal, Keys, secret_file
 from coordinator.register import open_register
 from coordinator.registrations import RegistrationRefusal
@@ -192,6 +193,9 @@ def _opened(settings: Config, where: str, state: Path, doorway: Doorway | None) 
             doorway=doorway,
             open_blobs=lambda: open_blobs(settings.blobs, state / BLOB_FOLDER),
             undelivered_s=settings.privacy.undelivered_s,
+            settings=DispatchSettings(
+                max_queued=settings.max_queued, max_queued_per_tenant=settings.max_queued_per_tenant
+            ),
         )
     except BlobsRefusal as error:
         raise Refusal(str(error)) from None

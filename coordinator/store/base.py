@@ -298,6 +298,10 @@ class Store(Shelf, Deployments, Watch, Protocol):
     def queued(self) -> dict[tuple[str, str], int]:
         """(kind, model) -> jobs that wait."""
 
+    def waiting(self) -> dict[str, tuple[int, int]]:
+        """Tenant -> its jobs that wait and are due, or pause before their next try; and those that were asked to start
+        later."""
+
     def purge(self, retention_ms: int, limit: int = 500) -> list[Purged]:
         """Delete jobs that ended more than `retention_ms` ago; at most `limit` of them, and none of an open batch."""
 

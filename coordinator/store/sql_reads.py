@@ -85,6 +85,16 @@ class SqlReads(SqlWatch):
         rows = self._read("SELECT kind, model, count(*) AS n FROM jobs WHERE state = 'queued' GROUP BY kind, model")
         return {(row["kind"], row["model"]): row["n"] for row in rows}
 
+    def waiting(self) -> dict[str, tuple[int, int]]:
+        """Tenant -> its jobs that wait and are due, or pause before their next try; and those that were asked to start
+        later."""
+        later = f"attempt = 0 AND run_after_ms > (SELECT {self.CLOCK})"
+        rows = self._read(
+            f"SELECT tenant, count(*) AS n, sum(CASE WHEN {later} THEN 1 ELSE 0 END) AS later FROM jobs "
+            "WHERE state = 'queued' GROUP BY tenant"
+        )
+        return {row["tenant"]: (row["n"] - row["later"], row["later"]) for row in rows}
+
     def asked_labels(self) -> Labels:
         """All labels that waiting jobs ask for."""
         rows = self._read("SELECT DISTINCT needs FROM jobs WHERE state = 'queued' AND needs <> ''")

@@ -27,6 +27,8 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ("listne = 'x'", "listne"),
         ("drain_s = 'x'", "drain_s"),
         ("drain_s = 0", "drain_s"),
+        ("max_queued = 0", "max_queued"),
+        ("max_queued_per_tenant = 1.5", "max_queued_per_tenant"),
         ("= 1", "line 1"),
         ("config_version = 2", "config_version 2"),
     ],

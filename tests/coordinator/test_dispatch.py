@@ -152,14 +152,6 @@ def test_the_largest_params_fit_into_an_offer(desk: Desk, worker: RawWorker) -> 
     assert bytes(worker.expect(wire.Offer).body.params) == params
 
 
-def test_the_queue_is_bounded(tmp_path: Path) -> None:
-    with running_desk(tmp_path, msgspec.structs.replace(FAST, max_queued=2)) as desk:
-        for _ in range(2):
-            desk.submit(wait_for_worker=True)
-        with refused("overloaded"):
-            desk.submit(wait_for_worker=True)
-
-
 def test_a_job_may_wait_for_its_worker(desk: Desk) -> None:
     record, events = desk.follow(wait_for_worker=True)
     with desk.worker() as worker:

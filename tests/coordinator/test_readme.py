@@ -45,7 +45,8 @@ def test_every_configuration_is_read(number: int, tmp_path: Path) -> None:
 
 def test_options_and_fields_in_the_text_are_real() -> None:
     known = set(config.Config.__struct_fields__)
-    for key in ("store_pooled", "log_format", "log_level", "access_log", "drain_s"):
+    keys = ("store_pooled", "log_format", "log_level", "access_log", "drain_s", "max_queued", "max_queued_per_tenant")
+    for key in keys:
         assert f"`{key}" in TEXT or f"\n{key} = " in TEXT
         assert key in known
     told = msgspec.convert(
