@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 import psycopg
 
+from coordinator.records import JobRecord
 from coordinator.store.base import (
     LEFT_BEHIND,
     SILENT_MS,
@@ -29,11 +30,12 @@ from coordinator.store.doorbell import Doorbell
 from coordinator.store.needs import NO_LIMIT_GB
 from coordinator.store.postgres_link import Connection, PostgresLink
 from coordinator.store.postgres_schema import MIGRATIONS
-from coordinator.store.rows import LIGHT, Row, record
+from coordinator.store.rows import LATER, LIGHT, Row, record
 from coordinator.store.sql import SqlStore, in_turn, once_each
 from coordinator.store.sql_steps import whole
 from coordinator.store.sql_usage import APPEND, APPEND_ALL, FOLD, FOLD_ALL
 from coordinator.store.sql_vitals import gauges_of_postgres
+from protocol.faults import Fault
 
 T = TypeVar("T")
 _pack = msgspec.msgpack.encode
@@ -47,7 +49,7 @@ _LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
 # filters what the walk finds; in the place of `model =` it would sort the whole queue. MATERIALIZED: it is run once,
 # not per row. A want of several lines locks up to its limit in each and takes the first of them all: for the rest of
 # this statement others pass over what it leaves, and find it when they look again.
-_CLAIM = """
+_CLAIM = f"""
     WITH wants AS (
         SELECT model, needs, string_to_array(kinds, chr(31)) AS kinds, wanted, vram,
             string_to_array(but, chr(31)) AS but
@@ -59,7 +61,7 @@ _CLAIM = """
         FROM wants CROSS JOIN LATERAL (
             SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = wants.model AND needs = wants.needs
             AND kind = ANY (wants.kinds) AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)
-            AND vram_gb_estimate <= wants.vram AND id <> ALL (wants.but)
+            AND vt < {LATER} AND vram_gb_estimate <= wants.vram AND id <> ALL (wants.but)
             ORDER BY priority DESC, vt, seq LIMIT wants.wanted FOR UPDATE SKIP LOCKED
         ) AS picked
     )
@@ -98,6 +100,7 @@ class PostgresStore(SqlStore):
         StoreError: it cannot be reached, is too old, or a copy into it was not finished.
     """
 
+    MOST, LEAST = "greatest", "least"
     LOCK, SKIP, CLOCK = " FOR UPDATE", " FOR UPDATE SKIP LOCKED", "now_ms()"
     ALIVE = "coalesce((SELECT beat_ms FROM gateways WHERE id = presence.gateway), 0)"
     ORPHANED = f"attended = 1 AND origin NOT IN ({_LIVE})"
@@ -108,7 +111,6 @@ class PostgresStore(SqlStore):
         self.gateway = f"gw_{secrets.token_hex(8)}"
         self.parallel, self.silent_ms = connections, silent_ms
         self.advertised = ""  # the URL of this replica's door, said with every beat
-        self._judges_from = 0  # before this, silence of others is put down to ourselves or the database
         self._link = PostgresLink(url, pooled=pooled, connections=connections)
         self._bell: Doorbell | None = None
         try:
@@ -118,7 +120,8 @@ class PostgresStore(SqlStore):
                 _check_copies(connection)
             finally:
                 connection.close()
-            self._appear()
+            # Before this, silence of others is put down to the database: it may be back since a moment.
+            self._judges_from = self._appear() + self.silent_ms
         except BaseException:
             self._link.close()
             raise
@@ -127,13 +130,19 @@ class PostgresStore(SqlStore):
 
     @whole
     def beat(self) -> Beat:
-        """Say that this coordinator lives, and take over what those that do not say so any more have held."""
+        """Say that this coordinator lives, and take over what those that do not say so any more have held.
+
+        Who is silent is judged only by who has beaten for as long without a break: in a break the database may have
+        been away, and the others come back a little later, or beat a little earlier before it. Half of the silence is
+        a break, so that nobody is judged by less than the other half.
+        """
         with self._transaction() as now:
             before = self._one("SELECT beat_ms FROM gateways WHERE id = :me", me=self.gateway)
             self._say_alive(now)
-            lapsed = before is not None and before["beat_ms"] <= now - self.silent_ms
-            if lapsed:
-                # The database was away, or this process was stopped: the others may be as late as we are.
+            # Without a row the silence was so long that it is forgotten.
+            silence_ms = self.silent_ms if before is None else now - before["beat_ms"]
+            lapsed = silence_ms >= self.silent_ms
+            if silence_ms >= self.silent_ms // 2:
                 self._judges_from = now + self.silent_ms
             self._clock_went_back(now)
             if now < self._judges_from:
@@ -191,10 +200,15 @@ class PostgresStore(SqlStore):
         )
 
     @whole
-    def _appear(self) -> None:
-        """From its first claim on, nobody may think that this coordinator is gone."""
+    def _appear(self) -> int:
+        """From its first claim on, nobody may think that this coordinator is gone. Returns the store's clock."""
         with self._transaction() as now:
             self._say_alive(now)
+            return now
+
+    def leave_unattended(self, _fault: Fault) -> list[JobRecord]:
+        """Nothing: an earlier life had another name, and `beat` finds it gone when it has been silent for so long."""
+        return []
 
     def close(self) -> None:
         """Release the connections; later calls raise StoreError. Calling it again does nothing."""
@@ -212,6 +226,7 @@ class PostgresStore(SqlStore):
             self._bell.ring()
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
+        self._ripen(now)
         claimed: list[Row] = []
         lines: dict[str, list[str]] = {}
         for round_ in _rounds(wants):
