@@ -1,14 +1,14 @@
 """A GOLIAT dashboard for tests: both protocols of its contract over real HTTP on loopback, and its bad moments.
 
 It does what the real one does, bad habits included: a claim is an unconditional write, each upload deletes what an
-earlier one brought, `finished` completes the first that this machine runs, `fatal_error` leaves an assignment as it is.
+earlier one brought, `finished` completes the first that this machine runs, `fatal_error` leaves an assignment as it is,
+a machine that was silent for long is a new worker (testing_goliat_rows.py), and who deletes a worker has all of its
+assignments done again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import email.parser
-import email.policy
 import itertools
 import json
 import urllib.parse
@@ -16,8 +16,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import h11
-import msgspec
 import trio
+
+from supervisor.testing_goliat_files import archive, form, tree
+from supervisor.testing_goliat_rows import Part, WorkerRow, Workers
+
+__all__ = ["Answer", "Dashboard", "Part", "Told", "WorkerRow", "open_dashboard"]
 
 MAX_BODY_BYTES = 256 * 2**20
 
@@ -38,30 +42,6 @@ class Told(NamedTuple):
     at: float
 
 
-class Part(msgspec.Struct, kw_only=True):
-    """An assignment as the dashboard has it."""
-
-    id: str
-    index: int = 0
-    config: Any = None
-    status: str = "PENDING"
-    worker: str | None = None
-    files: dict[str, bytes] = {}
-    relative_path: str = ""
-    uploads: int = 0
-
-    def row(self) -> dict[str, Any]:
-        """As it is listed."""
-        return {
-            "id": self.id,
-            "index": self.index,
-            "workerId": self.worker,
-            "splitConfig": self.config,
-            "status": self.status,
-            "progress": 100 if self.status == "COMPLETED" else 0,
-        }
-
-
 class Dashboard:
     """See the module.
 
@@ -71,9 +51,11 @@ class Dashboard:
         studies: id -> (name, its assignments).
         queue: what the planned protocol gives next: the whole reply, in either shape.
         configs: path below /configs/ -> file.
-        workers: machine -> {id, status, beats}.
+        later_s: how far its clock is ahead of trio's: more, and rows become stale.
+        known: its workers, and which of them a machine is.
         told: every gui-update that was acknowledged, in order.
         bodies: what every heartbeat said.
+        screenshots: machine -> tab -> picture.
         asked: (method, path) of every request that was answered.
         stumbles: path -> answers to give instead, each once; `drop` closes the connection after having acted.
         before: path -> called before a request is acted on.
@@ -85,9 +67,11 @@ class Dashboard:
         self.studies: dict[str, tuple[str, list[Part]]] = {}
         self.queue: list[Any] = []
         self.configs: dict[str, bytes] = {}
-        self.workers: dict[str, dict[str, Any]] = {}
+        self.later_s = 0.0
+        self.known = Workers(lambda: trio.current_time() + self.later_s, lambda id_: bool(self._running(id_)))
         self.told: list[Told] = []
         self.bodies: list[dict[str, Any]] = []
+        self.screenshots: dict[str, dict[str, bytes]] = {}
         self.asked: list[tuple[str, str]] = []
         self.stumbles: dict[str, list[Answer | str]] = {}
         self.before: dict[str, Callable[[], None]] = {}
@@ -104,18 +88,28 @@ class Dashboard:
         return parts
 
     def give(self, id_: str, config: bytes, *, flat: bool = False) -> None:
-        """Put an assignment into the queue of the planned protocol."""
+        """Put an assignment into the queue of the planned protocol. `flat`: in the shape that knows no id."""
         self.configs[id_] = config
         inner = {"split_index": 0, "config_url": f"{self.url}/configs/{id_}"}
         if flat:
-            self.queue.append({**inner, "config": f"{id_}.json", "id": id_})
+            self.queue.append({**inner, "config": f"{id_}.json"})
         else:
             more = {"id": id_, "super_study_id": "s", "created_at": "2026-01-01T00:00:00Z"}
             self.queue.append({"assigned": True, "assignment": {**inner, **more}})
 
+    @property
+    def parts(self) -> list[Part]:
+        """The assignments of all studies."""
+        return [part for _name, parts in self.studies.values() for part in parts]
+
     def part(self, id_: str) -> Part | None:
         """An assignment by its id."""
-        return next((part for _name, parts in self.studies.values() for part in parts if part.id == id_), None)
+        return next((part for part in self.parts if part.id == id_), None)
+
+    @property
+    def workers(self) -> dict[str, WorkerRow]:
+        """Machine -> its newest row."""
+        return {row.machine: row for row in self.known.rows}
 
     def messages(self, *types: str) -> list[dict[str, Any]]:
         """What was told, of these types."""
@@ -129,7 +123,7 @@ class Dashboard:
         """Every log line that was told."""
         return [line["message"] for message in self.messages("log_batch") for line in message["logs"]]
 
-    async def until(self, true: Callable[[], Any], patience_s: float = 30.0) -> Any:
+    async def until(self, true: Callable[[], Any], patience_s: float = 60.0) -> Any:
         """Wait for something that a request brings about; returns its value."""
         with trio.fail_after(patience_s):
             while not (value := true()):
@@ -171,7 +165,9 @@ class Dashboard:
         if answer is None:
             return False
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-        headers = [("content-length", str(len(content))), ("content-type", "application/json"), *answer.headers]
+        headers = [("content-length", str(len(content))), *answer.headers]
+        if "content-type" not in dict(answer.headers):
+            headers.append(("content-type", "application/json"))
         data = connection.send(h11.Response(status_code=answer.status, headers=headers)) or b""
         data += connection.send(h11.Data(data=content)) or b""
         await stream.send_all(data + (connection.send(h11.EndOfMessage()) or b""))
@@ -199,18 +195,26 @@ class Dashboard:
             case "POST", ["api", "heartbeat"]:
                 return self._heartbeat(_json(body))
             case "GET", ["api", "heartbeat"]:
-                row = self.workers.get(query.get("ipAddress", ""))
-                return Answer(200, {**row, "isOffline": False}) if row else _error(404, "NOT_FOUND")
+                known = self.known.of(query.get("ipAddress", ""))
+                return Answer(200, self.known.shown(known)) if known else _error(404, "NOT_FOUND")
             case "GET", ["api", "assignment"]:
                 if "machineId" not in query:
                     return _error(400, "INVALID_REQUEST")
                 return Answer(200, self.queue.pop(0) if self.queue else {"assigned": False})
             case "POST", ["api", "gui-update"]:
                 return self._update(_json(body))
+            case "POST", ["api", "gui-screenshots"]:
+                return self._pictures(kind, body)
             case "GET", ["api", "super-studies"]:
                 return Answer(200, [self._study(id_) for id_ in reversed(self.studies) if self._named(id_, query)])
-            case "GET", ["api", "super-studies", id_, "assignments"] if id_ in self.studies:
-                return Answer(200, [part.row() for part in self.studies[id_][1]])
+            case "POST", ["api", "super-studies"]:
+                return self._put_up(_json(body))
+            case "GET", ["api", "super-studies", id_, "assignments"]:  # a study that it does not know has none
+                return Answer(200, [part.row() for part in self.studies.get(id_, ("", []))[1]])
+            case "GET", ["api", "super-studies", id_, "results", what] if id_ in self.studies:
+                return self._brought(id_, what, query)
+            case _, ["api", "workers", *rest]:
+                return self._workers(method, rest, query)
             case "POST", ["api", "assignments", id_, "claim"]:
                 return self._claim(id_, _json(body))
             case "POST", ["api", "assignments", id_, "results"]:
@@ -226,38 +230,84 @@ class Dashboard:
     def _study(self, id_: str) -> dict[str, Any]:
         name, parts = self.studies[id_]
         done = sum(part.status == "COMPLETED" for part in parts)
-        status = "COMPLETED" if parts and done == len(parts) else "RUNNING"
-        listed = [{"id": part.id, "status": part.status, "workerId": part.worker} for part in parts]
-        return {"id": id_, "name": name, "status": status, "totalAssignments": len(parts), "assignments": listed}
+        idle = all(part.status == "PENDING" for part in parts)
+        return {
+            "id": id_,
+            "name": name,
+            "status": "COMPLETED" if parts and done == len(parts) else "PENDING" if idle else "RUNNING",
+            "totalAssignments": len(parts),
+            "completedAssignments": done,
+            "masterProgress": 100 * done / len(parts) if parts else 0,
+            "assignments": [{"id": part.id, "status": part.status, "workerId": part.worker} for part in parts],
+        }
+
+    def _put_up(self, body: Any) -> Answer:
+        given = body.get("assignments") if isinstance(body, dict) else None
+        if not isinstance(given, list) or not body.get("name") or not all(isinstance(each, dict) for each in given):
+            return _error(400, "INVALID_REQUEST")
+        parts = self.study(body["name"], *(each.get("splitConfig") for each in given))
+        for part, each in zip(parts, given, strict=True):
+            part.status = each.get("status", "PENDING")
+        return Answer(200, self._study(next(reversed(self.studies))))
+
+    def _brought(self, id_: str, what: str, query: dict[str, str]) -> Answer:
+        parts = [part for part in self.studies[id_][1] if part.files]
+        files = {
+            f"{part.relative_path}/{name}".lstrip("/"): data for part in parts for name, data in part.files.items()
+        }
+        match what:
+            case "list" if files:
+                return Answer(200, {"tree": tree(files), "totalFiles": len(files)})
+            case "download" if files:
+                return Answer(200, archive(files), (("content-type", "application/zip"),))
+            case "file" if "path" not in query:
+                return _error(400, "INVALID_REQUEST")
+            case "file" if query["path"] in files:
+                return Answer(200, files[query["path"]], (("content-type", "application/octet-stream"),))
+            case _:
+                return _error(404, "NOT_FOUND")
+
+    def _workers(self, method: str, path: list[str], query: dict[str, str]) -> Answer:
+        stale = query.get("includeStale") == "true"
+        if method == "GET" and not path:
+            rows = sorted(self.known.rows, key=lambda row: row.seen, reverse=True)
+            return Answer(200, [self.known.shown(row) for row in rows if stale or not self.known.stale(row)])
+        row = next((row for row in self.known.rows if path == [row.id]), None)
+        if row is None or method not in ("GET", "DELETE"):
+            return _error(404, "NOT_FOUND")
+        if method == "GET":
+            return Answer(200, {"worker": self.known.shown(row)})
+        self.known.rows.remove(row)
+        for part in self.parts:
+            if part.worker == row.id:  # what was COMPLETED, too
+                part.status, part.worker = "PENDING", None
+        return Answer(200, {"success": True})
+
+    def _running(self, worker: str) -> list[Part]:
+        return [part for part in self.parts if part.worker == worker and part.status == "RUNNING"]
 
     def _heartbeat(self, body: Any) -> Answer:
         machine = body.get("machineId") or body.get("ipAddress") if isinstance(body, dict) else None
         if not machine:
             return _error(400, "INVALID_REQUEST")
         self.bodies.append(body)
-        self._worker(machine)["beats"] += 1
+        self.known.meet(machine, body.get("hostname") or "").beats += 1
         return Answer(200, {"success": True, "timestamp": "2026-01-01T00:00:00Z"})
-
-    def _worker(self, machine: str) -> dict[str, Any]:
-        fresh = {"id": f"w-{len(self.workers) + 1}", "status": "IDLE", "beats": 0}
-        return self.workers.setdefault(machine, fresh)
 
     def _update(self, body: Any) -> Answer:
         message = body.get("message") if isinstance(body, dict) else None
         if not isinstance(message, dict) or not body.get("machineId") or not message.get("type"):
             return _error(400, "INVALID_REQUEST")
-        worker = self._worker(body["machineId"])
+        worker = self.known.meet(body["machineId"])
         self.told.append(Told(body["machineId"], message, trio.current_time()))
         if message["type"] == "finished":
-            worker["status"] = "IDLE"
-            parts = [part for _name, parts in self.studies.values() for part in parts]
-            mine = [part for part in parts if part.worker == worker["id"] and part.status == "RUNNING"]
-            if mine:  # whichever it finds first: a message names the machine alone
+            worker.status = "IDLE"
+            if mine := self._running(worker.id):  # whichever it finds first: a message names the machine alone
                 mine[0].status = "COMPLETED"
         elif message["type"] == "fatal_error":
-            worker["status"] = "ERROR"
+            worker.status = "ERROR"
         elif message["type"].endswith("_progress"):
-            worker["status"] = "RUNNING"
+            worker.status = "RUNNING"
         return Answer(200, {"success": True})
 
     def _claim(self, id_: str, body: Any) -> Answer:
@@ -266,28 +316,29 @@ class Dashboard:
             return _error(400, "INVALID_REQUEST")
         if part is None:
             return _error(500, "INTERNAL_ERROR")
-        part.status, part.worker = "RUNNING", self._worker(body["machineId"])["id"]
+        part.status, part.worker = "RUNNING", self.known.meet(body["machineId"]).id
         return Answer(200, part.row())
 
     def _results(self, id_: str, kind: str, body: bytes) -> Answer:
         part = self.part(id_)
         if part is None:
             return _error(404, "NOT_FOUND")
-        raw = f"Content-Type: {kind}\r\n\r\n".encode() + body
-        form = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(raw)
-        files: dict[str, bytes] = {}
-        for field in form.iter_parts():
-            content = field.get_payload(decode=True)
-            assert isinstance(content, bytes)
-            match field.get_param("name", header="content-disposition"):
-                case "files":
-                    files[str(field.get_filename())] = content
-                case "relativePath":
-                    part.relative_path = content.decode()
+        fields = form(kind, body)
+        files = {field.filename: field.content for field in fields if field.name == "files"}
+        part.relative_path = next((each.content.decode() for each in fields if each.name == "relativePath"), "")
         if not files:
             return _error(400, "INVALID_REQUEST")
         part.files, part.uploads = files, part.uploads + 1
         return Answer(200, {"success": True, "filesUploaded": len(files), "files": sorted(files)})
+
+    def _pictures(self, kind: str, body: bytes) -> Answer:
+        fields = form(kind, body)
+        machine = next((each.content.decode() for each in fields if each.name == "machineId"), "")
+        if not machine:
+            return _error(400, "INVALID_REQUEST")
+        self.known.meet(machine)
+        self.screenshots.setdefault(machine, {}).update({each.name: each.content for each in fields if each.filename})
+        return Answer(200, {"success": True})
 
 
 def _json(body: bytes) -> Any:

@@ -43,7 +43,7 @@ from supervisor.link.dialects.goliat_http import Http, Trouble
 from supervisor.link.dialects.goliat_notes import Notes
 from supervisor.link.dialects.goliat_polls import Assigned, Claimed, Poll
 from supervisor.link.dialects.goliat_tell import EVERY_S, Teller
-from supervisor.link.dialects.goliat_wire import Message
+from supervisor.link.dialects.goliat_wire import Message, Slip
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import SessionEnd, Side, Why
 from supervisor.suspend import Clocks, SleepWatch
@@ -306,25 +306,42 @@ class Goliat:
             return words.fatal(ending.sentence)
         slip = self._delivery.slip(ending.slip.key) or ending.slip
         if not await self._poll.ours(slip):
-            log.warning("another worker has this assignment: nothing is delivered", extra={"job": slip.job})
+            await self._left(slip, ending)
             return None
         try:
             where = await self._delivery.hand_over(slip, ending.files, to_dashboard=self._shipped)
         except FaultError as error:
             return words.fatal(error.fault.message)
         except Trouble as trouble:
-            if trouble.status != 404:
+            # A proxy says the same of any page while the dashboard is put up anew: only its list is believed.
+            if trouble.status != 404 or (slip.study and await self._poll.ours(slip)):
                 raise
-            log.warning("the dashboard does not know this assignment any more", extra={"job": slip.job})
+            await self._left(slip, ending)
             return None
         if not where:
             return words.finished()
-        sentence = f"The results of assignment {slip.id} are kept on {self._machine} in {where}."
-        log.info("%s", sentence, extra={"job": slip.job})
-        self._teller.add(words.status(sentence, "highlight", time.time()))
+        sentence = self._kept(slip, where)
         if self._shipped:  # it has a place for results and did not take them: it must not count as completed
             return words.fatal(f"The dashboard refused the results. {sentence}")
         return words.finished()
+
+    async def _left(self, slip: Slip, ending: Ending) -> None:
+        """The study went on without us. What it cost is not thrown away: its results stay here. Raises OSError."""
+        log.warning("this assignment is not ours any more: nothing is delivered", extra={"job": slip.job})
+        try:
+            where = await self._delivery.hand_over(slip, ending.files, to_dashboard=False)
+        except FaultError as error:
+            log.error("its results are not kept: %s", error.fault.message, extra={"job": slip.job})
+            return
+        if where:
+            self._kept(slip, where)
+
+    def _kept(self, slip: Slip, where: str) -> str:
+        """Say where results are that the dashboard does not have; the sentence."""
+        sentence = f"The results of assignment {slip.id} are kept on {self._machine} in {where}."
+        log.info("%s", sentence, extra={"job": slip.job})
+        self._teller.add(words.status(sentence, "highlight", time.time()))
+        return sentence
 
 
 def _machine(capabilities: wire.Capabilities) -> dict[str, object]:

@@ -51,7 +51,8 @@ class GoliatDelivery:
     """The `Delivery` of this dialect.
 
     Args:
-        kept: where results stay that the dashboard has no place for, `ID.ATTEMPT` for each.
+        kept: where results stay that the dashboard has no place for, `ID.ATTEMPT` for each. Nothing there is written
+            over: attempts are numbered anew in each life, so a number that other results have is passed over.
     """
 
     def __init__(self, http: Http, kept: Path) -> None:
@@ -164,9 +165,13 @@ class GoliatDelivery:
 
     async def _keep(self, slip: Slip, whole: list[_Taken]) -> str:
         await trio.to_thread.run_sync(lambda: self._kept.mkdir(mode=0o700, parents=True, exist_ok=True))
-        outbox = Outbox(self._kept, 2**63 - 1)
-        await outbox.keep(slip.job, slip.attempt, [(each.file, each.open) for each in whole])
-        return str(outbox.folder(slip.job, slip.attempt))
+        outbox, number = Outbox(self._kept, 2**63 - 1), slip.attempt
+        said = {each.file.name: each.file.sha256.lower() for each in whole}
+        while (found := await trio.to_thread.run_sync(_digests, outbox.folder(slip.job, number))) not in (None, said):
+            number += 1
+        if found is None:
+            await outbox.keep(slip.job, number, [(each.file, each.open) for each in whole])
+        return str(outbox.folder(slip.job, number))
 
     def drop(self, slip: Slip, *, config: bool = True) -> None:
         """Its end has been told: forget its files."""
@@ -184,6 +189,17 @@ class GoliatDelivery:
                 if each.held >= 0:
                     os.close(each.held)
         self._parcels.clear()
+
+
+def _digests(folder: Path) -> dict[str, str] | None:
+    """Name -> sha256 of what is kept there; None when there is nothing. Raises OSError."""
+    if not folder.is_dir():
+        return None
+    found = {}
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _again(fd: int) -> int:

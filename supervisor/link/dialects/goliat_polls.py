@@ -6,10 +6,14 @@ Shipped: the worker chooses. A claim is an unconditional write there, so two wor
 whoever wrote last is the holder. A claim therefore counts only when the row still names us `settle_s` later, and is
 looked at once more before results are delivered, because an upload deletes those of the other worker.
 
+A worker that was not heard for five minutes, or ten when idle, is a new one there, with a new row. Its assignments stay
+with the old row, or go to the new one: both are ours. A `finished` from the new row completes nothing of the old one's.
+
 The shipped dashboard has no word for a failed assignment: it stays RUNNING in our name. A later `finished`, which
 names the machine alone, may complete that one instead of the one that was meant. So after each `finished` it is looked
-at what became of it: the one that was meant is finished again until it is COMPLETED, and one that had failed is claimed
-again, which makes it RUNNING. Failed assignments stay in the notes for that, until somebody resets them.
+at what became of it: the one that was meant is claimed, which brings it under our row of now, and finished again until
+it is COMPLETED, and one that had failed is claimed again, which makes it RUNNING. Failed assignments stay in the notes
+for that, until somebody resets them.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from supervisor.link.dialects.goliat_wire import Row, Slip
 log = logging.getLogger(__name__)
 
 MOST_CLAIMS = 5  # in one poll: where so many workers are faster, the next poll is soon enough
+SETTLE_TRIES = 3  # of a `finished` that completed nothing: each may come after an outage that made another row
 NextAttempt = Callable[[str], int]
 
 
@@ -48,7 +53,7 @@ class Poll(Protocol):
         """An assignment, which is in the notes by then; None when there is none. Raises Trouble, Odd, OSError."""
 
     async def ours(self, slip: Slip) -> bool:
-        """Whether nobody else has it. Raises Trouble, Odd."""
+        """Whether nobody else has it. Raises Trouble, Odd: that cannot be told now."""
 
     async def settle(self, slip: Slip, notes: Notes, again: Callable[[], Awaitable[object]]) -> None:
         """After `finished`, which `again` tells again. Raises Trouble, Odd, OSError."""
@@ -157,42 +162,41 @@ class Claimed:
 
     async def ours(self, slip: Slip) -> bool:
         """See `Poll`. What an earlier life did not note cannot be looked up."""
-        if not slip.study or not slip.worker:
+        if not slip.study:
             await trio.lowlevel.checkpoint()
             return True
-        try:
-            listed = await self._rows(slip.study)
-        except Trouble as trouble:
-            if trouble.status == 404:
-                return False
-            raise
-        now = next((each for each in listed if each.id == slip.id), None)
-        return now is not None and now.worker == slip.worker and now.status in ("RUNNING", "COMPLETED")
+        now = await self._row(slip)
+        return now is not None and now.status in ("RUNNING", "COMPLETED") and await self._held(slip, now)
+
+    async def _row(self, slip: Slip) -> Row | None:
+        """What the list says of it; None when it is not there. No list, for any reason, says nothing: Trouble."""
+        return next((each for each in await self._rows(slip.study) if each.id == slip.id), None)
+
+    async def _held(self, slip: Slip, row: Row) -> bool:
+        """Whether the row is in our name: the one of its claim, or the one that the dashboard has given us since."""
+        return slip.worker in ("", row.worker) or (row.worker != "" and row.worker == await self._row_id())
 
     async def settle(self, slip: Slip, notes: Notes, again: Callable[[], Awaitable[object]]) -> None:
         """See `Poll`."""
         failed = [each for each in (await notes.all()).values() if each.failed and each.study]
-        if not failed:
-            return  # there is nothing else that it could have completed
         if slip.study and slip.worker:
-            for _ in range(len(failed) + 1):
-                now = next((each for each in await self._rows(slip.study) if each.id == slip.id), None)
-                if now is None or now.status != "RUNNING" or now.worker != slip.worker:
+            for _ in range(len(failed) + SETTLE_TRIES):
+                now = await self._row(slip)
+                if now is None or now.status != "RUNNING" or not await self._held(slip, now):
                     break
+                log.info("its end completed nothing, or another: it is told again", extra={"job": slip.job})
+                await self._written(slip.id)
                 await again()
+            else:
+                log.error("the dashboard may never count the study as completed", extra={"job": slip.job})
         for study in {each.study for each in failed}:
             await self._fail_again({each.id: each for each in failed if each.study == study}, study, notes)
 
     async def _fail_again(self, failed: Mapping[str, Slip], study: str, notes: Notes) -> None:
-        try:
-            rows = {each.id: each for each in await self._rows(study)}
-        except Trouble as trouble:
-            if trouble.status != 404:
-                raise
-            rows = {}
+        rows = {each.id: each for each in await self._rows(study)}
         for id_, slip in failed.items():
             row = rows.get(id_)
-            if row is None or row.worker != slip.worker or row.status not in ("RUNNING", "COMPLETED"):
+            if row is None or row.status not in ("RUNNING", "COMPLETED") or not await self._held(slip, row):
                 await notes.remove(slip.job)  # somebody has reset it
             elif row.status == "COMPLETED":
                 log.warning("the dashboard had completed an assignment that failed", extra={"job": slip.job})

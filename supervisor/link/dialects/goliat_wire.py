@@ -118,11 +118,13 @@ def given(reply: object) -> Given | None:
         config = None  # the address is the file; what stands beside it may be no more than its name
     if config is None and not url:
         raise Odd("an assignment was given without a config")
+    file = None if config is None else _file(config)
     study, index = _text(flat, "super_study_id", "superStudyId"), _number(flat, "split_index", "splitIndex", "index")
     id_ = _text(flat, "id", "assignment_id", "assignmentId")
     if not id_:  # the flat shape knows none: the same part of the same study is the same assignment
-        id_ = f"{study}.{index}" if study else hashlib.sha256(f"{url} {index}".encode()).hexdigest()[:32]
-    return Given(Slip(id=id_, study=study, index=index), None if config is None else _file(config), url)
+        what = b"%b %d" % (url.encode() if file is None else file, index)
+        id_ = f"{study}.{index}" if study else hashlib.sha256(what).hexdigest()[:32]
+    return Given(Slip(id=id_, study=study, index=index), file, url)
 
 
 # ---- the shipped protocol ------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Case:
 
     async def beats(self, count: int) -> None:
         """Wait for so many heartbeats."""
-        until = self.dashboard.workers[MACHINE]["beats"] + count
-        await self.dashboard.until(lambda: self.dashboard.workers[MACHINE]["beats"] >= until)
+        until = self.dashboard.workers[MACHINE].beats + count
+        await self.dashboard.until(lambda: self.dashboard.workers[MACHINE].beats >= until)
 
 
 def read(sentence: str, name: str) -> bytes:

@@ -31,6 +31,7 @@ from supervisor.suspend import Clocks
 from supervisor.testing import FakeHost, FakeRun
 
 MODEL, MACHINE, STUDY = "goliat", "box", "phantoms"
+PATIENCE_S = 60.0
 FAST = Timing(every_s=0.01, settle_s=0.01, pause_s=(0.01, 0.02), config_patience_s=0.2)
 
 
@@ -86,14 +87,14 @@ class Bench:
 
     async def until(self, true: Callable[[], object]) -> None:
         """Wait for something that nobody tells of."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while not true():
                 with trio.move_on_after(0.01):
                     await trio.sleep_forever()
 
     async def empty(self) -> None:
         """Wait until nothing is held."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             await self.attempts.ledger.wait_empty()
 
 

@@ -108,6 +108,19 @@ async def test_what_the_dashboard_has_no_place_for_is_kept(bench: Bench) -> None
     assert bench.part.uploads == 0
 
 
+async def test_what_was_kept_is_never_overwritten(bench: Bench) -> None:
+    folders = []
+    for content in (b"A", b"B", b"B", b"A"):  # attempts are numbered anew in each life of the worker
+        file = bench.file("a", content)
+        await bench.take(file)
+        folders.append(Path(await bench.delivery.hand_over(bench.slip, [file], to_dashboard=False)))
+        bench.delivery.drop(bench.slip)
+    assert folders[0] == folders[3]
+    assert folders[1] == folders[2]
+    assert [(folder / "a").read_bytes() for folder in folders[:2]] == [b"A", b"B"]
+    assert sorted(path.name for path in (bench.folder / "kept").iterdir()) == sorted({each.name for each in folders})
+
+
 async def test_what_is_refused_for_good_is_kept_and_what_is_unknown_is_told(bench: Bench) -> None:
     file = bench.file("a", b"A")
     await bench.take(file)

@@ -10,7 +10,7 @@ import trio
 
 from supervisor.link.dialects.goliat_http import Http, Trouble
 from supervisor.link.dialects.goliat_notes import Notes
-from supervisor.link.dialects.goliat_polls import MOST_CLAIMS, Assigned, Claimed
+from supervisor.link.dialects.goliat_polls import MOST_CLAIMS, SETTLE_TRIES, Assigned, Claimed
 from supervisor.link.dialects.goliat_wire import Odd, Slip
 from supervisor.testing_goliat import Answer, Dashboard, open_dashboard
 
@@ -23,6 +23,10 @@ class Bench:
     async def claim(self) -> Slip | None:
         found = await self.claimed.next(self.notes, lambda _job: 1)
         return None if found is None else found.slip
+
+    async def finished(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.dashboard._update({"machineId": "box", "message": {"type": "finished"}})
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ async def test_where_others_are_always_faster_it_gives_up_for_now(bench: Bench) 
 @pytest.mark.parametrize("stumble", ["drop", Answer(500)])
 async def test_whether_a_claim_got_through_is_looked_up(bench: Bench, stumble: Answer | str) -> None:
     (part,) = bench.dashboard.study("x", {})
-    bench.dashboard._worker("box")
+    bench.dashboard.known.meet("box")
     bench.dashboard.stumbles[f"/api/assignments/{part.id}/claim"] = [stumble]
     slip = await bench.claim()
     assert (slip is not None) == (stumble == "drop") == (part.status == "RUNNING")
@@ -107,6 +111,59 @@ async def test_what_went_to_somebody_else_is_not_ours_any_more(bench: Bench, cha
     assert not await bench.claimed.ours(slip)
 
 
+async def test_a_page_that_is_not_found_says_nothing_of_an_assignment(bench: Bench) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    path = "/api/super-studies/s1/assignments"
+    bench.dashboard.stumbles[path] = [Answer(404, b"<html>")]
+    with pytest.raises(Trouble):
+        await bench.claimed.ours(slip)
+    assert await bench.claimed.ours(slip)
+    await bench.claimed.note_failure(slip, bench.notes)
+    part.status = "COMPLETED"
+    bench.dashboard.stumbles[path] = [Answer(404, b"<html>")]
+    with pytest.raises(Trouble):
+        await bench.claimed.settle(Slip(id="other"), bench.notes, trio.lowlevel.checkpoint)
+    assert set(await bench.notes.all()) == {slip.job}
+    await bench.claimed.settle(Slip(id="other"), bench.notes, trio.lowlevel.checkpoint)
+    assert part.status == "RUNNING"
+
+
+async def test_what_is_ours_under_a_new_row_is_ours(bench: Bench) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    bench.dashboard.later_s = 3600
+    part.worker = bench.dashboard.known.meet("box").id
+    assert part.worker != slip.worker
+    assert await bench.claimed.ours(slip)
+    part.worker = "w-other"
+    assert not await bench.claimed.ours(slip)
+
+
+@pytest.mark.parametrize("stumble", [None, "drop", Answer(500)])
+async def test_what_an_end_from_a_new_row_did_not_complete_is_claimed_and_ended_again(
+    bench: Bench, stumble: Answer | str | None
+) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    bench.dashboard.later_s = 3600
+    await bench.finished()
+    assert part.status == "RUNNING"
+    if stumble is not None:
+        bench.dashboard.stumbles[f"/api/assignments/{part.id}/claim"] = [stumble]
+        with pytest.raises(Trouble):
+            await bench.claimed.settle(slip, bench.notes, bench.finished)
+    await bench.claimed.settle(slip, bench.notes, bench.finished)
+    assert part.status == "COMPLETED"
+    part.status = "RUNNING"
+    part.worker = "w-other"
+    await bench.claimed.settle(slip, bench.notes, bench.finished)
+    assert (part.status, part.worker) == ("RUNNING", "w-other")
+
+
 async def test_a_failed_assignment_that_another_end_completed_is_failed_again(bench: Bench) -> None:
     failed, good = bench.dashboard.study("x", {}, {})
     slip = await bench.claim()
@@ -115,17 +172,12 @@ async def test_a_failed_assignment_that_another_end_completed_is_failed_again(be
     ours = await bench.claim()
     assert ours is not None
 
-    async def finished() -> None:
-        await trio.lowlevel.checkpoint()
-        message = {"machineId": "box", "message": {"type": "finished"}}
-        bench.dashboard._update(message)
-
-    await finished()
+    await bench.finished()
     assert [failed.status, good.status] == ["COMPLETED", "RUNNING"]  # what the real one may do
-    await bench.claimed.settle(ours, bench.notes, finished)
+    await bench.claimed.settle(ours, bench.notes, bench.finished)
     assert [failed.status, good.status] == ["RUNNING", "COMPLETED"]
     failed.status, failed.worker = "PENDING", None
-    await bench.claimed.settle(ours, bench.notes, finished)
+    await bench.claimed.settle(ours, bench.notes, bench.finished)
     assert slip.job not in await bench.notes.all(), "somebody has reset it: it is not ours to watch"
 
 
@@ -144,23 +196,26 @@ async def test_a_dashboard_that_never_settles_does_not_hold_us_for_ever(bench: B
         tries += 1
 
     await bench.claimed.settle(ours, bench.notes, ignored)
-    assert tries == 2
+    assert tries == SETTLE_TRIES + 1
 
 
 async def test_the_planned_one_gives_and_notes(bench: Bench) -> None:
     bench.dashboard.give("a", b"config")
     bench.dashboard.give("b", b"config", flat=True)
-    for id_ in ("a", "b"):
+    ids = []
+    for name in ("a", "b"):
         found = await bench.assigned.next(bench.notes, lambda _job: 2)
         assert found is not None
-        assert (found.slip.id, found.slip.attempt, found.config) == (id_, 2, None)
-        assert found.config_url.endswith(f"/configs/{id_}")
-        assert id_ in await bench.notes.all()
+        assert (found.slip.attempt, found.config) == (2, None)
+        assert found.config_url.endswith(f"/configs/{name}")
+        ids.append(found.slip.id)
+        assert found.slip.job in await bench.notes.all()
         assert await bench.assigned.ours(found.slip)
+    assert ids[0] == "a"
     assert await bench.assigned.next(bench.notes, lambda _job: 1) is None
     bench.dashboard.queue.append([])
     with pytest.raises(Odd):
         await bench.assigned.next(bench.notes, lambda _job: 1)
     slip = (await bench.notes.all())["a"]
     await bench.assigned.note_failure(slip, bench.notes)
-    assert set(await bench.notes.all()) == {"b"}
+    assert set(await bench.notes.all()) == {ids[1]}

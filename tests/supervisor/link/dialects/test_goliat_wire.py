@@ -54,6 +54,13 @@ def test_without_an_id_the_same_part_is_the_same_assignment() -> None:
     assert is_safe_id(first.slip.job)
 
 
+def test_without_an_id_different_configs_are_different_assignments() -> None:
+    replies = [{"config": {"n": 1}, "split_index": 0}, {"config": {"n": 2}, "split_index": 0}]
+    replies += [{"config": "c.json", "config_url": f"http://h/{name}", "split_index": 0} for name in "ab"]
+    replies.append({"config": {"n": 1}, "split_index": 1})
+    assert len({found.slip.id for reply in replies if (found := words.given(reply)) is not None}) == 5
+
+
 @forall(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6) | JSON)
 def test_any_reply_is_read_or_odd(reply: object) -> None:
     for reading in (words.given, words.rows, words.row, lambda each: words.open_studies(each, "x")):
