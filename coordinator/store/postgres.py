@@ -103,7 +103,10 @@ class PostgresStore(SqlStore):
     MOST, LEAST = "greatest", "least"
     LOCK, SKIP, CLOCK = " FOR UPDATE", " FOR UPDATE SKIP LOCKED", "now_ms()"
     ALIVE = "coalesce((SELECT beat_ms FROM gateways WHERE id = presence.gateway), 0)"
-    ORPHANED = f"attended = 1 AND origin NOT IN ({_LIVE})"
+    # Who made a row lived then, whatever it has said since. From a clock that was ahead, it may be of any time.
+    ORPHANED = (
+        f"attended = 1 AND created_ms NOT BETWEEN :now - :silent + 1 AND :now + :silent AND origin NOT IN ({_LIVE})"
+    )
 
     def __init__(
         self, url: str, *, pooled: bool = False, connections: int = CONNECTIONS, silent_ms: int = SILENT_MS

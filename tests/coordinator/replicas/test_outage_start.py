@@ -143,6 +143,19 @@ def test_who_was_away_so_long_that_it_was_forgotten_judges_nobody(stores: Stores
     assert nobody_left(beat)
 
 
+def test_a_client_that_came_after_the_silence_is_not_taken_for_gone(stores: Stores) -> None:
+    """A replica that was stopped takes requests before its next beat."""
+    stopped, other = stores.start(), stores.start()
+    stopped.insert("job_0", Submission(kind="llm", model="o", params=b"\x80", attended=True))
+    stopped.shift_clock(SILENT_MS)
+    other._appear()  # it was not stopped
+    give_work(stopped)
+    assert [left.id for left in other.beat().left] == ["job_0"]
+    assert states(other) == ["running", "queued"]
+    assert stopped.beat().lapsed
+    assert nobody_left(other.beat())
+
+
 # ---- whole replicas ----------------------------------------------------------------------------------------
 
 
