@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import itertools
 import ssl
+import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,49 +22,12 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketReque
 
 from supervisor.testing_studio_approvals import Approvals
 from supervisor.testing_studio_http import Exchange, Replayed, answer, form, head
+from supervisor.testing_studio_jobs import Job as Job
+from supervisor.testing_studio_jobs import Rules as Rules
 
 SUBPROTOCOL = "studio-worker-v1"
 PREFIX = "/graphics/api"
 JSON_KINDS = ("llm", "audio_stt")
-
-
-class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds, and counts.
-
-    Attributes:
-        again_s: before a job that was rejected as busy or paused is offered again.
-        sweep_s, dead_s: how often sessions are looked at, and how long one may be without a heartbeat.
-        attempts: of a job in all.
-        requests: for registration, from one address within 60 s.
-    """
-
-    again_s: float = 0.2
-    sweep_s: float = 10.0
-    dead_s: float = 30.0
-    attempts: int = 3
-    requests: int = 10
-
-
-class Job(msgspec.Struct, kw_only=True):
-    """One job. `ends` counts how often it came to an end: more than once is the mistake that this all is about."""
-
-    id: str
-    claim: dict[str, Any]
-    kind: str
-    vram_gb: float = 0.0
-    state: str = "queued"
-    attempts: int = 0
-    worker: str = ""
-    error: str = ""
-    result: Any = None
-    file: bytes | None = None
-    fields: dict[str, str] = {}
-    filename: str = ""
-    mime: str = ""
-    ends: int = 0
-    not_before: float = 0.0
-    refused_by: set[str] = set()
-    reasons: list[str] = []
 
 
 class Session:
@@ -383,7 +347,7 @@ class StudioServer(Approvals):
 
     def exchange(self, asked: Exchange) -> tuple[int, Any]:
         """Answer a request."""
-        parts = asked.path.partition("?")[0].strip("/").split("/")
+        parts = [urllib.parse.unquote(part) for part in asked.path.partition("?")[0].strip("/").split("/")]
         match (asked.method, parts):
             case ("POST", [*_, "workers", "register-request"]):
                 return self.create(asked)

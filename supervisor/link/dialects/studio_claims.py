@@ -14,31 +14,31 @@ the session. So each end is judged by whether this session holds its claim:
                             is forgotten after `aside_s`
 
 A job that is offered again while it is still worked on here, or while its result waits, is accepted and not begun
-again. So a result costs at most one session that it was not welcome in, and never two of them in a row.
+again. So a result costs at most one session that it was not welcome in, and never two of them in a row. A jobId is any
+string; here it goes by its native id, and only what is sent has the studio's word.
 
-An end that is not acknowledged cannot be said again in the same session: if it did arrive, the second would be a
-violation. So after `ack_s` the session is ended, which releases the claim there, and the next one goes on as above.
-A drain leaves what waits for its job on disk, for the next life.
+An end that is not acknowledged cannot be said again in the same session: if it did arrive, that would be a violation.
+So after `ack_s` the session is ended, and the next one goes on as above. A drain leaves what waits to the next life.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 from msgspec import UNSET
 
 from protocol import link_wire as wire
 from protocol.framing import UNDECODABLE
-from protocol.ids import MAX_ID_BYTES
 from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
 from supervisor.link.dialects.studio_models import Models, Source
-from supervisor.link.dialects.studio_offers import Facts, Slip, Unfit
+from supervisor.link.dialects.studio_offers import MAX_JOB_CHARS, Facts, Slip, Unfit, native_job
 from supervisor.link.dialects.studio_uploads import Uploads
 from supervisor.link.ledger import Key
 from supervisor.link.session import Side
@@ -92,6 +92,7 @@ class Claims:
         self._draining = False
         # Of this life.
         self._attempts: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._names: collections.OrderedDict[str, str] = collections.OrderedDict()  # native id -> theirs, for the log
         self._slips: dict[Key, Slip] = {}
         self._large: dict[Key, bytes] = {}
         self._results: dict[Key, wire.Complete] = {}
@@ -159,8 +160,8 @@ class Claims:
 
     @property
     def current_job(self) -> str:
-        """The job of this session, or ""."""
-        return self._held[0] if self._held else ""
+        """The job of this session in the studio's word, or ""."""
+        return self._theirs(self._held) if self._held else ""
 
     def tick(self) -> str:
         """Let go of what has waited long enough. Called about once a second.
@@ -169,10 +170,9 @@ class Claims:
             Why the session has to end, as a sentence; "" where it may go on.
         """
         now = self._clock()
-        ended = self._told or self._failing
-        if ended is not None and ended == self._held and now >= self._answer_by:
-            return f"the studio does not acknowledge the end of job {ended[0]!r} within {self._ack_s:g} s"
-        if self._told is not None and self._told != self._held and now >= self._answer_by:
+        if self._held in (self._told, self._failing) and self._held is not None and now >= self._answer_by:
+            return f"the studio does not acknowledge the end of job {self._held[0]!r} within {self._ack_s:g} s"
+        if self._told is not None and now >= self._answer_by:
             log.warning("the studio does not answer to a result", extra={"job": self._told[0]})
             self._lay_aside(self._told)
             self._told = None
@@ -184,8 +184,7 @@ class Claims:
 
     def large(self, slip: Slip, body: bytes) -> None:
         """The body of a result that is too large to be posted."""
-        key = slip.job, slip.attempt
-        self._slips[key], self._large[key] = slip, body
+        self._slips[slip.key], self._large[slip.key] = slip, body
 
     # ---- what the side posts
 
@@ -198,16 +197,17 @@ class Claims:
                 if key in self._fetched:
                     self._fetched.discard(key)  # accepted when its model was begun to be fetched
                 else:
-                    self._send(frames.Accept(job_id=job))
+                    self._send(frames.Accept(job_id=self._theirs(key)))
             case wire.Decline() if key in self._fetched:
                 self._fetched.discard(key)
                 self._fail(key, body.reason, True)
             case wire.Decline():
                 self._offered = None
+                theirs = self._theirs(key)
                 self._slips.pop(key, None)
                 # What will be over by itself is told as busy: any other refusal sends the job elsewhere for good.
                 soon: Literal["busy"] | None = "busy" if body.retry_after_ms else None
-                self._reject(job, body.reason, _CODES.get(body.code) or soon)
+                self._reject(theirs, body.reason, _CODES.get(body.code) or soon)
             case wire.Complete():
                 self._completed(key, body)
             case wire.Fail():
@@ -223,7 +223,7 @@ class Claims:
                 self.uploads.drain()
                 self.on_change()
             case wire.LogBatch():
-                self._send(offers.log_batch(body, self._utc()))
+                self._send(offers.log_batch(body, self._utc(), self._names))
             case _:
                 pass  # started, progress: a studio has no words for them
 
@@ -256,12 +256,11 @@ class Claims:
         """Of the claim that is held, and once: the second would break the rules."""
         if self._failing != key:
             self._failing, self._answer_by = key, self._clock() + self._ack_s
-            self._send(frames.Fail(job_id=key[0], error=error, retryable=retryable))
+            self._send(frames.Fail(job_id=self._theirs(key), error=error, retryable=retryable))
 
     def _tell(self, key: Key) -> None:
         slip, complete = self._slips[key], self._results[key]
-        inline = complete.inline
-        body = self._large.get(key, b"") if inline is None else inline
+        body = self._large.get(key, b"") if complete.inline is None else complete.inline
         try:
             result = offers.json_result(slip, body, complete.usage)
             msgspec.json.encode(result)  # an engine may say what JSON cannot
@@ -274,7 +273,7 @@ class Claims:
             return
         self._told = key
         self._answer_by = self._clock() + (self._ack_s if key == self._held else self._answer_s)
-        self._send(frames.CompleteJson(job_id=slip.job, result=result, prompt=slip.prompt or UNSET))
+        self._send(frames.CompleteJson(job_id=slip.theirs, result=result, prompt=slip.prompt or UNSET))
 
     def _proceed(self) -> None:
         """The next result of an earlier session, or else the offers that have waited behind them."""
@@ -300,11 +299,12 @@ class Claims:
             self._forget(key, "fenced")
 
     def _leave(self, key: Key) -> bool:
-        """Leave a result to the next life; False where it is not on disk, or there is no session to say it in."""
-        left = self._side is not None and self._side.leave(*key)
-        if left:
+        """Leave a result to the next life, now or when the next session drains; False where it is not on disk."""
+        if self._side is not None:
+            if not self._side.leave(*key):
+                return False
             self._clear(key)
-        return left
+        return True
 
     def _forget(self, key: Key, verdict: str) -> None:
         """Its end is told, or nobody waits for it."""
@@ -313,9 +313,8 @@ class Claims:
             self._side.heard(wire.Ack(verdict="stored" if verdict == "stored" else "fenced"), *key)
 
     def _clear(self, key: Key) -> None:
-        books: tuple[dict[Key, Any], ...] = (self._slips, self._large, self._results, self._aside)
-        for book in books:
-            book.pop(key, None)
+        for book in (self._slips, self._large, self._results, self._aside):
+            cast("dict[Key, Any]", book).pop(key, None)
         self.uploads.forget(key)
         self._held = None if self._held == key else self._held
         self._told = None if self._told == key else self._told
@@ -335,8 +334,10 @@ class Claims:
                     self._take(frame)
             case frames.CompleteAck(job_id=job) | frames.FailAck(job_id=job):
                 for key in (self._told, self._held):
-                    if key is not None and key[0] == job:
-                        if not self.uploads.acknowledged(key):
+                    if key is not None and key[0] == native_job(job):
+                        if self.uploads.acknowledged(key):
+                            self._answer_by = math.inf  # its own end is on its way
+                        else:
                             self._forget(key, "stored")
                         break
                 self._proceed()
@@ -345,19 +346,25 @@ class Claims:
 
     def _take(self, offered: frames.Offered) -> None:
         assert self._side is not None  # nothing is heard without a session
-        job = offered.job
+        theirs = offered.job
+        if len(theirs) > MAX_JOB_CHARS:
+            self._reject(theirs, f"jobId: it has more than {MAX_JOB_CHARS:,} characters.")
+            return
+        job = native_job(theirs)
+        self._names[job] = theirs
+        _trim(self._names)
         key = job, self._attempts.get(job, 0)
         if key in (self._held, self._offered):
             self._said.say(logging.WARNING, "offered again what is held already", extra={"job": job})
             return
         if self._held is not None or self._offered is not None:
-            self._reject(job, BUSY, "busy")
+            self._reject(theirs, BUSY, "busy")
         elif offered.claim is None:
-            self._reject(job, offered.reason)
+            self._reject(theirs, offered.reason)
         elif self._side.holds(*key):
             self._take_up(key, offered.claim)
         elif self._side.running > self.uploads.waiting:  # those only wait, as results that are laid aside
-            self._reject(job, BUSY, "busy")
+            self._reject(theirs, BUSY, "busy")
         else:
             self._begin(offered.claim)
 
@@ -366,25 +373,26 @@ class Claims:
         try:
             _offer, slip, _left = offers.offer(claim, key[1], self._engines())
         except Unfit as error:
-            self._reject(key[0], str(error))
+            self._reject(claim.job_id, str(error))
             return
         log.info("taken up again: it was begun in an earlier session", extra={"job": key[0]})
         self._slips.setdefault(key, slip)
         self._held = key
         self._aside.pop(key, None)
-        self._send(frames.Accept(job_id=key[0]))
+        self._send(frames.Accept(job_id=claim.job_id))
         self.uploads.taken(key)
         if key in self._results:
             self._tell(key)
 
     def _begin(self, claim: frames.Claim) -> None:
         assert self._side is not None
-        job, attempt = claim.job_id, self._attempts.get(claim.job_id, 0) + 1
+        job = native_job(claim.job_id)
+        attempt = self._attempts.get(job, 0) + 1
         try:
             offer, slip, left = offers.offer(claim, attempt, self._engines())
             missing = self._models.missing(claim, offer.kind) if self._models is not None else None
         except Unfit as error:
-            self._reject(job, str(error))
+            self._reject(claim.job_id, str(error))
             return
         for sentence in left:
             log.warning("%s", sentence, extra={"job": job})
@@ -400,7 +408,7 @@ class Claims:
         """Hold a claim while its model is fetched. A claim that the session has lost meanwhile is nobody's any more."""
         assert self._models is not None
         self._held = self._fetching = key
-        self._send(frames.Accept(job_id=key[0]))
+        self._send(frames.Accept(job_id=self._theirs(key)))
 
         def done(problem: str | None) -> None:
             if self._fetching != key or self._side is None:
@@ -425,10 +433,18 @@ class Claims:
 
     def _remember(self, job: str, attempt: int) -> None:
         self._attempts[job] = max(attempt, self._attempts.pop(job, 0))
-        while len(self._attempts) > MANY_JOBS:
-            self._attempts.popitem(last=False)
+        _trim(self._attempts)
 
-    def _reject(self, job: str, reason: str, code: Literal["busy", "paused"] | None = None) -> None:
+    def _theirs(self, key: Key) -> str:
+        """What the studio calls a job that it has offered in this session."""
+        return self._slips[key].theirs if key in self._slips else key[0]
+
+    def _reject(self, theirs: str, reason: str, code: Literal["busy", "paused"] | None = None) -> None:
         reason = reason[:QUOTED_CHARS]  # it may quote the offer
-        self._said.say(logging.INFO, "declined: %s", reason, extra={"job": job[:MAX_ID_BYTES]})
-        self._send(frames.Reject(job_id=job, reason=reason, code=code or UNSET))
+        self._said.say(logging.INFO, "declined: %s", reason, extra={"job": native_job(theirs)})
+        self._send(frames.Reject(job_id=theirs, reason=reason, code=code or UNSET))
+
+
+def _trim(book: collections.OrderedDict[str, Any]) -> None:
+    while len(book) > MANY_JOBS:
+        book.popitem(last=False)

@@ -202,12 +202,12 @@ class StudioDelivery:
         ext = slip.ext if re.fullmatch(r"[A-Za-z0-9]{1,8}", slip.ext) else "bin"
         form = Multipart(
             {"prompt": slip.prompt, "ext": slip.ext},
-            f"{slip.job}.{ext}",
+            f"{slip.theirs}.{ext}",
             _MIME.get(slip.ext, "application/octet-stream"),
             file,
             moving,
         )
-        worker, job = (urllib.parse.quote(each, safe="") for each in (known.worker_id, slip.job))
+        worker, job = _segment(known.worker_id), _segment(slip.theirs)
         headers = {"Authorization": f"Bearer {known.auth_token}", **form.headers}
         request = client.build_request("POST", f"{self._base}/workers/{worker}/jobs/{job}/complete", headers=headers)
         fd = -1 if isinstance(source, bytes) else source()
@@ -231,6 +231,12 @@ class StudioDelivery:
             if gone:
                 raise _Released(status)
         judge(status, "upload_failed", sentence, _AGAIN)
+
+
+def _segment(text: str) -> str:
+    """As one part of a path, whatever it is."""
+    # A part of dots alone would be a step up, and is a word of its own here.
+    return urllib.parse.quote(text, safe="") if text.strip(".") else "%2E" * len(text)
 
 
 def _unpack(file: FileRef, target: Callable[[], int]) -> int:

@@ -11,6 +11,8 @@ from protocol.engine_wire import OutputFile
 from supervisor.link.pieces import Held, Pieces
 
 FIELD = "image"  # for every kind
+# As browsers write file names in forms; other control characters have no way to be written, and no use.
+_QUOTED = {code: f"%{code:02X}" for code in (*range(0x20), ord('"'), 0x7F)}
 
 
 class Multipart:
@@ -29,7 +31,8 @@ class Multipart:
             for name, text in fields.items()
         )
         head = (
-            f'{texts}--{boundary}\r\nContent-Disposition: form-data; name="{FIELD}"; filename="{filename}"\r\n'
+            f'{texts}--{boundary}\r\nContent-Disposition: form-data; name="{FIELD}"; '
+            f'filename="{filename.translate(_QUOTED)}"\r\n'
             f"Content-Type: {mime}\r\n\r\n"
         )
         self._head, self._tail = head.encode(), f"\r\n--{boundary}--\r\n".encode()

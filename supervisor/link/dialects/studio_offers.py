@@ -7,14 +7,16 @@ method) is left to the model, and told.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from protocol import link_wire as wire
 from protocol import work
+from protocol.ids import is_safe_id
 from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 
@@ -23,6 +25,9 @@ from supervisor.link.dialects import studio_frames as frames
 KNOWN_ENGINES = frozenset({"sd-cpp", "llama-cpp", "onnx", "parakeet", "synthetic"})
 NOT_CHOSEN_STEPS = 20  # the default of the wire, which studios take for "the model's own"
 DEFAULT_SIDE = 512
+# Of a jobId, which is opaque, goes into addresses, and is kept.
+MAX_JOB_CHARS = 1000
+_HASHED = "studio-"
 _LANGUAGE = re.compile(r"([a-z]{2,3})(?:[-_].*)?\Z", re.IGNORECASE)
 _GIB = 2**30
 
@@ -31,12 +36,25 @@ class Unfit(Exception):
     """The job cannot be done here, for the reason of this sentence."""
 
 
+def native_job(job_id: str) -> str:
+    """The native job id of a studio's: the same where that can name a folder, a hash of it else."""
+    if is_safe_id(job_id) and not job_id.startswith(_HASHED):  # nobody's own word is another's hash
+        return job_id
+    return f"{_HASHED}{hashlib.sha256(job_id.encode()).hexdigest()[:32]}"
+
+
 class Slip(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What delivery has to know of a claim. It goes through the journal as the offer's `upload`."""
+    """What delivery has to know of a claim. It goes through the journal as the offer's `upload`.
+
+    Attributes:
+        job: the native job id.
+        job_id: the studio's own word for it, where that is another.
+    """
 
     job: str
     attempt: int
     kind: str
+    job_id: str = ""
     model: str
     prompt: str = ""
     ext: str = ""
@@ -45,6 +63,11 @@ class Slip(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def key(self) -> tuple[str, int]:
         """What names the attempt on the link."""
         return self.job, self.attempt
+
+    @property
+    def theirs(self) -> str:
+        """What the studio calls the job."""
+        return self.job_id or self.job
 
     def text(self) -> str:
         """For `Offer.upload`."""
@@ -72,7 +95,9 @@ def offer(claim: frames.Claim, attempt: int, engines: Collection[str] = ()) -> t
     if slug not in KNOWN_ENGINES and slug not in engines:
         raise Unfit(f"modelSource.engine: this worker knows no engine {slug[:50]!r}.")
     kind, params, inputs, prompt, ext, left = _task(claim.task)
-    slip = Slip(job=claim.job_id, attempt=attempt, kind=kind, model=claim.model, prompt=prompt, ext=ext)
+    job = native_job(claim.job_id)
+    theirs = "" if job == claim.job_id else claim.job_id
+    slip = Slip(job=job, job_id=theirs, attempt=attempt, kind=kind, model=claim.model, prompt=prompt, ext=ext)
     try:
         packed = msgspec.msgpack.encode({key: value for key, value in params.items() if value is not None})
     except (OverflowError, RecursionError):
@@ -280,16 +305,20 @@ def capabilities(
 _LEVELS: dict[str, Any] = {"warning": "warn", "error": "error", "critical": "error"}
 
 
-def log_batch(batch: wire.LogBatch, now: str) -> frames.LogBatch:
-    """Our lines in the studio's words; those that were lost become a line of their own, dated `now`."""
-    entries = list(_entries(batch.lines))
+def log_batch(batch: wire.LogBatch, now: str, names: Mapping[str, str]) -> frames.LogBatch:
+    """Our lines in the studio's words; those that were lost become a line of their own, dated `now`.
+
+    Args:
+        names: native job id -> the studio's own.
+    """
+    entries = list(_entries(batch.lines, names))
     if batch.dropped:
         lost = f"{batch.dropped} lines of the log were lost before these"
         entries.insert(0, frames.LogEntry(ts=now, level="warn", category="log", message=lost))
     return frames.LogBatch(entries=entries)
 
 
-def _entries(lines: Iterable[wire.LogLine]) -> Iterable[frames.LogEntry]:
+def _entries(lines: Iterable[wire.LogLine], names: Mapping[str, str]) -> Iterable[frames.LogEntry]:
     for line in lines:
         logger, colon, rest = line.message.partition(": ")
         named = bool(colon) and re.fullmatch(r"[\w.]+", logger) is not None
@@ -298,5 +327,5 @@ def _entries(lines: Iterable[wire.LogLine]) -> Iterable[frames.LogEntry]:
             level=_LEVELS.get(line.level, "info"),
             category=logger.rpartition(".")[2] if named else "worker",
             message=rest if named else line.message,
-            job_id=line.job or msgspec.UNSET,
+            job_id=names.get(line.job, line.job) or msgspec.UNSET,
         )

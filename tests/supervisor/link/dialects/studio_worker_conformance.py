@@ -28,6 +28,21 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+ODD_NAMES = [
+    "_V1StGXR8_Z5jdHi6B",
+    "-V1StGXR8",
+    "job 7",
+    "game/asset/1",
+    "../../etc/passwd",
+    "..",
+    "j\u00f6b \U0001f3a8",
+    'a"; filename="b\r\nX: y\r\n\r\n',
+    "%2e%2e/\x00?a=b#c\\",
+    "studio-" + "0" * 32,
+    "x" * 1000,
+]
+
+
 class RunUnderTest(Protocol):
     """A run that waits for the test."""
 
@@ -363,7 +378,7 @@ class StudioWorkerCases:
             ({"task": {"kind": "image", "prompt": "x", "initImageUrl": "file:///etc/passwd"}}, "initImageUrl"),
             ({"modelSource": {"engine": "of-tomorrow", "files": [], "cliDefaults": {}}}, "of-tomorrow"),
             ({"model": "nobody's"}, "nobody's"),
-            ({"jobId": "../../etc/passwd"}, "job id"),
+            ({"jobId": "x" * 1001}, "jobId"),
         ],
     )
     async def test_a_claim_that_cannot_be_taken_costs_that_job_alone(
@@ -382,6 +397,29 @@ class StudioWorkerCases:
             enqueue(server, "llm", job="the-next")
             (await worker.next_run()).finish()  # and works on
             assert len(server.past) == 1
+
+    @pytest.mark.parametrize("name", ODD_NAMES, ids=range(len(ODD_NAMES)))
+    async def test_a_job_may_be_called_anything(self, server: StudioServer, start: Start, name: str) -> None:
+        """What the server calls a job is its own affair; it hears that very word, and it is no path of ours."""
+        server.approving = True
+        async with start(server) as worker:
+            session = await server.session()
+            for number, kind in enumerate(("llm", "image"), 1):
+                job = enqueue(server, kind, job=name)
+                run = await worker.next_run()
+                told = [{"type": "accept", "jobId": name}] * number
+                await server.until(lambda told=told: session.said("accept") == told, "accept")
+                seen = len(session.said("heartbeat"))
+                beats = await server.until(lambda seen=seen: session.said("heartbeat")[seen + 1 :], "another heartbeat")
+                assert beats[0]["currentJobId"] == name
+                run.finish()
+                await server.ended(job)
+                await worker.empty()
+                assert (job.state, job.ends, job.attempts) == ("done", 1, 0)
+            enqueue(server, "llm", job=name)
+            (await worker.next_run()).fail("context_length_exceeded")
+            await server.until(lambda: session.said("fail"), "a failure of it")
+            await works(server, session)
 
     async def test_nothing_is_done_while_its_user_is_there(self, server: StudioServer, start: Start) -> None:
         server.approving = True

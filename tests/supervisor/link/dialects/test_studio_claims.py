@@ -12,6 +12,7 @@ import trio.testing
 
 from protocol import link_wire as wire
 from protocol.faults import Fault
+from protocol.ids import is_safe_id
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import MANY_OFFERS, Claims
 from supervisor.link.dialects.studio_offers import Facts, Slip
@@ -425,4 +426,64 @@ def test_a_result_that_cannot_be_said_fails_its_job_alone(result: Any, usage: di
     desk.offer()
     desk.side.post(wire.Accept(), "j", 1)
     desk.side.post(wire.Complete(result=msgspec.Raw(msgspec.msgpack.encode(result)), usage=usage), "j", 1)
+    assert desk.types() == ["Accept", "Fail"]
+
+
+def test_lines_of_the_log_name_a_job_as_the_studio_does():
+    desk = Desk()
+    desk.session()
+    desk.offer("game/asset/1")
+    [(job, attempt)] = desk.side.held
+    assert is_safe_id(job)
+    lines = tuple(wire.LogLine(ts="now", level="info", message="x", job=name) for name in (job, "j", ""))
+    desk.side.post(wire.LogBatch(lines=lines), "", 0)
+    assert [entry.job_id for entry in desk.sent[-1].entries] == ["game/asset/1", "j", msgspec.UNSET]
+    desk.side.post(wire.Decline(code="busy", reason="because"), job, attempt)
+    assert desk.sent[-1] == frames.Reject(job_id="game/asset/1", reason="because", code="busy")
+
+
+async def test_a_conflict_while_a_drain_has_no_session_is_left_when_it_has_one(nursery):
+    desk = Desk()
+    desk.side.held["j", 1] = None
+    desk.session()
+    desk.side.post(wire.Draining(), "", 0)
+    desk.claims.finish(violated=False)
+    verdicts: list[bool] = []
+
+    async def wait() -> None:
+        verdicts.append(await desk.claims.uploads.taken_up(Slip(job="j", attempt=1, kind="image", model="m")))
+
+    nursery.start_soon(wait)
+    await trio.testing.wait_all_tasks_blocked()
+    desk.session()
+    desk.side.post(wire.Draining(), "", 0)
+    await trio.testing.wait_all_tasks_blocked()
+    assert (desk.side.left, desk.side.acks, verdicts) == ([("j", 1)], [], [])
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_failure_that_the_studio_knows_of_is_not_waited_for_again(nursery):
+    """Its own end may take its time on a slow disk: the session is not to blame, and offers wait for it."""
+    desk = Desk()
+    desk.session()
+    desk.offer(kind="image")
+    desk.side.post(wire.Accept(), "j", 1)
+    slip = Slip.read(desk.side.held["j", 1].upload)
+    verdicts: list[bool] = []
+
+    async def refuse() -> None:
+        verdicts.append(await desk.claims.uploads.refused(slip, "HTTP 404.", True))
+
+    nursery.start_soon(refuse)
+    await trio.testing.wait_all_tasks_blocked()
+    desk.claims.hear(frames.FailAck(job_id="j"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert verdicts == [True]
+    desk.now += 1000
+    assert desk.claims.tick() == ""
+    desk.offer(kind="image")
+    assert desk.types() == ["Accept", "Fail"]
+    desk.side.post(wire.Fail(fault=Fault("upload_failed", "HTTP 404.")), "j", 1)
+    assert desk.side.acks == [("stored", "j", 1)]
+    assert ("j", 2) in desk.side.held, "the same job is begun anew"
     assert desk.types() == ["Accept", "Fail"]

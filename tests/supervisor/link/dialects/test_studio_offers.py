@@ -8,6 +8,7 @@ import pytest
 
 from protocol import link_wire as wire
 from protocol import work
+from protocol.ids import is_safe_id
 from supervisor.intake.observed import Person
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects import studio_offers as offers
@@ -215,7 +216,7 @@ def test_whoever_sits_here_is_told_only_where_it_matters(person, only, presence)
 def test_lines_of_the_log():
     line = wire.LogLine(ts="t", level="error", message="link.attempts: it broke: badly", job="j")
     plain = wire.LogLine(ts="t", level="debug", message="no logger: said this")
-    batch = offers.log_batch(wire.LogBatch(lines=(line, plain), dropped=3), "now")
+    batch = offers.log_batch(wire.LogBatch(lines=(line, plain), dropped=3), "now", {})
     assert [(entry.level, entry.category, entry.message) for entry in batch.entries] == [
         ("warn", "log", "3 lines of the log were lost before these"),
         ("error", "attempts", "it broke: badly"),
@@ -237,3 +238,21 @@ def test_lines_of_the_log():
 def test_a_number_that_no_wire_carries_is_a_job_that_does_not_fit(task):
     with pytest.raises(Unfit, match="64 bits"):
         offers.offer(claim(task), 1)
+
+
+@pytest.mark.parametrize("name", ["j", "job_1.2:3-x", "a" * 128])
+def test_a_name_that_can_be_ours_stays(name):
+    assert offers.native_job(name) == name
+
+
+def test_names_that_cannot_be_ours_are_told_apart():
+    names = ["", "..", "a/b", "a b", "-a", "_a", "a" * 129, "a" * 130, "\u00f6", "\x00"]
+    ours = {offers.native_job(name) for name in names}
+    assert len(ours) == len(names)
+    assert all(is_safe_id(name) for name in ours)
+    assert not {offers.native_job(name) for name in ours} & ours, "nobody can take another's place by its hash"
+
+
+def test_the_slip_of_an_earlier_version_is_read():
+    slip = offers.Slip.read('{"job":"j","attempt":2,"kind":"image","model":"m"}')
+    assert (slip.key, slip.theirs) == (("j", 2), "j")
