@@ -16,7 +16,7 @@ class StudioTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What only the dialect "studio" asks for.
 
     Attributes:
-        vram_gb: GiB that a job's estimate may reach; 0 takes the largest GPU, or none where there is no GPU.
+        vram_gb: GiB that a job's estimate may reach, at most the largest GPU where one is found; 0 takes just that.
         models: "own": those of this file; "download": a job's model is fetched, proved, served and kept, too.
         models_gb: GiB that fetched models may take on the disk; the one unused for longest goes first.
         kinds: kinds of jobs that are asked for though no model serves them yet.

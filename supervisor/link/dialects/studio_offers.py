@@ -263,7 +263,12 @@ def json_result(slip: Slip, body: bytes, usage: dict[str, float]) -> dict[str, A
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What studios want to know besides what natively is announced. `threshold_gb` 0 means: the largest GPU."""
+    """What studios want to know besides what natively is announced.
+
+    Attributes:
+        threshold_gb: the owner's word for what a job may need. 0 means the largest GPU, which is never exceeded where
+            one is found: a model that is said to fit, and does not, fails at its load.
+    """
 
     machine: str
     user: str
@@ -290,7 +295,7 @@ def capabilities(
         agent_version=native.version,
         engine="multi",
         vram_total_gb=largest,
-        vram_threshold_gb=facts.threshold_gb or largest,
+        vram_threshold_gb=min(facts.threshold_gb or largest, largest or facts.threshold_gb),
         auto_enabled=native.accepting and not draining,
         supported_models=sorted({name for names in by_kind.values() for name in names}),
         task_kinds=[kind for kind in frames.KINDS if kind in by_kind],

@@ -190,7 +190,16 @@ def test_capabilities():
     assert told.supported_models_per_kind == {"llm": ["b", "a"], "image": ["a"]}
     assert (told.vram_total_gb, told.vram_threshold_gb) == (24, 24), "a model has to fit one GPU"
     assert (told.machine_name, told.username, told.agent_version, told.auto_enabled) == ("box", "me", "1.2", True)
-    assert offers.capabilities(native(), Facts(machine="b", user="", threshold_gb=12), False).vram_threshold_gb == 12
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus", "told"),
+    [(12, (8,), 8), (6, (8,), 6), (0, (8,), 8), (12, (8, 24), 12), (48, (24, 24), 24), (12, (), 12), (0, (), 0)],
+)
+def test_no_more_memory_is_promised_than_was_measured(said, gpus, told):
+    found = tuple(wire.Gpu(uuid=str(n), name="x", vram_bytes=gb * 2**30) for n, gb in enumerate(gpus))
+    facts = Facts(machine="b", user="", threshold_gb=said)
+    assert offers.capabilities(wire.Capabilities(gpus=found), facts, False).vram_threshold_gb == told
 
 
 @pytest.mark.parametrize(("accepting", "draining"), [(False, False), (True, True)])
