@@ -24,15 +24,16 @@ from protocol.faults import Fault, FaultError, Owner, refuse
 from supervisor.host import work
 from supervisor.host.ground import Attempt, Ground
 from supervisor.link.dialects.base import Delivery
+from supervisor.link.endings import mistaken, redacted
 from supervisor.link.journal import Kept
 from supervisor.link.keeping import InMemory, Keeping, Parcel
 from supervisor.link.ledger import MAX_UNACKED_BYTES, Claim, Ledger
 from supervisor.link.session import Post
 from supervisor.link.transfer import UPLOAD_PATIENCE_S
+from supervisor.link.tries import outlast
 from supervisor.observe.context import about
 from supervisor.observe.figures import span
 from supervisor.observe.jobwatch import Watches
-from supervisor.observe.redact import safe
 from supervisor.store import StoreProblem
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Attempts:
         self._nursery = nursery
         self._given_back: collections.deque[str] = collections.deque(maxlen=MANY_GIVEN_BACK)
         self._post: Post | None = None
+        self._present_since = math.inf  # in trio time; inf without a session
         self.every_line = False
         self.on_done: Callable[[], None] = lambda: None
 
@@ -90,7 +92,7 @@ class Attempts:
 
     def attach(self, post: Post) -> None:
         """A session opened: say again what the coordinator may not know."""
-        self._post = post
+        self._post, self._present_since = post, trio.current_time()
         for claim in self.ledger:
             if not claim.accepted:
                 continue
@@ -103,7 +105,7 @@ class Attempts:
 
     def detach(self) -> None:
         """The session is over; the work goes on."""
-        self._post = None
+        self._post, self._present_since = None, math.inf
 
     def _tell(self, claim: Claim, body: wire.Body) -> None:
         if self._post is not None and not claim.forgotten:
@@ -277,7 +279,7 @@ class Attempts:
             fault = refuse("worker_failed", f"The attempt's folder cannot be used: {error}.").fault
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         except Exception as error:
-            end = _ours(claim, error)
+            end = mistaken(error, claim.streamed)
         if not isinstance(end, wire.Complete):
             # Before anybody is told: what it left may be what fills the disk, and a coordinator on the same disk
             # could then not even record the failure.
@@ -298,7 +300,7 @@ class Attempts:
                 return
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         if isinstance(end, wire.Fail):
-            end = msgspec.structs.replace(end, fault=_redacted(end.fault))
+            end = msgspec.structs.replace(end, fault=redacted(end.fault))
             await self._keeping.failed(claim.job, claim.attempt, end.fault, end.streamed)
             if self.ledger.get(claim.job, claim.attempt) is not claim:
                 await self._unwanted(claim)
@@ -391,11 +393,14 @@ class Attempts:
 
     async def _upload(self, claim: Claim, parcel: Parcel) -> wire.Complete:
         claim.watch.enter("upload")
-        # What is kept waits for the coordinator as long as it takes; it says itself when nobody wants it any more.
+        # What is kept waits for the coordinator as long as it takes; it says itself when nobody wants it any more. What
+        # a full disk kept from being kept waits as well while it is away, until its deadline, where it has one.
         until = None if parcel.durable else claim.deadline
         patience_s = math.inf if parcel.durable else UPLOAD_PATIENCE_S
+        upload, moved = functools.partial(self._delivery.upload, claim.offer.upload), claim.watch.delivered
         for file, source in parcel.items:
-            await self._delivery.upload(claim.offer.upload, file, source, until, claim.watch.delivered, patience_s)
+            once = functools.partial(upload, file, source, until, moved, patience_s)
+            await outlast(once, lambda: self._present_since, patience_s)
         return parcel.complete
 
     async def _delivered(self, claim: Claim, parcel: Parcel) -> wire.Complete | wire.Fail | None:
@@ -406,23 +411,8 @@ class Attempts:
         except FaultError as error:
             return wire.Fail(fault=error.fault, streamed=claim.streamed)
         except Exception as error:
-            return _ours(claim, error)
+            return mistaken(error, claim.streamed)
         return None
-
-
-def _ours(claim: Claim, error: Exception) -> wire.Fail:
-    """A mistake of our program costs the one job that it met; raised, it would end the link, and with it the others."""
-    log.error("a job could not be worked on, by a mistake of this program", exc_info=error)
-    sentence = f"The worker made a mistake of its own: {type(error).__name__}."
-    return wire.Fail(fault=Fault("worker_failed", sentence), streamed=claim.streamed)
-
-
-def _redacted(fault: Fault) -> Fault:
-    """What an engine wrote on stderr may be about others' jobs, and may hold keys: it leaves the box as a log would."""
-    tail = fault.detail.get("stderr_tail")
-    if not isinstance(tail, list | tuple):
-        return fault
-    return msgspec.structs.replace(fault, detail={**fault.detail, "stderr_tail": safe(tail)})
 
 
 def _log_end(claim: Claim, end: wire.Complete | wire.Fail) -> None:

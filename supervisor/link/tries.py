@@ -71,6 +71,28 @@ async def persist(
         await trio.sleep(pause_s)
 
 
+async def outlast(once: Callable[[], Awaitable[None]], present_since: Callable[[], float], patience_s: float) -> None:
+    """Do it once more whenever its patience ran out while the other side was away: nobody was there to take it.
+
+    Args:
+        once: tries for `patience_s`, and raises FaultError then, or at once for what cannot pass.
+        present_since: since when the other side is there, in trio time; inf while it is not.
+
+    Raises:
+        FaultError: from `once`.
+
+    Cancellation: at any moment.
+    """
+    while True:
+        begun = trio.current_time()
+        try:
+            return await once()
+        except FaultError:
+            ran_out = trio.current_time() - begun >= patience_s / 2  # the last pause is not begun any more
+            if not ran_out or present_since() <= begun:
+                raise
+
+
 def patience(most_s: float, until: float | None) -> float:
     """Seconds to try for: at most this long, and not past `until` in trio time."""
     return most_s if until is None else max(0.0, min(most_s, until - trio.current_time()))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 
 import httpx
 import pytest
 import trio
 
-from protocol.faults import FaultError
+from protocol.faults import FaultError, refuse
 from supervisor.link.reconnect import Backoff
-from supervisor.link.tries import Transient, judge, patience, persist, pour, unusable
+from supervisor.link.tries import Transient, judge, outlast, patience, persist, pour, unusable
 from supervisor.link.web import Web
 
 
@@ -129,3 +130,39 @@ async def test_a_disk_that_refuses_is_told_when_the_body_has_ended(tmp_path):
     os.close(there)
     with pytest.raises(OSError, match="Broken pipe"):
         await pour(httpx.Response(200, stream=Body(b"x" * 2**20)), away, 2**21, lambda _n: None, lambda _p: None)
+
+
+class _Away:
+    """Something that is tried for 10 s each time, and works at the last."""
+
+    def __init__(self, tries: int, takes_s: float = 10.0) -> None:
+        self.left, self.takes_s = tries, takes_s
+
+    async def __call__(self) -> None:
+        self.left -= 1
+        await trio.sleep(self.takes_s)
+        if self.left:
+            raise refuse("upload_failed", "nobody was there")
+
+
+async def test_patience_that_ran_out_while_nobody_was_there_begins_anew(autojump_clock):
+    away = _Away(1000)
+    await outlast(away, lambda: math.inf, 10.0)
+    assert away.left == 0
+
+
+async def test_the_other_side_that_came_back_meanwhile_gets_its_time_and_no_more(autojump_clock):
+    away = _Away(1000)
+    with pytest.raises(FaultError, match="nobody was there"):
+        await outlast(away, lambda: 25.0, 10.0)
+    assert (1000 - away.left, trio.current_time()) == (4, 40.0)
+
+
+async def test_what_cannot_pass_is_told_at_once_though_nobody_is_there(autojump_clock):
+    away = _Away(1000, takes_s=1.0)
+    with pytest.raises(FaultError):
+        await outlast(away, lambda: math.inf, 10.0)
+    assert away.left == 999
+    with pytest.raises(FaultError):
+        await outlast(away, lambda: math.inf, math.inf)
+    assert away.left == 998
