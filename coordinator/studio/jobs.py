@@ -2,15 +2,18 @@
 
 The contract names jobs and no attempts, so this remembers which attempt was offered: its number fences a late result
 here as everywhere. There is no cancel in the contract: a job that was cancelled takes the worker's one slot until the
-worker ends it, and what it delivers then is acknowledged and dropped.
+worker ends it, and what it delivers then is acknowledged and dropped. A frame may be lost on either side, too: a worker
+that says without a break that it runs nothing has neither such a job any more, nor one that it had accepted.
 
 Frames of the socket and results that come by HTTP take turns (`turn`): each step is whole before the next begins.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -28,6 +31,7 @@ from protocol.work import parse_params
 log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 4096  # jobs that a session has done with
+_ACKS = {"completeJson": "completeAck", "fail": "failAck"}
 
 
 class Given(NamedTuple):
@@ -38,8 +42,20 @@ class Given(NamedTuple):
     params: Any
 
 
+class Past(NamedTuple):
+    """What became of a job that this worker had.
+
+    Attributes:
+        verdict: stored or fenced.
+        ack: the frame that acknowledges this end, when the worker says it once more; "" where there is none.
+    """
+
+    verdict: str
+    ack: str = ""
+
+
 class Stranger(Exception):
-    """The worker speaks of a job that it never held."""
+    """The worker speaks of a job that it does not hold, and what it says of it is not stored."""
 
 
 class StudioJobs:
@@ -72,8 +88,10 @@ class StudioJobs:
         self._worker, self._attempts, self._sources = worker, attempts, sources
         self._url, self._say, self._busy_s = url, say, busy_s
         self._given: dict[str, Given] = {}
-        self._done: dict[str, str] = {}  # job -> verdict of its end
-        self._acks: dict[Key, str] = {}  # the frame that acknowledges an end
+        self._done: dict[str, Past] = {}
+        self._acks: dict[Key, tuple[str, bool]] = {}  # the frame that acknowledges an end, and whether to say it
+        self._idle_since: float | None = None  # the first of its words in a row that it runs nothing
+        self._uploads: Counter[Key] = Counter()  # under way
         self._begun: set[Key] = set()  # their watchers were told that the work has begun
 
     # ---- looking -------------------------------------------------------------------------------------------
@@ -104,8 +122,9 @@ class StudioJobs:
 
     def ended(self, key: Key, verdict: str) -> None:
         """An end is stored, or not wanted: say so in the worker's words, if it came by the socket."""
-        self._forget(key, verdict)
-        if word := self._acks.pop(key, ""):
+        word, said = self._acks.pop(key, ("", False))
+        self._forget(key, Past(verdict, word))
+        if said:
             self._say(frame(word, jobId=key[0]))
 
     # ---- in ------------------------------------------------------------------------------------------------
@@ -114,7 +133,7 @@ class StudioJobs:
         """Act on a frame about a job; `Unreadable` stands for a body that does not fit.
 
         Raises:
-            Stranger: the worker never held the job.
+            Stranger: the worker does not hold the job.
             StoreError, FaultError, OSError: nothing was stored.
         """
         given = self.given(job)
@@ -145,22 +164,57 @@ class StudioJobs:
         now = self.given(given.key[0])
         if now is None or now.key != given.key:
             return False
-        good = await self._end(given, "", end)
-        return good and self._done.get(given.key[0]) == "stored"
+        good = await self._end(given, "failAck" if isinstance(end, Fault) else "", end, say=False)
+        return good and self._done[given.key[0]].verdict == "stored"
 
     def works_on(self, job: str) -> None:
         """The worker runs this job, it says: whoever waits for a stream may have its headers now."""
+        self._idle_since = None
         given = self.given(job)
         if given is not None and given.key not in self._begun:
             self._begun.add(given.key)
             self._attempts.started(self._worker, given.key)
 
-    def idle(self, now: float, let_go_s: float) -> None:
-        """The worker runs nothing, it says: what was abandoned takes its slot no more, once its offer is that old."""
-        for held in list(self._worker.attempts.values()):
-            if held.state == "abandoned" and now - held.since > let_go_s:
-                self._forget(held.key, "fenced")
+    def idle(self, now: float, let_go_s: float) -> bool:
+        """The worker runs nothing, it says. Returns whether it has said so for so long that `let_go` is due."""
+        if self._idle_since is None:
+            self._idle_since = now
+        return now - self._idle_since > let_go_s and bool(self._forgotten)
+
+    async def let_go(self, now: float, let_go_s: float) -> None:
+        """What the worker runs no more takes its slot no more; what it had accepted fails by its loss.
+
+        Arguments are those of `idle`, which may have another answer when it is our turn.
+
+        Raises:
+            StoreError, FaultError, OSError: nothing was stored.
+        """
+        for held in self._forgotten if self.idle(now, let_go_s) else ():
+            if held.state == "abandoned":
+                self._forget(held.key, Past("fenced"))
                 self._attempts.let_go(self._worker, held.key)
+                continue
+            log.warning("%s#%d on %s: the worker runs nothing, it says", *held.key, self._worker.id)
+            fault = Fault("worker_lost", "The worker says that it runs nothing, and has not delivered the job.")
+            await self._attempts.fail(self._worker, held.key, wire.Fail(fault=fault))
+
+    @property
+    def _forgotten(self) -> list[HeldAttempt]:
+        """What the worker cannot have, if it runs nothing. An offer that waits for its answer it may have."""
+        return [
+            held for held in self._worker.attempts.values() if held.state != "offered" and not self._uploads[held.key]
+        ]
+
+    @contextlib.contextmanager
+    def uploading(self, given: Given) -> Iterator[None]:
+        """A result of the job comes by HTTP meanwhile, whatever the worker says of itself."""
+        self._uploads[given.key] += 1
+        try:
+            yield
+        finally:
+            self._uploads[given.key] -= 1
+            self._uploads += Counter()  # without what is 0
+            self._idle_since = None
 
     def _judged(self, given: Given, body: CompleteJson) -> wire.Complete | Fault:
         try:
@@ -169,10 +223,13 @@ class StudioJobs:
             log.warning("%s#%d on %s: %s", *given.key, self._worker.id, error.fault.message)
             return error.fault
 
-    async def _end(self, given: Given, word: str, end: wire.Complete | Fault) -> bool:
-        """End the attempt; `word` is the frame that acknowledges it, "" for none. Returns whether it has a result."""
+    async def _end(self, given: Given, word: str, end: wire.Complete | Fault, *, say: bool = True) -> bool:
+        """End the attempt; `word` is the frame that acknowledges it, "" for none. Returns whether it has a result.
+
+        Unless it is to `say` so now, it does when the worker itself says that end.
+        """
         await self._accepted(given)
-        self._acks[given.key] = word
+        self._acks[given.key] = (word, say and bool(word))
         if isinstance(end, Fault):
             await self._attempts.fail(self._worker, given.key, wire.Fail(fault=end))
             return False
@@ -187,7 +244,7 @@ class StudioJobs:
         if said.code != "unsupported":
             self._worker.block("", anyio.current_time() + self._busy_s)
             said = msgspec.structs.replace(said, retry_after_ms=int(self._busy_s * 1000))
-        self._forget(given.key, "fenced")
+        self._forget(given.key, Past("fenced"))
         await self._attempts.decline(self._worker, given.key, said)
 
     async def _unreadable(self, type_: str, given: Given, error: str) -> None:
@@ -201,26 +258,29 @@ class StudioJobs:
         await self._end(given, "failAck" if type_ == "fail" else "completeAck", fault)
 
     def _of_another(self, type_: str, job: str) -> None:
-        """About a job that the worker does not hold: forgiven when it held it once. Raises Stranger."""
-        if job not in self._done:
-            if type_ != "reject":
-                raise Stranger(f"The job {job[:128]!r} is not held by this session.")
-        elif type_ == "completeJson":
-            self._say(frame("completeAck", jobId=job))
-        elif type_ == "fail":
-            self._say(frame("failAck", jobId=job))
+        """About a job that the worker does not hold: an end said twice is stored, of all else nothing is.
+
+        To give up what one does not hold is no offence. Raises Stranger.
+        """
+        if type_ == "reject":
+            return
+        past = self._done.get(job)
+        if past is None or not past.ack or past.ack != _ACKS.get(type_):
+            raise Stranger(f"The job {job[:128]!r} is not held by this session.")
+        self._say(frame(past.ack, jobId=job))
 
     async def _accepted(self, given: Given) -> None:
         """The worker has the job, whether it says so or ends it at once."""
         if self._held(given.key).state == "offered":
+            self._idle_since = None  # what it said before was true
             await self._attempts.accept(self._worker, given.key)
 
-    def _forget(self, key: Key, verdict: str) -> None:
+    def _forget(self, key: Key, past: Past) -> None:
         self._begun.discard(key)
         given = self._given.get(key[0])
         if given is not None and given.key == key:
             del self._given[key[0]]
-        self._done[key[0]] = verdict
+        self._done[key[0]] = past
         if len(self._done) > MAX_REMEMBERED:
             del self._done[next(iter(self._done))]
 

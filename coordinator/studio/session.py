@@ -63,7 +63,8 @@ class StudioSettings(msgspec.Struct, frozen=True, kw_only=True):
         hello_s: how long the first frame may take.
         silence_s: a worker without a heartbeat for so long is gone; looked at every `sweep_s`.
         busy_s: pause before the next offer to a worker that rejected one as busy or paused.
-        let_go_s: a heartbeat without a job ends an attempt that was abandoned, once its offer is so old.
+        let_go_s: heartbeats without a job for so long, and without a break, end what the worker had accepted, and what
+            nobody waits for any more.
         close_s: how long the farewell may take.
         upload_idle_s: an upload of which nothing comes for so long is ended.
         asked: how many requests to register one address may make within 60 s.
@@ -321,12 +322,12 @@ class StudioSession:
             except Stranger as error:
                 raise _End("protocol_violation", str(error)) from None
         else:
-            self._take_of_session(body)
+            await self._take_of_session(body)
 
-    def _take_of_session(self, body: Any) -> None:
+    async def _take_of_session(self, body: Any) -> None:
         match body:
             case Heartbeat():
-                self._beat(body)
+                await self._beat(body)
             case LogBatch():
                 lines = (Line(one.ts, one.level, one.message, one.job_id or "") for one in body.entries)
                 ear = self._attempts.ears.of(self.name)
@@ -336,14 +337,16 @@ class StudioSession:
                     log.warning("Worker %s sent a frame that cannot be read: %s", self.name, body)
                 self._attempts.counters.events["unreadable"] += 1
 
-    def _beat(self, beat: Heartbeat) -> None:
+    async def _beat(self, beat: Heartbeat) -> None:
         self._beat_at = anyio.current_time()
         self._say(frame("heartbeatAck"))
         if beat.capabilities != self._said or self._paused[0]:
             self._said = beat.capabilities
             self._announce()
         if beat.current_job_id is None:
-            self.jobs.idle(self._beat_at, self._settings.let_go_s)
+            if self.jobs.idle(self._beat_at, self._settings.let_go_s):
+                async with self.jobs.turn:
+                    await self.jobs.let_go(self._beat_at, self._settings.let_go_s)
             self._attempts.look_again()
         else:
             self.jobs.works_on(beat.current_job_id)

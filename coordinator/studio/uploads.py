@@ -48,6 +48,11 @@ _LIMITS: dict[str, int] = {Kind.IMAGE: 128 * 2**20, Kind.AUDIO_TTS: 512 * 2**20}
 _EXT = re.compile(r"[A-Za-z0-9]{1,8}\Z", re.ASCII)
 
 
+def form_bytes(kind: str, blobs: Blobs) -> int:
+    """Most bytes that a form may have with the result of a job of this kind."""
+    return min(blobs.max_output_bytes, _LIMITS.get(kind, blobs.max_output_bytes)) + FIELDS_BYTES + ENVELOPE_BYTES
+
+
 class _Stalled(Exception):
     """Nothing of the upload has come for too long."""
 
@@ -72,12 +77,13 @@ async def receive(request: Request, jobs: StudioJobs, idle_s: float, job: str, b
         raise refuse("conflict", "The job is not claimed by this worker.", "jobId")
     if given.kind in JSON_KINDS:
         raise refuse("invalid_request", f"A result of kind {given.kind} is sent as completeJson.")
-    try:
-        end = await _read(request, jobs, idle_s, given, blobs)
-    except _Stalled:
-        return fault_response(Fault("invalid_request", "The upload stalled."), 408)
-    async with jobs.turn:
-        kept = await jobs.uploaded(given, end)
+    with jobs.uploading(given):
+        try:
+            end = await _read(request, jobs, idle_s, given, blobs)
+        except _Stalled:
+            return fault_response(Fault("invalid_request", "The upload stalled."), 408)
+        async with jobs.turn:
+            kept = await jobs.uploaded(given, end)
     if not kept:
         why = f" {end.message}" if isinstance(end, Fault) else ""
         raise refuse("conflict", f"The job is not claimed by this worker any more.{why}", "jobId")
@@ -88,8 +94,7 @@ async def _read(request: Request, jobs: StudioJobs, idle_s: float, given: Given,
     """What the form ends the job with: its file as a result, or why it is none."""
     if not is_multipart(request):
         raise refuse("unsupported_media_type", "Expected a body of type multipart/form-data with the file in it.")
-    most = min(blobs.max_output_bytes, _LIMITS.get(given.kind, blobs.max_output_bytes))
-    limit = most + FIELDS_BYTES + ENVELOPE_BYTES
+    limit = form_bytes(given.kind, blobs)
     check_length(request, limit)
     budget, stored, head = FIELDS_BYTES, None, bytearray()
     unwanted = jobs.abandoned(given.key[0])

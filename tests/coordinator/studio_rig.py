@@ -19,7 +19,7 @@ from coordinator.testing_studio import PATIENCE_S, Admitted
 
 # What a slow machine could miss is as long as it likes; the tests of what is too late have times of their own.
 FAST = StudioSettings(
-    hello_s=60.0, silence_s=60.0, sweep_s=0.1, busy_s=0.4, let_go_s=0.1, upload_idle_s=60.0, asked=1000
+    hello_s=60.0, silence_s=60.0, sweep_s=0.1, busy_s=0.4, let_go_s=60.0, upload_idle_s=60.0, asked=1000
 )
 ANSWER = {
     "object": "chat.completion",

@@ -415,6 +415,36 @@ class StudioServerCases:
             assert (type_, code) == (type_, 4002)
             assert frames[-1]["code"] == "protocol_violation"
 
+    async def test_what_a_session_has_let_go_of_it_does_not_hold_any_more(self, studio: StudioUnderTest) -> None:
+        """Whatever is said of it would not be stored, so it is not acknowledged."""
+        for type_, fields in (
+            ("accept", {}),
+            ("fail", {"error": "x", "retryable": True}),
+            ("completeJson", {"result": ANSWER}),
+        ):
+            worker, token = await studio.admit()
+            async with connected(studio, worker, token) as raw:
+                job = await studio.enqueue(CHAT, "chat")
+                await raw.expect("offer")
+                await raw.send("reject", jobId=job, reason="This worker has no model 'chat'.")
+                await raw.send(type_, jobId=job, **fields)
+                code, frames = await raw.closed()
+            assert (type_, code, frames[-1]["code"]) == (type_, 4002, "protocol_violation")
+            assert (await studio.job(job)).state != "done"
+
+    async def test_what_is_done_cannot_fail_any_more(self, studio: StudioUnderTest) -> None:
+        worker, token = await studio.admit()
+        async with connected(studio, worker, token) as raw:
+            job = await studio.enqueue(CHAT, "chat")
+            await raw.expect("offer")
+            await raw.send("accept", jobId=job)
+            await raw.send("completeJson", jobId=job, result=ANSWER)
+            await raw.expect("completeAck")
+            await raw.send("fail", jobId=job, error="x", retryable=True)
+            code, frames = await raw.closed()
+        assert (code, frames[-1]["code"]) == (4002, "protocol_violation")
+        assert (await studio.job(job)).state == "done"
+
     async def test_a_dropped_socket_gives_the_job_back(self, studio: StudioUnderTest) -> None:
         worker, token = await studio.admit()
         async with connected(studio, worker, token) as raw:
