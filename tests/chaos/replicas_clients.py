@@ -1,6 +1,7 @@
 """Simulated clients of many replicas: streams, jobs that are asked for again, cancels, and clients that just leave.
 
-Who has an idempotency key comes back with it, to whichever replica answers, until it knows how its job ended.
+Who has an idempotency key comes back with it, to whichever replica answers, until it knows how its job ended. Who has
+none and stays must get its answer from the replica that it asked, unless something happened to that very replica.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from tests.chaos.replicas_rig import Cluster
 CLIENT_S = 600.0  # a job that has not ended by then is lost; with twenty others on two cores one took over 120
 STEP_S = 15.0  # a replica that is stopped takes a connection and says nothing: not longer than this
 AGAIN_S = 0.2
-JOBS, LEAVERS, CANCELS = 0.2, 0.1, 0.4  # share of the asks that are jobs, and leave; of the jobs that are cancelled
+# Shares of the asks: jobs, clients that leave, and that stay without a key; of the jobs, those that are cancelled.
+JOBS, LEAVERS, STAYERS, CANCELS = 0.2, 0.1, 0.25, 0.4
+REFUSALS = frozenset({"overloaded", "no_worker"})  # before there is a job; the client may ask again
 ENDS = frozenset({"succeeded", "failed", "cancelled"})
 
 Step = Callable[[str], Awaitable[bool]]
@@ -45,6 +48,8 @@ class SimClient:
                             await self._leave(http, count)
                         elif way < LEAVERS + JOBS:
                             await self._job(http, key, count)
+                        elif way < LEAVERS + JOBS + STAYERS:
+                            await self._stay(key, count)
                         else:
                             await self._stream(http, key, count)
                 except TimeoutError:
@@ -66,10 +71,9 @@ class SimClient:
 
     def _code(self, what: str, body: bytes) -> str:
         """The code of a refusal, which is JSON whatever has happened."""
-        try:
-            code = str(json.loads(body)["error"]["code"])
-        except (ValueError, LookupError, TypeError):
-            self._ledger.wrong.append(f"{what}: a refusal that cannot be read: {body[:200]!r}")
+        code = _code(body)
+        if not code.isidentifier():
+            self._ledger.wrong.append(f"{what}: {code}")
             return ""
         self._ledger.faults[code] += 1
         return code
@@ -126,6 +130,59 @@ class SimClient:
             self._ledger.answers[key] = (job, "failed")
         return code == "worker_lost"
 
+    # ---- who stays without a key ---------------------------------------------------------------------------
+
+    async def _stay(self, name: str, count: int) -> None:
+        """An answer that is asked for once, as a stream or whole; who asks waits until its end, whatever happens."""
+        serving = [one for one in self._cluster.replicas if one.url and not one.ends % 2]
+        if not serving:
+            await asyncio.sleep(AGAIN_S)
+            return
+        replica = self._dice.choice(serving)
+        life, spells, streamed = (replica.ends, replica.stops), self._cluster.spells, self._dice.random() < 0.5
+        try:
+            job, code = await self._answered(f"{replica.url}/v1/chat/completions", count, streamed=streamed)
+        except (httpx.HTTPError, OSError) as error:
+            job, code = "", type(error).__name__
+        if not code:
+            self._ledger.stayed[job] = count
+        elif (replica.ends, replica.stops) != life:
+            self._ledger.faults[f"its replica's end: {code}"] += 1
+        elif not job and code in REFUSALS:
+            self._ledger.faults[code] += 1
+        elif code == "overloaded" and (spells % 2 or self._cluster.spells != spells):
+            self._ledger.faults["the database's trouble: overloaded"] += 1
+        else:
+            self._ledger.wrong.append(f"{name} {job}: its replica lived, and the answer ended with {code}")
+
+    async def _answered(self, url: str, count: int, *, streamed: bool) -> tuple[str, str]:
+        """(job, "" or the code of what went wrong). Raises httpx.HTTPError when the connection breaks.
+
+        On a connection of its own: a kept one is closed for its idleness by a replica that was stopped meanwhile.
+        """
+        body = {"model": MODEL, "messages": [{"role": "user", "content": str(count)}], "stream": streamed}
+        async with (
+            httpx.AsyncClient(timeout=CLIENT_S, trust_env=False) as http,
+            http.stream("POST", url, headers=self._headers(), json=body) as response,
+        ):
+            job = response.headers.get("x-bulkhead-job", "")
+            if response.status_code != 200:
+                return job, _code(await response.aread())
+            if not streamed:
+                whole = json.loads(await response.aread())
+                text = whole["choices"][0]["message"]["content"]
+                return (job, "") if text == answer(count) else (job, f"another answer: {text[-60:]!r}")
+            text, fault, done = "", "", False
+            async for line in response.aiter_lines():
+                done = done or line == "data: [DONE]"
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    fault = event.get("error", {}).get("code", "") or fault
+                    text += "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+        if fault or (done and text == answer(count)):
+            return job, fault
+        return job, f"{len(text)} of {len(answer(count))} characters{', and an end' * done}"
+
     # ---- jobs ----------------------------------------------------------------------------------------------
 
     async def _job(self, http: httpx.AsyncClient, key: str, count: int) -> None:
@@ -178,3 +235,10 @@ class SimClient:
         if (text := response.json()["content"]) != answer(count):
             self._ledger.wrong.append(f"{key}: another result than was made: {text[-60:]!r}")
         return True
+
+
+def _code(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return f"a refusal that cannot be read: {body[:200]!r}"

@@ -61,6 +61,7 @@ class Ledger:
         submitted: idempotency keys of those who come back for their answer.
         cancelling: those of them who have asked to cancel their job.
         left: jobs of clients without a key that left in the middle.
+        stayed: jobs of those that stayed and were answered -> tokens.
         answers: idempotency key -> (job, state).
     """
 
@@ -75,6 +76,7 @@ class Ledger:
     submitted: set[str] = dataclasses.field(default_factory=set)
     cancelling: set[str] = dataclasses.field(default_factory=set)
     left: set[str] = dataclasses.field(default_factory=set)
+    stayed: dict[str, int] = dataclasses.field(default_factory=dict)
     answers: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)

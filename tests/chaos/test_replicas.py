@@ -6,7 +6,7 @@ The short run has every fault once. `scripts/soak coordinator` is the long one: 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import itertools
 import logging
 import os
 import random
@@ -16,22 +16,26 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
-from tests.chaos.replicas_clients import SimClient
-from tests.chaos.replicas_crowd import Ledger, SimWorker
-from tests.chaos.replicas_proxy import PostgresProxy
-from tests.chaos.replicas_rig import Cluster
+psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (extra: postgres)")
 
-if TYPE_CHECKING:
-    from coordinator.testing_postgres import PostgresServer
-    from tests.chaos.replicas_standby import Pair
+from coordinator.testing_postgres import PostgresServer, why_not  # noqa: E402
+from tests.chaos.replicas_clients import SimClient  # noqa: E402
+from tests.chaos.replicas_crowd import Ledger, SimWorker  # noqa: E402
+from tests.chaos.replicas_proxy import PeerProxy, PostgresProxy  # noqa: E402
+from tests.chaos.replicas_rig import Cluster  # noqa: E402
+from tests.chaos.replicas_standby import Pair  # noqa: E402
 
 SEED = int(os.environ.get("BULKHEAD_COORDINATOR_SEED", "1"))
 JOBS = int(os.environ.get("BULKHEAD_COORDINATOR_JOBS", "0"))
-STOPPED_S = 8.0  # longer than the others wait for a beat
+AWAY_S = 8.0  # longer than the others wait for a beat
+REPLICAS = 3
+OK = "succeeded"
+STEP_MS = 30_000
 SETTLE_S = 120.0
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,8 @@ Fault = Callable[[], Awaitable[None]]
 
 
 class Size(NamedTuple):
-    """How much of everything; `spell_s` is how long a bad network lasts."""
+    """How much of everything; `calm_s` is between two faults, `spell_s` is how long a bad network lasts, `stops_s` how
+    long a replica is stopped, in turns."""
 
     workers: int
     clients: int
@@ -48,26 +53,32 @@ class Size(NamedTuple):
     rounds: int
     tokens: int
     pace_s: float
+    calm_s: float
     spell_s: float
+    stops_s: tuple[float, ...]
 
 
-SHORT = Size(workers=20, clients=10, jobs=120, rounds=1, tokens=30, pace_s=0.03, spell_s=2.0)
-LONG = Size(workers=200, clients=60, jobs=JOBS, rounds=10_000, tokens=20, pace_s=0.05, spell_s=4.0)
+SHORT = Size(20, 10, jobs=120, rounds=1, tokens=30, pace_s=0.03, calm_s=0.5, spell_s=2.0, stops_s=(AWAY_S,))
+LONG = Size(200, 60, jobs=JOBS, rounds=10_000, tokens=20, pace_s=0.05, calm_s=1.0, spell_s=4.0, stops_s=(60.0, AWAY_S))
 
 
 class Faults:
     """What is done to the cluster, one after the other."""
 
     def __init__(
-        self, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], dice: random.Random, spell_s: float
+        self, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], dice: random.Random, size: Size
     ) -> None:
-        self._cluster, self._pair, self._proxies, self._dice, self._spell_s = cluster, pair, proxies, dice, spell_s
+        self._cluster, self._pair, self._proxies, self._dice = cluster, pair, proxies, dice
+        self._spell_s, self._stops_s = size.spell_s, itertools.cycle(size.stops_s)
+        self._report: Any = None
         self.done: list[str] = []
 
     def all_of_them(self) -> list[Fault]:
-        """In an order by the dice."""
-        faults: list[Fault] = [self.kill, self.freeze, self.roll, self.restart_database]
-        faults += [self.forget_commits, self.slow_network]
+        """In an order by the dice. In the short run a crash of the database and its recovery are in its outage."""
+        faults: list[Fault] = [self.kill, self.freeze, self.roll, self.outage, self.forget_commits, self.slow_network]
+        faults += [self.cut_peers, self.step_clock, self.read_for_long]
+        if JOBS:
+            faults += [self.restart_database, self.lose_peers]
         if self._pair.standby is not None:
             faults.append(self.fail_over)
         self._dice.shuffle(faults)
@@ -75,7 +86,8 @@ class Faults:
 
     async def fail_over(self) -> None:
         """The primary is killed for good; its synchronous standby is promoted."""
-        await asyncio.to_thread(self._pair.fail_over)
+        with self._cluster.spell():
+            await asyncio.to_thread(self._pair.fail_over)
 
     async def kill(self) -> None:
         """kill -9 of a replica, and a new one after a while."""
@@ -88,7 +100,7 @@ class Faults:
         """A replica is stopped for longer than the others wait, and goes on as if nothing had been."""
         one = self._dice.choice(self._cluster.replicas)
         one.signal(signal.SIGSTOP)
-        await asyncio.sleep(STOPPED_S)
+        await asyncio.sleep(next(self._stops_s))
         one.signal(signal.SIGCONT)
 
     async def roll(self) -> None:
@@ -100,31 +112,75 @@ class Faults:
 
     async def restart_database(self) -> None:
         """The database crashes and recovers."""
-        await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
-        await asyncio.to_thread(self._pair.now.start)
+        with self._cluster.spell():
+            await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
+            await asyncio.to_thread(self._pair.now.start)
+
+    async def outage(self) -> None:
+        """The database is away for longer than the others wait for a beat, and a replica is started as it comes back.
+
+        Nobody who lived through it may lose a client by that.
+        """
+        one = self._dice.choice(self._cluster.replicas)
+        with self._cluster.spell():
+            await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
+            await one.end(signal.SIGKILL)
+            await asyncio.sleep(AWAY_S)
+            again = asyncio.create_task(one.start_again())
+            try:
+                await asyncio.to_thread(self._pair.now.start)
+                await again
+            finally:
+                again.cancel()
+                await asyncio.gather(again, return_exceptions=True)
+
+    async def step_clock(self) -> None:
+        """The database's clock, which is the only one that counts, is set; all replicas are as silent by that."""
+        with psycopg.connect(self._pair.now.url, autocommit=True) as admin:
+            admin.execute("UPDATE clock SET shift_ms = shift_ms + %s", (self._dice.choice((STEP_MS, -STEP_MS)),))
+
+    async def read_for_long(self) -> None:
+        """Somebody's report, through all that follows: a snapshot is held, so no row that dies meanwhile is cleared."""
+        self.close()
+        self._report = psycopg.connect(self._pair.now.url)
+        self._report.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        self._report.execute("SELECT count(*) FROM jobs")
+
+    def close(self) -> None:
+        """End what is still going on."""
+        if self._report is not None:
+            self._report.close()
+            self._report = None
+
+    async def cut_peers(self) -> None:
+        """No replica reaches another one, and all reach the database: their links break, and are refused."""
+        await asyncio.gather(*(proxy.cut(self._spell_s) for proxy in self._cluster.proxies))
+
+    async def lose_peers(self) -> None:
+        """The same, but nobody is told: what is sent comes late, or the link is given up."""
+        await asyncio.gather(*(proxy.stall(AWAY_S) for proxy in self._cluster.proxies))
 
     async def forget_commits(self) -> None:
         """Commits whose answer is lost, together with the connection."""
-        for proxy in self._proxies:
-            proxy.forget = 10
-        await asyncio.sleep(self._spell_s)
-        for proxy in self._proxies:
-            proxy.forget = 0
+        with self._cluster.spell():
+            for proxy in self._proxies:
+                proxy.forget = 10
+            await asyncio.sleep(self._spell_s)
+            for proxy in self._proxies:
+                proxy.forget = 0
 
     async def slow_network(self) -> None:
         """50 ms and 2 % loss between the replicas and the database."""
-        for proxy in self._proxies:
-            proxy.delay_s, proxy.loss = 0.05, 0.02
-        await asyncio.sleep(self._spell_s)
-        for proxy in self._proxies:
-            proxy.delay_s = proxy.loss = 0.0
+        with self._cluster.spell():
+            for proxy in self._proxies:
+                proxy.delay_s, proxy.loss = 0.05, 0.02
+            await asyncio.sleep(self._spell_s)
+            for proxy in self._proxies:
+                proxy.delay_s = proxy.loss = 0.0
 
 
 def rows(server: PostgresServer) -> list[tuple[str, str, str, int, int, float]]:
     """(key, job, state, attempt, crowd's tokens, tokens used) of every row."""
-    import msgspec
-    import psycopg
-
     with psycopg.connect(server.url) as connection:
         found = connection.execute("SELECT idempotency_key, id, state, attempt, params, usage FROM jobs").fetchall()
     return [
@@ -148,6 +204,7 @@ def judge(server: PostgresServer, ledger: Ledger) -> Counter[str]:
     found = rows(server)
     assert not ledger.wrong, ledger.wrong[:10]
     assert ledger.left <= {job for _, job, *_ in found}
+    assert ledger.stayed == {job: count for _, job, state, _, count, _ in found if job in ledger.stayed and state == OK}
     keyed = [row for row in found if row[0]]
     assert {row[0] for row in keyed} == ledger.submitted
     assert len(keyed) == len(ledger.submitted)
@@ -155,7 +212,7 @@ def judge(server: PostgresServer, ledger: Ledger) -> Counter[str]:
         assert state in ("succeeded", "failed") or (state == "cancelled" and (not key or key in ledger.cancelling)), job
         if key:
             assert ledger.answers[key] == (job, state), key
-        if state == "succeeded":
+        if state == OK:
             assert used == count, (job, used, count)
             # An acknowledgement may be lost with its connection; then the worker never heard of its effect.
             assert ledger.stored[job] <= {attempt}, (job, attempt, ledger.stored[job])
@@ -166,8 +223,6 @@ def judge(server: PostgresServer, ledger: Ledger) -> Counter[str]:
 
 async def settled(server: PostgresServer) -> None:
     """Wait for the end of all jobs."""
-    import psycopg
-
     end = time.monotonic() + SETTLE_S
     while True:
         with psycopg.connect(server.url) as connection:
@@ -190,8 +245,9 @@ async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger
         ]
         hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in proxies)
         store = f"postgresql://bulkhead@{hosts}/postgres?sslmode=disable"
-        async with Cluster(folder, store) as cluster:
-            faults = Faults(cluster, pair, proxies, dice, size.spell_s)
+        doors = [await stack.enter_async_context(PeerProxy()) for _ in range(REPLICAS)]
+        async with Cluster(folder, store, doors) as cluster:
+            faults = Faults(cluster, pair, proxies, dice, size)
             calm = asyncio.Event()
 
             def more() -> bool:
@@ -210,7 +266,7 @@ async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger
             try:
                 for _ in range(size.rounds):
                     for fault in faults.all_of_them():
-                        await asyncio.sleep(1.0)
+                        await asyncio.sleep(size.calm_s)
                         name = getattr(fault, "__name__", "")
                         log.info("%5.1f s, %d jobs: %s", time.monotonic() - began, len(ledger.submitted), name)
                         await fault()
@@ -221,20 +277,17 @@ async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger
                 await asyncio.gather(*asking)
                 await settled(pair.now)
             finally:
+                faults.close()
                 for task in (*asking, *crowd):
                     task.cancel()
                 await asyncio.gather(*asking, *crowd, return_exceptions=True)
             faults.done.append(f"{sum(proxy.forgotten for proxy in proxies)} commits forgotten")
+            faults.done.append(f"{sum(proxy.cuts for proxy in doors)} links between replicas cut")
     return ledger, faults, time.monotonic() - began
 
 
 def test_no_job_is_lost_and_none_has_two_effects(tmp_path: Path) -> None:
     """The seed decides the order of the faults and every choice; `BULKHEAD_COORDINATOR_SEED` repeats it."""
-    if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("psycopg is not installed (extra: postgres)")
-    from coordinator.testing_postgres import why_not
-    from tests.chaos.replicas_standby import Pair
-
     if reason := why_not():
         pytest.skip(reason)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -248,7 +301,8 @@ def test_no_job_is_lost_and_none_has_two_effects(tmp_path: Path) -> None:
     finally:
         pair.remove()
     log.info(
-        "seed %d: %d jobs (%s) in %.0f s through %s; %d streams whole, %d resumed, %d sessions, %d fenced, %s",
+        "seed %d: %d jobs (%s) in %.0f s through %s; %d streams whole, %d resumed, %d without a key, %d sessions, "
+        "%d fenced, %s",
         SEED,
         sum(ends.values()),
         ", ".join(f"{count} {state}" for state, count in sorted(ends.items())),
@@ -256,6 +310,7 @@ def test_no_job_is_lost_and_none_has_two_effects(tmp_path: Path) -> None:
         ", ".join(faults.done),
         ledger.whole,
         ledger.resumed,
+        len(ledger.stayed),
         ledger.sessions,
         ledger.fenced,
         dict(ledger.faults),
