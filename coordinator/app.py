@@ -173,10 +173,13 @@ class Coordinator:
         parts = self.parts
         doors = Doors(parts.registrations.knows)
         self._known.on_change += [self._doors.look, doors.look]
+        workers = Studio(parts.dispatcher, parts.blobs, parts.registrations, models, studio, doors)
+        if self.replicas is not None:
+            self.replicas.uploaded = workers.take
         return [
             WebSocketRoute("/v1/worker", worker_endpoint(parts.dispatcher, self._authenticate, doors=self._doors)),
             *enrol_routes(Enrolments(self._known), parts.registrations),
-            *Studio(parts.dispatcher, parts.blobs, parts.registrations, models, studio, doors).routes(),
+            *workers.routes(),
             *self.dashboard.routes(),
         ]
 

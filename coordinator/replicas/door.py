@@ -1,4 +1,7 @@
-"""Where the other replicas connect to: one WebSocket route on a listener of its own, behind a shared secret."""
+"""Where the other replicas connect to, on a listener of its own, behind a shared secret.
+
+One route is a WebSocket for frames, one takes the uploads that came to another replica than the worker's session.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,16 @@ from typing import Protocol
 import anyio
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
-from starlette.routing import WebSocketRoute
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from coordinator.errors import EXCEPTION_HANDLERS, fault_response
 from coordinator.http_bounds import BoundedHttp
 from coordinator.replicas import frames
 from coordinator.websockets_end import EndingWebSockets
+from protocol.faults import FaultError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +46,9 @@ class Host(Protocol):
 
     def left(self, sender: str) -> None:
         """A connection of it has ended."""
+
+    async def take_upload(self, request: Request, worker: str, job: str) -> Response:
+        """An upload that it passes on. Raises FaultError; passes nothing on itself."""
 
 
 class _Server(uvicorn.Server):
@@ -66,15 +75,28 @@ def door(name: str, secret: str, host: Host) -> Starlette:
             return
         await _read(websocket, host)
 
-    return Starlette(routes=[WebSocketRoute(frames.PATH, endpoint)])
+    async def upload(request: Request) -> Response:
+        status, why = _judge(request, name, secret)
+        if status:
+            log.warning("An upload from %s is refused: %s", request.client, why)
+            return PlainTextResponse(why, status)
+        try:
+            answer = await host.take_upload(request, request.path_params["worker"], request.path_params["job"])
+        except FaultError as error:
+            answer = fault_response(error.fault)
+        answer.headers[frames.FROM] = name  # what has no such word, the door has said, or somebody on the way
+        return answer
+
+    routes = [WebSocketRoute(frames.PATH, endpoint), Route(frames.UPLOADS, upload, methods=["POST"])]
+    return Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)
 
 
-def _judge(websocket: WebSocket, name: str, secret: str) -> tuple[int, str]:
+def _judge(came: HTTPConnection, name: str, secret: str) -> tuple[int, str]:
     """(0, "") for a replica that means us, else the status and the sentence that refuse it."""
-    kind, _, given = websocket.headers.get("authorization", "").partition(" ")
+    kind, _, given = came.headers.get("authorization", "").partition(" ")
     if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), secret.encode()):
         return 401, "The replicas' secret is missing or another one; give all of them the same secret_file."
-    sender, meant = websocket.headers.get(frames.FROM, ""), websocket.headers.get(frames.TO, "")
+    sender, meant = came.headers.get(frames.FROM, ""), came.headers.get(frames.TO, "")
     if not sender or len(sender) > 256:
         return 400, f"The header {frames.FROM} is missing."
     if sender == name:

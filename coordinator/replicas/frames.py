@@ -22,6 +22,7 @@ MAX_BATCH_BYTES = 256 * 2**10  # frames that are gathered go out together, up to
 MAX_PEER_MESSAGE = MAX_MESSAGE_BYTES + MAX_BATCH_BYTES
 SECRET_CHARS = 16  # at least
 PATH = "/replica"
+UPLOADS = "/replica/uploads/{worker}/{job}"  # takes what another replica passes on
 FROM, TO = "x-bulkhead-from", "x-bulkhead-to"  # headers: who connects, and whom it believes to reach
 
 _Name = Annotated[str, Meta(max_length=256)]

@@ -12,7 +12,7 @@ import logging
 import random
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import anyio
 import msgspec
@@ -65,6 +65,7 @@ class Peer:
         self.dropped = 0
         self.scope = anyio.CancelScope()
         self._last: ClientConnection | None = None
+        self._waiting: set[Callable[[], None]] = set()
         self._caller, self._first = caller, first
         self._frames: deque[bytes] = deque()
         self._bytes = 0
@@ -108,9 +109,23 @@ class Peer:
                 pause = min(LONGEST_PAUSE_S, pause * 2)
 
     def cut(self) -> None:
-        """Drop a connection whose other side has not taken leave in time, or is gone; `run` must have been ended."""
+        """Drop a connection whose other side has not taken leave in time, or is gone; `run` must have been ended.
+
+        What waits for the other side is ended, too.
+        """
+        for end in list(self._waiting):
+            end()
         if self._last is not None:
             self._last.transport.abort()
+
+    @contextlib.contextmanager
+    def while_there(self, end: Callable[[], None]) -> Iterator[None]:
+        """The block waits for the other replica; `end`, which must not wait, is called when that one is gone."""
+        self._waiting.add(end)
+        try:
+            yield
+        finally:
+            self._waiting.discard(end)
 
     def _connect(self) -> connect:
         return connect(

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import anyio
 from anyio.to_thread import run_sync
 
 from coordinator.bus import HERE, LocalBus, Subscription, Whence
-from coordinator.elsewhere import Reach
+from coordinator.elsewhere import Reach, Upload, not_reached
 from coordinator.fleet import Key, Worker
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobNudge, JobProgress, JobStarted
 from coordinator.replicas import frames
@@ -26,15 +26,18 @@ from coordinator.replicas.lines import ITSELF, Inquiry, answer
 from coordinator.replicas.peer import Caller, Peer
 from coordinator.replicas.remote import RemotePort, deliver, order_done, remote_worker, told_of
 from coordinator.store import StoreError
-from protocol.faults import FaultError
+from protocol.faults import FaultError, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anyio.abc import TaskGroup
+    from starlette.requests import Request
+    from starlette.responses import Response
 
     from coordinator.attempts import Attempts
     from coordinator.kept_lines import Lines
+    from coordinator.records import JobRecord
     from coordinator.replicas.opening import Doorway
 
 log = logging.getLogger(__name__)
@@ -65,9 +68,16 @@ class Replicas:
     """See the module: the `Bus` of a coordinator that is one of several, and its `Elsewhere`.
 
     Not thread-safe: everything happens on the event loop.
+
+    Attributes:
+        uploaded: takes an upload for a session that is here; None where there can be none.
     """
 
+    uploaded: Callable[[Request, str, str], Awaitable[Response]] | None = None
+
     def __init__(self, directory: Directory, doorway: Doorway) -> None:
+        from coordinator.replicas.uploads import Uploads  # with httpx, which only one of several replicas needs
+
         self.name = directory.gateway
         self._directory, self._doorway = directory, doorway
         directory.advertised = doorway.url
@@ -83,6 +93,7 @@ class Replicas:
         self._dropped = 0  # by peers that are gone
         self._attempts: Attempts | None = None
         self._inquiry = Inquiry(self._order)
+        self._uploads = Uploads(self._caller)
 
     def attach(self, attempts: Attempts) -> None:
         """From now on these attempts hear of the other replicas, and the other way round."""
@@ -143,6 +154,17 @@ class Replicas:
     async def lines(self, job: str, worker: str, limit: int) -> tuple[list[Lines], list[str]]:
         """What workers' logs said of a job at the others, and the names of those that did not answer in time."""
         return await self._inquiry.ask(list(self._peers), job, worker, limit)
+
+    async def upload(self, record: JobRecord, upload: Upload) -> Response | None:
+        """Have an upload for this job judged where the worker's session is. See `Elsewhere`."""
+        if record.gateway in ("", self.name) or record.worker not in ("", upload.worker):
+            return None
+        if (peer := self._peers.get(record.gateway)) is not None:
+            return await self._uploads.pass_on(peer, upload)
+        # A row that waits has no worker: who was offered it may have accepted it, and the row does not say so yet.
+        if record.state == "running" or (record.state == "queued" and not record.worker):
+            raise not_reached()
+        return None
 
     def _workers_elsewhere(self) -> Iterator[Worker]:
         for fleet in self._fleets.values():
@@ -209,6 +231,12 @@ class Replicas:
             self._followed.pop(sender, None)
             for job in [job for job, names in self._followers.items() if sender in names]:
                 self._unfollow(sender, job)
+
+    async def take_upload(self, request: Request, worker: str, job: str) -> Response:
+        """An upload that another replica passes on: judged by the sessions that are here."""
+        if self.uploaded is None:
+            raise refuse("conflict", "No studio worker is connected here.", "jobId")
+        return await self.uploaded(request, worker, job)
 
     def came(self, sender: str) -> None:
         """Another replica has connected."""

@@ -27,12 +27,13 @@ from coordinator.blobs.routes import download_route
 from coordinator.bodies import read_json
 from coordinator.dispatch import Dispatcher
 from coordinator.doors import Doors
+from coordinator.elsewhere import Upload
 from coordinator.errors import Json, fault_response
 from coordinator.gateway import deny
 from coordinator.registrations import Registrations, TooManyPending
 from coordinator.studio.claims import Sources
 from coordinator.studio.session import Admission, StudioSession, StudioSettings
-from coordinator.studio.uploads import receive
+from coordinator.studio.uploads import form_bytes, receive
 from coordinator.studio.wire import MAX_MODELS, SUBPROTOCOL, Capabilities
 from protocol.faults import Fault, FaultError, refuse
 from protocol.ids import is_safe_id
@@ -208,14 +209,30 @@ class Studio:
     # ---- files ---------------------------------------------------------------------------------------------
 
     async def complete(self, request: Request) -> Response:
-        """A result that is a file."""
+        """A result that is a file. Of several replicas a worker's session is at one, and its uploads come to any."""
         worker, job = request.path_params["worker"], request.path_params["job"]
         if not await self._admits(request, worker):
             return fault_response(Fault("unauthorized", "The worker token is missing or not good."))
         session = self._sessions.get(worker)
+        if (session is None or session.jobs.given(job) is None) and is_safe_id(job):
+            if (answer := await self._answered_elsewhere(request, worker, job)) is not None:
+                return answer
+        return await self.take(request, worker, job)
+
+    async def take(self, request: Request, worker: str, job: str) -> Response:
+        """A result that is a file, of an admitted worker, judged by the sessions that are here. Raises FaultError."""
+        session = self._sessions.get(worker)
         if session is None or not is_safe_id(job):
             raise refuse("conflict", "The job is not claimed by this worker.", "jobId")
         return await receive(request, session.jobs, session.upload_idle_s, job, self._blobs)
+
+    async def _answered_elsewhere(self, request: Request, worker: str, job: str) -> Response | None:
+        """What the replica answers that offered the job to this worker; None when no other one has."""
+        record = await self._dispatcher.get(job, None)
+        if record is None:
+            return None
+        upload = Upload(request, worker, job, form_bytes(record.kind, self._blobs), self.settings.upload_idle_s)
+        return await self._dispatcher.attempts.elsewhere.upload(record, upload)
 
 
 async def _asked(request: Request) -> _Request:

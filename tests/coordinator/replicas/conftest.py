@@ -6,13 +6,18 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.responses import Response
 
 from coordinator.replicas import door, peer
 from coordinator.testing import Running, running
 from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, Start, until
+from tests.coordinator.replicas.uploads_rig import replicas
+from tests.coordinator.studio_rig import FAST, House, opened
+
+Two = tuple[Running, Running]
 
 if TYPE_CHECKING:
     from coordinator.testing_postgres import PostgresServer
@@ -68,7 +73,7 @@ def start(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         def one() -> Running:
             doorway = open_doorway(ReplicaTable(listen="127.0.0.1:0", secret_file=str(secret)))
             return stack.enter_context(
-                running(folder / "state", open_store=lambda: PostgresStore(database), doorway=doorway)
+                running(folder / "state", studio=FAST, open_store=lambda: PostgresStore(database), doorway=doorway)
             )
 
         yield one
@@ -81,3 +86,31 @@ def two(start: Start) -> tuple[Running, Running]:
     both = [one.coordinator.replicas for one in pair]
     until(lambda: all(found is not None and any(peer.connected for peer in found.peers) for found in both))
     return pair
+
+
+@pytest.fixture
+def here(two: Two) -> Iterator[House]:
+    """Where clients ask and uploads come."""
+    with opened(two[0]) as house:
+        yield house
+
+
+@pytest.fixture
+def there(two: Two) -> Iterator[House]:
+    """Where the workers' sessions are."""
+    with opened(two[1]) as house:
+        yield house
+
+
+@pytest.fixture
+def passed_on(here: House, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Jobs whose uploads were passed on here."""
+    seen: list[str] = []
+    real = replicas(here)._uploads.pass_on
+
+    async def noted(peer: Any, upload: Any) -> Response:
+        seen.append(upload.job)
+        return await real(peer, upload)
+
+    monkeypatch.setattr(replicas(here)._uploads, "pass_on", noted)
+    return seen
