@@ -74,7 +74,8 @@ class StudioServer(Approvals):
     Attributes:
         sessions: worker id -> its session, the earliest first.
         past: every session that ever was.
-        uploads: statuses with which the next uploads are answered, instead of judging them; 0 breaks the connection.
+        uploads: statuses with which the next uploads are answered, instead of judging them; 0 breaks the connection,
+            and a negative one is told without its sign after the upload was taken all the same.
         swallowed: type of frame -> how many of the next ones are lost, as if they had never come.
         refusing: how a wrong token is told: "401", or "error" after the upgrade.
         muted: heartbeats are not answered.
@@ -360,7 +361,8 @@ class StudioServer(Approvals):
         return 404, {"error": "not found"}
 
     def _complete(self, asked: Exchange, worker: str, name: str) -> tuple[int, Any]:
-        if self.uploads and not 200 <= (status := self.uploads.popleft()) < 300:
+        status = self.uploads.popleft() if self.uploads else 200
+        if not (200 <= status < 300 or status < 0):
             self.tell()
             return status, {"error": "as the test wants it"}
         if self.workers.get(worker) != asked.bearer:
@@ -379,7 +381,7 @@ class StudioServer(Approvals):
         job.fields = fields
         self._end(self.sessions.get(worker), job, "done")
         self.tell()
-        return 200, {"ok": True}
+        return abs(status), {"ok": status > 0}
 
 
 @contextlib.asynccontextmanager

@@ -51,10 +51,10 @@ class Uploads:
         self._draining = False
         self._under_way: set[Key] = set()
         self._gone: set[Key] = set()
-        self._doubted: set[Key] = set()
         self._waiting: dict[Key, trio.Event] = {}
         self._settled: set[Key] = set()
         # Of this session.
+        self._doubted: set[Key] = set()
         self._answers: dict[Key, int] = {}
         self._failing: dict[Key, trio.Event] = {}
 
@@ -157,6 +157,7 @@ class Uploads:
 
     def over(self) -> None:
         """The session is, and its claim with it."""
+        self._doubted.clear()
         self._answers.clear()
         for event in self._failing.values():
             event.set()

@@ -100,6 +100,24 @@ class StudioResultCases:
         assert (job.state, job.ends, job.file, job.attempts) == ("done", 1, b"file content", 1)
         assert len(server.past) == 2
 
+    @pytest.mark.parametrize("answers", [[-500], [500, -502], [500, 500, -500]])
+    async def test_an_upload_that_was_taken_and_answered_with_trouble_is_no_second_end(
+        self, server: StudioServer, start: Start, answers: list[int]
+    ) -> None:
+        """A proxy may lose the answer. The next try is a conflict; after the last one `fail` may cost the session."""
+        server.approving = True
+        server.uploads.extend(answers)
+        async with start(server) as worker:
+            job = enqueue(server, "image")
+            (await worker.next_run()).finish()
+            await server.ended(job)
+            other = enqueue(server, "llm")
+            (await worker.next_run()).finish()
+            await server.ended(other)
+        assert [(each.state, each.ends, each.attempts) for each in (job, other)] == [("done", 1, 0)] * 2
+        assert job.file == b"file content"
+        assert len(server.past) == (2 if len(answers) == 3 else 1)
+
     async def test_an_upload_without_its_claim_is_forgotten(self, server: StudioServer, start: Start) -> None:
         server.approving = True
         server.uploads.extend([409] * 2)
