@@ -27,6 +27,7 @@ SMALL_TABLES = (
     "input_blobs",
     "attempts",
     "lots",
+    "turns",
     "files",
     "batches",
     "batch_items",

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import msgspec
 
-MAX_NEEDS_BYTES = 1500  # an index entry of PostgreSQL holds 2700 bytes, and the model's name is in there, too
+MAX_NEEDS_BYTES = 1000  # an index entry of PostgreSQL holds 2700 bytes; the names of model and tenant are in it, too
 NO_LIMIT_GB = 1e9
 
 Labels = frozenset[tuple[str, str]]

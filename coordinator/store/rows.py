@@ -37,14 +37,8 @@ LIGHT = (
 )
 
 
-# Start-time fair queueing: a job stands behind its tenant's waiting jobs, and not before what is served next. So a
-# tenant with a thousand jobs does not make another wait for all of them. Relative to what waits, so it needs no
-# table that every submission would have to lock. `:step` is how far behind: what the job costs, by its tenant's share.
-FAIR_TURN = (
-    "coalesce((SELECT max(vt) FROM jobs WHERE state = 'queued' AND model = :model AND priority = :priority "
-    "AND tenant = :tenant), (SELECT min(vt) FROM jobs WHERE state = 'queued' AND model = :model "
-    "AND priority = :priority), 0) + :step"
-)
+# Tags of turns (`sql_turns`) from here on are those of jobs that start later: no turn yet, only the step to it.
+LATER = 2**62
 _TURN = 1000  # of a job that costs 1, for a tenant with the weight 1
 
 

@@ -28,7 +28,7 @@ from coordinator.store.base import (
 )
 from coordinator.store.needs import may_fit
 from coordinator.store.open_limits import check_open
-from coordinator.store.rows import FAIR_TURN, Row, columns, failing, record, same_request, turn_step
+from coordinator.store.rows import LATER, Row, columns, failing, record, same_request, turn_step
 from coordinator.store.sql_deploy import SqlDeploy
 from coordinator.store.sql_history import SqlHistory
 from coordinator.store.sql_lots import SqlLots
@@ -120,8 +120,9 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
         check_open(self, submission)
         values, step = columns(job_id, submission, now, self.gateway), turn_step(submission.cost, submission.weight)
         names, places = ", ".join(values), ", ".join(f":{name}" for name in values)
+        turn = f"{LATER} + :step" if values["run_after_ms"] else self._turn
         statement = (
-            f"INSERT INTO jobs ({names}, vt) VALUES ({places}, {FAIR_TURN}) "
+            f"INSERT INTO jobs ({names}, vt) VALUES ({places}, {turn}) "
             "ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key <> '' DO NOTHING RETURNING *"
         )
         # A row that was in the way may be deleted before it is read; then there is nothing in the way any more.
@@ -384,7 +385,7 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
                 before=now - retention_ms,
                 limit=limit,
             )
-            return [self._delete(row["id"]) for row in rows]
+            return self._delete([row["id"] for row in rows])
 
     @whole
     def remove(self, job_id: str, tenant: str) -> Purged | None:
@@ -395,16 +396,21 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
                 id=job_id,
                 tenant=tenant,
             )
-            return self._delete(job_id) if row is not None else None
+            return self._delete([job_id])[0] if row is not None else None
 
-    def _delete(self, job_id: str) -> Purged:
-        keys = self._all(
-            "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
-            "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
-            id=job_id,
-        )
-        self._all("DELETE FROM jobs WHERE id = :id RETURNING id", id=job_id)
-        return Purged(job_id, tuple(key["key"] for key in keys))
+    def _delete(self, jobs: Sequence[str]) -> list[Purged]:
+        purged: list[Purged] = []
+        gone: list[Row] = []
+        for job_id in jobs:
+            keys = self._all(
+                "SELECT key FROM input_blobs AS mine WHERE job = :id AND NOT EXISTS ("
+                "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
+                id=job_id,
+            )
+            gone += self._all("DELETE FROM jobs WHERE id = :id RETURNING model, priority, attempt, vt", id=job_id)
+            purged.append(Purged(job_id, tuple(key["key"] for key in keys)))
+        self._keep_turns(gone)
+        return purged
 
     @whole
     def shift_clock(self, ms: int) -> None:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from coordinator.records import AttemptRecord, JobRecord
-from coordinator.store.rows import FAIR_TURN, FORGOTTEN, Row, record, turn_step
+from coordinator.store.rows import FORGOTTEN, Row, record, turn_step
 from coordinator.store.sql_steps import whole
+from coordinator.store.sql_turns import SqlTurns
 from coordinator.store.sql_usage import SqlUsage
 from protocol.faults import Fault, refuse
 
@@ -22,7 +23,7 @@ _pack = msgspec.msgpack.encode
 _fault = msgspec.msgpack.Decoder(Fault).decode
 
 
-class SqlHistory(SqlUsage):
+class SqlHistory(SqlUsage, SqlTurns):
     """The part of a store that remembers attempts."""
 
     def _keep_attempt(
@@ -85,12 +86,12 @@ class SqlHistory(SqlUsage):
             return record(self._again(row, now))
 
     def _again(self, row: Row, now: int) -> Row:
-        names: dict[str, Any] = {name: row[name] for name in ("id", "model", "priority", "tenant")}
+        names: dict[str, Any] = {name: row[name] for name in ("id", "model", "needs", "priority", "tenant")}
         again = self._one(
             "UPDATE jobs SET state = 'queued', tries = 0, crashes = 0, spared = 0, streamed = 0, attended = 0, "
             "dead = 0, run_after_ms = 0, worker = '', fault = NULL, started_ms = NULL, finished_ms = NULL, "
             "deadline_at_ms = CASE WHEN deadline_at_ms > 0 THEN deadline_at_ms - created_ms + :now ELSE 0 END, "
-            f"vt = {FAIR_TURN} WHERE id = :id RETURNING *",
+            f"vt = {self._turn} WHERE id = :id RETURNING *",
             now=now,
             step=turn_step(),
             **names,

@@ -19,7 +19,7 @@ import msgspec
 
 from coordinator.store.base import Beat, Claimed, Done, Ending, Held, StoreError, Want
 from coordinator.store.needs import NO_LIMIT_GB
-from coordinator.store.rows import Row, record, succeeded
+from coordinator.store.rows import LATER, Row, record, succeeded
 from coordinator.store.sql import SqlStore, in_turn, once_each
 from coordinator.store.sql_usage import APPEND_ONE
 from coordinator.store.sqlite_file import connect, cure, migrate, take_file, translated
@@ -101,6 +101,7 @@ class SqliteStore(SqlStore):
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
         """One writer, so what was looked at is still so when it is changed."""
+        self._ripen(now)
         claimed: list[Row] = []
         lines: dict[str, list[str]] = {}
         for want in wants:
@@ -124,7 +125,7 @@ class SqliteStore(SqlStore):
             "SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = :model AND needs = :needs"
             f" AND kind IN ({', '.join(':' + name for name in kinds)})"
             " AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)"
-            f" AND vram_gb_estimate <= :vram{but} ORDER BY priority DESC, vt, seq LIMIT :limit",
+            f" AND vt < {LATER} AND vram_gb_estimate <= :vram{but} ORDER BY priority DESC, vt, seq LIMIT :limit",
             model=want.model,
             needs=needs,
             vram=NO_LIMIT_GB if want.vram_gb is None else want.vram_gb,

@@ -232,4 +232,21 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE INDEX jobs_videos ON jobs (tenant, seq) WHERE kind = 'video';
     """,
+    """
+    -- What is served now is read from what was claimed (`sql_turns`); of what was deleted since, `turns` says how far
+    -- it was. Jobs that start later have no turn until they are due.
+    CREATE TABLE turns (
+        model TEXT NOT NULL,
+        priority INTEGER NOT NULL,
+        vt INTEGER NOT NULL,
+        PRIMARY KEY (model, priority)
+    ) WITHOUT ROWID;
+    UPDATE jobs SET vt = 4611686018427387904 + 1000 WHERE state = 'queued' AND attempt = 0 AND run_after_ms > 0;
+    DROP INDEX jobs_front;
+    DROP INDEX jobs_turns;
+    CREATE INDEX jobs_turns ON jobs (model, needs, priority, tenant, vt) WHERE state = 'queued';
+    CREATE INDEX jobs_served ON jobs (model, priority, vt) WHERE attempt > 0;
+    CREATE INDEX jobs_served_line ON jobs (model, needs, priority, vt) WHERE attempt > 0;
+    CREATE INDEX jobs_later ON jobs (run_after_ms) WHERE state = 'queued' AND vt >= 4611686018427387904;
+    """,
 )

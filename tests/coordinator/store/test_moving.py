@@ -68,6 +68,7 @@ def test_everything_is_there_afterwards_and_goes_on(source: Path, space: str) ->
         "input_blobs": JOBS,
         "attempts": 2,
         "lots": 1,
+        "turns": 0,
         "files": 1,
         "batches": 1,
         "batch_items": 2,
