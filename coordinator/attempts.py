@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Container
 
 import anyio
+import msgspec
 
 from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, Whence
@@ -25,9 +25,10 @@ from coordinator.kept_lines import KeptLines
 from coordinator.logs import JobLines, trouble
 from coordinator.plain import bounded
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobProgress, JobRecord, JobStarted
+from coordinator.refusals import FIRST_PAUSE_S
 from coordinator.results import judge_result
 from coordinator.store import Store, StoreError
-from coordinator.store.base import Done, Ending, Held, OpenAttempt
+from coordinator.store.base import CRASHES, Done, Ending, Held, OpenAttempt
 from coordinator.store.threads import StoreThreads, Together
 from coordinator.traces import NoTraces, Traces
 from coordinator.worker_lines import Ears
@@ -36,8 +37,7 @@ from protocol.faults import Fault, FaultError
 
 log = logging.getLogger(__name__)
 
-FIRST_DECLINE_S = 0.25  # doubled with every decline of the same job, because most declines say "busy"
-LONGEST_DECLINE_S = 10.0
+SHUNNED_S = 5.0  # a job that failed waits so long for another worker that could have it, before the same one may
 HAND_OVER_LOOK_S = 0.1  # between two looks for workers that have ended what they cannot take along
 _FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not take this job, ever
 _WHOLE_WORKER = ("paused", "draining")
@@ -77,7 +77,6 @@ class Attempts:
         self._complete = Together(threads, store.complete_many)
         self._orphans: dict[Key, Orphan] = {}
         self._gone: set[Key] = set()  # held here, and not open in the last look at the rows
-        self._declined: Counter[str] = Counter()
         self.traces: Traces = NoTraces()
         self.lines = JobLines()
         self.kept, self.ears = KeptLines(), Ears()
@@ -176,26 +175,27 @@ class Attempts:
             self._ring(0)
             return
         now = anyio.current_time()
-        declines = self._declined[held.job]
-        self._declined[held.job] += 1
-        pause = min(LONGEST_DECLINE_S, FIRST_DECLINE_S * 2.0 ** min(declines, 10))
-        if body.retry_after_ms > 0:
-            pause = min(60.0, body.retry_after_ms / 1000)
+        pause = self.fleet.refusals.declined(held.job, body.retry_after_ms)
         self._block(worker, held, body.code, now + pause)
         if self.fleet.refused_by_all(held):
             fault = Fault("unsupported", f"No worker can run this job: {body.reason or body.code}")
             await self._ended(await self._threads.write(self._store.end, *key, fault))
             return
-        elsewhere = self.fleet.others(held, worker.id, now)
-        delay = 0.0 if elsewhere else pause
+        # Others, here or at another replica, may have it at once; this worker avoids it, or is closed, meanwhile.
+        delay = 0.0 if self.fleet.others(held, worker.id, now) else pause
         await self._threads.write(self._store.release, *key, int(delay * 1000))
         self._ring(delay)
 
     def _block(self, worker: Worker, held: HeldAttempt, code: str, until: float) -> None:
+        refusals = self.fleet.refusals
         if code in _FOR_GOOD:
-            self.fleet.avoid(held.job, worker.id, FOREVER)
+            refusals.refuse(held.job, worker.id)
+            # When only workers elsewhere are left, the last one here is asked again now and then: so the job ends when
+            # those have refused it, too, even if they did before this replica was told.
+            refusals.avoid(held.job, worker.id, until if self.fleet.refused_here(held) else FOREVER)
+            self.fleet.tell(worker)
             return
-        self.fleet.avoid(held.job, worker.id, until)
+        refusals.avoid(held.job, worker.id, until)
         if code == "draining":
             worker.draining = True
         # Without this, a thousand waiting jobs would be offered and declined one after the other.
@@ -242,6 +242,9 @@ class Attempts:
             await self.fail(worker, key, wire.Fail(fault=outcome, streamed=held.streamed))
             return False
         ending = await self._complete(Done(*key, worker.id, outcome))
+        if (failing := self.fleet.succeeded(worker, held.model)) is not None and failing.rests:
+            log.info("Worker %s is in order again: a job of the model %r succeeded", worker.id, held.model)
+            self.fleet.tell(worker)
         if ending.verdict in ("stored", "late"):
             self.counters.add_usage(held.model, outcome.usage)
         await self._finish(worker, key, ending)
@@ -249,13 +252,31 @@ class Attempts:
 
     async def fail(self, worker: Worker, key: Key, body: wire.Fail) -> None:
         """The attempt failed: requeue the job or end it, then acknowledge."""
-        held = worker.attempts[key]
-        ending = await self._threads.write(
-            self._store.fail, *key, worker.id, bounded(body.fault), body.streamed or held.streamed
-        )
+        held, fault, now = worker.attempts[key], bounded(body.fault), anyio.current_time()
+        others = self.fleet.others(held, worker.id, now)
+        if others and fault.code in CRASHES and worker.id in self.fleet.refusals.shunned(held.job):
+            # It has failed on this very worker before, and sound ones were busy: that tells nothing of the job.
+            fault = msgspec.structs.replace(fault, detail={**fault.detail, "alone": False, "again_on": worker.id})
+        ending = await self._threads.write(self._store.fail, *key, worker.id, fault, body.streamed or held.streamed)
+        if ending.verdict == "stored":
+            self._count_failure(worker, held, fault)
         if ending.requeued:
-            self.fleet.shun(key[0], worker.id)
+            self.fleet.refusals.shun(held.job, worker.id)
+            if others:
+                self.fleet.refusals.avoid(held.job, worker.id, anyio.current_time() + SHUNNED_S)
         await self._finish(worker, key, ending)
+
+    def _count_failure(self, worker: Worker, held: HeldAttempt, fault: Fault) -> None:
+        """A worker on which job after job fails rests: it would be offered every job, being always the least busy."""
+        now = anyio.current_time()
+        if (failing := self.fleet.failed(worker, held, fault, now)) is None:
+            return
+        self.counters.events["quarantines"] += 1
+        said = f"for {failing.until - now:.0f} s: {failing.failed} tries in a row failed there, the last with"
+        level = logging.INFO if failing.rests > 1 else logging.WARNING
+        log.log(level, "Worker %s gets nothing of the model %r %s %s", worker.id, held.model, said, failing.code)
+        self.fleet.tell(worker)
+        self._ring(failing.until - now)
 
     async def _finish(self, worker: Worker, key: Key, ending: Ending) -> None:
         held = worker.attempts.pop(key, None)
@@ -278,9 +299,9 @@ class Attempts:
         if held is None or held.state == "abandoned":
             return
         if held.state == "offered":
-            await self._threads.write(self._store.release, *key, int(FIRST_DECLINE_S * 1000))
-            self.fleet.shun(key[0], worker.id)
-            self._ring(FIRST_DECLINE_S)
+            await self._threads.write(self._store.release, *key, int(FIRST_PAUSE_S * 1000))
+            self.fleet.refusals.shun(key[0], worker.id)
+            self._ring(FIRST_PAUSE_S)
         else:
             await self._ended(await self._threads.write(self._store.fail, *key, worker.id, fault, held.streamed))
         self.abandon(worker, held, "The coordinator could not read a message about it.")
@@ -315,6 +336,7 @@ class Attempts:
             elif orphan.until <= now and not self.joining.locked():
                 await self.lose(rows[key])
         self._notice_ends(rows)
+        self.fleet.refusals.tidy(now)
 
     def _notice_ends(self, rows: Container[Key]) -> None:
         """Stop attempts that another coordinator ended: their rows are open no more, in two looks, one after another.
@@ -385,7 +407,7 @@ class Attempts:
             if held.state == "offered" and held.since < before:
                 self.counters.events["offer_timeouts"] += 1
                 self.traces.ended(held.key, "unanswered")
-                self.fleet.shun(held.job, worker.id)
+                self.fleet.refusals.shun(held.job, worker.id)
                 if await self._threads.write(self._store.release, *held.key):
                     self.abandon(worker, held, "The offer was not answered in time.")
                     self._ring(0)
@@ -412,8 +434,7 @@ class Attempts:
             self.counters.faults[record.kind, record.model, record.fault.code] += 1
         self.lines.ended(record)
         self.traces.ended((record.id, record.attempt), record.fault.code if record.fault is not None else "")
-        self.fleet.forget_job(record.id)
-        self._declined.pop(record.id, None)
+        self.fleet.refusals.forget(record.id)
         self._bus.publish(record.id, JobEnded(record, chunks), Whence(record.attempt, record.origin))
 
     def stop(self, record: JobRecord, reason: str) -> None:

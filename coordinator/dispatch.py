@@ -23,7 +23,7 @@ from coordinator.blobs.base import Blobs
 from coordinator.bus import Bus, LocalBus, Subscription
 from coordinator.counting import Counters, Histogram
 from coordinator.dispatch_settings import DispatchSettings
-from coordinator.fleet import HeldAttempt, Worker
+from coordinator.fleet import FOREVER, HeldAttempt, Worker
 from coordinator.logs import trouble
 from coordinator.lots import Lots
 from coordinator.offers import to_offer
@@ -216,9 +216,9 @@ class Dispatcher:
         named = [(self.name_of(model.name), model) for model in self.attempts.fleet.models()]
         return [msgspec.structs.replace(model, name=name) for name, model in named if name is not None]
 
-    def workers(self) -> Workers:
-        """All connected workers, by id."""
-        return self.attempts.fleet.views()
+    def workers(self, now: float = FOREVER) -> Workers:
+        """All connected workers, by id; see `Fleet.views`."""
+        return self.attempts.fleet.views(now)
 
     def sandboxes(self) -> Sandboxes:
         """(worker, model, layer -> verdict) of every announced model."""
@@ -265,7 +265,7 @@ class Dispatcher:
         if (model := self.model_of(s.model)) != s.model:
             s = msgspec.structs.replace(s, model=model, asked=s.model)
         self._may_wait(s, more)
-        check(s, self.attempts.fleet)
+        check(s, self.attempts.fleet, anyio.current_time())
         self.attempts.fleet.ask(s.labels)
         return msgspec.structs.replace(s, cost=self.attempts.costs.of(s.tenant, s.model))
 

@@ -6,166 +6,24 @@ there is never more than one offer at a time per free slot.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, Protocol
 
-from coordinator.records import JobRecord, ServedModel, WorkerView
-from coordinator.slots import Holding, Key, Slots
+from coordinator.quarantine import Failing, Quarantine
+from coordinator.records import JobRecord, Resting, ServedModel, WorkerView
+from coordinator.refusals import Refusals
+from coordinator.slots import Key, Slots
 from coordinator.store.base import Want
-from coordinator.store.needs import Labels, fits, needs_of
+from coordinator.store.needs import Labels, needs_of
+from coordinator.worker import HeldAttempt, Port, Worker
 from protocol.faults import Fault
-from protocol.link_wire import Body, Capabilities, Fetch, GpuState, ModelOffer, OrderDone
+from protocol.link_wire import Capabilities, ModelOffer
 
 __all__ = ["FOREVER", "Fleet", "HeldAttempt", "Key", "Port", "Worker"]
 
 RETRY_HINT_S = 3  # a worker that lost its connection is usually back by then
 FOREVER = float("inf")
 MAX_REMEMBERED = 10_000  # models; names come from workers, so their number is not ours to trust
-_COUNTED = frozenset({"capabilities", "draining", "at_once", "vram_gb"})  # what `Slots` goes by, beside the methods
-
-
-class Port(Protocol):
-    """The way to a connected worker. Neither method waits."""
-
-    def send(self, body: Body, job: str = "", attempt: int = 0) -> None:
-        """Queue a message; a worker that does not read is disconnected instead."""
-
-    def close(self, code: str, message: str) -> None:
-        """Say `error` and end the session; `code` is one of `link_wire.Error`."""
-
-
-@dataclasses.dataclass
-class HeldAttempt:
-    """One attempt that a worker has been offered or works on.
-
-    Attributes:
-        state: "abandoned" means the row went on without it: it still takes a slot until the worker ends it.
-        next_seq: number of the next chunk to forward; None when it is unknown after a restart of ours.
-        since: when it was offered.
-        needs, vram_gb: what its job needs of a worker, as in the row.
-        origin: the replica that the job's client asked.
-    """
-
-    job: str
-    attempt: int
-    kind: str
-    model: str
-    state: Literal["offered", "running", "abandoned"]
-    stream: bool = False
-    streamed: bool = False
-    next_seq: int | None = 0
-    since: float = 0.0
-    needs: str = ""
-    vram_gb: float = 0.0
-    origin: str = ""
-
-    @property
-    def key(self) -> Key:
-        """(job, attempt)."""
-        return (self.job, self.attempt)
-
-
-@dataclasses.dataclass(eq=False)
-class Worker:
-    """One connected worker.
-
-    Attributes:
-        protocol: what its session speaks.
-        key_id: prefix of the key that it came with, where it came with one.
-        at_once: how many jobs it takes at a time over all its models; None when only their slots count.
-        vram_gb: its dialect's word for the most GPU memory that a job may be reckoned to need; None when the
-            announcement says it.
-        resumes: whether it keeps what it has accepted when its session ends, and goes on with it in the next one.
-        view: of a worker that is connected to another replica: what that one told of it last.
-        slots_of: where its free slots are counted, while it is in a fleet.
-    """
-
-    id: str
-    port: Port
-    capabilities: Capabilities
-    attempts: Holding = dataclasses.field(init=False)
-    draining: bool = False
-    revision: int = 1  # of the link, in this session
-    gpus: tuple[GpuState, ...] = ()  # as the last heartbeat told
-    fetches: tuple[Fetch, ...] = ()  # the same
-    orders: dict[str, Callable[[OrderDone], None]] = dataclasses.field(default_factory=dict)  # by id, who waits
-    # Model -> no offer before this time; "" speaks of all models. A new announcement lifts them.
-    blocked: dict[str, float] = dataclasses.field(default_factory=dict)
-    protocol: str = "native"
-    at_once: int | None = None
-    vram_gb: float | None = None
-    resumes: bool = True
-    key_id: str = ""
-    view: WorkerView | None = None
-    slots_of: Slots | None = None
-
-    def __post_init__(self) -> None:
-        self.attempts = Holding(self)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name in _COUNTED and self.slots_of is not None:
-            self.slots_of.changed(self)
-
-    @property
-    def slots(self) -> int:
-        """Concurrent jobs over all its models."""
-        slots = sum(offer.slots for offer in self.capabilities.models)
-        return slots if self.at_once is None else min(slots, self.at_once)
-
-    @property
-    def room_gb(self) -> float | None:
-        """Most GPU memory that a job may be reckoned to need here; None sets no limit.
-
-        Without a word of the worker's own it is all its GPUs together: what one of them holds, only it can tell.
-        """
-        if self.vram_gb is not None:
-            return self.vram_gb
-        if self.capabilities.vram_threshold_gb > 0:
-            return self.capabilities.vram_threshold_gb
-        return sum(gpu.vram_bytes for gpu in self.capabilities.gpus) / 2**30 if self.capabilities.gpus else None
-
-    @property
-    def labels(self) -> Labels:
-        """Its labels, as jobs ask for them."""
-        return frozenset(self.capabilities.labels.items())
-
-    def fits(self, needs: str, vram_gb: float) -> bool:
-        """Whether it has what a job needs beside its model."""
-        return fits(needs, vram_gb, self.labels, self.room_gb)
-
-    def offer_of(self, kind: str, model: str) -> ModelOffer | None:
-        """Its announcement of this model for this kind."""
-        for offer in self.capabilities.models:
-            if offer.name == model and kind in offer.kinds:
-                return offer
-        return None
-
-    def free(self, offer: ModelOffer) -> int:
-        """Free slots of an announced model."""
-        if not self.attempts:  # as of most workers of a large fleet that waits
-            return offer.slots if self.at_once is None else min(offer.slots, self.at_once)
-        taken = sum(held.model == offer.name and held.kind in offer.kinds for held in self.attempts.values())
-        free = offer.slots - taken
-        return max(0, free if self.at_once is None else min(free, self.at_once - len(self.attempts)))
-
-    def open_to(self, model: str, now: float) -> bool:
-        """Whether it takes offers of this model now."""
-        if self.draining or not self.capabilities.accepting:
-            return False
-        return not self.blocked or all(self.blocked.get(name, 0.0) <= now for name in (model, ""))
-
-    def block(self, model: str, until: float) -> None:
-        """No offers of this model ("" for all) before `until`."""
-        self.blocked[model] = max(until, self.blocked.get(model, 0.0))
-        if self.slots_of is not None:
-            self.slots_of.changed(self)
-
-    def unblock(self, now: float) -> None:
-        """Forget blocks whose time is over."""
-        if self.blocked:
-            self.blocked = {model: until for model, until in self.blocked.items() if until > now}
 
 
 class Fleet:
@@ -175,8 +33,9 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._slots = Slots()
         self.elsewhere: Callable[[], Iterable[Worker]] = tuple  # those that are connected to other replicas
-        self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
-        self._shunned: dict[str, set[str]] = {}  # job -> workers on which it has failed
+        self.tell: Callable[[Worker], None] = lambda worker: None  # those: something of ours has changed
+        self.refusals = Refusals()
+        self._quarantine = Quarantine()
         self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
         self._asked: Labels = frozenset()  # what waiting jobs ask for, as last looked up
         self._asked_before: set[tuple[str, str]] = set()  # by jobs that came while that was looked up, or since
@@ -190,7 +49,7 @@ class Fleet:
         Of labels only those count that some job asks for: so a thousand workers with names of their own are one want.
         """
         return [
-            Want(name, kinds, free, labels, vram, self._avoided_by(slots, now))
+            Want(name, kinds, free, labels, vram, self.refusals.avoided_by_all(slots, now))
             for (name, kinds, labels, vram), free, slots in self._slots.free(now, self._asked_for, model)
         ]
 
@@ -198,12 +57,6 @@ class Fleet:
     def _asked_for(self) -> Labels:
         """What jobs ask for that may wait now."""
         return self._asked | self._asked_before | self._asked_lately
-
-    def _avoided_by(self, slots: Iterable[str], now: float) -> tuple[str, ...]:
-        """Jobs that none of these workers is to be offered now."""
-        return tuple(
-            job for job, avoided in self._avoid.items() if all(avoided.get(worker, 0.0) > now for worker in slots)
-        )
 
     def ask(self, labels: Mapping[str, str]) -> None:
         """A job that asks for these labels was queued."""
@@ -220,8 +73,7 @@ class Fleet:
         One on which the job has not failed before one on which it has; loaded before cold; then the least busy, and of
         several such the one that connected first.
         """
-        avoided = self._avoid.get(record.id, {})
-        shunned = self._shunned.get(record.id, set())
+        avoided, shunned = self.refusals.avoided(record.id), self.refusals.shunned(record.id)
 
         def takes(worker: Worker, offer: ModelOffer) -> bool | None:
             if record.kind not in offer.kinds or avoided.get(worker.id, 0.0) > now:
@@ -232,35 +84,65 @@ class Fleet:
 
         return self._slots.best(record.model, now, self._asked_for, takes)
 
-    def avoid(self, job: str, worker: str, until: float) -> None:
-        """Do not offer the job to this worker before `until`."""
-        self._avoid.setdefault(job, {})[worker] = until
-
-    def shun(self, job: str, worker: str) -> None:
-        """Prefer any other worker for this job, because it failed on this one."""
-        self._shunned.setdefault(job, set()).add(worker)
-
-    def forget_job(self, job: str) -> None:
-        """The job has ended."""
-        self._avoid.pop(job, None)
-        self._shunned.pop(job, None)
-
     def refused_by_all(self, held: HeldAttempt) -> bool:
-        """Whether every connected worker that could have the job has refused it for good."""
-        avoided = self._avoid.get(held.job, {})
+        """Whether every connected worker that could have the job has refused it for good, here and elsewhere."""
+        return self.refused_here(held) and all(
+            held.job in worker.refuses for worker in self._afar() if _suits(worker, held)
+        )
+
+    def refused_here(self, held: HeldAttempt) -> bool:
+        """The same of those that are connected here."""
+        refused = self.refusals.refused(held.job)
         serving = [worker for worker in self._slots.serving(held.model).values() if _suits(worker, held)]
-        return bool(serving) and all(avoided.get(worker.id) == FOREVER for worker in serving)
+        return bool(serving) and all(worker.id in refused for worker in serving)
 
     def others(self, held: HeldAttempt, but: str, now: float) -> bool:
-        """Whether a worker other than `but` could take the job now or when it has a free slot."""
-        avoided = self._avoid.get(held.job, {})
+        """Whether a worker other than `but`, here or elsewhere, could take the job now or when it has a free slot."""
+        avoided = self.refusals.avoided(held.job)
         return any(
             worker.id != but
             and _suits(worker, held)
             and worker.open_to(held.model, now)
             and avoided.get(worker.id, 0.0) <= now
             for worker in self._slots.serving(held.model).values()
+        ) or any(
+            worker.id != but
+            and held.job not in worker.refuses
+            and _suits(worker, held)
+            and worker.open_to(held.model, now)
+            for worker in self._afar()
         )
+
+    def _afar(self) -> Iterator[Worker]:
+        """Those that are connected to other replicas, and not, by a newer session, here."""
+        return (worker for worker in self.elsewhere() if worker.id not in self.workers)
+
+    # ---- who fails -----------------------------------------------------------------------------------------
+
+    def failed(self, worker: Worker, held: HeldAttempt, fault: Fault, now: float) -> Failing | None:
+        """An attempt failed there. Returns what has failed when the worker is to rest from the model from now on."""
+        one = self._quarantine.failed(
+            worker.id, held.model, held.job, fault, held.since, now, sole=not self._takes(held.model, worker.id, now)
+        )
+        if one is not None:
+            self._slots.changed(worker)
+        return one
+
+    def _takes(self, model: str, but: str, now: float) -> bool:
+        """Whether another worker takes the model now."""
+        serving = self._slots.serving(model).values()
+        return any(worker.id != but and worker.open_to(model, now) for worker in serving) or any(
+            worker.id != but and model in worker.view.models and worker.open_to(model, now)
+            for worker in self._afar()
+            if worker.view is not None
+        )
+
+    def succeeded(self, worker: Worker, model: str) -> Failing | None:
+        """An attempt succeeded there. Returns what had failed before, if anything."""
+        if not worker.failing:
+            return None
+        self._slots.changed(worker)
+        return self._quarantine.succeeded(worker.id, model)
 
     # ---- membership ----------------------------------------------------------------------------------------
 
@@ -269,6 +151,7 @@ class Fleet:
         if older := self.workers.get(worker.id):
             self.remove(older)
         self.workers[worker.id] = worker
+        worker.failing = self._quarantine.came_again(worker.id)
         self._slots.add(worker)
         self._remember(worker.capabilities)
 
@@ -299,14 +182,19 @@ class Fleet:
     # ---- views ---------------------------------------------------------------------------------------------
 
     def judge(
-        self, kind: str, model: str, labels: Mapping[str, str] | None = None, vram_gb: float = 0.0
+        self,
+        kind: str,
+        model: str,
+        labels: Mapping[str, str] | None = None,
+        vram_gb: float = 0.0,
+        now: float = FOREVER,
     ) -> Fault | None:
-        """Why nobody could run such a job now; None when somebody could."""
-        if self._serves(kind, model, needs_of(labels or {}, vram_gb), vram_gb):
+        """Why nobody could run such a job now; None when somebody could. Without `now` nobody rests."""
+        if self._serves(kind, model, needs_of(labels or {}, vram_gb), vram_gb, now):
             return None
         kinds = {k for offer in self._live_offers() if offer.name == model for k in offer.kinds}
         if kind in kinds:
-            return self._judge_needs(kind, model, labels or {}, vram_gb)
+            return self._judge_needs(kind, model, labels or {}, vram_gb, now)
         hint = {"retry_after_s": RETRY_HINT_S}
         if kinds:
             listed = ", ".join(sorted(kinds))
@@ -323,18 +211,24 @@ class Fleet:
             "model_not_found", f"The model {model!r} is not served here; GET /v1/models lists what is.", "model"
         )
 
-    def _serves(self, kind: str, model: str, needs: str, vram_gb: float) -> bool:
+    def _serves(self, kind: str, model: str, needs: str, vram_gb: float, now: float) -> bool:
         """Whether a worker that is connected here could run such a job: nearly always the first that is looked at."""
         return any(
-            not worker.draining and worker.offer_of(kind, model) is not None and worker.fits(needs, vram_gb)
+            not worker.draining
+            and worker.offer_of(kind, model) is not None
+            and worker.fits(needs, vram_gb)
+            and not (worker.failing and worker.rests_from(model, now))
             for worker in self._slots.serving(model).values()
         )
 
-    def _judge_needs(self, kind: str, model: str, labels: Mapping[str, str], vram_gb: float) -> Fault | None:
+    def _judge_needs(
+        self, kind: str, model: str, labels: Mapping[str, str], vram_gb: float, now: float
+    ) -> Fault | None:
         serving = [worker for worker in self._live() if worker.offer_of(kind, model)]
         needs = needs_of(labels, vram_gb)
-        if any(worker.fits(needs, vram_gb) for worker in serving):
-            return None
+        fitting = [worker for worker in serving if worker.fits(needs, vram_gb)]
+        if fitting:
+            return _resting(model, min(worker.rests_from(model, now) for worker in fitting))
         hint = {"retry_after_s": RETRY_HINT_S}
         cure = "ask for less, or set wait_for_worker to queue it for one that has"
         labelled = [worker for worker in serving if frozenset(labels.items()) <= worker.labels]
@@ -353,8 +247,8 @@ class Fleet:
         names = sorted({offer.name for offer in self._live_offers()})
         return [self._served(name) for name in names]
 
-    def views(self) -> list[WorkerView]:
-        """All workers, by id."""
+    def views(self, now: float = FOREVER) -> list[WorkerView]:
+        """All workers, by id. Without `now` nobody rests any more, and who rested is tried with one job at a time."""
         return [
             WorkerView(
                 id=worker.id,
@@ -369,6 +263,7 @@ class Fleet:
                 gpus=worker.gpus,
                 protocol=worker.protocol,
                 key_id=worker.key_id,
+                resting=_resting_models(worker, now),
             )
             for _, worker in sorted(self.workers.items())
         ]
@@ -423,6 +318,24 @@ class Fleet:
 
 def _suits(worker: Worker, held: HeldAttempt) -> bool:
     return worker.offer_of(held.kind, held.model) is not None and worker.fits(held.needs, held.vram_gb)
+
+
+def _resting(model: str, for_s: float) -> Fault | None:
+    """Why a job waits when all that could have it rest."""
+    if not for_s:
+        return None
+    message = (
+        f"Every worker that serves {model!r} rests, because job after job failed there; try again in {for_s:.0f} s."
+    )
+    return Fault("quarantined", message, "model", detail={"retry_after_s": math.ceil(for_s)})
+
+
+def _resting_models(worker: Worker, now: float) -> tuple[Resting, ...]:
+    return tuple(
+        Resting(model=model, for_s=worker.rests_from(model, now), failed=one.failed, code=one.code)
+        for model, one in sorted(worker.failing.items())
+        if one.rests
+    )
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -243,10 +243,23 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     resident: bool = False
 
 
+class Resting(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of which a worker gets no job for `for_s` seconds, and then, at 0, one at a time until one succeeds.
+
+    `failed` tries in a row have failed there, the last with the fault `code`.
+    """
+
+    model: str
+    for_s: float = 0.0
+    failed: int = 0
+    code: str = ""
+
+
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """One connected worker, for health and metrics. `accepting` is false while it drains or is paused.
 
     `protocol` is what its session speaks: native or studio; `key_id` the prefix of the key that it came with.
+    `resting` are the models that its replica keeps it from, because job after job of them failed there.
     """
 
     id: str
@@ -261,6 +274,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[GpuState, ...] = ()
     protocol: str = "native"
     key_id: str = ""
+    resting: tuple[Resting, ...] = ()
 
 
 class WorkerScope(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 A submission asks for the free slots of one model, a claimed job for the best worker, and both may come thousands of
 times a second, while thousands of workers are connected. So nothing here looks at a worker that has not changed since
-the last look, but for workers that are blocked for a while, which only the clock opens again.
+the last look, but for those that only the clock opens again, when their time has come.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coordinator.store.needs import Labels
 from protocol.link_wire import ModelOffer
 
 if TYPE_CHECKING:
-    from coordinator.fleet import HeldAttempt, Worker
+    from coordinator.worker import HeldAttempt, Worker
 
 Key = tuple[str, int]  # (job, attempt)
 # Model, kinds, labels that some job asks for, GPU memory: slots that are alike to the jobs that wait.
@@ -25,6 +25,7 @@ Alike = tuple[str, tuple[str, ...], Labels, float | None]
 # Cold, load, order of connecting, number of the entry, worker, offer: the least is the best place for a job.
 _Place = tuple[bool, float, int, int, str, ModelOffer]
 
+_NEVER = float("inf")
 _SPARE = 64  # stale entries of a heap that are not worth making it anew
 
 
@@ -57,6 +58,8 @@ class Slots:
         self._numbers = itertools.count()
         self._asked: Labels = frozenset()  # with which labels was counted
         self._changed: dict[str, Worker] = {}  # to be counted again at the next look
+        self._shut: dict[str, tuple[float, Worker]] = {}  # those of which the clock opens something, and when
+        self._opens_at = _NEVER
         self._alike: dict[str, dict[Alike, dict[str, int]]] = {}  # model -> slots that are alike -> worker -> free
         self._sums: dict[Alike, int] = {}
         self._given: dict[str, tuple[Alike, ...]] = {}  # worker -> where it is counted
@@ -78,7 +81,7 @@ class Slots:
             self._forget(worker, key)
         self._uncount(worker.id)
         self._announce(worker, frozenset())
-        for kept in (self._changed, self._announced, self._order, self._since):
+        for kept in (self._changed, self._announced, self._order, self._since, self._shut):
             kept.pop(worker.id, None)
 
     def changed(self, worker: Worker) -> None:
@@ -163,6 +166,9 @@ class Slots:
         if asked != self._asked:
             self._asked = asked
             self._changed = {worker.id: worker for serving in self._serving.values() for worker in serving.values()}
+        if now >= self._opens_at:
+            self._changed |= {worker.id: worker for at, worker in self._shut.values() if at <= now}
+            self._opens_at = min((at for at, _ in self._shut.values() if at > now), default=_NEVER)
         if not self._changed:
             return
         changed = sorted(self._changed.values(), key=lambda worker: self._order[worker.id])
@@ -171,8 +177,6 @@ class Slots:
             self._uncount(worker.id)
         for worker in changed:
             self._count(worker, now)
-            if worker.blocked:  # until some time
-                self._changed[worker.id] = worker
 
     def _uncount(self, worker: str) -> None:
         for alike in self._given.pop(worker, ()):
@@ -186,6 +190,10 @@ class Slots:
     def _count(self, worker: Worker, now: float) -> None:
         self._since[worker.id] = next(self._numbers)
         worker.unblock(now)
+        self._shut.pop(worker.id, None)
+        if (at := worker.opens_at(now)) is not None:
+            self._shut[worker.id] = (at, worker)
+            self._opens_at = min(self._opens_at, at)
         labels, room_gb = (worker.labels & self._asked if self._asked else self._asked), worker.room_gb
         given: dict[Alike, None] = {}
         for offer in worker.capabilities.models:

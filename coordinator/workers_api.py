@@ -51,7 +51,7 @@ async def list_workers(request: Request) -> Response:
 
 def all_workers(parts: Services) -> list[WorkerView]:
     """Every connected worker by id, those of the other replicas as they told of them last, at most 5 s ago."""
-    views = [*parts.dispatcher.workers(), *parts.dispatcher.attempts.fleet.views_elsewhere()]
+    views = [*parts.dispatcher.workers(anyio.current_time()), *parts.dispatcher.attempts.fleet.views_elsewhere()]
     return sorted(views, key=lambda view: view.id)
 
 
@@ -95,9 +95,11 @@ async def pause(request: Request) -> Response:
 
 
 async def resume(request: Request) -> Response:
-    """Lift the coordinator's pause and drain; holds of the worker's owner stay."""
+    """Lift the coordinator's pause and drain, and its rest after failures; holds of the worker's owner stay."""
     worker = _worker(request)
     worker.port.send(wire.Resume())
+    worker.pardon()
+    services(request).dispatcher.attempts.look_again()
     return Json({"worker": worker.id, "said": "resume"}, status_code=202)
 
 

@@ -65,7 +65,7 @@ class Look:
         return {
             "head": {"": self._head(parts, len(known), sum(load.waiting for load in loads))},
             "workers": workers,
-            "queues": view.queues(loads, fleet),
+            "queues": view.queues(loads, fleet, now),
             "deployments": self._deployments,
             "jobs": view.jobs(jobs),
             "pending": self._pending,

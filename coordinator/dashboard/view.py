@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from coordinator.fleet import Fleet, Worker
+from coordinator.fleet import FOREVER, Fleet, Worker
 from coordinator.records import AttemptRecord, JobRecord
 from coordinator.registrations import Registration
 from coordinator.store.watch import QueueLoad
@@ -58,7 +58,7 @@ class WorkerRows:
     def _of(self, worker: Worker, now: float) -> _Known:
         told = (worker.capabilities, worker.gpus, worker.view)
         blocked = tuple(name for name, until in worker.blocked.items() if until > now)
-        state = (worker.draining, worker.protocol, tuple(worker.attempts), blocked)
+        state = (worker.draining, worker.protocol, tuple(worker.attempts), blocked, resting(worker))
         known = self._known.get(worker.id)
         if known and known.state == state and all(old is new for old, new in zip(known.told, told, strict=True)):
             return known
@@ -90,8 +90,21 @@ def worker_row(worker: Worker, now: float) -> Row:
         "models": [model_row(offer) for offer in told.models[:_MANY]],
         # Models of which it takes nothing for a while, because it declined or could not load them.
         "declined": sorted(cut(name) or "all" for name, until in worker.blocked.items() if until > now)[:_MANY],
+        "resting": resting(worker),
         "jobs": sorted({held.job for held in worker.attempts.values()})[:_MANY],
     }
+
+
+def resting(worker: Worker) -> list[str]:
+    """Why it gets nothing of a model, or only one job at a time: a sentence for each such model."""
+    if worker.view is not None:
+        told = [(one.model, one.failed, one.code) for one in worker.view.resting]
+    else:
+        told = [(model, one.failed, one.code) for model, one in sorted(worker.failing.items()) if one.rests]
+    return [
+        f"{cut(model)}: {failed} tries in a row failed, the last with {cut(code)}; after a rest it gets one at a time"
+        for model, failed, code in told[:_MANY]
+    ]
 
 
 def worker_state(worker: Worker) -> str:
@@ -154,9 +167,12 @@ def labels(told: Mapping[str, str]) -> dict[str, str]:
 # ---- the queue ----------------------------------------------------------------------------------------------
 
 
-def queues(loads: Iterable[QueueLoad], fleet: Fleet) -> Rows:
-    """What waits and runs, and every model that is served, by kind and model; of too many the fullest."""
-    served = _Served(fleet)
+def queues(loads: Iterable[QueueLoad], fleet: Fleet, now: float = FOREVER) -> Rows:
+    """What waits and runs, and every model that is served, by kind and model; of too many the fullest.
+
+    `now` is the fleet's clock; without it nobody rests.
+    """
+    served = _Served(fleet, now)
     found: Rows = {}
     unserved = 0
     for load in sorted(loads, key=lambda load: -load.waiting)[:MOST_QUEUES]:
@@ -166,9 +182,9 @@ def queues(loads: Iterable[QueueLoad], fleet: Fleet) -> Rows:
         key = (load.kind, load.model)
         if not load.waiting or served.taking[key]:
             continue
-        if served.workers[key]:
+        if served.workers[key] and not served.resting[key]:
             row["why"] = "Every worker that serves it is paused or draining."
-        elif (unserved := unserved + 1) <= MOST_JUDGED and (fault := fleet.judge(*key)) is not None:
+        elif (unserved := unserved + 1) <= MOST_JUDGED and (fault := fleet.judge(*key, now=now)) is not None:
             row["why"] = cut(fault.message, _TEXT)
     for (kind, model), number in served.workers.items():
         row = _queue(kind, model)
@@ -181,18 +197,22 @@ def queues(loads: Iterable[QueueLoad], fleet: Fleet) -> Rows:
 
 
 class _Served:
-    """Workers and their slots by kind and model; `taking` counts those that take jobs now."""
+    """Workers and their slots by kind and model; `taking` counts those that take jobs now, `resting` those that
+    would, if jobs had not failed there one after the other."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, now: float) -> None:
         self.workers: Counter[tuple[str, str]] = Counter()
         self.taking: Counter[tuple[str, str]] = Counter()
+        self.resting: Counter[tuple[str, str]] = Counter()
         self.slots: Counter[tuple[str, str]] = Counter()
         for worker in fleet.all_workers().values():
             takes = worker.capabilities.accepting and not worker.draining
             for offer in worker.capabilities.models:
+                rests = takes and worker.rests_from(offer.name, now) > 0
                 for kind in offer.kinds:
                     self.workers[kind, offer.name] += 1
-                    self.taking[kind, offer.name] += takes
+                    self.taking[kind, offer.name] += takes and not rests
+                    self.resting[kind, offer.name] += rests
                     self.slots[kind, offer.name] += offer.slots
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from coordinator.fleet import Fleet, Worker
+from coordinator.fleet import FOREVER, Fleet, Worker
 from coordinator.records import WorkerView
 from coordinator.replicas.frames import AnswerFrame, OrderFrame, RemoteWorker
 from protocol import link_wire as wire
@@ -39,9 +39,9 @@ def remote_worker(told: RemoteWorker, port: RemotePort) -> Worker:
     return worker
 
 
-def told_of(fleet: Fleet) -> list[RemoteWorker]:
-    """All workers that are connected here, for the other replicas."""
-    views: dict[str, WorkerView] = {view.id: view for view in fleet.views()}
+def told_of(fleet: Fleet, now: float = FOREVER) -> list[RemoteWorker]:
+    """All workers that are connected here, for the other replicas; `now` is the fleet's clock, in seconds."""
+    views: dict[str, WorkerView] = {view.id: view for view in fleet.views(now)}
     return [
         RemoteWorker(views[worker.id], worker.capabilities, worker.draining, worker.revision)
         for worker in fleet.workers.values()
@@ -58,6 +58,8 @@ def deliver(worker: Worker, frame: OrderFrame, answer: Callable[[AnswerFrame], N
         return
     if isinstance(body, wire.Order):
         worker.orders[body.id] = lambda done: answer(AnswerFrame(worker.id, wire.encode(done)))
+    if isinstance(body, wire.Resume):
+        worker.pardon()
     worker.port.send(body)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Worker
-from coordinator.records import JobRecord
+from coordinator.quarantine import FIRST_PAUSE_S, Failing
+from coordinator.records import JobRecord, Resting, WorkerView
 from coordinator.store.base import Want
 from coordinator.store.needs import needs_of
 from protocol import link_wire as wire
+from protocol.faults import Fault
 
 
 class NoPort:
@@ -114,34 +116,34 @@ def test_blocks_end_by_time_or_by_an_announcement() -> None:
 
 def test_a_job_avoids_who_declined_it() -> None:
     made = fleet(worker("a", model(resident=True)), worker("b"))
-    made.avoid("j", "a", 10.0)
+    made.refusals.avoid("j", "a", 10.0)
     assert placed(made, now=9.0) == "b"
     assert placed(made, "another", now=9.0) == "a"
     assert placed(made, now=10.0) == "a"
     assert made.others(offered(), "b", 9.0) is False
     assert made.others(offered(), "a", 9.0) is True
-    made.forget_job("j")
+    made.refusals.forget("j")
     assert placed(made, now=9.0) == "a"
 
 
 def test_a_job_that_failed_somewhere_goes_elsewhere_if_it_can() -> None:
     made = fleet(worker("a", model(resident=True)), worker("b"))
-    made.shun("j", "a")
+    made.refusals.shun("j", "a")
     assert placed(made) == "b"
-    made.shun("j", "b")
+    made.refusals.shun("j", "b")
     assert placed(made) == "a"
-    made.forget_job("j")
+    made.refusals.forget("j")
     made.remove(made.workers["b"])
-    made.shun("j", "a")
+    made.refusals.shun("j", "a")
     assert placed(made) == "a"
 
 
 def test_refused_by_all_needs_everybody_for_good() -> None:
     made = fleet(worker("a"), worker("b"), worker("c", model("other")))
-    made.avoid("j", "a", FOREVER)
-    made.avoid("j", "b", 1e9)
+    made.refusals.refuse("j", "a")
+    made.refusals.avoid("j", "b", 1e9)
     assert not made.refused_by_all(offered())
-    made.avoid("j", "b", FOREVER)
+    made.refusals.refuse("j", "b")
     assert made.refused_by_all(offered())
     assert not made.refused_by_all(offered(model="nobody serves this"))
 
@@ -265,18 +267,18 @@ def test_workers_are_told_apart_by_what_is_asked_for_and_by_nothing_else() -> No
 
 def test_a_job_is_not_asked_for_while_all_who_are_free_avoid_it() -> None:
     made = fleet(worker("a", model(slots=2)), worker("b"))
-    made.avoid("j", "a", FOREVER)
+    made.refusals.avoid("j", "a", FOREVER)
     assert [want.but for want in made.wants(0.0)] == [()]
     hold(made.workers["b"], "another")
     assert [(want.limit, want.but) for want in made.wants(0.0)] == [(2, ("j",))]
-    made.avoid("k", "a", 5.0)
+    made.refusals.avoid("k", "a", 5.0)
     assert [want.but for want in made.wants(4.9)] == [("j", "k")]
     assert [want.but for want in made.wants(5.0)] == [("j",)]
 
 
 def test_refused_by_all_asks_only_those_that_could_have_it() -> None:
     made = fleet(worker("a", labels=TRUSTED), worker("b"))
-    made.avoid("j", "a", FOREVER)
+    made.refusals.refuse("j", "a")
     assert not made.refused_by_all(offered())
     trusted = offered(needs=needs_of(TRUSTED, 0))
     assert made.refused_by_all(trusted)
@@ -338,3 +340,130 @@ def test_the_loaded_ones_fill_up_before_a_cold_one_is_woken() -> None:
     names = shared(made, 6)
     assert sorted(names[:4]) == ["warm", "warm", "warm too", "warm too"]
     assert names[4:] == ["cold", "cold"]
+
+
+# ---- workers on which job after job fails -------------------------------------------------------------------
+
+
+def fails(made: Fleet, name: str, *jobs: str, now: float = 0.0, code: str = "engine_failed") -> Failing | None:
+    """Jobs that were offered to this worker a moment ago fail there; returns what the last of them led to."""
+    told = None
+    for job in jobs:
+        told = made.failed(made.workers[name], offered(job=job, since=now - 0.1), Fault(code, "It broke."), now)
+    return told
+
+
+def test_who_fails_job_after_job_is_offered_nothing_while_others_work() -> None:
+    made = fleet(worker("bad", model(slots=2)), worker("good", model(slots=2), busy=1))
+    assert fails(made, "bad", "j1", "j2") is None
+    assert placed(made) == "bad"  # the least busy
+    assert fails(made, "bad", "j3") is not None
+    assert (placed(made), [want.limit for want in made.wants(0.0)]) == ("good", [1])
+    assert made.judge("llm", "chat", now=0.0) is None
+
+
+def test_after_its_rest_it_gets_one_job_at_a_time_until_one_succeeds() -> None:
+    made = fleet(worker("bad", model(slots=4)))
+    bad = made.workers["bad"]
+    fails(made, "bad", "j1", "j2", "j3")
+    assert made.wants(FIRST_PAUSE_S - 0.1) == []
+    assert [want.limit for want in made.wants(FIRST_PAUSE_S)] == [1]
+    hold(bad, "tried")
+    assert made.wants(FIRST_PAUSE_S) == []
+    assert made.succeeded(bad, "chat") is not None
+    del bad.attempts["tried", 1]
+    assert [want.limit for want in made.wants(FIRST_PAUSE_S)] == [4]
+    assert made.succeeded(bad, "chat") is None
+
+
+def test_an_announcement_ends_no_rest_and_a_new_session_has_it_tried() -> None:
+    """A worker announces itself anew whenever an engine comes or goes, as one that crashes job after job does."""
+    made = fleet(worker("bad", model(slots=4)))
+    fails(made, "bad", "j1", "j2", "j3")
+    made.announce(made.workers["bad"], made.workers["bad"].capabilities)
+    assert made.wants(1.0) == []
+    made.add(worker("bad", model(slots=4)))
+    assert [want.limit for want in made.wants(1.0)] == [1]
+    made.workers["bad"].pardon()
+    assert [want.limit for want in made.wants(1.0)] == [4]
+
+
+def test_other_models_of_it_go_on() -> None:
+    made = fleet(worker("bad", model(), model("other")))
+    fails(made, "bad", "j1", "j2", "j3")
+    assert [want.model for want in made.wants(0.0)] == ["other"]
+
+
+def test_who_is_the_only_one_rests_briefly_and_requests_are_told() -> None:
+    made = fleet(worker("bad"))
+    now = 100.0
+    fails(made, "bad", "j1", "j2", "j3", now=now)
+    for again in range(5):
+        fault = made.judge("llm", "chat", now=now)
+        assert fault is not None
+        assert (fault.code, fault.detail, fault.http_status) == ("quarantined", {"retry_after_s": FIRST_PAUSE_S}, 503)
+        now += FIRST_PAUSE_S
+        assert made.judge("llm", "chat", now=now) is None
+        assert fails(made, "bad", f"again{again}", now=now + 0.2) is not None
+        now += 0.2
+    assert made.judge("llm", "chat") is None  # who does not ask about now
+
+
+def test_a_rest_grows_while_others_take_the_model_here_or_elsewhere() -> None:
+    for other_is_here in (True, False):
+        made = fleet(worker("bad"), *([worker("good")] if other_is_here else []))
+        if not other_is_here:
+            made.elsewhere = lambda: [afar("good")]
+        fails(made, "bad", "j1", "j2", "j3")
+        until = made.workers["bad"].failing["chat"].until
+        fails(made, "bad", "j4", now=until + 1)
+        assert made.workers["bad"].failing["chat"].until == until + 1 + 2 * FIRST_PAUSE_S
+
+
+def test_a_rest_is_shown_by_who_has_it_and_known_of_who_is_elsewhere() -> None:
+    made = fleet(worker("bad", model(), model("other")))
+    fails(made, "bad", "j1", "j2", "j3")
+    (shown,) = made.views(5.0)
+    assert shown.resting == (Resting(model="chat", for_s=FIRST_PAUSE_S - 5, failed=3, code="engine_failed"),)
+    there = Fleet()
+    there.elsewhere = lambda: [afar("bad", model(), model("other"), resting=shown.resting)]
+    fault = there.judge("llm", "chat", now=0.0)
+    assert fault is not None
+    assert fault.code == "quarantined"
+    assert there.judge("llm", "other", now=0.0) is None
+
+
+# ---- workers of other replicas ------------------------------------------------------------------------------
+
+
+def afar(name: str, *models: wire.ModelOffer, **told: Any) -> Worker:
+    """A worker that is connected to another replica."""
+    made = worker(name, *models)
+    about: dict[str, Any] = {"accepting": True, "reason": "", "running": 0, "slots": made.slots}
+    names = tuple(offer.name for offer in made.capabilities.models)
+    made.view = WorkerView(**{"id": name, "models": names, **about, **told})
+    return made
+
+
+def test_a_job_that_all_here_have_refused_may_be_for_a_worker_elsewhere() -> None:
+    made = fleet(worker("small"))
+    large = afar("large")
+    made.elsewhere = lambda: [large]
+    made.refusals.refuse("j", "small")
+    assert made.refused_here(offered())
+    assert not made.refused_by_all(offered())
+    assert made.others(offered(), "small", 0.0)
+    large.refuses = frozenset({"j"})
+    assert made.refused_by_all(offered())
+    assert not made.others(offered(), "small", 0.0)
+
+
+@pytest.mark.parametrize("away", ["serves another model", "draining", "rests", "connected here, too"])
+def test_who_elsewhere_cannot_have_it_is_not_waited_for(away: str) -> None:
+    rests = (Resting(model="chat", for_s=3.0),) if away == "rests" else ()
+    large = afar("large", model("other") if away == "serves another model" else model(), resting=rests)
+    large.draining = away == "draining"
+    name = "large" if away == "connected here, too" else "small"
+    made = fleet(worker(name))
+    made.elsewhere = lambda: [large]
+    assert not made.others(offered(), name, 0.0)

@@ -10,6 +10,7 @@ from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.records import JobRecord
 from coordinator.store.base import Want
 from protocol import link_wire as wire
+from protocol.faults import Fault
 
 KINDS = (("llm",), ("embedding", "llm"), ())
 LABELS: tuple[dict[str, str], ...] = ({}, {"zone": "a"}, {"zone": "b"})
@@ -59,11 +60,11 @@ def best_by_hand(workers: list[Worker], now: float, model: str) -> str | None:
 def test_after_any_changes_it_is_as_if_all_workers_were_looked_at(seed: int) -> None:
     dice = random.Random(seed)
     fleet, now, jobs, zone_matters = Fleet(), 0.0, 0, False
-    for _ in range(400):
-        now += dice.random()
+    for _ in range(500):
+        now += dice.random() * 2
         workers = list(fleet.workers.values())
         one = dice.choice(workers) if workers else None
-        match dice.randrange(9):
+        match dice.randrange(11):
             case 0:
                 fleet.add(Worker(f"w{dice.randrange(8)}", NoPort(), capabilities(dice)))
             case 1 if one and dice.random() < 0.3:
@@ -83,6 +84,12 @@ def test_after_any_changes_it_is_as_if_all_workers_were_looked_at(seed: int) -> 
                 zone_matters = dice.random() < 0.5
                 fleet.asked(frozenset())
                 fleet.asked(frozenset({("zone", "a"), ("zone", "b")}) if zone_matters else frozenset())
+            case 7 if one:
+                for n in range(3):  # it rests, or does so longer
+                    held = HeldAttempt(f"f{n}", 1, "llm", dice.choice("ab"), "running", since=now)
+                    fleet.failed(one, held, Fault("engine_failed", "It broke."), now)
+            case 8 if one:
+                fleet.succeeded(one, dice.choice("ab"))
             case _:
                 model = dice.choice("abc")
                 fixed = {"state": "queued", "tenant": "t", "attempt": 1, "created_ms": 0, "params": b""}
@@ -112,7 +119,7 @@ def test_a_worker_on_which_the_job_failed_comes_last_and_one_that_has_left_never
     fleet.add(second)
     fixed = {"state": "queued", "tenant": "t", "attempt": 1, "created_ms": 0, "params": b""}
     record = JobRecord(id="j", kind="llm", model="a", **fixed)  # type: ignore[arg-type]
-    fleet.shun("j", "w1")
+    fleet.refusals.shun("j", "w1")
     assert fleet.place(record, 0.0) is second
     fleet.remove(second)
     assert fleet.place(record, 0.0) is first

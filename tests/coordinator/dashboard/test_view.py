@@ -55,6 +55,23 @@ def test_what_a_worker_declines_for_a_while_is_shown_until_then() -> None:
     assert view.worker_row(one, 11.0)["declined"] == []
 
 
+def test_why_a_worker_rests_is_said_of_it_and_of_the_queue() -> None:
+    fleet, one = Fleet(), worker("w", chat())
+    fleet.add(one)
+    rows = view.WorkerRows()
+    assert rows([one], 1.0)["w"]["resting"] == []
+    for n in range(3):
+        held = HeldAttempt(f"j{n}", 1, "llm", "chat", "running")
+        fleet.failed(one, held, Fault("engine_failed", "It broke."), 1.0)
+    (why,) = rows([one], 1.0)["w"]["resting"]
+    assert why.startswith("chat: 3 tries in a row failed, the last with engine_failed")
+    loads = [QueueLoad(kind="llm", model="chat", waiting=3)]
+    assert "rests" in view.queues(loads, fleet, 1.0)["llm/chat"]["why"]
+    assert view.queues(loads, fleet, 100.0)["llm/chat"]["why"] == ""
+    one.view = fleet.views(1.0)[0]  # as another replica shows it
+    assert rows([one], 1.0)["w"]["resting"] == [why]
+
+
 def test_gpus_are_what_was_announced_with_the_last_heartbeat() -> None:
     one = worker("w", gpus=(Gpu("a", "Card", 24 * 2**30, 2**30), Gpu("b", "Card", 8 * 2**30)))
     one.gpus = (GpuState("a", 2**30 + 5, 0.256, 61.4, 180.2), GpuState("c", None, None, None, None))
