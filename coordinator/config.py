@@ -57,7 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         log_format, log_level: of the log on standard error.
         access_log: whether every request is told, too.
         otel: where traces go: see `OtelConfig`.
-        studio_models: where studio workers get the files of a model, and its engine there, by model name.
+        studio_models: where studio workers get the files of a model, its engine there and its kinds, by model name.
     """
 
     config_version: int = 1

@@ -55,9 +55,13 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         engine: the worker's name of the engine; "" is the usual one of the task kind.
         files: to download; without any, the worker has to have the model.
+        kinds: what the model with these files is for: workers of these kinds are offered its jobs, whether they have
+            it or not. Empty is what the engine or the files show (see `kinds_of`); where neither does, its jobs go to
+            workers that have it.
     """
 
     engine: Annotated[str, Meta(max_length=100)] = ""
+    kinds: list[Literal["image", "llm", "audio_stt", "audio_tts", "video"]] = []
     files: list[SourceFile] = []
     cli_defaults: CliDefaults = CliDefaults()
 
@@ -67,7 +71,26 @@ Sources = Mapping[str, Source]
 # The contract names no engine for speech and films. Workers that serve these know what they run them with.
 _ENGINES: dict[str, str] = {Kind.IMAGE: "sd-cpp", Kind.LLM: "llama-cpp"}
 _OTHER_ENGINE = "onnx"
+# The other way round: what the files of such an engine are for, where the configuration does not say.
+_KINDS: dict[str, str] = {"sd-cpp": Kind.IMAGE, "llama-cpp": Kind.LLM, "parakeet": Kind.AUDIO_STT}
 _ALWAYS = ("cfg_scale", "steps", "width", "height")
+
+
+def kinds_of(source: Source) -> tuple[str, ...]:
+    """Task kinds for which a worker can fetch a model; none where there is nothing to fetch, or nobody knows.
+
+    What is not said is told by the engine: sd-cpp is image, llama-cpp is llm, parakeet is audio_stt. Without an engine,
+    by the files: a diffusion-model is image, a model in .gguf is llm.
+    """
+    if not source.files or source.kinds:
+        return tuple(source.kinds) if source.files else ()
+    if source.engine:
+        return (_KINDS[source.engine],) if source.engine in _KINDS else ()
+    roles = {file.role for file in source.files}
+    if "diffusion-model" in roles:
+        return (Kind.IMAGE,)
+    gguf = any(file.role == "model" and file.filename.lower().endswith(".gguf") for file in source.files)
+    return (Kind.LLM,) if gguf and roles <= {"model", "text-encoder-vision", "lora"} else ()
 
 
 def claim_of(job: str, offer: wire.Offer, sources: Sources, url: Callable[[str], str]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class StudioJobs:
         sources: Sources,
         url: Callable[[str], str],
         say: Callable[[str], None],
+        refused: Callable[[str], None],
         busy_s: float,
     ) -> None:
         """Begin with none.
@@ -82,11 +83,12 @@ class StudioJobs:
             sources: where the models' files are.
             url: makes the relative URL of an input one that the worker can fetch.
             say: queues a frame.
+            refused: told of a model, of which the worker has rejected a job for good.
             busy_s: pause before the next offer to a worker that rejected one as busy or paused.
         """
         self.turn = anyio.Lock()
         self._worker, self._attempts, self._sources = worker, attempts, sources
-        self._url, self._say, self._busy_s = url, say, busy_s
+        self._url, self._say, self._refused, self._busy_s = url, say, refused, busy_s
         self._given: dict[str, Given] = {}
         self._done: dict[str, Past] = {}
         self._acks: dict[Key, tuple[str, bool]] = {}  # the frame that acknowledges an end, and whether to say it
@@ -244,8 +246,11 @@ class StudioJobs:
         if said.code != "unsupported":
             self._worker.block("", anyio.current_time() + self._busy_s)
             said = msgspec.structs.replace(said, retry_after_ms=int(self._busy_s * 1000))
+        model = self._held(given.key).model
         self._forget(given.key, Past("fenced"))
         await self._attempts.decline(self._worker, given.key, said)
+        if said.code == "unsupported":
+            self._refused(model)
 
     async def _unreadable(self, type_: str, given: Given, error: str) -> None:
         """The job fails, the session goes on."""

@@ -21,7 +21,7 @@ from coordinator.attempts import Attempts
 from coordinator.fleet import Key, Worker
 from coordinator.logs import trouble
 from coordinator.store import StoreError
-from coordinator.studio.claims import Sources
+from coordinator.studio.claims import Sources, kinds_of
 from coordinator.studio.jobs import Stranger, StudioJobs
 from coordinator.studio.wire import (
     OF_A_JOB,
@@ -122,6 +122,8 @@ class StudioSession:
         self._entered = entered
         self._websocket, self._attempts, self._admission = websocket, attempts, admission
         self._sources, self._url, self._settings = sources, url, settings
+        # Nothing on this wire says whether a worker fetches models: it is believed to, until it rejects a job of one.
+        self._fetched = {name: kinds for name, source in sources.items() if (kinds := kinds_of(source))}
         self._outbox_in, self._outbox = anyio.create_memory_object_stream[str](MAX_QUEUED_FRAMES)
         self._steps_in, self._steps = anyio.create_memory_object_stream[Callable[[], Awaitable[None]]](16)
         self._tasks: anyio.CancelScope | None = None
@@ -261,14 +263,25 @@ class StudioSession:
             raise _End("auth_failed", "The token is not this worker's, or not its latest.")
         self._said = hello.capabilities
         greeting = wire.Hello(
-            worker=self.name, low=LINK_WIRE.low, high=LINK_WIRE.high, capabilities=announced(self._said)
+            worker=self.name,
+            low=LINK_WIRE.low,
+            high=LINK_WIRE.high,
+            capabilities=announced(self._said, fetched=self._fetched),
         )
         async with self._attempts.joining:
             worker, _ = await self._attempts.join(self, greeting, 0.0)
             worker.protocol, worker.resumes = "studio", False
             bound(worker, self._said)
             self._worker, self._beat_at = worker, anyio.current_time()
-            self._jobs = StudioJobs(worker, self._attempts, self._sources, self._url, self._say, self._settings.busy_s)
+            self._jobs = StudioJobs(
+                worker,
+                self._attempts,
+                self._sources,
+                self._url,
+                self._say,
+                self._refused,
+                self._settings.busy_s,
+            )
             now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             self._say(frame("welcome", workerId=self.name, serverTime=now))
             self._entered()
@@ -355,10 +368,15 @@ class StudioSession:
         """Its capabilities, or our own mind about it, changed. What has not is not said: it would lift a pause."""
         if anyio.current_time() >= self._paused[1]:
             self._paused = ("", 0.0)
-        worker, capabilities = self._here, announced(self._said, self._paused[0])
+        worker, capabilities = self._here, announced(self._said, self._paused[0], self._fetched)
         bound(worker, self._said)
         if capabilities != worker.capabilities:
             self._attempts.announce(worker, capabilities)
+
+    def _refused(self, model: str) -> None:
+        """It takes no job of this model, so it does not fetch it, either. What it has itself, it says."""
+        if self._fetched.pop(model, None):
+            self._announce()
 
     @property
     def _here(self) -> Worker:

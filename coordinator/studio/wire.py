@@ -7,6 +7,7 @@ body. So a frame that cannot be read costs its job, and only something that is n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -167,18 +168,23 @@ def frame(type_: str, **fields: Any) -> str:
 # ---- in our words -------------------------------------------------------------------------------------------
 
 
-def announced(said: Capabilities, paused: str = "") -> wire.Capabilities:
+def announced(
+    said: Capabilities, paused: str = "", fetched: Mapping[str, Sequence[str]] | None = None
+) -> wire.Capabilities:
     """What a worker serves, as the fleet knows it.
 
     Args:
         said: by the worker.
         paused: why the coordinator gives it nothing; "" when it does.
+        fetched: kinds of the models that claims bring the files of, by name. Such a one is served by whoever names one
+            of its kinds among the kinds of task: a worker too old to name those is too old to fetch, too.
     """
     kinds: dict[str, set[str]] = {}
-    for kind, names in _per_kind(said).items():
-        for name in names:
-            if kind in KINDS and _is_name(name) and (name in kinds or len(kinds) < MAX_MODELS):
-                kinds.setdefault(name, set()).add(kind)
+    named = [(kind, name) for kind, names in _per_kind(said).items() for name in names]
+    named += [(kind, name) for name, those in (fetched or {}).items() for kind in those if kind in said.task_kinds]
+    for kind, name in named:
+        if kind in KINDS and _is_name(name) and (name in kinds or len(kinds) < MAX_MODELS):
+            kinds.setdefault(name, set()).add(kind)
     reason = paused or _away(said)
     return wire.Capabilities(
         models=tuple(

@@ -17,10 +17,11 @@ from msgspec import structs
 
 from coordinator.keys import FILE_NAME
 from coordinator.registrations import Registrations
+from coordinator.studio.claims import Source, SourceFile
 from coordinator.testing import Running, running
 from coordinator.testing_link import submission
 from tests.coordinator.studio_rig import FAST
-from tests.supervisor.link.dialects.studio_conformance import JobSeen, StudioServerCases
+from tests.supervisor.link.dialects.studio_conformance import BROUGHT, JobSeen, StudioServerCases
 
 _STATES = {"queued": "queued", "running": "claimed", "succeeded": "done", "failed": "failed"}
 
@@ -103,7 +104,10 @@ class TestOurStudio(StudioServerCases):
         # Silence ends a session early where that is the case's matter; elsewhere a loaded machine may be slow.
         silent = "silent" in request.node.name
         silence_s = 5.0 if silent else FAST.silence_s
-        with running(tmp_path, studio=structs.replace(FAST, silence_s=silence_s, busy_s=0.2)) as there:
+        file = SourceFile(role="model", url="https://models.example/m.gguf", filename="m.gguf")
+        brought = {BROUGHT: Source(engine="llama-cpp", files=[file])}
+        settings = structs.replace(FAST, silence_s=silence_s, busy_s=0.2)
+        with running(tmp_path, studio=settings, studio_models=brought) as there:
             owner = Owner(there, tmp_path, silence_s if silent else None)
             yield owner
             owner.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import http.server
 import signal
 import subprocess
 import sys
@@ -15,11 +17,27 @@ import httpx
 import openai
 import pytest
 
+from coordinator.studio.claims import Source, SourceFile
 from coordinator.studio.session import StudioSettings
 from coordinator.testing import Running, running
 from supervisor.errors import ExitCode
 
 PATIENCE_S = 120.0
+WEIGHTS = b"weights" * 1000
+FETCHING = """
+[coordinator]
+url = "{url}"
+dialect = "studio"
+[coordinator.studio]
+models = "download"
+kinds = ["llm"]
+hosts = ["127.0.0.1"]
+[worker]
+name = "box"
+state_dir = "state"
+[limits]
+drain_s = 10
+"""
 CONFIG = """
 [coordinator]
 url = "{url}"
@@ -41,11 +59,39 @@ def there(tmp_path: Path) -> Iterator[Running]:
         yield it
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Where a model's one file is."""
+
+    def do_GET(self) -> None:
+        """All of it: so small a file needs no resuming."""
+        self.send_response(200 if self.path == "/m.bin" else 404)
+        self.send_header("content-length", str(len(WEIGHTS) if self.path == "/m.bin" else 0))
+        self.end_headers()
+        if self.path == "/m.bin":
+            self.wfile.write(WEIGHTS)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a stand-in for a hub."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @contextlib.contextmanager
-def supervisor(folder: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
+def supervisor(folder: Path, url: str, words: str = CONFIG) -> Iterator[subprocess.Popen[bytes]]:
     """`supervisor run`; killed when the block is left, if it still lives."""
     config = folder / "worker.toml"
-    config.write_text(CONFIG.format(url=url))
+    config.write_text(words.format(url=url))
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "supervisor", "run", "--config", str(config)], stdout=log, stderr=log
@@ -115,6 +161,32 @@ def test_all_five_kinds_by_the_openai_client(there: Running, tmp_path: Path) -> 
     while there.coordinator.parts.dispatcher.workers():  # the coordinator learns it when the connection ends
         assert time.monotonic() < end, "it is still counted"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_model_that_nobody_has_is_fetched_for_its_first_job(tmp_path: Path, hub: str) -> None:
+    """The coordinator knows where its files are, and the worker that it may fetch them."""
+    sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    file = SourceFile(role="model", url=f"{hub}/m.bin", filename="m.bin", approx_bytes=len(WEIGHTS), sha256=sha256)
+    sources = {"synthetic-far": Source(engine="synthetic", kinds=["llm"], files=[file])}
+    with contextlib.ExitStack() as stack:
+        there = stack.enter_context(
+            running(tmp_path / "coordinator", studio=StudioSettings(asked=100), studio_models=sources)
+        )
+        key = there.coordinator.keys.create("admin")
+        headers = {"authorization": f"Bearer {key}"}
+        admin = stack.enter_context(httpx.Client(base_url=there.url, headers=headers, timeout=PATIENCE_S))
+        assert admin.get("/v1/models").json()["data"] == []
+        process = stack.enter_context(supervisor(tmp_path, there.url, FETCHING))
+        served(there, process, admin)
+        assert [one["id"] for one in admin.get("/v1/models").json()["data"]] == ["synthetic-far"]
+        said = {"model": "synthetic-far", "messages": [{"role": "user", "content": "from afar"}]}
+        answer = admin.post("/v1/chat/completions", json=said)
+        assert answer.status_code == 200, (answer.text, (tmp_path / "log").read_text())
+        assert answer.json()["choices"][0]["message"]["content"]
+        assert (tmp_path / "state" / "studio" / "models" / "synthetic-far" / "m.bin").read_bytes() == WEIGHTS
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == ExitCode.STOPPED, (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.config import load
 from coordinator.server import Refusal
-from coordinator.studio.claims import CliDefaults, Source, SourceFile, claim_of
+from coordinator.studio.claims import CliDefaults, Source, SourceFile, claim_of, kinds_of
 from protocol import link_wire as wire
 from protocol.faults import FaultError
 
@@ -155,6 +155,33 @@ def test_the_rest_of_a_claim() -> None:
     }
 
 
+def file(role: str = "model", filename: str = "f.gguf") -> SourceFile:
+    """One to download."""
+    return SourceFile(role=role, url="https://there/f", filename=filename)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "kinds"),
+    [
+        (Source(engine="llama-cpp"), ()),
+        (Source(engine="llama-cpp", kinds=["llm"]), ()),
+        (Source(engine="llama-cpp", files=[file()]), ("llm",)),
+        (Source(engine="sd-cpp", files=[file("diffusion-model")]), ("image",)),
+        (Source(engine="sd-cpp", files=[file()], kinds=["video", "image"]), ("video", "image")),
+        (Source(engine="parakeet", files=[file()]), ("audio_stt",)),
+        (Source(engine="onnx", files=[file("model", "f.onnx")]), ()),
+        (Source(engine="onnx", files=[file("model", "f.onnx")], kinds=["audio_tts"]), ("audio_tts",)),
+        (Source(files=[file()]), ("llm",)),
+        (Source(files=[file(), file("text-encoder-vision", "p.gguf")]), ("llm",)),
+        (Source(files=[file("diffusion-model"), file("vae", "v")]), ("image",)),
+        (Source(files=[file(), file("vae", "v")]), ()),
+        (Source(files=[file("model", "f.safetensors")]), ()),
+    ],
+)
+def test_what_a_model_is_for_is_said_or_told_by_its_engine_or_its_files(source: Source, kinds: tuple[str, ...]) -> None:
+    assert kinds_of(source) == kinds
+
+
 def test_sources_come_from_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "coordinator.toml"
     path.write_text(
@@ -167,6 +194,9 @@ def test_sources_come_from_the_configuration(tmp_path: Path) -> None:
     assert claim["modelSource"]["files"][0]["filename"] == "f.gguf"
     assert claim["modelSource"]["cliDefaults"]["steps"] == 8
     assert claim["modelSource"]["cliDefaults"]["chatTemplateKwargs"] == {"a_b": 1}
+    path.write_text('[studio_models.x]\nkinds = ["llm", "dance"]\n')
+    with pytest.raises(Refusal, match=r"kinds|dance"):
+        load(path)
     path.write_text('[studio_models.x]\nfiles = [{ role = "modle", url = "https://x", filename = "f" }]\n')
     with pytest.raises(Refusal, match="modle"):
         load(path)

@@ -66,6 +66,16 @@ def test_models_by_kind_are_models_with_kinds() -> None:
     assert (found.machine, found.version, found.accepting, found.reason) == ("studio-box", "0.4.5", True, "")
 
 
+def test_models_that_claims_bring_are_served_by_who_names_their_kind() -> None:
+    fetched = {"new": ("llm", "image"), "a": ("llm",), "film": ("video",)}
+    found = announced(said(taskKinds=["llm"], supportedModelsPerKind={"llm": ["a"]}), fetched=fetched)
+    assert [(offer.name, offer.kinds) for offer in found.models] == [("a", ("llm",)), ("new", ("llm",))]
+    bare = announced(said(taskKinds=["video"], supportedModelsPerKind={}, supportedModels=[]), fetched=fetched)
+    assert [(offer.name, offer.kinds) for offer in bare.models] == [("film", ("video",))]
+    old = announced(said(taskKinds=[], supportedModelsPerKind={}, supportedModels=["m"]), fetched=fetched)
+    assert [offer.name for offer in old.models] == ["m"], "too old to be told where the files are"
+
+
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])
 def test_names_that_cannot_be_are_left_out(name: str) -> None:
     assert announced(said(supportedModelsPerKind={"llm": [name]})).models == ()

@@ -26,6 +26,7 @@ CHAT = {"kind": "llm", "messages": [{"role": "user", "content": "hi"}]}
 PICTURE = {"kind": "image", "prompt": "a red square", "ext": "png"}
 # One pixel: a server may look at what it gets.
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+BROUGHT = "brought"  # a model for chats, which the server knows the files of, and no worker has
 MODELS = {"llm": ["chat"], "image": ["paint"]}
 ANSWER = {
     "object": "chat.completion",
@@ -477,6 +478,15 @@ class StudioServerCases:
             await raw.nothing()
             await raw.beat(onlyWhenIdle=True, userPresence="idle")
             assert (await raw.expect("offer"))["claim"]["jobId"] == job
+
+    async def test_a_model_that_its_job_brings_needs_no_worker_that_has_it(self, studio: StudioUnderTest) -> None:
+        worker, token = await studio.admit()
+        async with connected(studio, worker, token, supportedModels=[], supportedModelsPerKind={}) as raw:
+            job = await studio.enqueue(CHAT, BROUGHT)
+            assert (await raw.expect("offer"))["claim"]["jobId"] == job
+            await raw.send("accept", jobId=job)
+            await raw.send("completeJson", jobId=job, result=ANSWER)
+            await raw.expect("completeAck")
 
     async def test_unknown_fields_are_ignored(self, studio: StudioUnderTest) -> None:
         worker, token = await studio.admit()
