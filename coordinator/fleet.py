@@ -19,7 +19,7 @@ from coordinator.worker import HeldAttempt, Port, Worker
 from protocol.faults import Fault
 from protocol.link_wire import Capabilities, ModelOffer
 
-__all__ = ["FOREVER", "Fleet", "HeldAttempt", "Key", "Port", "Worker"]
+__all__ = ["FOREVER", "Fleet", "HeldAttempt", "Key", "Port", "Worker", "view_of"]
 
 RETRY_HINT_S = 3  # a worker that lost its connection is usually back by then
 FOREVER = float("inf")
@@ -249,24 +249,7 @@ class Fleet:
 
     def views(self, now: float = FOREVER) -> list[WorkerView]:
         """All workers, by id. Without `now` nobody rests any more, and who rested is tried with one job at a time."""
-        return [
-            WorkerView(
-                id=worker.id,
-                accepting=worker.capabilities.accepting and not worker.draining,
-                reason="draining" if worker.draining else worker.capabilities.reason,
-                running=len(worker.attempts),
-                slots=worker.slots,
-                models=tuple(offer.name for offer in worker.capabilities.models),
-                version=worker.capabilities.version,
-                machine=worker.capabilities.machine,
-                labels=worker.capabilities.labels,
-                gpus=worker.gpus,
-                protocol=worker.protocol,
-                key_id=worker.key_id,
-                resting=_resting_models(worker, now),
-            )
-            for _, worker in sorted(self.workers.items())
-        ]
+        return [view_of(worker, now) for _, worker in sorted(self.workers.items())]
 
     def views_elsewhere(self) -> list[WorkerView]:
         """Workers of the other replicas, as those have told of them last."""
@@ -328,6 +311,25 @@ def _resting(model: str, for_s: float) -> Fault | None:
         f"Every worker that serves {model!r} rests, because job after job failed there; try again in {for_s:.0f} s."
     )
     return Fault("quarantined", message, "model", detail={"retry_after_s": math.ceil(for_s)})
+
+
+def view_of(worker: Worker, now: float) -> WorkerView:
+    """A worker that is connected here, as it is listed; see `Fleet.views`."""
+    return WorkerView(
+        id=worker.id,
+        accepting=worker.capabilities.accepting and not worker.draining,
+        reason="draining" if worker.draining else worker.capabilities.reason,
+        running=len(worker.attempts),
+        slots=worker.slots,
+        models=tuple(offer.name for offer in worker.capabilities.models),
+        version=worker.capabilities.version,
+        machine=worker.capabilities.machine,
+        labels=worker.capabilities.labels,
+        gpus=worker.gpus,
+        protocol=worker.protocol,
+        key_id=worker.key_id,
+        resting=_resting_models(worker, now),
+    )
 
 
 def _resting_models(worker: Worker, now: float) -> tuple[Resting, ...]:

@@ -71,6 +71,14 @@ class Refusals:
         found = [job for job, workers in self._refused.items() if worker in workers]
         return tuple(found[-MOST_TOLD:])
 
+    def by_worker(self) -> dict[str, list[str]]:
+        """The same of all workers."""
+        found: dict[str, list[str]] = {}
+        for job, workers in self._refused.items():
+            for worker in workers:
+                found.setdefault(worker, []).append(job)
+        return {worker: jobs[-MOST_TOLD:] for worker, jobs in found.items()}
+
     def avoided_by_all(self, workers: Iterable[str], now: float) -> tuple[str, ...]:
         """Jobs that none of these workers is to be offered now."""
         return tuple(

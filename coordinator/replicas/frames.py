@@ -83,12 +83,13 @@ class WatchFrame(Frame, frozen=True, tag="w"):
 
 
 class RemoteWorker(msgspec.Struct, frozen=True):
-    """A worker as the replica tells of it that it is connected to."""
+    """A worker as the replica tells of it that it is connected to; `refuses` are jobs that it will never take."""
 
     view: WorkerView
     capabilities: Capabilities
     draining: bool = False
     revision: int = 1
+    refuses: tuple[str, ...] = ()
 
 
 class FleetFrame(Frame, frozen=True, tag="f"):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from coordinator.fleet import FOREVER, Fleet, Worker
-from coordinator.records import WorkerView
+from coordinator.fleet import FOREVER, Fleet, Worker, view_of
 from coordinator.replicas.frames import AnswerFrame, OrderFrame, RemoteWorker
 from protocol import link_wire as wire
 from protocol.faults import refuse
@@ -31,21 +30,30 @@ class RemotePort:
         raise refuse("unsupported", f"The worker {self._worker} is connected to another replica.")
 
 
-def remote_worker(told: RemoteWorker, port: RemotePort) -> Worker:
-    """A worker of another replica in the form that listings and orders use."""
+def remote_worker(told: RemoteWorker, port: RemotePort, before: Worker | None = None) -> Worker:
+    """A worker of another replica in the form that listings, orders and placing use; `before`: as it was told last."""
     worker = Worker(told.view.id, port, told.capabilities)
     worker.draining, worker.revision, worker.protocol = told.draining, told.revision, told.view.protocol
-    worker.view = told.view
+    worker.view, worker.refuses = told.view, frozenset(told.refuses)
+    if before is not None:
+        worker.orders = before.orders  # who waits for an answer still does
     return worker
 
 
 def told_of(fleet: Fleet, now: float = FOREVER) -> list[RemoteWorker]:
     """All workers that are connected here, for the other replicas; `now` is the fleet's clock, in seconds."""
-    views: dict[str, WorkerView] = {view.id: view for view in fleet.views(now)}
-    return [
-        RemoteWorker(views[worker.id], worker.capabilities, worker.draining, worker.revision)
-        for worker in fleet.workers.values()
-    ]
+    refused = fleet.refusals.by_worker()
+    return [_told(worker, now, refused.get(worker.id, ())) for worker in fleet.workers.values()]
+
+
+def told_of_one(fleet: Fleet, worker: Worker, now: float) -> RemoteWorker:
+    """The same of one of them."""
+    return _told(worker, now, fleet.refusals.refused_by(worker.id))
+
+
+def _told(worker: Worker, now: float, refuses: Sequence[str]) -> RemoteWorker:
+    view = view_of(worker, now)
+    return RemoteWorker(view, worker.capabilities, worker.draining, worker.revision, tuple(refuses))
 
 
 def deliver(worker: Worker, frame: OrderFrame, answer: Callable[[AnswerFrame], None]) -> None:

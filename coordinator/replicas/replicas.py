@@ -24,7 +24,7 @@ from coordinator.replicas import frames
 from coordinator.replicas.door import door, serve
 from coordinator.replicas.lines import ITSELF, Inquiry, answer
 from coordinator.replicas.peer import Caller, Peer
-from coordinator.replicas.remote import RemotePort, deliver, order_done, remote_worker, told_of
+from coordinator.replicas.remote import RemotePort, deliver, order_done, remote_worker, told_of, told_of_one
 from coordinator.store import StoreError
 from protocol.faults import FaultError, refuse
 
@@ -99,7 +99,7 @@ class Replicas:
         """From now on these attempts hear of the other replicas, and the other way round."""
         self._attempts = attempts
         attempts.elsewhere = self
-        attempts.fleet.elsewhere = self._workers_elsewhere
+        attempts.fleet.elsewhere, attempts.fleet.tell = self._workers_elsewhere, self._tell_of
 
     @property
     def peers(self) -> list[Peer]:
@@ -170,6 +170,16 @@ class Replicas:
         for fleet in self._fleets.values():
             yield from fleet.values()
 
+    def _tell_of(self, worker: Worker) -> None:
+        """Something of a worker of ours has changed that others go by when they place jobs."""
+        assert self._attempts is not None
+        fleet = self._attempts.fleet
+        if fleet.workers.get(worker.id) is worker:
+            frame = frames.FleetFrame((told_of_one(fleet, worker, anyio.current_time()),), first=False)
+            for peer in self._peers.values():
+                if peer.connected:  # who connects later is told of all first, and this would be old by then
+                    peer.push(frame, urgent=True)
+
     def _tell(self, frame: frames.Frame, *, urgent: bool = False) -> None:
         for peer in self._peers.values():
             peer.push(frame, urgent=urgent)
@@ -207,7 +217,10 @@ class Replicas:
                     stale.port.close("", "")  # 1001: if it is not so dead after all, it comes again
             case frames.FleetFrame():
                 known = {} if frame.first else self._fleets.get(sender, {})
-                known |= {one.view.id: remote_worker(one, self._port(sender, one.view.id)) for one in frame.workers}
+                before = self._fleets.get(sender, {})
+                for one in frame.workers:
+                    name = one.view.id
+                    known[name] = remote_worker(one, self._port(sender, name), before.get(name))
                 self._fleets[sender] = known
             case frames.OrderFrame(worker=name) if name == ITSELF:
                 if found := answer(frame, attempts.kept):
@@ -349,7 +362,7 @@ class Replicas:
 
     def _fleet_frames(self) -> list[frames.FleetFrame]:
         assert self._attempts is not None
-        all_of_them = told_of(self._attempts.fleet)
+        all_of_them = told_of(self._attempts.fleet, anyio.current_time())
         lots = [all_of_them[at : at + WORKERS_PER_FRAME] for at in range(0, len(all_of_them), WORKERS_PER_FRAME)]
         return [frames.FleetFrame(tuple(lot), first=n == 0) for n, lot in enumerate(lots or [[]])]
 

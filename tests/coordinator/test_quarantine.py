@@ -41,7 +41,7 @@ def test_one_job_that_fails_again_and_again_may_be_the_one_to_blame() -> None:
 
 def test_a_crash_under_several_jobs_is_one_failure() -> None:
     tried = Tried()
-    crash = {"code": "engine_crashed", "suspects": 4, "since": 0.1}
+    crash: dict[str, Any] = {"code": "engine_crashed", "suspects": 4, "since": 0.1}
     assert [tried.fails(job, **crash) for job in "abcd"] == [None] * 4
     assert tried.kept.of("w")["m"].jobs == {"a"}
     assert tried.fails("e", "engine_crashed", suspects=2) is None

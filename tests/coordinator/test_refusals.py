@@ -33,6 +33,7 @@ def test_of_many_refusals_the_latest_are_told() -> None:
     told = kept.refused_by("a")
     assert (len(told), told[0], told[-1]) == (MOST_TOLD, "j4", "j0")
     assert kept.refused_by("b") == ("j0",)
+    assert kept.by_worker() == {"a": list(told), "b": ["j0"]}
 
 
 def test_jobs_that_ended_at_another_replica_are_let_go() -> None:
