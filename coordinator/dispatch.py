@@ -24,6 +24,7 @@ from coordinator.bus import Bus, LocalBus, Subscription
 from coordinator.counting import Counters, Histogram
 from coordinator.dispatch_settings import DispatchSettings
 from coordinator.fleet import FOREVER, HeldAttempt, Worker
+from coordinator.leftovers import Leftovers
 from coordinator.logs import trouble
 from coordinator.lots import Lots
 from coordinator.offers import to_offer
@@ -72,6 +73,7 @@ class Dispatcher:
         # Lays over each submission what its tenant and key say, or refuses it.
         self.terms: Callable[[Submission], Submission] = lambda s: s
         self.lots = Lots(self, store, self._threads)
+        self.leftovers = Leftovers(store, self._threads, blobs)
         # What a deployment answers to: from a client's name to a worker's, and back (None: it answers nobody).
         self.model_of: Callable[[str], str] = lambda name: name
         self.name_of: Callable[[str], str | None] = lambda model: model
@@ -237,8 +239,7 @@ class Dispatcher:
 
     async def wants_output(self, job_id: str, attempt: int) -> bool:
         """Whether outputs of this attempt are still of use."""
-        record = await self._threads.read(self._store.get, job_id)
-        return record is not None and not record.ended and record.attempt == attempt
+        return (await self.leftovers.files_of(job_id)).attempt == attempt
 
     async def _insert(self, job_id: str, s: Submission) -> tuple[JobRecord, bool]:
         if s.idempotency_key and (known := await self._threads.read(self._store.by_key, s)):
@@ -324,8 +325,9 @@ class Dispatcher:
                 tasks.start_soon(self._dispatch_loop)
                 tasks.start_soon(hear, self._store, lambda: self._ring(0))
                 tasks.start_soon(self._repeat, self._sweep, self.settings.sweep_s)
+                tasks.start_soon(self._repeat, self.leftovers.look, self.settings.sweep_s)
                 tasks.start_soon(self._repeat, self._purge, self.settings.purge_s)
-                tasks.start_soon(self._repeat, self._sweep_blobs, self.settings.orphan_sweep_s)
+                tasks.start_soon(self._repeat, self.leftovers.sweep, self.settings.orphan_sweep_s)
         finally:
             self._bus.close()
 
@@ -418,9 +420,6 @@ class Dispatcher:
                 await run_sync(self._blobs.delete, job.job, job.blobs)
         while await self._threads.write(self._store.fold_usage):
             pass
-
-    async def _sweep_blobs(self) -> None:
-        await run_sync(self._blobs.sweep, self._store.has_blob, self._store.has_job)
 
     async def _repeat(self, step: Callable[[], Awaitable[None]], pause_s: float) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.blobs.base import Blobs
+from coordinator.blobs.bounds import bounds_of
 from coordinator.records import JobRecord
 from protocol import link_wire as wire
 
@@ -32,7 +33,7 @@ def to_offer(record: JobRecord, left_ms: int, blobs: Blobs, ttl_s: float) -> wir
             )
             for file in record.inputs
         ),
-        upload=blobs.upload_template(record.id, record.attempt, ttl_s),
+        upload=blobs.upload_template(record.id, record.attempt, ttl_s, bounds_of(record.kind)),
         stream=record.stream,
         deadline_ms=left_ms,
         traceparent=record.traceparent,

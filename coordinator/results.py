@@ -8,6 +8,7 @@ import msgspec
 from anyio.to_thread import run_sync
 
 from coordinator.blobs.base import Blobs
+from coordinator.blobs.bounds import MAX_RESULT_BYTES
 from coordinator.media import HEAD_BYTES, output_type
 from coordinator.plain import json_bytes
 from coordinator.records import StoredFile
@@ -18,7 +19,6 @@ from protocol.framing import UNDECODABLE
 from protocol.link_wire import RESULT_FILE, Complete
 from protocol.work import RESULTS, FreeResult, LlmResult, SttResult
 
-MAX_RESULT_BYTES = 64 * 2**20
 MAX_USAGE_KEYS = 32
 _FREE = (LlmResult, FreeResult)  # those with fields of any type
 _LONGEST_S = 1e9  # no recording is thirty years long

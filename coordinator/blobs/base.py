@@ -13,6 +13,9 @@ name cannot mix. A file appears under its key only when it is whole, durable and
 Workers only ever see URLs. An output comes to us (`upload_template`), or, where the template says `direct=1`, to the
 place that `GET …/{name}/place` names: a URL of another store, good for this one file and for minutes. What is left
 there is nobody's before `claim` has looked at each byte.
+
+How much an attempt may leave is signed with the URL (`bounds`). Of an attempt that is over only what its job's row
+names stays: `touched` is what has to be looked at for that, see `coordinator.leftovers`.
 """
 
 from __future__ import annotations
@@ -23,21 +26,22 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, urlencode
 
 import anyio
 import msgspec
 from anyio.to_thread import run_sync
 
+from coordinator.blobs.bounds import MAX_OUTPUT_BYTES, WIDEST, Bounds
 from coordinator.blobs.drafts import Draft, Drafts
-from protocol.engine_wire import MAX_OUTPUT_FILES
+from coordinator.blobs.room import Coming, Rooms
 from protocol.faults import refuse
 from protocol.ids import RANDOM_BYTES, is_safe_id, new_id
 
-MAX_OUTPUT_BYTES = 2 * 2**30
 ORPHAN_S = 3600.0  # an upload whose job was not submitted within this time is nobody's
 PREFIX = "/v1/blobs"
 SECRET_BYTES = 32
@@ -55,6 +59,14 @@ class StoredBlob(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class Output(NamedTuple):
+    """A file in out/: {digest}-{name}, when it came (seconds since the epoch), and its bytes."""
+
+    name: str
+    when: float
+    size: int
+
+
 class Blobs(ABC):
     """Files of jobs. Coroutines do their work in threads; what blocks says so; the rest is plain calculation.
 
@@ -63,7 +75,13 @@ class Blobs(ABC):
         secret: key of the signatures; the same for all coordinators over one store.
         max_output_bytes: limit of one uploaded output.
         now_s: the clock of expiry dates, seconds since the epoch.
+
+    Attributes:
+        touched: attempts (job, number) that left something through this coordinator, until somebody takes them out.
+        lasting_s: how long after its end an attempt may still leave something, past us.
     """
+
+    lasting_s = 0.0
 
     def __init__(
         self,
@@ -76,6 +94,8 @@ class Blobs(ABC):
             raise ValueError(f"The blobs' secret has fewer than {SECRET_BYTES} bytes; delete it to get a new one.")
         self.max_output_bytes = max_output_bytes
         self._drafts, self._secret, self._now_s = drafts, secret, now_s
+        self._rooms = Rooms(self._lying)
+        self.touched: set[tuple[str, int]] = set()
 
     # ---- in ------------------------------------------------------------------------------------------------
 
@@ -98,56 +118,76 @@ class Blobs(ABC):
             self._publish(draft, name)
             return name
 
-        key, draft = await self._drafts.receive(data, limit, expected, publish)
+        def grow(size: int) -> None:
+            if size > limit:
+                raise refuse("payload_too_large", f"The file exceeds {limit} bytes.")
+
+        key, draft = await self._drafts.receive(data, grow, expected, publish)
         return StoredBlob(key, draft.size, draft.digest.hexdigest())
 
     async def put_output(
-        self, job: str, attempt: int, name: str, data: AsyncIterator[bytes], expected: str = "", at: int = 0
+        self,
+        job: str,
+        attempt: int,
+        name: str,
+        data: AsyncIterator[bytes],
+        expected: str = "",
+        at: int = 0,
+        bounds: Bounds = WIDEST,
     ) -> StoredBlob:
         """Store an output of an attempt.
 
         Args:
             at: how many of its bytes are here already, as `received` told; `data` is the rest.
+            bounds: how much the attempt may leave.
 
         Raises:
             FaultError: as `put`; invalid_request for its name; conflict when other bytes are here than `at` says.
 
         Cancellation: what came is kept for a later try when `expected` is told.
         """
-        await self._check_output(job, attempt, name)
 
         def publish(draft: Draft) -> str:
             key = output_key(job, attempt, name, draft.digest.hexdigest())
             self._publish(draft, key)
             return key
 
-        part = _part(job, attempt, expected) if expected else ""
-        key, draft = await self._drafts.receive(data, self.max_output_bytes, expected, publish, part, at)
+        async with self._entered(job, attempt, name, expected, bounds) as coming:
+            part = part_name(job, attempt, expected) if expected else ""
+            key, draft = await self._drafts.receive(data, coming.grow, expected, publish, part, at)
         return StoredBlob(key, draft.size, draft.digest.hexdigest())
 
-    async def _check_output(self, job: str, attempt: int, name: str) -> None:
+    @asynccontextmanager
+    async def _entered(self, job: str, attempt: int, name: str, sha256: str, bounds: Bounds) -> AsyncIterator[Coming]:
+        """While an output comes; raises FaultError for a name, a number of files or a size that may not be."""
         if not is_safe_id(job) or attempt < 1 or not is_safe_name(name):
             raise refuse("invalid_request", "The name of an output has no slash and at most 150 bytes.", "name")
-        if len(await run_sync(self._outputs, job, attempt)) > MAX_OUTPUT_FILES:
-            raise refuse("payload_too_large", f"An attempt has at most {MAX_OUTPUT_FILES} output files and a result.")
+        limit = bounds.of(name, self.max_output_bytes)
+        try:
+            async with self._rooms.enter(job, attempt, name, sha256, limit, bounds) as coming:
+                yield coming
+        finally:
+            self.touched.add((job, attempt))
 
     async def received(self, job: str, attempt: int, sha256: str) -> int:
         """How many bytes of an output with this digest have come, before a connection broke; 0 for none.
 
         Who asks has lost that connection, whatever we know of it: it is ended, so that its bytes are all there.
         """
-        return await self._drafts.received(_part(job, attempt, sha256))
+        return await self._drafts.received(part_name(job, attempt, sha256))
 
-    async def place(self, job: str, attempt: int, name: str, sha256: str) -> str:
+    async def place(self, job: str, attempt: int, name: str, sha256: str, bounds: Bounds = WIDEST) -> str:
         """A URL to which exactly this output is PUT, past the coordinator; "" where outputs come to us.
 
         It can not be gone on with: an upload that broke begins anew. Raises FaultError as `put_output`.
         """
-        await self._check_output(job, attempt, name)
-        _part(job, attempt, sha256)
-        return ""
+        part_name(job, attempt, sha256)
+        async with self._entered(job, attempt, name, sha256, bounds):
+            return ""
 
-    async def claim(self, job: str, attempt: int, name: str, size: int, sha256: str) -> StoredBlob:
+    async def claim(
+        self, job: str, attempt: int, name: str, size: int, sha256: str, bounds: Bounds = WIDEST
+    ) -> StoredBlob:
         """Take over what was left at a `place`, once its size and its bytes are those that were declared.
 
         Raises:
@@ -167,7 +207,7 @@ class Blobs(ABC):
     async def find_named(self, job: str, attempt: int, name: str) -> str | None:
         """The key of the latest output that was uploaded under this name."""
         found = await run_sync(self._outputs, job, attempt)
-        mine = [(when, file) for file, when in found if file[65:] == name]
+        mine = [(one.when, one.name) for one in found if one.name[65:] == name]
         return f"{job}/{attempt}/{max(mine)[1]}" if mine else None
 
     async def open(self, key: str) -> anyio.AsyncFile[bytes]:
@@ -195,6 +235,17 @@ class Blobs(ABC):
         """Delete all outputs of a job and these inputs. Blocks; for a thread."""
 
     @abstractmethod
+    def tidy(self, job: str, attempt: int, keep: Collection[str]) -> None:
+        """Delete what an attempt left that is over, but for these outputs. Blocks."""
+
+    @abstractmethod
+    def left_lately(self, since_s: float) -> dict[tuple[str, int], set[str]]:
+        """Which attempts left something in the last `since_s` seconds, whichever coordinator received it.
+
+        With the keys of their outputs, and "" for what is none, or not yet. Blocks; it reads the names of all files.
+        """
+
+    @abstractmethod
     def sweep(self, input_used: Callable[[str], bool], job_known: Callable[[str], bool]) -> int:
         """Delete files that belong to no job and are older than an hour; return how many. Blocks."""
 
@@ -203,8 +254,12 @@ class Blobs(ABC):
         """Make a received file visible under its key, durably. Blocks."""
 
     @abstractmethod
-    def _outputs(self, job: str, attempt: int) -> list[tuple[str, float]]:
-        """Names, with their digests, and ages of an attempt's outputs. Blocks."""
+    def _outputs(self, job: str, attempt: int) -> list[Output]:
+        """An attempt's outputs. Blocks."""
+
+    def _lying(self, job: str, attempt: int) -> dict[str, int]:
+        """What an attempt has left: {digest}-{name} of outputs, {digest} of parts -> bytes. Blocks."""
+        return self._drafts.parts(job, attempt) | {one.name: one.size for one in self._outputs(job, attempt)}
 
     # ---- signed URLs ---------------------------------------------------------------------------------------
 
@@ -216,19 +271,20 @@ class Blobs(ABC):
         """A URL, relative to the coordinator, that fetches this one file for `ttl_s` seconds."""
         return f"{PREFIX}/{quote(key)}?{self._signed('GET', key, ttl_s)}"
 
-    def upload_template(self, job: str, attempt: int, ttl_s: float) -> str:
+    def upload_template(self, job: str, attempt: int, ttl_s: float, bounds: Bounds = WIDEST) -> str:
         """A URL with `{name}` in it, to which outputs of this one attempt are PUT for `ttl_s` seconds.
 
         Who fills it in percent-encodes the name.
         """
-        return f"{PREFIX}/{job}/{attempt}/{{name}}?{self._signed('PUT', f'{job}/{attempt}/', ttl_s)}"
+        signed = self._signed("PUT", upload_scope(job, attempt, bounds.text()), ttl_s)
+        return f"{PREFIX}/{job}/{attempt}/{{name}}?max={bounds.text()}&{signed}"
 
     def check(self, method: str, scope: str, expires: str, signature: str) -> None:
         """Judge a signed request.
 
         Args:
             method: GET or PUT.
-            scope: the key (GET), or `job/attempt/` (PUT).
+            scope: the key (GET), or `upload_scope` (PUT).
             expires, signature: as they stand in the URL.
 
         Raises:
@@ -276,13 +332,25 @@ def output_key(job: str, attempt: int, name: str, sha256: str) -> str:
     return f"{job}/{attempt}/{sha256}-{name}"
 
 
+def upload_scope(job: str, attempt: int, bounds: str) -> str:
+    """What the signature of an upload is for."""
+    return f"{job}/{attempt}/{bounds}"
+
+
+def attempt_of(key: str) -> tuple[str, int]:
+    """Whose output this is. Raises ValueError for a key of none."""
+    job, attempt, _name = key.split("/", 2)
+    return job, int(attempt)
+
+
 def plain_name(key: str) -> str:
     """What a file is called by who made it; the key itself for an input."""
     name = key.rsplit("/", 1)[-1]
     return name[65:] if "/" in key else name
 
 
-def _part(job: str, attempt: int, sha256: str) -> str:
+def part_name(job: str, attempt: int, sha256: str) -> str:
+    """What is kept of an output whose connection broke. Raises FaultError(invalid_request)."""
     if not is_safe_id(job) or attempt < 1 or not _SHA256.match(sha256.lower()):
         raise refuse("invalid_request", "A digest has 64 hexadecimal digits.", "X-Content-SHA256")
     return f"{job}.{attempt}.{sha256.lower()}"

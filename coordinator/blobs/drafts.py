@@ -10,6 +10,7 @@ from which a worker may go on, once they are an hour old: some shared folders ke
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -23,7 +24,7 @@ from pathlib import Path
 import anyio
 from anyio.to_thread import run_sync
 
-from protocol.faults import refuse
+from protocol.faults import FaultError, refuse
 
 WRITE_BYTES = 2**20  # a thread hop per MiB, not per network read
 LEFT_S = 3600.0  # nothing has come for so long: nobody writes there any more
@@ -122,7 +123,7 @@ class Drafts:
     async def receive(
         self,
         data: AsyncIterator[bytes],
-        limit: int,
+        grow: Callable[[int], None],
         expected: str,
         publish: Callable[[Draft], str],
         part: str = "",
@@ -131,14 +132,16 @@ class Drafts:
         """Receive a file.
 
         Args:
-            limit: most bytes it may have.
+            grow: called with its size, with that of each piece before it is kept; raises FaultError when it is too
+                much, and then nothing is kept.
             expected: sha256 in hex that it must have; "" for any.
             publish: called in a thread with the whole file; makes it visible and returns its key.
             part: the name under which it may be kept in parts.
             at: how much of it is here.
 
         Raises:
-            FaultError: payload_too_large, upload_failed (another digest), storage_full, conflict.
+            FaultError: what `grow` raises, upload_failed (another digest), storage_full, conflict (also when it was
+                deleted meanwhile).
 
         Cancellation: with a part what came is kept, otherwise nothing stays behind.
         """
@@ -154,13 +157,15 @@ class Drafts:
             if there != at:
                 raise refuse("conflict", "Another number of bytes has come before; ask for it again.")
             with scope:
-                await _fill(draft, data, limit, at)
+                await _fill(draft, data, grow, at)
             if scope.cancelled_caught:
                 raise refuse("conflict", "The same file comes on a newer connection.")
             if expected and not hmac.compare_digest(expected.lower().encode(), draft.digest.hexdigest().encode()):
                 draft.spoiled = True
                 raise refuse("upload_failed", "The file arrived with another sha256 than announced; send it again.")
             return await run_sync(publish, draft), draft
+        except FileNotFoundError:
+            raise refuse("conflict", "The file is not wanted any more.") from None
         except OSError as error:
             if error.errno in _FULL:
                 draft.spoiled = True
@@ -187,10 +192,23 @@ class Drafts:
             scope.cancel()
             await over.wait()
 
-    def forget(self, job: str) -> None:
-        """Delete all parts of a job. Blocks."""
-        for part in (self._folder / "parts").glob(f"{job}.*"):
+    def forget(self, job: str, attempt: int | None = None) -> None:
+        """Delete all parts of a job, or of one of its attempts. Blocks."""
+        for part in (self._folder / "parts").glob(f"{job}.*" if attempt is None else _of(job, attempt)):
             part.unlink(missing_ok=True)
+
+    def parts(self, job: str, attempt: int) -> dict[str, int]:
+        """What came of an attempt's outputs: sha256 -> bytes, also while more comes. Blocks."""
+        found: dict[str, int] = {}
+        for part in (self._folder / "parts").glob(_of(job, attempt)):
+            with contextlib.suppress(FileNotFoundError):
+                found[part.name.rpartition(".")[2]] = part.stat().st_size
+        return found
+
+    def attempts(self) -> set[tuple[str, int]]:
+        """Of which attempts there are parts. Blocks."""
+        names = (part.name.rsplit(".", 2) for part in (self._folder / "parts").iterdir())
+        return {(job, int(attempt)) for job, attempt, _sha256 in names}
 
     def sweep(self) -> int:
         """Delete what nobody receives any more, uploads after two minutes, parts after an hour; how many. Blocks."""
@@ -231,15 +249,14 @@ def _still_there(path: Path, fd: int) -> bool:
         return False
 
 
-async def _fill(draft: Draft, data: AsyncIterator[bytes], limit: int, at: int) -> None:
+async def _fill(draft: Draft, data: AsyncIterator[bytes], grow: Callable[[int], None], at: int) -> None:
     pending = bytearray()
     size = at
     try:
+        _grown(draft, grow, size)
         async for piece in data:
             size += len(piece)
-            if size > limit:
-                draft.spoiled = True
-                raise refuse("payload_too_large", f"The file exceeds {limit} bytes.")
+            _grown(draft, grow, size)
             pending += piece
             if len(pending) >= WRITE_BYTES:
                 await run_sync(draft.write, bytes(pending))
@@ -248,6 +265,18 @@ async def _fill(draft: Draft, data: AsyncIterator[bytes], limit: int, at: int) -
         if not draft.spoiled:
             with anyio.CancelScope(shield=True):
                 await run_sync(draft.write, bytes(pending))
+
+
+def _of(job: str, attempt: int) -> str:
+    return f"{job}.{attempt}.{'?' * 64}"  # the whole digest: there may be a dot in an id
+
+
+def _grown(draft: Draft, grow: Callable[[int], None], size: int) -> None:
+    try:
+        grow(size)
+    except FaultError:
+        draft.spoiled = True
+        raise
 
 
 def _length(path: Path) -> int:

@@ -7,11 +7,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from coordinator.blobs.base import MAX_OUTPUT_BYTES, ORPHAN_S, SECRET_BYTES, Blobs, below
+from coordinator.blobs.base import ORPHAN_S, SECRET_BYTES, Blobs, Output, below
+from coordinator.blobs.bounds import MAX_OUTPUT_BYTES
 from coordinator.blobs.drafts import Draft, Drafts, mtime
 from protocol.faults import refuse
 from protocol.ids import is_safe_id
@@ -62,6 +63,29 @@ class FolderBlobs(Blobs):
             shutil.rmtree(self._folder / "out" / job, ignore_errors=True)
             self._drafts.forget(job)
 
+    def tidy(self, job: str, attempt: int, keep: Collection[str]) -> None:
+        """See `Blobs`."""
+        self._drafts.forget(job, attempt)
+        folder = self._folder / "out" / job / str(attempt)
+        with contextlib.suppress(FileNotFoundError):
+            for file in list(folder.iterdir()):
+                if f"{job}/{attempt}/{file.name}" not in keep:
+                    file.unlink(missing_ok=True)
+            if not keep:
+                with contextlib.suppress(OSError):  # something came just now: whoever received it will say so
+                    folder.rmdir()
+
+    def left_lately(self, since_s: float) -> dict[tuple[str, int], set[str]]:
+        """See `Blobs`."""
+        since = self._now_s() - since_s
+        found = {whose: {""} for whose in self._drafts.attempts()}
+        for folder in (self._folder / "out").glob("*/*"):
+            if folder.name.isdecimal() and since <= mtime(folder) < float("inf"):
+                job, attempt = folder.parent.name, int(folder.name)
+                keys = {f"{job}/{attempt}/{one.name}" for one in self._outputs(job, attempt)}
+                found.setdefault((job, attempt), set()).update(keys)
+        return found
+
     def sweep(self, input_used: Callable[[str], bool], job_known: Callable[[str], bool]) -> int:
         """See `Blobs`."""
         before = self._now_s() - ORPHAN_S
@@ -78,11 +102,14 @@ class FolderBlobs(Blobs):
     def _publish(self, draft: Draft, key: str) -> None:
         draft.move(self.path(key))
 
-    def _outputs(self, job: str, attempt: int) -> list[tuple[str, float]]:
-        try:
-            return [(file.name, mtime(file)) for file in (self._folder / "out" / job / str(attempt)).iterdir()]
-        except FileNotFoundError:
-            return []
+    def _outputs(self, job: str, attempt: int) -> list[Output]:
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for file in (self._folder / "out" / job / str(attempt)).iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat()
+                    found.append(Output(file.name, status.st_mtime, status.st_size))
+        return found
 
 
 def _secret(path: Path) -> bytes:

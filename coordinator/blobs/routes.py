@@ -13,10 +13,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.blobs.answers import UNKNOWN, blob_response
-from coordinator.blobs.base import PREFIX, Blobs, plain_name
+from coordinator.blobs.base import PREFIX, Blobs, plain_name, upload_scope
+from coordinator.blobs.bounds import Bounds, parse
 from coordinator.errors import Json, fault_response
 from protocol.faults import FaultError, refuse
 
+NAME_CHARS = 150  # of a name that is no good, in a refusal
 IDLE_S = 60.0  # twice what a worker waits before it gives a connection up
 PLACED = "x-placed-bytes"  # of a PUT without a body: the output lies at its place, and has so many bytes
 Admit = Callable[[str, int], Awaitable[bool]]
@@ -57,7 +59,7 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
     async def received(request: Request) -> Response:
         try:
             job, attempt = (request.path_params[part] for part in ("job", "attempt"))
-            blobs.check("PUT", f"{job}/{attempt}/", *_signature(request))
+            _bounds(request, blobs)
             count = await blobs.received(job, attempt, request.headers.get("x-content-sha256", ""))
         except FaultError as error:
             return fault_response(error.fault)
@@ -65,8 +67,8 @@ def blob_routes(blobs: Blobs, admit: Admit | None = None) -> list[Route]:
 
     async def place(request: Request) -> Response:
         try:
-            job, attempt, name = await _admitted(request, blobs, admit)
-            url = await blobs.place(job, attempt, name, request.headers.get("x-content-sha256", ""))
+            job, attempt, name, bounds = await _admitted(request, blobs, admit)
+            url = await blobs.place(job, attempt, name, request.headers.get("x-content-sha256", ""), bounds)
         except FaultError as error:
             return fault_response(error.fault)
         return Json({"url": url}, headers={"cache-control": "no-store"})
@@ -91,28 +93,37 @@ def download_route(path: str, blobs: Blobs) -> Route:
     return Route(path, download, methods=["GET"])
 
 
-async def _admitted(request: Request, blobs: Blobs, admit: Admit | None) -> tuple[str, int, str]:
+def _bounds(request: Request, blobs: Blobs) -> Bounds:
+    """What the URL allows, which is judged here."""
+    job, attempt = (request.path_params[part] for part in ("job", "attempt"))
+    told = request.query_params.get("max", "")
+    blobs.check("PUT", upload_scope(job, attempt, told), *_signature(request))
+    return parse(told)
+
+
+async def _admitted(request: Request, blobs: Blobs, admit: Admit | None) -> tuple[str, int, str, Bounds]:
     job, attempt, name = (request.path_params[part] for part in ("job", "attempt", "name"))
-    blobs.check("PUT", f"{job}/{attempt}/", *_signature(request))
+    bounds = _bounds(request, blobs)
     if admit is not None and not await admit(job, attempt):
         raise refuse("conflict", "This attempt is over; its outputs are not wanted any more.")
-    return job, attempt, name
+    return job, attempt, name, bounds
 
 
 async def _upload(request: Request, blobs: Blobs, admit: Admit | None) -> Response:
-    job, attempt, name = await _admitted(request, blobs, admit)
+    job, attempt, name, bounds = await _admitted(request, blobs, admit)
+    expected = request.headers.get("x-content-sha256", "")
     placed = request.headers.get(PLACED)
     if placed is not None:
         size = int(placed) if re.fullmatch(r"[0-9]{1,15}", placed) else -1
-        stored = await blobs.claim(job, attempt, name, size, request.headers.get("x-content-sha256", "").lower())
+        stored = await blobs.claim(job, attempt, name, size, expected.lower(), bounds)
         return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
     declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > blobs.max_output_bytes:
-        raise refuse("payload_too_large", f"An output has at most {blobs.max_output_bytes} bytes.")
-    expected = request.headers.get("x-content-sha256", "")
+    most = bounds.of(name, blobs.max_output_bytes)
+    if not declared.isdigit() or int(declared) > most:
+        raise refuse("payload_too_large", f"The file {name[:NAME_CHARS]!r} may have at most {most} bytes.", "name")
     at = _offset(request.headers.get("content-range", ""), bool(expected))
     async with aclosing(request.stream()) as body, aclosing(_paced(body)) as data:
-        stored = await blobs.put_output(job, attempt, name, data, expected, at)
+        stored = await blobs.put_output(job, attempt, name, data, expected, at, bounds)
     return Json({"key": stored.key, "size": stored.size, "sha256": stored.sha256}, status_code=201)
 
 

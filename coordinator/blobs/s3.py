@@ -23,7 +23,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,10 +32,12 @@ from anyio.to_thread import run_sync
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.store import S3Store
 
-from coordinator.blobs.base import MAX_OUTPUT_BYTES, ORPHAN_S, SECRET_BYTES, Blobs, StoredBlob, object_name
+from coordinator.blobs.base import ORPHAN_S, SECRET_BYTES, Blobs, Output, StoredBlob, attempt_of, object_name, part_name
+from coordinator.blobs.bounds import MAX_OUTPUT_BYTES, WIDEST, Bounds
 from coordinator.blobs.drafts import Draft, Drafts
 from protocol.faults import refuse
 from protocol.ids import is_safe_id
+from protocol.link_wire import RESULT_FILE
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class S3Blobs(Blobs):
         FaultError: the store refuses, or cannot be reached.
     """
 
+    lasting_s = PLACE_S + 60.0  # clocks differ
+
     def __init__(
         self,
         store: S3Store,
@@ -66,28 +70,37 @@ class S3Blobs(Blobs):
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._placed: dict[tuple[str, int], dict[str, int]] = {}  # {digest}-{name} of what may be on its way past us
         super().__init__(Drafts(drafts, now_s), _secret(store), max_output_bytes, now_s)
 
     # ---- in ------------------------------------------------------------------------------------------------
 
-    def upload_template(self, job: str, attempt: int, ttl_s: float) -> str:
-        """See `Blobs`."""
-        return super().upload_template(job, attempt, ttl_s) + "&direct=1"
+    def upload_template(self, job: str, attempt: int, ttl_s: float, bounds: Bounds = WIDEST) -> str:
+        """See `Blobs`. What has close bounds comes through us, where they are kept while it comes."""
+        return super().upload_template(job, attempt, ttl_s, bounds) + ("&direct=1" if bounds.files else "")
 
-    async def place(self, job: str, attempt: int, name: str, sha256: str) -> str:
-        """See `Blobs`."""
-        await super().place(job, attempt, name, sha256)
-        where = _left(job, attempt, name, sha256.lower())
-        return await run_sync(self._presigned, "PUT", where, PLACE_S)
+    async def place(self, job: str, attempt: int, name: str, sha256: str, bounds: Bounds = WIDEST) -> str:
+        """See `Blobs`; "" for the file of a result."""
+        sha256 = sha256.lower()
+        nowhere = await super().place(job, attempt, name, sha256, bounds)
+        if name == RESULT_FILE:
+            return nowhere
+        self._placed.setdefault((job, attempt), {})[f"{sha256}-{name}"] = 0
+        return await run_sync(self._presigned, "PUT", _left(job, attempt, name, sha256), PLACE_S)
 
-    async def claim(self, job: str, attempt: int, name: str, size: int, sha256: str) -> StoredBlob:
+    async def claim(
+        self, job: str, attempt: int, name: str, size: int, sha256: str, bounds: Bounds = WIDEST
+    ) -> StoredBlob:
         """See `Blobs`."""
         if (known := await self.find_output(job, attempt, name, size, sha256)) is not None:
             return StoredBlob(known, size, sha256)  # asked again, as the answer was lost
-        await super().place(job, attempt, name, sha256)
-        return await run_sync(self._claim, job, attempt, name, size, sha256)
+        part_name(job, attempt, sha256)
+        async with self._entered(job, attempt, name, sha256, bounds) as coming:
+            return await run_sync(self._claim, job, attempt, name, size, sha256, coming.grow)
 
-    def _claim(self, job: str, attempt: int, name: str, size: int, sha256: str) -> StoredBlob:
+    def _claim(
+        self, job: str, attempt: int, name: str, size: int, sha256: str, grow: Callable[[int], None]
+    ) -> StoredBlob:
         left, key = _left(job, attempt, name, sha256), f"{job}/{attempt}/{sha256}-{name}"
         copy = f"check/{secrets.token_hex(16)}"
         with _spoken():
@@ -95,8 +108,7 @@ class S3Blobs(Blobs):
             try:
                 if there is None:
                     raise refuse("upload_failed", "The output has not come to its place; send it again.")
-                if there > self.max_output_bytes:
-                    raise refuse("payload_too_large", f"An output has at most {self.max_output_bytes} bytes.")
+                grow(there)
                 if there == size:
                     obstore.copy(self._store, left, copy)
                 if there != size or self._digest(copy, size) != sha256:
@@ -150,6 +162,28 @@ class S3Blobs(Blobs):
                 self._drafts.forget(job)
             self._delete(names)
 
+    def tidy(self, job: str, attempt: int, keep: Collection[str]) -> None:
+        """See `Blobs`."""
+        self._drafts.forget(job, attempt)
+        self._placed.pop((job, attempt), None)
+        kept = {_name(key) for key in keep}
+        with _spoken():
+            found = [name for folder in ("out", "up") for name, _ in self._listed(f"{folder}/{job}/{attempt}")]
+            self._delete([name for name in found if name not in kept])
+
+    def left_lately(self, since_s: float) -> dict[tuple[str, int], set[str]]:
+        """See `Blobs`."""
+        since = self._now_s() - since_s
+        found = {whose: {""} for whose in self._drafts.attempts()}
+        with _spoken():
+            for folder in ("out", "up"):
+                for name, when in self._listed(folder):
+                    if when >= since:
+                        key = name.partition("/")[2]
+                        keys = found.setdefault(attempt_of(key), set())
+                        keys.add(_key(key) if folder == "out" else "")
+        return found
+
     def sweep(self, input_used: Callable[[str], bool], job_known: Callable[[str], bool]) -> int:
         """See `Blobs`. Reads the names of all files; what workers left and did not declare goes after six hours."""
         now, known = self._now_s(), functools.cache(job_known)
@@ -169,9 +203,20 @@ class S3Blobs(Blobs):
             self._delete(lost)
         return len(lost) + self._drafts.sweep()
 
-    def _outputs(self, job: str, attempt: int) -> list[tuple[str, float]]:
+    def _outputs(self, job: str, attempt: int) -> list[Output]:
+        return self._files("out", job, attempt)
+
+    def _lying(self, job: str, attempt: int) -> dict[str, int]:
+        left = {one.name: one.size for one in self._files("up", job, attempt)}
+        return self._placed.get((job, attempt), {}) | left | super()._lying(job, attempt)
+
+    def _files(self, folder: str, job: str, attempt: int) -> list[Output]:
         with _spoken():
-            return [(_plain(name.rpartition("/")[2]), when) for name, when in self._listed(f"out/{job}/{attempt}")]
+            return [
+                Output(_plain(one["path"].rpartition("/")[2]), one["last_modified"].timestamp(), one["size"])
+                for page in obstore.list(self._store, prefix=f"{folder}/{job}/{attempt}")
+                for one in page
+            ]
 
     # ---- the store -----------------------------------------------------------------------------------------
 
@@ -232,6 +277,12 @@ def _name(key: str) -> str:
         return name
     folder, _, last = name.rpartition("/")
     return f"{folder}/{last[:65]}{base64.urlsafe_b64encode(last[65:].encode()).decode().rstrip('=')}"
+
+
+def _key(coded: str) -> str:
+    """The key of what lies in out/ under this name."""
+    folder, _, last = coded.rpartition("/")
+    return f"{folder}/{_plain(last)}"
 
 
 def _plain(last: str) -> str:

@@ -140,6 +140,18 @@ class OpenAttempt(msgspec.Struct, frozen=True):
     streamed: bool = False
 
 
+class JobFiles(msgspec.Struct, frozen=True):
+    """How a job stands with its files.
+
+    Attributes:
+        attempt: the one that is offered or running, 0 for none: all others are over for good.
+        files: keys of its outputs.
+    """
+
+    attempt: int = 0
+    files: frozenset[str] = frozenset()
+
+
 class Adoption(msgspec.Struct, frozen=True):
     """Answer to a worker that still holds an attempt.
 
@@ -287,6 +299,9 @@ class Store(Shelf, Deployments, Watch, Protocol):
 
     def open_attempts(self) -> list[OpenAttempt]:
         """All rows that are offered or running and held by this coordinator."""
+
+    def job_files(self, job_id: str) -> JobFiles:
+        """Which attempt is open, whoever holds it, and what outputs the job has; nothing of one that is unknown."""
 
     def leave_unattended(self, fault: Fault) -> list[JobRecord]:
         """To cancelled: all jobs whose clients waited on connections of an earlier life. For the start alone; where

@@ -127,6 +127,11 @@ def succeeded(running: JobRecord, outcome: Outcome, now: int) -> JobRecord:
     )
 
 
+def files_of(column: Any) -> tuple[StoredFile, ...]:
+    """What stands in the column `files`."""
+    return _files(column) if column else ()
+
+
 def record(row: Row, *, light: bool = False) -> JobRecord:
     """The row as others see it; `light` rows have only the columns of `LIGHT`."""
     state: JobState = "queued" if row["state"] == "offered" else row["state"]
@@ -144,7 +149,7 @@ def record(row: Row, *, light: bool = False) -> JobRecord:
         started_ms=row["started_ms"],
         finished_ms=row["finished_ms"],
         result=None if light else row["result"],
-        files=_files(row["files"]) if row["files"] else (),
+        files=files_of(row["files"]),
         usage=_usage(row["usage"]) if row["usage"] else {},
         # A job that waits for its next try has had a fault, but is not at fault yet.
         fault=_fault(row["fault"]) if state in ("failed", "cancelled") and row["fault"] else None,

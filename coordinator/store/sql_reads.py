@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from coordinator.records import JobRecord, Submission
-from coordinator.store.base import SILENT_MS, OpenAttempt
+from coordinator.store.base import SILENT_MS, OpenAttempt, JobFiles
 from coordinator.store.needs import Labels, asked_labels
-from coordinator.store.rows import LATER, LIGHT, record, same_request
+from coordinator.store.rows import LATER, LIGHT, files_of, record, same_request
 from coordinator.store.sql_watch import SqlWatch
 
 
@@ -79,6 +79,15 @@ class SqlReads(SqlWatch):
             OpenAttempt(r["id"], r["attempt"], r["state"], r["worker"], r["kind"], r["model"], bool(r["streamed"]))
             for r in rows
         ]
+
+    def job_files(self, job_id: str) -> JobFiles:
+        """Which attempt is open, whoever holds it, and what outputs the job has; nothing of one that is unknown."""
+        rows = self._read("SELECT state, attempt, files FROM jobs WHERE id = :id", id=job_id)
+        if not rows:
+            return JobFiles()
+        [row] = rows
+        attempt = row["attempt"] if row["state"] in ("offered", "running") else 0
+        return JobFiles(attempt, frozenset(file.blob for file in files_of(row["files"])))
 
     def queued(self) -> dict[tuple[str, str], int]:
         """(kind, model) -> jobs that wait."""

@@ -27,6 +27,7 @@ from protocol.faults import Fault, FaultError
 FAST = DispatchSettings(poll_s=0.05, sweep_s=0.05, worker_grace_s=0.5, startup_grace_s=0.5, repair_s=0.2)
 
 DONE = msgspec.Raw(msgspec.msgpack.encode({"content": "done"}))
+TOOL = wire.ModelOffer(name="tool", kinds=("x-tool",), engine="e")  # its jobs have files
 
 
 @pytest.fixture
@@ -107,16 +108,17 @@ def test_inputs_are_fetched_and_outputs_left_by_url(desk: Desk) -> None:
         assert desk.get(record.id).state == "succeeded"
 
 
-def test_a_result_whose_files_are_missing_is_tried_again(desk: Desk, worker: RawWorker) -> None:
-    record, events = desk.follow()
-    offer = worker.take()
-    file = worker.upload(offer, "a.txt", b"x")
-    assert worker.complete(offer, files=(msgspec.structs.replace(file, size=2),)).verdict == "stored"
-    offer = worker.take()
-    assert offer.attempt == 2
-    worker.complete(offer)
-    assert isinstance(events.result(PATIENCE_S)[-1], JobEnded)
-    assert desk.get(record.id).tries == 2
+def test_a_result_whose_files_are_missing_is_tried_again(desk: Desk) -> None:
+    with desk.worker("w1", TOOL) as worker:
+        record, events = desk.follow(kind="x-tool", model="tool")
+        offer = worker.take()
+        file = worker.upload(offer, "a.txt", b"x")
+        assert worker.complete(offer, files=(msgspec.structs.replace(file, size=2),)).verdict == "stored"
+        offer = worker.take()
+        assert offer.attempt == 2
+        worker.complete(offer)
+        assert isinstance(events.result(PATIENCE_S)[-1], JobEnded)
+        assert desk.get(record.id).tries == 2
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
@@ -484,9 +486,10 @@ def test_a_running_job_is_stopped_after_its_deadline(tmp_path: Path) -> None:
 
 
 def test_old_jobs_and_their_files_are_deleted(tmp_path: Path) -> None:
-    with running_desk(tmp_path, msgspec.structs.replace(FAST, purge_s=0.05)) as desk, desk.worker() as worker:
+    with running_desk(tmp_path, msgspec.structs.replace(FAST, purge_s=0.05)) as desk, desk.worker("w1", TOOL) as worker:
         stored = desk.call(desk.blobs.put, pieces(b"x"), 100)
-        record, events = desk.follow(inputs=(StoredInput("audio", stored.key, 1, stored.sha256),))
+        file = StoredInput("audio", stored.key, 1, stored.sha256)
+        record, events = desk.follow(kind="x-tool", model="tool", inputs=(file,))
         offer = worker.take()
         worker.complete(offer, files=(worker.upload(offer, "a", b"x"),))
         end = events.result(PATIENCE_S)[-1]

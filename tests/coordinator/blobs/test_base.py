@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from coordinator.blobs.base import ORPHAN_S, StoredBlob, is_safe_name
+from coordinator.blobs.bounds import WIDEST
 from coordinator.blobs.drafts import YOUNG_S
 from coordinator.blobs.folder import FolderBlobs
 from coordinator.testing_link import pieces
@@ -298,7 +299,8 @@ def test_a_signature_is_good_for_its_own_request_only(blobs: FolderBlobs) -> Non
     expires, good = signature(blobs.url(ABSENT, 60))
     blobs.check("GET", ABSENT, expires, good)
     upload_expires, upload = signature(blobs.upload_template("job_1", 2, 60))
-    blobs.check("PUT", "job_1/2/", upload_expires, upload)
+    mine = f"job_1/2/{WIDEST.text()}"
+    blobs.check("PUT", mine, upload_expires, upload)
     for method, scope, exp, sig in (
         ("PUT", ABSENT, expires, good),
         ("GET", ABSENT[:-1] + "1", expires, good),
@@ -308,9 +310,10 @@ def test_a_signature_is_good_for_its_own_request_only(blobs: FolderBlobs) -> Non
         ("GET", ABSENT, "", good),
         ("GET", ABSENT, "x", good),
         ("GET", ABSENT, expires, "ü"),
-        ("PUT", "job_1/1/", upload_expires, upload),
-        ("PUT", "job_2/2/", upload_expires, upload),
-        ("GET", "job_1/2/", upload_expires, upload),
+        ("PUT", mine.replace("/2/", "/1/"), upload_expires, upload),
+        ("PUT", mine.replace("job_1", "job_2"), upload_expires, upload),
+        ("PUT", mine + "0", upload_expires, upload),  # ten times as much
+        ("GET", mine, upload_expires, upload),
     ):
         with pytest.raises(FaultError) as caught:
             blobs.check(method, scope, exp, sig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -15,10 +15,11 @@ import pytest
 from anyio import to_thread
 
 from coordinator.blobs.base import ORPHAN_S, Blobs
-from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.bounds import NONE, Bounds
 from coordinator.blobs.opening import BlobsConfig, BlobsRefusal, open_blobs
 from coordinator.testing_link import pieces
 from protocol.faults import FaultError
+from protocol.link_wire import RESULT_FILE
 
 pytest.importorskip("obstore", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not installed")
@@ -31,23 +32,7 @@ DIGEST = hashlib.sha256(DATA).hexdigest()
 ABSENT = "blob_" + "0" * 26
 ODD = "a b?%2e#ü+&=*.png"
 Make = Callable[..., Blobs]
-
-
-@pytest.fixture(scope="module")
-def rig() -> Iterator[S3Rig]:
-    from tests.coordinator.s3_rig import s3_server
-
-    with s3_server() as rig:
-        yield rig
-
-
-@pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.coordinator.s3_rig import ID, SECRET
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ID)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+TWO = Bounds(2, 3 * 2**20, 4 * 2**20)
 
 
 def config(rig: S3Rig, tmp_path: Path, **more: Any) -> BlobsConfig:
@@ -57,23 +42,6 @@ def config(rig: S3Rig, tmp_path: Path, **more: Any) -> BlobsConfig:
 @pytest.fixture
 def s3(rig: S3Rig, keys: None, tmp_path: Path) -> Blobs:
     return open_blobs(config(rig, tmp_path), tmp_path / "state")
-
-
-@pytest.fixture(params=["folder", "s3"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
-    """Opens the same store again and again."""
-    if request.param == "folder":
-        return lambda **more: FolderBlobs(tmp_path / "blobs", **more)
-    rig = request.getfixturevalue("rig")
-    request.getfixturevalue("keys")
-
-    def opened(**more: Any) -> Blobs:
-        blobs = open_blobs(config(rig, tmp_path), tmp_path / "state")
-        for name, value in more.items():
-            setattr(blobs, {"now_s": "_now_s"}.get(name, name), value)
-        return blobs
-
-    return opened
 
 
 def code(caught: pytest.ExceptionInfo[FaultError]) -> str:
@@ -261,6 +229,21 @@ async def test_a_url_is_good_for_its_own_file_method_and_time(s3: Blobs, rig: S3
     ):
         assert (await asked(method, bad, b"x" if method == "PUT" else b"")).status_code == 403, bad
     assert set(rig.refused) <= {"SignatureDoesNotMatch", "AccessDenied"}
+
+
+async def test_what_is_on_its_way_past_us_counts_and_goes_with_its_attempt(s3: Blobs) -> None:
+    assert "direct=1" not in s3.upload_template("job_1", 1, 60, NONE)
+    assert await s3.place("job_1", 1, RESULT_FILE, DIGEST, TWO) == ""
+    await placed(s3, b"one", "one")
+    for name in ("two", "three"):
+        assert await s3.place("job_1", 1, name, DIGEST, TWO)
+    with pytest.raises(FaultError, match="at most 2 output files") as caught:
+        await s3.place("job_1", 1, "four", DIGEST, TWO)
+    assert code(caught) == "payload_too_large"
+    assert s3.left_lately(3600.0) == {("job_1", 1): {""}}
+    s3.tidy("job_1", 1, ())
+    assert [name for name, _ in s3._listed("") if name != "secret"] == []  # type: ignore[attr-defined]
+    assert s3.lasting_s > 900.0, "until then a URL may be used once more"
 
 
 async def test_what_workers_left_undeclared_is_swept(s3: Blobs) -> None:

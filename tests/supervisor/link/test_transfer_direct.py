@@ -168,12 +168,12 @@ async def test_what_was_spoilt_on_its_way_is_sent_again(port, blobs, rig, monkey
     tries = []
     claim = blobs.claim
 
-    async def spoilt(job, attempt, name, size, sha256):
+    async def spoilt(job, attempt, name, size, sha256, bounds):
         if not tries:
             url = await blobs.place(job, attempt, name, sha256)
             await to_thread.run_sync(lambda: httpx.put(url, content=b"x" * size))
         tries.append(name)
-        return await claim(job, attempt, name, size, sha256)
+        return await claim(job, attempt, name, size, sha256, bounds)
 
     monkeypatch.setattr(blobs, "claim", spoilt)
     with trio.fail_after(60):
