@@ -114,6 +114,7 @@ class StudioJobs:
         """Offer a job. Raises FaultError(unsupported) for what the contract has no word for."""
         claim = claim_of(key[0], offer, self._sources, self._url)
         self._done.pop(key[0], None)
+        self._idle_since = None  # what it said before knew nothing of this
         self._given[key[0]] = Given(key, offer.kind, parse_params(offer.kind, offer.params))
         self._say(frame("offer", claim=claim))
 

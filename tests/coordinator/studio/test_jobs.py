@@ -123,6 +123,20 @@ def test_what_was_said_before_the_accept_does_not_count(house: House) -> None:
     assert house.job(job)["state"] == "succeeded"
 
 
+def test_what_was_said_before_the_offer_does_not_count_either(house: House) -> None:
+    """The heartbeat passes the offer on its way; the accept of a worker that knows of no cancel is no violation."""
+    with house.worker().session() as it:
+        said_idle(it)
+        job = house.submit()
+        it.claim(accept=False)
+        house.client.post(f"/v1/jobs/{job}/cancel").raise_for_status()
+        it.beat()
+        it.send("accept", jobId=job)
+        it.send("completeJson", jobId=job, result=ANSWER)
+        assert it.expect("completeAck")["jobId"] == job
+        it.beat()
+
+
 def test_one_word_that_it_runs_the_job_counts_more_than_those_before(house: House) -> None:
     with house.worker().session() as it:
         job = house.submit(max_attempts=1)
