@@ -217,8 +217,7 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
                 **names,
             )
             if row is not None:
-                self._reopen_attempt(job_id, attempt)  # it waited for its next try, and this one goes on after all
-                return Adoption("adopted", record(row))
+                return Adoption("adopted", self._reopened(record(row), now))
             row = self._one("SELECT * FROM jobs WHERE id = :id AND attempt = :attempt", id=job_id, attempt=attempt)
         if row is None or row["worker"] not in ("", worker):
             return Adoption("fenced")
@@ -278,6 +277,7 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
             if isinstance(decided, Fault):
                 self._count([ended := self._fail_row(job_id, decided, now)], now)
                 return Ending("stored", ended)
+            self._count_attempt(record(row), now)
             row = self._one(
                 "UPDATE jobs SET state = 'queued', run_after_ms = :due, fault = :fault, alone = :alone, "
                 "crashes = :crashes, spared = :spared, started_ms = NULL WHERE id = :id RETURNING *",

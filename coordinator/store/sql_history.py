@@ -42,9 +42,21 @@ class SqlHistory(SqlUsage, SqlTurns):
             fault=_pack(fault) if fault else None,
         )
 
-    def _reopen_attempt(self, job_id: str, attempt: int) -> None:
-        """An attempt that was given up goes on."""
-        self._all("DELETE FROM attempts WHERE job = :id AND n = :attempt RETURNING n", id=job_id, attempt=attempt)
+    def _reopened(self, adopted: JobRecord, now: int) -> JobRecord:
+        """The row of an attempt that its worker still has; one that was given up goes on from its own beginning."""
+        kept = self._one(
+            "DELETE FROM attempts WHERE job = :id AND n = :attempt RETURNING began_ms, ended_ms",
+            id=adopted.id,
+            attempt=adopted.attempt,
+        )
+        if kept is None or kept["began_ms"] is None:
+            return adopted
+        row = self._one(
+            "UPDATE jobs SET started_ms = :began WHERE id = :id RETURNING *", id=adopted.id, began=kept["began_ms"]
+        )
+        assert row is not None
+        self._uncount_attempt(reopened := record(row), kept["ended_ms"], now)
+        return reopened
 
     def attempts_of(self, record: JobRecord) -> list[AttemptRecord]:
         """The attempts that workers accepted, in their order; of very many the latest."""

@@ -12,7 +12,16 @@ from typing import Any
 
 from coordinator.records import JobRecord
 from coordinator.store.sql_steps import SqlSteps, whole
-from coordinator.usage.report import AMOUNTS, DIMENSIONS, GROUPS, added_up, counted, late_amounts, whose
+from coordinator.usage.report import (
+    AMOUNTS,
+    DIMENSIONS,
+    GROUPS,
+    added_up,
+    attempt_amounts,
+    counted,
+    late_amounts,
+    whose,
+)
 
 NAMES = ", ".join((*DIMENSIONS, *AMOUNTS))
 FOLD = 5000  # rows of one move
@@ -59,6 +68,16 @@ class SqlUsage(SqlSteps):
     def _uncount(self, failed: JobRecord) -> None:
         """A job that failed is tried again, so it has not ended. The time that it held a slot was used, and stays."""
         self._append_usage(added_up([(whose(failed, failed.finished_ms or 0), {"failed": -1})]))
+
+    def _count_attempt(self, failed: JobRecord, now: int) -> None:
+        """Count the time of an attempt that failed, of a job that is tried again."""
+        if used := attempt_amounts(failed.started_ms, now):
+            self._append_usage(added_up([(whose(failed, now), used)]))
+
+    def _uncount_attempt(self, adopted: JobRecord, ended_ms: int, now: int) -> None:
+        """An attempt that was counted as failed goes on, and is counted when it ends, from its beginning."""
+        if used := attempt_amounts(adopted.started_ms, ended_ms):
+            self._append_usage(added_up([(whose(adopted, now), {name: -value for name, value in used.items()})]))
 
     def _append_usage(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:

@@ -49,7 +49,8 @@ def amounts(record: JobRecord) -> dict[str, int]:
 
     `busy_ms` is how long its last attempt held a slot, from its accept to its end, as the coordinator saw it; `gpu_ms`
     is the worker's `compute_ms`, and where the worker said none (a job that failed says none), the same as `busy_ms`.
-    Both count jobs that share an engine one by one.
+    Both count jobs that share an engine one by one. Attempts before the last were counted when they ended, for the
+    workers that had them: see `attempt_amounts`.
     """
     return dict.fromkeys(AMOUNTS, 0) | counted(record)
 
@@ -62,6 +63,15 @@ def counted(record: JobRecord) -> dict[str, int]:
         if (measured := _COLUMN.get(key)) is not None:
             found[measured[0]] = _whole(value * measured[1])
     return found
+
+
+def attempt_amounts(began_ms: int | None, ended_ms: int) -> dict[str, int]:
+    """What an attempt counts for that failed and whose job is tried again: its time, and no job.
+
+    It says nothing of what it used, so `gpu_ms` is what the coordinator saw.
+    """
+    busy = min(MOST, max(0, ended_ms - began_ms)) if began_ms is not None else 0
+    return {"busy_ms": busy, "gpu_ms": busy} if busy else {}
 
 
 def late_amounts(record: JobRecord) -> dict[str, int]:

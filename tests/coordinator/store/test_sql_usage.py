@@ -96,12 +96,53 @@ def test_every_other_end_is_counted(store: Store) -> None:
 def test_a_failed_attempt_that_is_tried_again_is_no_end(store: Store) -> None:
     submit(store, "a")
     one = start(store)
+    store.shift_clock(600_000)
     assert store.fail("a", one.attempt, "w", CRASH).requeued
+    assert store.fail("a", one.attempt, "w", CRASH).verdict == "fenced"
     assert counts(store) == (0, 0, 0)
+    used = total(store)["busy_ms"]
+    assert 600_000 <= used == total(store)["gpu_ms"]
     store.shift_clock(3_600_000)
     store.cancel("a", "default", CANCEL)  # it waited for an hour, and held no slot
     assert counts(store) == (0, 0, 1)
-    assert total(store)["busy_ms"] == 0
+    assert total(store)["busy_ms"] == used
+
+
+def test_each_attempt_counts_for_the_worker_that_had_it(store: Store) -> None:
+    submit(store, "a")
+    one = start(store, "w1")
+    store.shift_clock(600_000)
+    assert store.fail("a", one.attempt, "w1", CRASH).requeued
+    store.shift_clock(5000)
+    two = start(store, "w2")
+    store.shift_clock(1000)
+    store.complete("a", two.attempt, "w2", Outcome(b"\x80", (), {"compute_ms": 70.0}))
+    today = store.now_ms() // DAY_MS
+    first, second = store.usage(today - 1, today, ("worker",))
+    assert (first["worker"], first["succeeded"], first["failed"]) == ("w1", 0, 0)
+    assert first["busy_ms"] == first["gpu_ms"] >= 600_000
+    assert (second["worker"], second["succeeded"], second["gpu_ms"]) == ("w2", 1, 70)
+    assert 1000 <= second["busy_ms"] < 600_000
+
+
+def test_an_attempt_that_goes_on_after_all_counts_once_from_its_beginning(store: Store) -> None:
+    submit(store, "a")
+    one = start(store)
+    begun = store.get("a")
+    store.shift_clock(600_000)
+    assert store.fail("a", one.attempt, "w", CRASH).requeued
+    adopted = store.adopt("a", one.attempt, "w")
+    assert (adopted.verdict, adopted.record) == ("adopted", store.get("a"))
+    assert adopted.record is not None
+    assert begun is not None
+    assert adopted.record.started_ms == begun.started_ms
+    assert (total(store)["busy_ms"], total(store)["gpu_ms"]) == (0, 0)
+    store.shift_clock(1000)
+    store.complete("a", one.attempt, "w", Outcome(b"\x80", (), {"compute_ms": 601_000.0}))
+    found = total(store)
+    assert counts(store) == (1, 0, 0)
+    assert found["gpu_ms"] == 601_000
+    assert 601_000 <= found["busy_ms"] < 1_200_000
 
 
 def test_a_failed_job_that_is_tried_again_is_one_job(store: Store) -> None:
@@ -250,6 +291,12 @@ def test_sums_match_the_jobs_exactly(store: Store, seed: int) -> None:
         assert record is not None
         if record.ended:
             _expect(expected, record)
+        for attempt in store.attempts_of(record):
+            if attempt.outcome == "failed" and (record.started_ms is None or attempt.n != record.attempt):
+                assert attempt.began_ms is not None
+                assert attempt.ended_ms is not None
+                if took := attempt.ended_ms - attempt.began_ms:
+                    _sums(expected, record, attempt.worker)["busy_ms"] += took
     assert expected
     found = {}
     for row in store.usage(0, 10**6, ("tenant", "key", "worker", "model")):
@@ -279,9 +326,13 @@ def _step(store: Store, dice: random.Random, worker: str, names: list[str]) -> N
         store.complete(one.job, one.attempt, one.worker, one.outcome)  # its acknowledgement was lost
 
 
+def _sums(expected: dict[tuple[str, ...], dict[str, int]], record: JobRecord, worker: str) -> dict[str, int]:
+    owner = (record.tenant, record.key_id, worker, record.model)
+    return expected.setdefault(owner, dict.fromkeys((*OUTCOMES, *MEASURED, "busy_ms"), 0))
+
+
 def _expect(expected: dict[tuple[str, ...], dict[str, int]], record: JobRecord) -> None:
-    owner = (record.tenant, record.key_id, record.worker, record.model)
-    sums = expected.setdefault(owner, dict.fromkeys((*OUTCOMES, *MEASURED, "busy_ms"), 0))
+    sums = _sums(expected, record, record.worker)
     sums[record.state] += 1
     for column, key in MEASURED.items():
         sums[column] += int(record.usage.get(key, 0))
