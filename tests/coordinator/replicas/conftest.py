@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from coordinator.replicas import door, peer
 from coordinator.testing import Running, running
-from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, Start, until
+from tests.coordinator.replicas.rig import LONG_MS, PATIENCE_S, SECRET, Start, until
 from tests.coordinator.replicas.uploads_rig import replicas
 from tests.coordinator.studio_rig import FAST, House, opened
 
@@ -73,7 +73,12 @@ def start(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         def one() -> Running:
             doorway = open_doorway(ReplicaTable(listen="127.0.0.1:0", secret_file=str(secret)))
             return stack.enter_context(
-                running(folder / "state", studio=FAST, open_store=lambda: PostgresStore(database), doorway=doorway)
+                running(
+                    folder / "state",
+                    studio=FAST,
+                    open_store=lambda: PostgresStore(database, silent_ms=LONG_MS),
+                    doorway=doorway,
+                )
             )
 
         yield one

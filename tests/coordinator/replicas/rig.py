@@ -10,6 +10,7 @@ import anyio
 from coordinator.testing import Running
 
 PATIENCE_S = 60.0
+LONG_MS = 600_000  # of silence, after which a replica is taken for gone: no machine is so slow
 Start = Callable[[], Running]
 SECRET = "a-secret-of-all-replicas"
 

@@ -17,7 +17,7 @@ from coordinator.replicas.opening import ReplicaTable, open_doorway
 from coordinator.testing import running
 from coordinator.testing_studio import Admitted, capabilities, poll, register
 from tests.certificates import self_signed
-from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, until
+from tests.coordinator.replicas.rig import LONG_MS, PATIENCE_S, SECRET, until
 from tests.coordinator.replicas.uploads_rig import FORM, Slow, content, form, held, replicas, session
 from tests.coordinator.studio.test_uploads import MP4, PICTURE, png
 from tests.coordinator.studio_rig import FAST, House, opened
@@ -132,7 +132,7 @@ def test_uploads_are_passed_on_over_tls(apart: str, tmp_path: Path) -> None:
                 running(
                     tmp_path / "state",
                     studio=FAST,
-                    open_store=lambda: PostgresStore(apart),
+                    open_store=lambda: PostgresStore(apart, silent_ms=LONG_MS),
                     doorway=open_doorway(table),
                 )
             )

@@ -22,13 +22,10 @@ from coordinator.replicas import frames, uploads
 from coordinator.replicas.opening import ReplicaTable, open_doorway
 from coordinator.store.base import SILENT_MS
 from coordinator.testing import running
-from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, Start, until
+from tests.coordinator.replicas.rig import LONG_MS, PATIENCE_S, SECRET, Start, until
 from tests.coordinator.replicas.uploads_rig import Slow, content, held, replicas, session
 from tests.coordinator.studio.test_uploads import PICTURE, png
 from tests.coordinator.studio_rig import FAST, House, opened
-
-LONG_MS = 600_000
-
 
 # ---- the other replica is away ------------------------------------------------------------------------------
 
@@ -40,20 +37,29 @@ def assert_comes_again(answer: httpx.Response) -> None:
     assert answer.headers["x-should-retry"] == "true"
 
 
+@contextlib.contextmanager
+def unknown(house: House, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A replica knows of no other one."""
+    mine = replicas(house)
+    with monkeypatch.context() as patched:
+        patched.setattr(mine._directory, "peers", list)
+        until(lambda: not mine.peers)
+        yield
+    until(lambda: mine.peers)
+
+
 def test_while_the_other_replica_is_not_known_the_worker_shall_come_again(
     here: House, there: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = here.submit("image", PICTURE)
     with session(here, there.url) as (worker, it):
         it.claim()
-        with monkeypatch.context() as unknown:
-            unknown.setattr(replicas(here), "_peers", {})
+        with unknown(here, monkeypatch):
             assert_comes_again(worker.upload(job, png()))  # the row may not say yet that the offer was accepted
             until(lambda: here.job(job)["state"] == "running")
             assert_comes_again(worker.upload(job, png()))
         assert worker.upload(job, png()).is_success
-        with monkeypatch.context() as unknown:
-            unknown.setattr(replicas(here), "_peers", {})
+        with unknown(here, monkeypatch):
             assert worker.upload(job, png()).status_code == 409  # it has ended: nobody holds it
 
 
@@ -62,7 +68,6 @@ def test_a_replica_that_does_not_answer_costs_a_worker_nothing_but_time(
     here: House, there: House, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, taken, go_on = here.submit("image", PICTURE), threading.Event(), threading.Event()
-    (peer,) = (peer for peer in replicas(here).peers if peer.name == replicas(there).name)
 
     async def silent(*_: object) -> Response:
         taken.set()
@@ -71,7 +76,8 @@ def test_a_replica_that_does_not_answer_costs_a_worker_nothing_but_time(
 
     with session(here, there.url) as (worker, it), ThreadPoolExecutor(1) as pool:
         it.claim()
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, contextlib.ExitStack() as stack:
+            stack.callback(go_on.set)
             if how in ("it says nothing", "it is gone"):
                 patched.setattr(replicas(there), "uploaded", silent)
             if how == "it says nothing":
@@ -79,15 +85,12 @@ def test_a_replica_that_does_not_answer_costs_a_worker_nothing_but_time(
             elif how == "it is older":
                 patched.setattr(frames, "UPLOADS", "/replica/of-another-time/{worker}/{job}")
             elif how == "it cannot be reached":
-                patched.setattr(peer, "url", "ws://127.0.0.1:1")
+                patched.setattr(uploads, "_where", lambda *_: "http://127.0.0.1:1/")
             answer = pool.submit(worker.upload, job, png())
             if how == "it is gone":
                 assert taken.wait(PATIENCE_S)
-                here.there.loop.call_soon_threadsafe(lambda: [end() for end in list(peer._waiting)])
-            try:
-                assert_comes_again(answer.result(PATIENCE_S))
-            finally:
-                go_on.set()
+                stack.enter_context(unknown(here, monkeypatch))
+            assert_comes_again(answer.result(PATIENCE_S))
         until(lambda: here.job(job)["state"] == "running")
         assert worker.upload(job, png()).is_success
     assert content(here, job) == [png()]
@@ -166,12 +169,13 @@ from coordinator.replicas import door, peer
 from coordinator.replicas.opening import ReplicaTable, open_doorway
 from coordinator.store.postgres import PostgresStore
 from coordinator.testing import running
+from tests.coordinator.replicas.rig import LONG_MS
 from tests.coordinator.studio_rig import FAST
 
 url, folder = sys.argv[1], Path(sys.argv[2])
 peer.OPEN_S = peer.PING_S = door.PING_S = 60.0
 table = ReplicaTable(listen="127.0.0.1:0", secret_file=str(folder / "secret"))
-store = lambda: PostgresStore(url, silent_ms=600_000)
+store = lambda: PostgresStore(url, silent_ms=LONG_MS)
 with running(folder / "state", studio=FAST, open_store=store, doorway=open_doorway(table)) as it:
     print(it.url, it.coordinator.replicas.name, flush=True)
     sys.stdin.read()
