@@ -239,7 +239,8 @@ MIGRATIONS: tuple[str, ...] = (
     UPDATE jobs SET vt = 4611686018427387904 + 1000 WHERE state = 'queued' AND attempt = 0 AND run_after_ms > 0;
     DROP INDEX jobs_front;
     DROP INDEX jobs_turns;
-    CREATE INDEX jobs_turns ON jobs (model, needs, priority, tenant, vt) WHERE state = 'queued';
+    -- An expression of the tenant, so that no index of a tenant's jobs is taken for it where there are no statistics.
+    CREATE INDEX jobs_turns ON jobs (model, needs, priority, (tenant || ''), vt) WHERE state = 'queued';
     CREATE INDEX jobs_served ON jobs (model, priority, vt) WHERE attempt > 0;
     CREATE INDEX jobs_served_line ON jobs (model, needs, priority, vt) WHERE attempt > 0;
     CREATE INDEX jobs_later ON jobs (run_after_ms) WHERE state = 'queued' AND vt >= 4611686018427387904;

@@ -31,14 +31,14 @@ from coordinator.store.sql_steps import SqlSteps
 
 RIPEN = 200  # jobs that get their turn at once; more of them at the next claim
 _LINE = "model = :model AND needs = :needs AND priority = :priority"
-# Not max() and min(): before it has statistics, PostgreSQL reads all rows of them.
+# Neither max() nor min(), nor the bare tenant: before it has statistics, PostgreSQL would read all rows of them.
 _WAITING = f"SELECT vt FROM jobs WHERE state = 'queued' AND {_LINE} {{0}} LIMIT 1"
 _SERVED = f"SELECT vt FROM jobs WHERE attempt > 0 AND {{0}} AND vt < {LATER} ORDER BY vt DESC LIMIT 1"
 _OF_LINE = _SERVED.format(_LINE)
 _OF_MODEL = _SERVED.format("model = :model AND priority = :priority")
 _GONE = "SELECT vt FROM turns WHERE model = :model AND priority = :priority"
 _FIRST = _WAITING.format("ORDER BY vt")
-_LAST = _WAITING.format(f"AND tenant = :tenant AND vt < {LATER} ORDER BY vt DESC")
+_LAST = _WAITING.format(f"AND tenant || '' = :tenant AND vt < {LATER} ORDER BY vt DESC")
 _RIPE = (
     f"SELECT seq, model, needs, priority, tenant, vt - {LATER} AS step FROM jobs "
     f"WHERE state = 'queued' AND vt >= {LATER} AND run_after_ms <= :now ORDER BY run_after_ms, seq LIMIT {RIPEN}"

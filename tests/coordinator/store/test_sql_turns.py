@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coordinator.records import JobRecord, LotRecord, Submission
-from coordinator.store import Store
+from coordinator.store import SqliteStore, Store, sqlite_schema
 from coordinator.store.base import Held, Outcome, Want
 from coordinator.store.rows import LATER
 from coordinator.store.sql_turns import RIPEN
@@ -297,3 +299,103 @@ def test_no_tag_of_a_job_that_was_claimed_is_one_of_later(store: Any) -> None:
     tags = [row["vt"] for row in store._read("SELECT vt FROM jobs ORDER BY seq")]
     assert tags == [1000, 2000]
     assert max(tags) < LATER
+
+
+# ---- databases of before ----------------------------------------------------------------------------------
+
+_OLD = (
+    "INSERT INTO jobs (id, tenant, key_id, idempotency_key, fingerprint, kind, model, state, attempt, max_attempts, "
+    "priority, deadline_at_ms, created_ms, stream, vram_gb_estimate, traceparent, labels, params, inputs, vt, "
+    "run_after_ms) VALUES "
+)
+_OLD_ROWS = [
+    ("job_served", "b", "succeeded", 1, 5000, 0),
+    ("job_paused", "b", "queued", 1, 6000, 1),
+    ("job_next", "b", "queued", 0, 7000, 0),
+    ("job_due", "a", "queued", 0, 1, 1),
+    ("job_later", "a", "queued", 0, 1, 4_000_000_000_000),
+]
+
+
+def old_rows(nothing: str) -> str:
+    """The rows as text, with the database's own word for no bytes."""
+    rows = (
+        f"('{name}', '{tenant}', '', '', {nothing}, 'llm', 'm', '{state}', {attempt}, 3, 0, 0, 1, 0, 0, '', "
+        f"{nothing}, {nothing}, {nothing}, {vt}, {after})"
+        for name, tenant, state, attempt, vt, after in _OLD_ROWS
+    )
+    return _OLD + ", ".join(rows)
+
+
+def before(migrations: tuple[str, ...]) -> int:
+    return next(n for n, script in enumerate(migrations) if "CREATE TABLE turns" in script)
+
+
+def assert_goes_on(store: Any) -> None:
+    tags = {row["id"]: row["vt"] for row in store._read("SELECT id, vt FROM jobs")}
+    assert tags == {
+        "job_served": 5000,
+        "job_paused": 6000,
+        "job_next": 7000,
+        "job_due": LATER + 1000,
+        "job_later": LATER + 1000,
+    }
+    assert store.waiting() == {"a": (0, 2), "b": (2, 0)}
+    with store._transaction() as now:
+        store._ripen(now)
+    assert store.waiting() == {"a": (1, 1), "b": (2, 0)}
+    (due,) = store._read("SELECT vt FROM jobs WHERE id = 'job_due'")
+    assert due["vt"] == 7000
+
+
+def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    migrations = sqlite_schema.MIGRATIONS[: before(sqlite_schema.MIGRATIONS)]
+    connection = sqlite3.connect(tmp_path / "jobs.sqlite", isolation_level=None)
+    for number, script in enumerate(migrations, 1):
+        connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
+    connection.execute(old_rows("x'90'"))
+    connection.close()
+    store = SqliteStore(tmp_path / "jobs.sqlite")
+    try:
+        assert_goes_on(store)
+    finally:
+        store.close()
+
+
+def test_a_database_of_an_earlier_version_goes_on(space: str) -> None:
+    import psycopg
+
+    from coordinator.store import postgres_schema
+    from coordinator.store.postgres import PostgresStore
+
+    migrations = postgres_schema.MIGRATIONS[: before(postgres_schema.MIGRATIONS)]
+    with psycopg.connect(space, autocommit=True) as connection:
+        connection.execute("CREATE TABLE schema_version (version INTEGER NOT NULL)")
+        for number, script in enumerate(migrations, 1):
+            connection.execute(script.encode())
+            connection.execute("INSERT INTO schema_version VALUES (%s)", (number,))
+        connection.execute(old_rows("'\\x90'").encode())
+    store = PostgresStore(space)
+    try:
+        assert_goes_on(store)
+    finally:
+        store.close()
+
+
+def test_a_turn_is_looked_up_by_index_before_there_are_statistics(space: str) -> None:
+    from coordinator.store.postgres import PostgresStore
+
+    store = PostgresStore(space)
+    try:
+        backlog(store, "b", 300)
+        for _ in range(3):
+            serve(store, Want("m", ("llm",), 50))
+        names = {"model": "m", "needs": "", "priority": 0, "tenant": "t", "step": 1}
+        rows = store._read(f"EXPLAIN SELECT {store._turn} AS turn", **names)
+        plan = "\n".join(row["QUERY PLAN"] for row in rows)
+    finally:
+        store.close()
+    for index in ("jobs_served_line", "jobs_served", "jobs_waiting", "jobs_turns"):
+        assert f"using {index} on jobs" in plan, plan
+    assert "Sort" not in plan
+    assert plan.count("Limit") == 4
