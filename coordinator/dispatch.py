@@ -281,6 +281,7 @@ class Dispatcher:
         """Make the row; when a slot is free, claim in the same transaction instead of leaving that to the loop."""
         async with self._claiming:
             wants = self.attempts.fleet.wants(anyio.current_time(), s.model)
+            wants = [want for want in wants if not want.waited_ms]  # the others are not for a job that comes just now
             if wants:
                 write = self._store.insert_and_claim
                 record, created, claimed = await self._threads.write(write, job_id, s, wants)
@@ -367,6 +368,8 @@ class Dispatcher:
                 if sum(want.takes(job) for job, _ in claimed) < want.limit:
                     self._nothing_for.add(_slots_of(want))
             await self._place(claimed)
+        if self.waiting and (waited := max(want.waited_ms for want in wants)):
+            self._ring(waited / 1000)  # what is too young for a cold slot now, and is not taken elsewhere
 
     async def _place(self, claimed: Sequence[Claimed]) -> None:
         for record, left_ms in claimed:
@@ -436,7 +439,7 @@ class Dispatcher:
 
 def _slots_of(want: Want) -> tuple[object, ...]:
     """Which slots these are, however many of them are free."""
-    return (want.model, want.kinds, want.labels, want.vram_gb, want.but)
+    return (want.model, want.kinds, want.labels, want.vram_gb, want.but, want.waited_ms)
 
 
 def _new_job_id() -> str:

@@ -7,7 +7,7 @@ there is never more than one offer at a time per free slot.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from coordinator.quarantine import Failing, Quarantine
 from coordinator.records import JobRecord, Resting, ServedModel, WorkerView
@@ -23,6 +23,10 @@ __all__ = ["FOREVER", "Fleet", "HeldAttempt", "Key", "Port", "Worker", "view_of"
 
 RETRY_HINT_S = 3  # a worker that lost its connection is usually back by then
 FOREVER = float("inf")
+# What another replica may take from the doorbell on; to load a model takes longer. A dead one costs no more than this,
+# and one poll.
+COLD_WAITS_MS = 250
+AFAR_AGAIN_S = 0.5  # a look at all workers of the others
 MAX_REMEMBERED = 10_000  # models; names come from workers, so their number is not ours to trust
 
 
@@ -33,6 +37,8 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._slots = Slots()
         self.elsewhere: Callable[[], Iterable[Worker]] = tuple  # those that are connected to other replicas
+        self._afar_loaded: dict[str, set[Labels]] = {}  # see `_loaded_afar`; looked up at most so often
+        self._afar_at = -FOREVER
         self.tell: Callable[[Worker], None] = lambda worker: None  # those: something of ours has changed
         self.refusals = Refusals()
         self._quarantine = Quarantine()
@@ -47,11 +53,33 @@ class Fleet:
         """Free slots of all workers, or of one model, summed over those that are alike to the jobs that wait.
 
         Of labels only those count that some job asks for: so a thousand workers with names of their own are one want.
+        While another replica has an idle worker with the model loaded, cold slots are for jobs that it did not take.
         """
-        return [
-            Want(name, kinds, free, labels, vram, self.refusals.avoided_by_all(slots, now))
-            for (name, kinds, labels, vram), free, slots in self._slots.free(now, self._asked_for, model)
-        ]
+        wants = []
+        for alike, free, slots in self._slots.free(now, self._asked_for, model):
+            name, kinds, labels, vram = alike
+            loaded = self._slots.loaded(alike)
+            ready = sum(loaded.values())
+            if ready < free and any(labels <= theirs for theirs in self._loaded_afar(name, now)):
+                if ready:
+                    wants.append(Want(name, kinds, ready, labels, vram, self.refusals.avoided_by_all(loaded, now)))
+                avoided = self.refusals.avoided_by_all(slots, now)
+                wants.append(Want(name, kinds, free - ready, labels, vram, avoided, COLD_WAITS_MS))
+            else:
+                wants.append(Want(name, kinds, free, labels, vram, self.refusals.avoided_by_all(slots, now)))
+        return wants
+
+    def _loaded_afar(self, model: str, now: float) -> Collection[Labels]:
+        """Labels of workers of other replicas that have the model loaded and, as told last, a free slot."""
+        if now >= self._afar_at:
+            self._afar_at, self._afar_loaded = now + AFAR_AGAIN_S, {}
+            for worker in self._afar():
+                if worker.view is None or worker.view.running >= worker.slots:
+                    continue
+                for offer in worker.capabilities.models:
+                    if offer.resident and offer.kinds and worker.open_to(offer.name, now):
+                        self._afar_loaded.setdefault(offer.name, set()).add(worker.labels)
+        return self._afar_loaded.get(model, ())
 
     @property
     def _asked_for(self) -> Labels:

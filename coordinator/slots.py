@@ -62,6 +62,7 @@ class Slots:
         self._opens_at = _NEVER
         self._alike: dict[str, dict[Alike, dict[str, int]]] = {}  # model -> slots that are alike -> worker -> free
         self._sums: dict[Alike, int] = {}
+        self._loaded: dict[Alike, dict[str, int]] = {}  # those of `_alike` whose model is loaded
         self._given: dict[str, tuple[Alike, ...]] = {}  # worker -> where it is counted
         self._since: dict[str, int] = {}  # worker -> number of its first entry that still holds
         self._places: dict[str, list[_Place]] = {}  # model -> heap; entries that do not hold any more are passed over
@@ -116,6 +117,10 @@ class Slots:
         for name in list(self._alike) if model is None else [model]:
             for alike, free in self._alike.get(name, {}).items():
                 yield alike, self._sums[alike], free
+
+    def loaded(self, alike: Alike) -> Mapping[str, int]:
+        """Of slots that `free` has just told, those whose model is loaded: how many each worker has."""
+        return self._loaded.get(alike, {})
 
     def best(
         self, model: str, now: float, asked: Labels, takes: Callable[[Worker, ModelOffer], bool | None]
@@ -182,6 +187,10 @@ class Slots:
         for alike in self._given.pop(worker, ()):
             slots = self._alike[alike[0]][alike]
             self._sums[alike] -= slots.pop(worker)
+            if (loaded := self._loaded.get(alike)) is not None:
+                loaded.pop(worker, None)
+                if not loaded:
+                    del self._loaded[alike]
             if not slots:
                 del self._alike[alike[0]][alike], self._sums[alike]
                 if not self._alike[alike[0]]:
@@ -203,6 +212,9 @@ class Slots:
             slots = self._alike.setdefault(offer.name, {}).setdefault(alike, {})
             slots[worker.id] = slots.get(worker.id, 0) + free
             self._sums[alike] = self._sums.get(alike, 0) + free
+            if offer.resident:
+                loaded = self._loaded.setdefault(alike, {})
+                loaded[worker.id] = loaded.get(worker.id, 0) + free
             given[alike] = None
             self._enter(worker, offer)
         self._given[worker.id] = tuple(given)

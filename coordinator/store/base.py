@@ -61,6 +61,7 @@ class Want(msgspec.Struct, frozen=True):
         labels: what the workers with these slots are labelled; jobs that ask for others are not for them.
         vram_gb: most GPU memory that a job may be reckoned to need; None sets no limit.
         but: jobs that none of these workers takes now.
+        waited_ms: only jobs that were submitted so long ago: until then they are left to better workers elsewhere.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Want(msgspec.Struct, frozen=True):
     labels: Labels = frozenset()
     vram_gb: float | None = None
     but: tuple[str, ...] = ()
+    waited_ms: int = 0
 
     def takes(self, job: JobRecord) -> bool:
         """Whether a slot of these could have the job."""

@@ -52,9 +52,9 @@ _LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
 _CLAIM = f"""
     WITH wants AS (
         SELECT model, needs, string_to_array(kinds, chr(31)) AS kinds, wanted, vram,
-            string_to_array(but, chr(31)) AS but
-        FROM unnest(:models::text[], :needs::text[], :kinds::text[], :limits::int[], :vrams::float8[], :buts::text[])
-            AS want (model, needs, kinds, wanted, vram, but)
+            string_to_array(but, chr(31)) AS but, waited
+        FROM unnest(:models::text[], :needs::text[], :kinds::text[], :limits::int[], :vrams::float8[], :buts::text[],
+            :waits::bigint[]) AS want (model, needs, kinds, wanted, vram, but, waited)
     ), due AS MATERIALIZED (
         SELECT picked.seq, wants.wanted,
             row_number() OVER (PARTITION BY wants.model ORDER BY picked.priority DESC, picked.vt, picked.seq) AS place
@@ -62,6 +62,7 @@ _CLAIM = f"""
             SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = wants.model AND needs = wants.needs
             AND kind = ANY (wants.kinds) AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)
             AND vt < {LATER} AND vram_gb_estimate <= wants.vram AND id <> ALL (wants.but)
+            AND (wants.waited = 0 OR created_ms <= :now - wants.waited OR created_ms > :now)
             ORDER BY priority DESC, vt, seq LIMIT wants.wanted FOR UPDATE SKIP LOCKED
         ) AS picked
     )
@@ -244,6 +245,7 @@ class PostgresStore(SqlStore):
                 limits=[want.limit for want, _ in asked],
                 vrams=[NO_LIMIT_GB if want.vram_gb is None else want.vram_gb for want, _ in asked],
                 buts=[_BETWEEN.join(want.but) for want, _ in asked],
+                waits=[want.waited_ms for want, _ in asked],
                 me=self.gateway,
                 now=now,
             )

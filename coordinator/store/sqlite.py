@@ -121,6 +121,8 @@ class SqliteStore(SqlStore):
     def _due(self, want: Want, needs: str, now: int) -> Sequence[Row]:
         kinds = {f"kind{n}": kind for n, kind in enumerate(want.kinds)}
         but = " AND id NOT IN (SELECT value FROM json_each(:but))" if want.but else ""
+        if want.waited_ms:
+            but += " AND (created_ms <= :now - :waited OR created_ms > :now)"
         return self._all(
             "SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = :model AND needs = :needs"
             f" AND kind IN ({', '.join(':' + name for name in kinds)})"
@@ -130,6 +132,7 @@ class SqliteStore(SqlStore):
             needs=needs,
             vram=NO_LIMIT_GB if want.vram_gb is None else want.vram_gb,
             but=json.dumps(want.but),
+            waited=want.waited_ms,
             limit=want.limit,
             now=now,
             **kinds,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Worker
+from coordinator.fleet import AFAR_AGAIN_S, COLD_WAITS_MS, FOREVER, Fleet, HeldAttempt, Worker
 from coordinator.quarantine import FIRST_PAUSE_S, Failing
 from coordinator.records import JobRecord, Resting, WorkerView
 from coordinator.store.base import Want
@@ -443,6 +444,38 @@ def afar(name: str, *models: wire.ModelOffer, **told: Any) -> Worker:
     names = tuple(offer.name for offer in made.capabilities.models)
     made.view = WorkerView(**{"id": name, "models": names, **about, **told})
     return made
+
+
+def test_a_cold_slot_waits_while_another_replica_has_the_model_loaded_and_idle() -> None:
+    loaded = model(resident=True)
+    made = fleet(worker("cold", model(slots=2)), worker("warm", loaded, model("other")))
+    there = [afar("there", loaded)]
+    made.elsewhere = lambda: there
+    ready, cold = Want("chat", ("llm",), 1), Want("chat", ("llm",), 2, waited_ms=COLD_WAITS_MS)
+    other = Want("other", ("llm",), 1)
+    assert made.wants(0.0) == [ready, cold, other]
+    hold(made.workers["warm"], "busy")
+    assert made.wants(0.0) == [cold, other]
+    there.clear()
+    assert made.wants(AFAR_AGAIN_S - 0.1) == [cold, other]
+    assert made.wants(AFAR_AGAIN_S) == [Want("chat", ("llm",), 2), other]
+
+
+@pytest.mark.parametrize(
+    "why", ["busy", "cold, too", "paused", "draining", "rests", "another model", "other labels", "connected here, too"]
+)
+def test_a_cold_slot_does_not_wait_for_who_would_not_take_the_job(why: str) -> None:
+    rests = (Resting(model="chat", for_s=3.0),) if why == "rests" else ()
+    told = model("other" if why == "another model" else "chat", resident=why != "cold, too")
+    there = afar("there", told, running=int(why == "busy"), resting=rests)
+    there.draining = why == "draining"
+    if why == "paused":
+        there.capabilities = msgspec.structs.replace(there.capabilities, accepting=False)
+    name = "there" if why == "connected here, too" else "here"
+    made = fleet(worker(name, labels=TRUSTED if why == "other labels" else {}))
+    made.asked(frozenset(TRUSTED.items()))
+    made.elsewhere = lambda: [there]
+    assert [want.waited_ms for want in made.wants(0.0)] == [0]
 
 
 def test_a_job_that_all_here_have_refused_may_be_for_a_worker_elsewhere() -> None:

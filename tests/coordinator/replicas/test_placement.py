@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
+from anyio import current_time
 
-from coordinator import quarantine, refusals
+from coordinator import fleet, quarantine, refusals
 from coordinator.testing import FakeWorker, OfferedJob, Running
 from protocol import link_wire as wire
 from protocol.faults import Fault
@@ -53,8 +54,8 @@ class Busy(Decliner):
 
 def known(at: Running, *workers: str) -> None:
     """Wait until a replica knows of these workers of the other one."""
-    fleet = at.coordinator.parts.dispatcher.attempts.fleet
-    until(lambda: {one.id for one in list(fleet.elsewhere())} >= set(workers))
+    found = at.coordinator.parts.dispatcher.attempts.fleet
+    until(lambda: {one.id for one in list(found.elsewhere())} >= set(workers))
 
 
 def submit(at: Running, model: str) -> str:
@@ -146,8 +147,8 @@ def test_a_worker_that_rests_is_known_to_rest_at_the_other_replica(two: Two, mod
             known(here, name)
             for _ in range(quarantine.FAILURES):
                 assert ended(there, submit(there, model))["state"] == "failed"
-            fleet = here.coordinator.parts.dispatcher.attempts.fleet
-            until(lambda: any(one.view and one.view.resting for one in list(fleet.elsewhere())))
+            seen = here.coordinator.parts.dispatcher.attempts.fleet
+            until(lambda: any(one.view and one.view.resting for one in list(seen.elsewhere())))
             body = {"model": model, "messages": MESSAGES}
             asked = httpx.post(f"{here.url}/v1/chat/completions", json=body, headers=here.headers, timeout=PATIENCE_S)
             assert (asked.status_code, asked.json()["error"]["code"]) == (503, "quarantined")
@@ -164,3 +165,44 @@ def test_a_worker_that_rests_is_known_to_rest_at_the_other_replica(two: Two, mod
 
 def fails(job: OfferedJob) -> None:
     job.fail(Fault("engine_failed", "It broke."))
+
+
+def test_a_loaded_idle_worker_of_another_replica_comes_before_a_cold_one_here(
+    two: Two, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a bound that a slow machine does not reach; how long a job waits for nobody is the next test's."""
+    monkeypatch.setattr(fleet, "COLD_WAITS_MS", int(LONG_S * 1000))
+    here, there = two
+    with FakeWorker(here, offers(model), answers, f"cold-{model}") as cold:
+        with FakeWorker(there, offers(model, resident=True), answers, f"warm-{model}"):
+            known(here, f"warm-{model}")
+            until(lambda: _held(here, model))
+            rows = [ended(here, submit(here, model)) for _ in range(6)]
+            assert cold.jobs == []
+    assert [one["worker"] for one in rows] == [f"warm-{model}"] * 6
+
+
+def test_a_cold_worker_takes_what_a_loaded_one_elsewhere_does_not(
+    two: Two, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of it is old, or wrong: here its replica has it and does not claim for it."""
+    here, there = two
+    away = there.coordinator.parts.dispatcher.attempts.fleet
+    with FakeWorker(there, offers(model, resident=True), answers, f"warm-{model}") as warm:
+        until(lambda: f"warm-{model}" in away.workers)
+        away.workers[f"warm-{model}"].block("", LONG_S * 1e6)
+        with FakeWorker(here, offers(model), answers, f"cold-{model}"):
+            known(here, f"warm-{model}")
+            until(lambda: _held(here, model))
+            rows = [ended(here, submit(here, model)) for _ in range(2)]
+            assert warm.jobs == []
+    assert [(one["state"], one["worker"]) for one in rows] == [("succeeded", f"cold-{model}")] * 2
+
+
+def _held(at: Running, model: str) -> bool:
+    """Whether cold slots of the model wait."""
+
+    async def wants() -> list[int]:
+        return [want.waited_ms for want in at.coordinator.parts.dispatcher.attempts.fleet.wants(current_time(), model)]
+
+    return any(at.call(wants))

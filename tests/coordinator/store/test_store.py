@@ -180,6 +180,23 @@ def test_claims_match_model_and_kind_and_limit(store: Store) -> None:
     assert claim(store, Want("nothing", ("llm",), 9)) == []
 
 
+def test_a_want_may_be_for_jobs_that_have_waited(store: Store) -> None:
+    """Those that are younger are left to others, and so are their places in the line."""
+    old = job(store)
+    store.shift_clock(700_000)
+    young = job(store)
+    patient = Want("chat", ("llm",), 9, waited_ms=600_000)
+    assert [r.id for r in claim(store, patient)] == [old.id]
+    assert claim(store, patient) == []
+    assert [r.id for r in claim(store, Want("chat", ("llm",), 9))] == [young.id]
+
+
+def test_a_clock_that_went_back_makes_no_job_young(store: Store) -> None:
+    waiting = job(store)
+    store.shift_clock(-3_600_000)
+    assert [r.id for r in claim(store, Want("chat", ("llm",), 9, waited_ms=250))] == [waiting.id]
+
+
 def test_every_claim_mints_a_new_attempt(store: Store) -> None:
     wanted = job(store)
     for attempt in (1, 2, 3):
