@@ -4,8 +4,9 @@ A job of a synchronous route lives as long as its client listens. The exception 
 idempotency key: its client means to come back for the answer, so the job goes on without it.
 
 Nobody waits in silence for a model that loads. After `Limits.begin_s`, or what the request's header
-`x-bulkhead-begin-s` says instead, a stream begins with comment lines that tell how far the load is; a plain request
-is answered 503 with Retry-After, and its job goes on waiting a little longer, so that the load is not given up.
+`x-bulkhead-begin-s` says instead, a stream of events begins with comment lines that tell how far the load is. A plain
+request, and a stream of bytes, in which no such word may stand, is answered 503 with Retry-After, and its job goes on
+waiting a little longer, so that the load is not given up.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ async def _end_of(events: AsyncIterator[JobEvent], patience: float) -> JobRecord
             await anyio.sleep(patience)
             await loading.wait()
             if not started:
-                failure = refuse(LOADING, f"The model is not ready yet: {words}.", retry_after_s=LOADING_RETRY_S)
+                failure = not_ready(words)
                 group.cancel_scope.cancel()
 
         group.start_soon(lose_patience)
@@ -192,6 +193,11 @@ async def _end_of(events: AsyncIterator[JobEvent], patience: float) -> JobRecord
     if record is not None:
         return record
     raise failure or refuse("internal", "The job's events ended without its end.")
+
+
+def not_ready(words: str) -> FaultError:
+    """What a client is told that waits for a load, and in whose answer nothing can be said about it."""
+    return refuse(LOADING, f"The model is not ready yet: {words}.", retry_after_s=LOADING_RETRY_S)
 
 
 def patience_s(headers: Headers, default: float) -> float:

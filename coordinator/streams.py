@@ -17,9 +17,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coordinator.answers import (
+    LOADING,
     NO_NAMES,
     job_headers,
     loading_words,
+    not_ready,
     patience_s,
     succeeded,
     watched_job,
@@ -84,18 +86,28 @@ class EventWriter:
         self._lock = anyio.Lock()
         self._last = anyio.current_time()
         self._waits_for = "its turn"
+        self._loading = anyio.Event()  # it is known what the work waits for
         self.started = False
 
-    async def begin_after(self, seconds: float) -> None:
-        """Begin when nothing was to be said for so long; from then on comment lines come."""
+    async def begin_after(self, seconds: float) -> Fault | None:
+        """Begin when nothing was to be said for so long; from then on comment lines come.
+
+        In a stream of bytes no comment may stand: it never begins so. The fault is what its client is told instead
+        when the work is known to wait for a load.
+        """
         await anyio.sleep(seconds)
-        if not self.started and self._shape.events:
+        if not self._shape.events:
+            await self._loading.wait()
+            return None if self.started else not_ready(self._waits_for).fault
+        if not self.started:
             await self._say_wait()
+        return None
 
     async def waits(self, words: str) -> None:
         """What the work waits for, before it begins; said at once when the stream has begun and it is new."""
         new = words != self._waits_for
         self._waits_for = words
+        self._loading.set()
         if new and self.started and self._shape.events:
             await self._say_wait()
 
@@ -147,9 +159,9 @@ class JobStream(Response):
     """Answers a request with the events of its jobs, which run side by side.
 
     The response begins when a job has started, so that refusals of the engine's validation are real 4xx, or when
-    the client's patience is over; then comment lines tell what it waits for. A fault after that is one
-    `{"error": …}` event and the stream ends without `[DONE]`; a stream of bytes is cut off, so that its client's
-    HTTP library says so.
+    the client's patience is over; then comment lines tell what it waits for, or, of a stream of bytes, it is
+    refused as model_loading. A fault after the beginning is one `{"error": …}` event and the stream ends without
+    `[DONE]`; a stream of bytes is cut off, so that its client's HTTP library says so.
     """
 
     def __init__(
@@ -192,11 +204,10 @@ class JobStream(Response):
                 first = opened[0][0]
                 headers = {**self._more, **job_headers(first)}
                 writer = EventWriter(send, headers, self._parts.limits.comment_s, self._shape)
-                async with anyio.create_task_group() as group:
-                    group.start_soon(writer.comment_forever)
-                    group.start_soon(writer.begin_after, patience)
-                    failure = await self._relay_all(first, [events for _, events in opened], writer)
-                    group.cancel_scope.cancel()
+                failure = await self._outcome(first, [events for _, events in opened], writer, patience)
+                if failure is not None and failure.code == LOADING and not writer.started:
+                    scope["state"]["job"] = first.id
+                    raise FaultError(failure)  # past `watched_job`, so that the load is not given up
                 if failure is not None and not writer.started:
                     refusal = fault_response(failure)
                     refusal.headers.update(job_headers(first))
@@ -210,6 +221,25 @@ class JobStream(Response):
         # The jobs were cancelled on the way out; there is nobody left to tell.
         with suppress(ClientDisconnect):
             await while_connected(receive, work)
+
+    async def _outcome(
+        self, first: JobRecord, sources: Sequence[AsyncIterator[JobEvent]], writer: EventWriter, patience: float
+    ) -> Fault | None:
+        """Write everything but the last word; the fault that ended it, which may be that the patience is over."""
+        failure: Fault | None = None
+        async with anyio.create_task_group() as group:
+
+            async def be_patient() -> None:
+                nonlocal failure
+                failure = await writer.begin_after(patience)
+                if failure is not None:
+                    group.cancel_scope.cancel()
+
+            group.start_soon(writer.comment_forever)
+            group.start_soon(be_patient)
+            failure = await self._relay_all(first, sources, writer)
+            group.cancel_scope.cancel()
+        return failure
 
     async def _relay_all(
         self, first: JobRecord, sources: Sequence[AsyncIterator[JobEvent]], writer: EventWriter

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from protocol.faults import Fault, FaultError
-from protocol.work import Delta, EmbeddingResult, LlmChunk, LlmResult
+from protocol.work import AudioResult, Delta, EmbeddingResult, LlmChunk, LlmResult, TtsChunk
 
 USER = {"role": "user", "content": "hi"}
 AT_ONCE = {"x-bulkhead-begin-s": "0"}
@@ -136,6 +136,66 @@ def test_a_stream_tells_what_it_waits_for(http: httpx.Client, serve: Any) -> Non
     assert ": waiting: load 1 of 4" in lines
     assert "ready" in "".join(lines)
     assert lines[-2] == "data: [DONE]"
+
+
+def test_a_stream_of_bytes_is_told_to_come_again(http: httpx.Client, serve: Any) -> None:
+    """No comment may stand in it: what came later as its bytes would be cut off, or silence."""
+    loaded = threading.Event()
+    jobs: list[str] = []
+
+    def script(job: Any) -> None:
+        jobs.append(job.id)
+        job.progress(1, 4, phase="load")
+        assert loaded.wait(WAIT_S)
+        job.started()
+        if job.id == jobs[0]:  # nobody waits for it any more: the coordinator says so
+            assert job.cancelled.wait(WAIT_S)
+            raise FaultError(Fault("cancelled", "Cancelled."))
+        job.chunk(TtsChunk(audio=b"sound"))
+        job.upload("speech.mp3", b"sound", "audio/mpeg")
+        job.complete(AudioResult(sample_rate=8000, duration=1.0, format="mp3"))
+
+    serve(script, "slow-voice", "audio_tts")
+    body = {"model": "slow-voice", "input": "hi", "stream_format": "audio"}
+    answer = http.post("/v1/audio/speech", json=body, headers=AT_ONCE)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    error = answer.json()["error"]
+    assert (error["code"], error["retryable"]) == ("model_loading", True)
+    assert "load 1 of 4" in error["message"]
+    held = answer.headers["x-bulkhead-job"]
+    assert state(http, held) == "running", "somebody waits for the load"
+    loaded.set()
+    again = http.post("/v1/audio/speech", json=body)
+    assert (again.status_code, again.content) == (200, b"sound")
+    until = time.monotonic() + WAIT_S
+    while (end := state(http, held)) != "cancelled":
+        assert time.monotonic() < until, end
+        time.sleep(0.02)
+    assert jobs == [held, again.headers["x-bulkhead-job"]]
+
+
+def test_a_stream_of_bytes_that_has_begun_is_not_refused(http: httpx.Client, serve: Any) -> None:
+    """What a worker says of a load after its first bytes is no reason to be told to come again."""
+    heard = threading.Event()
+
+    def script(job: Any) -> None:
+        job.started()
+        job.chunk(TtsChunk(audio=b"one "))
+        assert heard.wait(WAIT_S)
+        job.progress(1, 4, phase="load")
+        job.chunk(TtsChunk(audio=b"two"))
+        job.upload("speech.mp3", b"one two", "audio/mpeg")
+        job.complete(AudioResult(sample_rate=8000, duration=1.0, format="mp3"))
+
+    serve(script, "begun-voice", "audio_tts")
+    body = {"model": "begun-voice", "input": "hi", "stream_format": "audio"}
+    with http.stream("POST", "/v1/audio/speech", json=body, headers=AT_ONCE) as answer:
+        assert answer.status_code == 200
+        came = b""
+        for piece in answer.iter_raw():
+            came += piece
+            heard.set()
+    assert came == b"one two"
 
 
 def test_the_official_client_reads_such_a_stream(ai: openai.OpenAI, serve: Any) -> None:
