@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TypeVar
 
 from coordinator.records import JobRecord
 
+K = TypeVar("K", bound=Hashable)
 UNKNOWN = 1.0
 _SHARE = 0.2  # of the newest job in the mean
 _MOST = 10_000  # names come from clients, so their number is not ours to trust
 
 
 class Costs:
-    """A running mean per tenant and model. The least recently used are forgotten."""
+    """A running mean per tenant and model, and per model over all tenants. The least recently used are forgotten."""
 
     def __init__(self) -> None:
         self._means: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._of_all: OrderedDict[str, float] = OrderedDict()
 
     def note(self, record: JobRecord) -> None:
         """A job has succeeded; others say nothing of what such jobs take."""
         if record.state != "succeeded" or record.started_ms is None or record.finished_ms is None:
             return
         took = record.usage.get("compute_ms", max(0, record.finished_ms - record.started_ms)) / 1000
-        key = (record.tenant, record.model)
-        before = self._means.get(key)
-        self._means[key] = took if before is None else before + _SHARE * (took - before)
-        self._means.move_to_end(key)
-        if len(self._means) > _MOST:
-            self._means.popitem(last=False)
+        _note(self._means, (record.tenant, record.model), took)
+        _note(self._of_all, record.model, took)
 
     def of(self, tenant: str, model: str) -> float:
-        """Seconds that the next one will take, as far as can be told."""
-        return self._means.get((tenant, model), UNKNOWN)
+        """Seconds that the next one will take, as far as can be told: as this tenant's, or as anybody's, or unknown."""
+        return self._means.get((tenant, model), self._of_all.get(model, UNKNOWN))
+
+
+def _note(means: OrderedDict[K, float], key: K, took: float) -> None:
+    before = means.get(key)
+    means[key] = took if before is None else before + _SHARE * (took - before)
+    means.move_to_end(key)
+    if len(means) > _MOST:
+        means.popitem(last=False)

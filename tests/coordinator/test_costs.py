@@ -28,7 +28,18 @@ def test_the_mean_follows_what_jobs_take_per_tenant_and_model() -> None:
     for _ in range(50):
         made.note(done(10.0))
     assert made.of("t", "m") == pytest.approx(10.0, rel=0.01)
-    assert made.of("other", "m") == made.of("t", "other") == UNKNOWN
+    assert made.of("t", "other") == UNKNOWN
+
+
+def test_who_has_run_none_yet_is_reckoned_as_the_others_of_the_model() -> None:
+    made = Costs()
+    made.note(done(10.0))
+    assert made.of("new", "m") == 10.0
+    made.note(done(0.5, tenant="quick"))
+    assert made.of("quick", "m") == 0.5
+    assert made.of("t", "m") == 10.0
+    assert 0.5 < made.of("new", "m") < 10.0
+    assert made.of("new", "other") == UNKNOWN
 
 
 def test_what_the_worker_measured_comes_before_what_the_clock_says() -> None:
@@ -48,5 +59,6 @@ def test_names_of_clients_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(costs, "_MOST", 3)
     made = Costs()
     for n in range(5):
-        made.note(done(5.0, tenant=f"t{n}"))
-    assert [made.of(f"t{n}", "m") for n in range(5)] == [UNKNOWN, UNKNOWN, 5.0, 5.0, 5.0]
+        made.note(done(5.0, tenant=f"t{n}", model=f"m{n}"))
+    assert [made.of(f"t{n}", f"m{n}") for n in range(5)] == [UNKNOWN, UNKNOWN, 5.0, 5.0, 5.0]
+    assert [made.of("new", f"m{n}") for n in range(5)] == [UNKNOWN, UNKNOWN, 5.0, 5.0, 5.0]
