@@ -221,6 +221,10 @@ class FakeCoordinator:
             if self.reject_with:
                 await request.reject(self.reject_with, body=b"no entry")
                 return
+            if self.subprotocol is not None and self.subprotocol not in request.proposed_subprotocols:
+                # A stranger, as comes by where a port had another owner a moment ago.
+                await request.reject(400, body=f"{self.subprotocol} is wanted".encode())
+                return
             headers = {name.decode().lower(): value.decode() for name, value in request.headers}
             peer = FakePeer(await request.accept(subprotocol=self.subprotocol), headers)
             self._peers_in.send_nowait(peer)

@@ -149,6 +149,19 @@ async def test_rejected_upgrades(status, why):
         assert f"HTTP {status}: no entry" in end.sentence
 
 
+async def test_a_stranger_at_its_port_costs_the_fake_coordinator_nothing():
+    side = FakeSide()
+    async with open_coordinator() as coordinator:
+        async with await trio.open_tcp_stream("127.0.0.1", int(coordinator.url.rpartition(":")[2])) as stranger:
+            await stranger.send_all(
+                b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            assert b" 400 " in await stranger.receive_some()
+        async with talking(side, coordinator):
+            assert (await coordinator.session()).headers["authorization"] == "Bearer t0ken"
+
+
 async def test_a_peer_without_our_subprotocol_is_of_another_revision():
     async with open_coordinator() as coordinator:
         coordinator.subprotocol = None
