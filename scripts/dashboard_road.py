@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from coordinator.store.vitals import SLOW_TRANSACTION_S  # noqa: E402
+from protocol.faults import CODES, Owner  # noqa: E402
 from supervisor.machine.gpu_metrics import METRICS as GPU_METRICS  # noqa: E402
 from supervisor.machine.gpu_metrics import PREFIX as GPU_PREFIX  # noqa: E402
 from supervisor.observe.metrics_table import COUNTED, PREFIX, SHOWN  # noqa: E402
@@ -290,19 +292,92 @@ ALERT_RULES = (
     ),
 )
 
+# Codes of faults that are the caller's own doing: such a job is no dead letter.
+_CALLERS = "|".join(sorted(code for code, info in CODES.items() if info.owner is Owner.CALLER))
+
+COORDINATOR_RULES = (
+    Alert(
+        "BulkheadCoordinatorDown",
+        'up{job="bulkhead-coordinator"} == 0',
+        "2m",
+        "critical",
+        "The coordinator on {{ $labels.instance }} does not answer.",
+    ),
+    Alert(
+        "BulkheadStoreDown",
+        f"{COORDINATOR_PREFIX}store_up == 0",
+        "1m",
+        "critical",
+        "The store of {{ $labels.instance }} does not answer: new jobs are refused.",
+    ),
+    Alert(
+        "BulkheadTransactionLong",
+        f"{COORDINATOR_PREFIX}store_oldest_transaction_seconds > {SLOW_TRANSACTION_S:g}",
+        "0m",
+        "warning",
+        "A transaction has been open in the store's database for {{ $value | humanizeDuration }}: claims slow down.",
+    ),
+    Alert(
+        "BulkheadTransactionIdle",
+        f"{COORDINATOR_PREFIX}store_idle_in_transaction_seconds > {SLOW_TRANSACTION_S:g}",
+        "0m",
+        "critical",
+        "A session has held a transaction open for {{ $value | humanizeDuration }} and does nothing with it: end it.",
+    ),
+    Alert(
+        "BulkheadQueueOld",
+        # A batch may wait for a day; whoever runs batches raises this for their models.
+        f"max by (kind, model) ({COORDINATOR_PREFIX}queue_oldest_seconds) > 900",
+        "5m",
+        "warning",
+        "A job of {{ $labels.model }} has waited for {{ $value | humanizeDuration }}.",
+    ),
+    Alert(
+        "BulkheadDeadLetters",
+        f'sum by (model, code) (increase({COORDINATOR_PREFIX}job_faults_total{{code!~"{_CALLERS}"}}[15m])) > 5',
+        "0m",
+        "warning",
+        "More than five jobs of {{ $labels.model }} failed for good in 15 minutes: {{ $labels.code }}.",
+    ),
+    Alert(
+        "BulkheadCoordinatorDiskLow",
+        f"{COORDINATOR_PREFIX}state_disk_free_bytes < 5e9",
+        "5m",
+        "critical",
+        "The disk of the state folder on {{ $labels.instance }} has less than 5 GB left.",
+    ),
+    Alert(
+        "BulkheadReplicaSilent",
+        f"max({COORDINATOR_PREFIX}store_replicas) < max(max_over_time({COORDINATOR_PREFIX}store_replicas[1h]))",
+        "5m",
+        "warning",
+        "Fewer replicas beat than an hour ago: {{ $value }}.",
+    ),
+    Alert(
+        "BulkheadReplicaUnreached",
+        f"{COORDINATOR_PREFIX}peers_connected < {COORDINATOR_PREFIX}peers",
+        "5m",
+        "warning",
+        "{{ $labels.instance }} does not reach all other replicas: streams across them have gaps.",
+    ),
+)
+GROUPS = (("bulkhead", ALERT_RULES), ("bulkhead-coordinator", COORDINATOR_RULES))
+
 
 def alerts() -> str:
     """alerts.yml. JSON strings are YAML strings."""
-    lines = ["# Made by scripts/dashboard. Scrape the workers under the job name `bulkhead`.", "groups:"]
-    lines += ["  - name: bulkhead", "    rules:"]
-    for rule in ALERT_RULES:
-        lines += [
-            f"      - alert: {rule.name}",
-            f"        expr: {json.dumps(rule.expr)}",
-            f"        for: {rule.for_}",
-            f"        labels: {{severity: {rule.severity}}}",
-            f"        annotations: {{summary: {json.dumps(rule.summary)}}}",
-        ]
+    lines = ["# Made by scripts/dashboard. Scrape the workers under the job name `bulkhead`, coordinators under"]
+    lines += ["# `bulkhead-coordinator`, with a key of theirs.", "groups:"]
+    for group, rules in GROUPS:
+        lines += [f"  - name: {group}", "    rules:"]
+        for rule in rules:
+            lines += [
+                f"      - alert: {rule.name}",
+                f"        expr: {json.dumps(rule.expr)}",
+                f"        for: {rule.for_}",
+                f"        labels: {{severity: {rule.severity}}}",
+                f"        annotations: {{summary: {json.dumps(rule.summary)}}}",
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -69,7 +69,7 @@ class Look:
             "deployments": self._deployments,
             "jobs": view.jobs(jobs),
             "pending": self._pending,
-            "trouble": {},
+            "trouble": view.trouble(await parts.vitals.sampled()) if parts.vitals is not None else {},
         }
 
     def _deployed(self) -> view.Rows:

@@ -14,7 +14,9 @@ import msgspec
 from coordinator.fleet import FOREVER, Fleet, Worker
 from coordinator.records import AttemptRecord, JobRecord
 from coordinator.registrations import Registration
+from coordinator.store.vitals import SLOW_TRANSACTION_S
 from coordinator.store.watch import QueueLoad
+from coordinator.vitals import Sample
 from protocol.faults import Fault
 from protocol.link_wire import GpuState, ModelOffer
 
@@ -331,3 +333,21 @@ def pending(found: Iterable[Registration]) -> Rows:
         row.pop("seen_ms")  # it rises with every poll, which is no news
         rows[one.id] = row
     return rows
+
+
+# ---- trouble
+
+
+def trouble(seen: Sample) -> Rows:
+    """What an operator must know of the store while it answers: a transaction that is long, in whole minutes."""
+    gauges = seen.store.gauges if seen.store is not None else {}
+    open_s = gauges.get("oldest_transaction_seconds", 0.0)
+    if open_s < SLOW_TRANSACTION_S:
+        return {}
+    idle = gauges.get("idle_in_transaction_seconds", 0.0) >= SLOW_TRANSACTION_S
+    message = (
+        f"A transaction has been open in the store's database for {int(open_s // 60)} min"
+        f"{', and one of them does nothing' if idle else ''}: the queue slows down until it ends. "
+        "coordinator doctor says whose it is."
+    )
+    return {"transaction": {"message": message}}

@@ -16,7 +16,7 @@ from coordinator.store.base import SILENT_MS, StoreError
 from coordinator.store.opening import SQLITE, STORE_FILE, check_address, is_postgres, require_psycopg
 from coordinator.store.sqlite_schema import MIGRATIONS as SQLITE_MIGRATIONS
 
-SLOW_S, STUCK_S = 60.0, 600.0  # of one transaction; measured: claims fell to a fifth after 20 s beside an open one
+SLOW_S, STUCK_S = vitals.SLOW_TRANSACTION_S, 600.0  # of one transaction
 DEAD_LEAST, DEAD_SHARE = 10_000, 0.5
 BIG_WAL_BYTES = 512 * 2**20
 SKEW_S, WRONG_S = 2.0, 60.0

@@ -46,7 +46,7 @@ export function headline(seen) {
   const busy = look === "idle" && running > 0 ? "busy" : look;
   return [
     h("div", { class: `state look-${busy}` }, shape(busy), h("h1", null, word)),
-    trouble[""] && h("p", { class: "bad" }, trouble[""].message),
+    ...Object.values(trouble).map((one) => h("p", { class: "bad" }, one.message)),
     head.state === "draining" && h("p", { class: "why" }, "New jobs are refused; what runs is finished."),
     h("p", { class: "facts" },
       h("span", null, plural(head.workers, "worker"), head.workers !== taking && rows.length ? `, ${taking || "none"} taking jobs` : ""),

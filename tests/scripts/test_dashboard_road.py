@@ -20,7 +20,9 @@ sys.path.append(str(ROOT / "scripts"))
 from dashboard_road import (  # noqa: E402
     ALERT_RULES,
     ALERTS,
+    COORDINATOR_RULES,
     DASHBOARD,
+    GROUPS,
     NOT_DRAWN,
     ROWS,
     alerts,
@@ -49,7 +51,7 @@ def test_the_files_are_what_the_tables_say() -> None:
 
 def test_queries_name_only_what_exists_and_everything_is_drawn() -> None:
     known = series(families())
-    text = queries() + [rule.expr for rule in ALERT_RULES]
+    text = queries() + [rule.expr for rule in (*ALERT_RULES, *COORDINATOR_RULES)]
     named = {name for query in text for name in NAME.findall(query)}
     assert named - known == set()
     assert known - named - NOT_DRAWN - {n for n in known if n.endswith(("_sum", "_count"))} == set()
@@ -66,7 +68,7 @@ def test_rows_are_the_five_and_panels_do_not_overlap() -> None:
 
 
 def test_queries_are_balanced() -> None:
-    for query in [*queries(), *(rule.expr for rule in ALERT_RULES)]:
+    for query in [*queries(), *(rule.expr for rule in (*ALERT_RULES, *COORDINATOR_RULES))]:
         for one, other in ("()", "{}", "[]"):
             assert query.count(one) == query.count(other), query
         assert query.count('"') % 2 == 0
@@ -77,15 +79,16 @@ def test_a_power_cap_is_no_alert_under_the_name_that_the_gpu_reader_gives_it() -
     assert re.findall(r'reason!="([^"]+)"', rule.expr) == [CLOCK_REASONS[0x4]]
 
 
-def test_there_are_seven_alerts_in_valid_yaml() -> None:
+def test_the_alerts_are_valid_yaml_in_groups_of_workers_and_coordinators() -> None:
     yaml = pytest.importorskip("yaml")
-    [group] = yaml.safe_load(ALERTS.read_text())["groups"]
-    assert [rule["alert"] for rule in group["rules"]] == [rule.name for rule in ALERT_RULES]
-    assert len(group["rules"]) == 7
-    for rule, made in zip(group["rules"], ALERT_RULES, strict=True):
-        assert rule["expr"] == made.expr
-        assert rule["for"] == made.for_
-        assert rule["labels"]["severity"] in ("warning", "critical")
+    groups = yaml.safe_load(ALERTS.read_text())["groups"]
+    assert [(group["name"], len(group["rules"])) for group in groups] == [("bulkhead", 7), ("bulkhead-coordinator", 9)]
+    for group, (_name, rules) in zip(groups, GROUPS, strict=True):
+        assert [rule["alert"] for rule in group["rules"]] == [rule.name for rule in rules]
+        for rule, made in zip(group["rules"], rules, strict=True):
+            assert rule["expr"] == made.expr
+            assert rule["for"] == made.for_
+            assert rule["labels"]["severity"] in ("warning", "critical")
 
 
 def test_families_that_are_read_from_source_are_those_that_are_told() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from coordinator.dashboard import view
 from coordinator.fleet import Fleet, HeldAttempt, Worker
 from coordinator.records import AttemptRecord, JobRecord, WorkerView
 from coordinator.registrations import Registration
+from coordinator.store.vitals import StoreVitals
 from coordinator.store.watch import QueueLoad
+from coordinator.vitals import Sample
 from protocol.faults import Fault
 from protocol.link_wire import Body, Capabilities, Gpu, GpuState, ModelOffer
 
@@ -227,3 +230,22 @@ def test_who_asks_to_be_let_in_is_bounded() -> None:
     assert len(rows) == view.MOST_PENDING
     assert len(msgspec.json.encode(rows["r0"])) < 20_000
     assert "seen_ms" not in rows["r0"]
+
+
+# ---- trouble
+
+
+@pytest.mark.parametrize(
+    ("gauges", "words"),
+    [
+        ({}, None),
+        ({"oldest_transaction_seconds": 59.0, "idle_in_transaction_seconds": 59.0}, None),
+        ({"oldest_transaction_seconds": 130.0, "idle_in_transaction_seconds": 0.0}, "for 2 min: the queue"),
+        ({"oldest_transaction_seconds": 61.0, "idle_in_transaction_seconds": 60.5}, "for 1 min, and one of them does"),
+    ],
+)
+def test_a_long_transaction_is_told(gauges: dict[str, float], words: str | None) -> None:
+    store = StoreVitals(waiting=(), batches={}, usage_pending=0, gauges=gauges)
+    told = view.trouble(Sample(store=store))
+    assert (words in told["transaction"]["message"]) if words else told == {}
+    assert view.trouble(Sample()) == {}, "of a store that does not answer the feed says so"
