@@ -214,7 +214,7 @@ def test_a_claim_walks_the_index_and_sorts_nothing(open_store: Open, space: str)
         connection.execute(fill)
         connection.execute("ANALYZE jobs")
         asked = {"models": ["m2", "m4"], "needs": ["", ""], "kinds": ["llm", "llm"], "limits": [20, 20]}
-        names = {**asked, "vrams": [8.0, 1e9], "buts": ["", "job_2"], "me": "x", "now": 1}
+        names = {**asked, "vrams": [8.0, 1e9], "buts": ["", "job_2"], "waits": [0, 250], "me": "x", "now": 1}
         explain = f"EXPLAIN {postgres_link.translated(_CLAIM)}"
         plan = "\n".join(row[0] for row in connection.execute(explain, names))
     assert "using jobs_waiting" in plan
