@@ -77,6 +77,7 @@ class Attempts:
         self._complete = Together(threads, store.complete_many)
         self._orphans: dict[Key, Orphan] = {}
         self._gone: set[Key] = set()  # held here, and not open in the last look at the rows
+        self._looked = float("inf")  # when that was; before the first look nothing was missed
         self.traces: Traces = NoTraces()
         self.lines = JobLines()
         self.kept, self.ears = KeptLines(), Ears()
@@ -322,10 +323,15 @@ class Attempts:
     async def reconcile(self, grace_s: float) -> None:
         """Compare the open rows with what workers hold, and give up orphans whose grace period is over.
 
-        This finds rows of an earlier life, of workers that vanished, and claims whose answer was lost.
+        This finds rows of an earlier life, of workers that vanished, and claims whose answer was lost. While the store
+        is away no worker can come back: of a pause between two looks a quarter of the grace counts, and no more.
         """
         rows = {(row.job, row.attempt): row for row in await self._threads.read(self._store.open_attempts)}
         now = anyio.current_time()
+        pause = max(0.0, now - self._looked - grace_s / 4)
+        self._looked = now
+        for orphan in self._orphans.values():
+            orphan.until += pause
         for key, row in rows.items():
             if self.fleet.holder(key) is None and key not in self._orphans:
                 self._orphans[key] = Orphan(row.state, row.worker, now + grace_s)

@@ -8,6 +8,7 @@ import anyio
 
 from coordinator.bus import BusClosed, Lagged, Subscription
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobNudge, JobRecord
+from coordinator.store.base import StoreAway
 from protocol.faults import refuse
 
 
@@ -24,7 +25,7 @@ async def events_of(
         record: the row after the subscription was made.
         subscription: to the job.
         row: reads the row.
-        repair_s: after so long a silence the row is read.
+        repair_s: after so long a silence the row is read; while the store is away, at the next one.
         lagged: called when events were lost because they were not read.
 
     Raises:
@@ -50,7 +51,10 @@ async def events_of(
             raise refuse("overloaded", "The coordinator is stopping; ask for the job again later.") from None
         if event is None or isinstance(event, JobNudge):
             # Silence, or events were dropped: the row knows whether the end was among them.
-            last = await row()
+            try:
+                last = await row()
+            except StoreAway:
+                continue  # what runs goes on meanwhile
             event = JobEnded(last, -1 if event is None else event.chunks) if last.ended else None
         if isinstance(event, JobChunk):
             if event.seq < due:

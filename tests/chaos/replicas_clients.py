@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from tests.chaos.replicas_crowd import MODEL, Ledger, answer
-from tests.chaos.replicas_rig import Cluster
+from tests.chaos.replicas_rig import Cluster, Replica
 
 CLIENT_S = 600.0  # a job that has not ended by then is lost; with twenty others on two cores one took over 120
 STEP_S = 15.0  # a replica that is stopped takes a connection and says nothing: not longer than this
@@ -135,13 +135,24 @@ class SimClient:
     async def _stay(self, name: str, count: int) -> None:
         """An answer that is asked for once, as a stream or whole; who asks waits until its end, whatever happens."""
         serving = [one for one in self._cluster.replicas if one.url and not one.ends % 2]
-        if not serving:
+        if serving:
+            await self._stay_at(self._dice.choice(serving), name, count, streamed=self._dice.random() < 0.5)
+        else:
             await asyncio.sleep(AGAIN_S)
-            return
-        replica = self._dice.choice(serving)
-        life, spells, streamed = (replica.ends, replica.stops), self._cluster.spells, self._dice.random() < 0.5
+
+    async def stay_at(self, replica: Replica, name: str, count: int, begun: asyncio.Event) -> None:
+        """A stream at one replica, which takes it sooner or later; `begun` is set with its first token."""
+        while not await self._stay_at(replica, name, count, streamed=True, begun=begun):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(AGAIN_S)
+        begun.set()
+
+    async def _stay_at(
+        self, replica: Replica, name: str, count: int, *, streamed: bool, begun: asyncio.Event | None = None
+    ) -> bool:
+        """Whether there was an answer or should have been one; False: it was refused before there was a job."""
+        life = replica.ends, replica.stops
         try:
-            job, code = await self._answered(f"{replica.url}/v1/chat/completions", count, streamed=streamed)
+            job, code = await self._answered(f"{replica.url}/v1/chat/completions", count, streamed, begun)
         except (httpx.HTTPError, OSError) as error:
             job, code = "", type(error).__name__
         if not code:
@@ -150,12 +161,14 @@ class SimClient:
             self._ledger.faults[f"its replica's end: {code}"] += 1
         elif not job and code in REFUSALS:
             self._ledger.faults[code] += 1
-        elif code == "overloaded" and (spells % 2 or self._cluster.spells != spells):
-            self._ledger.faults["the database's trouble: overloaded"] += 1
+            return False
         else:
             self._ledger.wrong.append(f"{name} {job}: its replica lived, and the answer ended with {code}")
+        return True
 
-    async def _answered(self, url: str, count: int, *, streamed: bool) -> tuple[str, str]:
+    async def _answered(
+        self, url: str, count: int, streamed: bool, begun: asyncio.Event | None = None
+    ) -> tuple[str, str]:
         """(job, "" or the code of what went wrong). Raises httpx.HTTPError when the connection breaks.
 
         On a connection of its own: a kept one is closed for its idleness by a replica that was stopped meanwhile.
@@ -179,6 +192,8 @@ class SimClient:
                     event = json.loads(line[6:])
                     fault = event.get("error", {}).get("code", "") or fault
                     text += "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+                if text and begun is not None:
+                    begun.set()
         if fault or (done and text == answer(count)):
             return job, fault
         return job, f"{len(text)} of {len(answer(count))} characters{', and an end' * done}"

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos.replicas_proxy import PeerProxy
@@ -112,27 +112,13 @@ def _listens_at(pid: int) -> set[int]:
 
 
 class Cluster:
-    """Replicas over one state folder, so that they have the same files and keys; each has a proxy before its door.
-
-    Attributes:
-        spells: how often the database was in trouble; odd while it is.
-    """
+    """Replicas over one state folder, so that they have the same files and keys; each has a proxy before its door."""
 
     def __init__(self, folder: Path, store: str, proxies: Sequence[PeerProxy]) -> None:
         (folder / "secret").write_text("0123456789abcdef0123456789abcdef\n")
         self.state = folder / "state"
-        self.spells = 0
         self.proxies = proxies
         self.replicas = [Replica(number, folder, store, self.state, proxy) for number, proxy in enumerate(proxies)]
-
-    @contextlib.contextmanager
-    def spell(self) -> Iterator[None]:
-        """The database is in trouble."""
-        self.spells += 1
-        try:
-            yield
-        finally:
-            self.spells += 1
 
     @property
     def urls(self) -> list[str]:

@@ -66,10 +66,11 @@ class Faults:
     """What is done to the cluster, one after the other."""
 
     def __init__(
-        self, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], dice: random.Random, size: Size
+        self, client: SimClient, cluster: Cluster, pair: Pair, proxies: list[PostgresProxy], size: Size, seed: int
     ) -> None:
-        self._cluster, self._pair, self._proxies, self._dice = cluster, pair, proxies, dice
-        self._spell_s, self._stops_s = size.spell_s, itertools.cycle(size.stops_s)
+        self._client, self._cluster, self._pair, self._proxies = client, cluster, pair, proxies
+        self._dice, self._spell_s, self._stops_s = random.Random(seed), size.spell_s, itertools.cycle(size.stops_s)
+        self._tokens = int(1.5 * AWAY_S / size.pace_s)  # of a stream that is longer than an outage
         self._report: Any = None
         self.done: list[str] = []
 
@@ -86,8 +87,7 @@ class Faults:
 
     async def fail_over(self) -> None:
         """The primary is killed for good; its synchronous standby is promoted."""
-        with self._cluster.spell():
-            await asyncio.to_thread(self._pair.fail_over)
+        await asyncio.to_thread(self._pair.fail_over)
 
     async def kill(self) -> None:
         """kill -9 of a replica, and a new one after a while."""
@@ -112,27 +112,32 @@ class Faults:
 
     async def restart_database(self) -> None:
         """The database crashes and recovers."""
-        with self._cluster.spell():
-            await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
-            await asyncio.to_thread(self._pair.now.start)
+        await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
+        await asyncio.to_thread(self._pair.now.start)
 
     async def outage(self) -> None:
         """The database is away for longer than the others wait for a beat, and a replica is started as it comes back.
 
-        Nobody who lived through it may lose a client by that.
+        Whose stream goes on at a replica that lived through it notices nothing.
         """
         one = self._dice.choice(self._cluster.replicas)
-        with self._cluster.spell():
+        living = [other for other in self._cluster.replicas if other is not one]
+        begun = [asyncio.Event() for _ in living]
+        staying = [
+            self._client.stay_at(replica, "outage", self._tokens, event)
+            for replica, event in zip(living, begun, strict=True)
+        ]
+        async with asyncio.TaskGroup() as tasks:
+            for stay in staying:
+                tasks.create_task(stay)
+            for event in begun:
+                await event.wait()
             await asyncio.to_thread(self._pair.now.stop, signal.SIGQUIT)
             await one.end(signal.SIGKILL)
             await asyncio.sleep(AWAY_S)
-            again = asyncio.create_task(one.start_again())
-            try:
-                await asyncio.to_thread(self._pair.now.start)
-                await again
-            finally:
-                again.cancel()
-                await asyncio.gather(again, return_exceptions=True)
+            again = tasks.create_task(one.start_again())
+            await asyncio.to_thread(self._pair.now.start)
+            await again
 
     async def step_clock(self) -> None:
         """The database's clock, which is the only one that counts, is set; all replicas are as silent by that."""
@@ -162,21 +167,19 @@ class Faults:
 
     async def forget_commits(self) -> None:
         """Commits whose answer is lost, together with the connection."""
-        with self._cluster.spell():
-            for proxy in self._proxies:
-                proxy.forget = 10
-            await asyncio.sleep(self._spell_s)
-            for proxy in self._proxies:
-                proxy.forget = 0
+        for proxy in self._proxies:
+            proxy.forget = 10
+        await asyncio.sleep(self._spell_s)
+        for proxy in self._proxies:
+            proxy.forget = 0
 
     async def slow_network(self) -> None:
         """50 ms and 2 % loss between the replicas and the database."""
-        with self._cluster.spell():
-            for proxy in self._proxies:
-                proxy.delay_s, proxy.loss = 0.05, 0.02
-            await asyncio.sleep(self._spell_s)
-            for proxy in self._proxies:
-                proxy.delay_s = proxy.loss = 0.0
+        for proxy in self._proxies:
+            proxy.delay_s, proxy.loss = 0.05, 0.02
+        await asyncio.sleep(self._spell_s)
+        for proxy in self._proxies:
+            proxy.delay_s = proxy.loss = 0.0
 
 
 def rows(server: PostgresServer) -> list[tuple[str, str, str, int, int, float]]:
@@ -236,7 +239,7 @@ async def settled(server: PostgresServer) -> None:
 
 async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger, Faults, float]:
     """Run the crowd and the faults to their ends."""
-    dice, ledger = random.Random(seed), Ledger()
+    ledger = Ledger()
     began = time.monotonic()
     async with AsyncExitStack() as stack:
         proxies = [
@@ -247,7 +250,6 @@ async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger
         store = f"postgresql://bulkhead@{hosts}/postgres?sslmode=disable"
         doors = [await stack.enter_async_context(PeerProxy()) for _ in range(REPLICAS)]
         async with Cluster(folder, store, doors) as cluster:
-            faults = Faults(cluster, pair, proxies, dice, size)
             calm = asyncio.Event()
 
             def more() -> bool:
@@ -262,6 +264,7 @@ async def storm(folder: Path, pair: Pair, size: Size, seed: int) -> tuple[Ledger
                 SimClient(f"c{n}", cluster, ledger, random.Random(seed * 2000 + n), size.tokens)
                 for n in range(size.clients)
             ]
+            faults = Faults(clients[0], cluster, pair, proxies, size, seed)
             asking = [asyncio.create_task(client.run(more)) for client in clients]
             try:
                 for _ in range(size.rounds):

@@ -7,8 +7,9 @@ import pytest
 
 from coordinator.bus import LocalBus
 from coordinator.records import JobChunk, JobEnded, JobEvent, JobNudge, JobRecord, JobStarted
+from coordinator.store.base import StoreAway
 from coordinator.watching import events_of
-from protocol.faults import FaultError
+from protocol.faults import Fault, FaultError
 
 RUNNING = JobRecord(
     id="job_1", kind="llm", model="m", state="running", tenant="t", attempt=1, created_ms=1, params=b"", stream=True
@@ -47,6 +48,22 @@ async def test_a_nudge_is_believed_only_with_the_row() -> None:
 
 async def test_silence_is_repaired_from_the_row() -> None:
     assert await followed(rows=(RUNNING, DONE), repair_s=0.01) == [JobEnded(DONE, -1)]
+
+
+@pytest.mark.parametrize("nudges", [0, 1])
+async def test_a_store_that_is_away_ends_nobodys_stream(nudges: int) -> None:
+    bus, left = LocalBus(), [None, None, RUNNING, DONE]
+
+    async def row() -> JobRecord:
+        if (found := left.pop(0)) is None:
+            raise StoreAway(Fault("overloaded", "The database is away."))
+        return found
+
+    with bus.subscribe("job_1") as subscription, anyio.fail_after(60):
+        for _ in range(nudges):
+            bus.publish("job_1", JobNudge(3))
+        events = events_of(RUNNING, subscription, row, 0.01, lambda: None)
+        assert [event async for event in events] == [JobEnded(DONE, -1)]
 
 
 async def test_a_stream_that_was_not_read_says_so() -> None:

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
+import anyio
 import httpx
 import pytest
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (extra: postgres)")
 
+from coordinator.attempts import Attempts  # noqa: E402
+from coordinator.bus import LocalBus  # noqa: E402
 from coordinator.records import Submission  # noqa: E402
 from coordinator.replicas.opening import ReplicaTable, open_doorway  # noqa: E402
-from coordinator.store.base import LEFT_BEHIND, Beat, Want  # noqa: E402
+from coordinator.store.base import LEFT_BEHIND, Beat, OpenAttempt, Want  # noqa: E402
 from coordinator.store.postgres import PostgresStore  # noqa: E402
 from coordinator.store.postgres_link import away  # noqa: E402
+from coordinator.store.threads import StoreThreads  # noqa: E402
 from coordinator.testing import FakeWorker, OfferedJob, Running, running  # noqa: E402
 from protocol import link_wire as wire  # noqa: E402
 from protocol.faults import Fault  # noqa: E402
 from tests.coordinator.replicas.rig import PATIENCE_S, SECRET, until  # noqa: E402
 
+P = ParamSpec("P")
+T = TypeVar("T")
 SILENT_MS = 600_000
 HOUR_MS = 3_600_000
 CANCEL = Fault("cancelled", "The client left.")
@@ -154,6 +161,48 @@ def test_a_client_that_came_after_the_silence_is_not_taken_for_gone(stores: Stor
     assert states(other) == ["running", "queued"]
     assert stopped.beat().lapsed
     assert nobody_left(other.beat())
+
+
+# ---- workers that cannot come back meanwhile ---------------------------------------------------------------
+
+
+class Direct(StoreThreads):
+    """No threads: the clock of these tests is a virtual one."""
+
+    async def read(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        return function(*args, **named)
+
+
+class Rows:
+    """A store with one open attempt, and nothing else."""
+
+    parallel = 1
+
+    def open_attempts(self) -> list[OpenAttempt]:
+        return [OpenAttempt("job_1", 1, "running", "w1", "llm", "m")]
+
+    accept_many = complete_many = None
+
+
+async def test_the_grace_of_a_worker_begins_anew_when_the_store_was_away(autojump_clock: object) -> None:
+    lost: list[str] = []
+    none: Any = None
+    rows: Any = Rows()
+    attempts = Attempts(rows, Direct(), none, LocalBus(), ring=lambda _: None, freed=lambda: None)
+
+    async def lose(row: OpenAttempt) -> None:
+        lost.append(row.job)
+
+    attempts.lose = lose  # type: ignore[method-assign]
+    await attempts.reconcile(4.0)
+    await anyio.sleep(20)  # no look reaches the store
+    for _ in range(3):
+        await attempts.reconcile(4.0)
+        assert lost == []
+        await anyio.sleep(1)
+    await anyio.sleep(1)
+    await attempts.reconcile(4.0)
+    assert lost == ["job_1"], "it did not come back, though it could"
 
 
 # ---- whole replicas ----------------------------------------------------------------------------------------
