@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.records import JobRecord, Submission
-from coordinator.store.base import SILENT_MS, OpenAttempt, JobFiles
+from coordinator.store.base import SILENT_MS, JobFiles, OpenAttempt
 from coordinator.store.needs import Labels, asked_labels
 from coordinator.store.rows import LATER, LIGHT, files_of, record, same_request
 from coordinator.store.sql_watch import SqlWatch
