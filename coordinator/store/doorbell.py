@@ -2,6 +2,9 @@
 
 NOTIFY takes a lock of the whole database at commit, so it is never part of a job's transaction, and many rings within
 a few milliseconds are one. A ring that is lost costs the poll's half second and never a job.
+
+The gathering time is the same for any number of replicas: ten that ring without a pause make 1100 rings a second, each
+heard by ten, which costs the database a quarter of a core. Some dozens would want a longer one.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ What the statements mean is in `sql`; this file says how due jobs are claimed wh
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -36,6 +37,8 @@ from coordinator.store.sql_steps import whole
 from coordinator.store.sql_usage import APPEND, APPEND_ALL, FOLD, FOLD_ALL
 from coordinator.store.sql_vitals import gauges_of_postgres
 from protocol.faults import Fault
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _pack = msgspec.msgpack.encode
@@ -146,6 +149,8 @@ class PostgresStore(SqlStore):
             # Without a row the silence was so long that it is forgotten.
             silence_ms = self.silent_ms if before is None else now - before["beat_ms"]
             lapsed = silence_ms >= self.silent_ms
+            if lapsed:
+                log.warning("No beat reached the database for %.1f s; others may have taken over", silence_ms / 1000)
             if silence_ms >= self.silent_ms // 2:
                 self._judges_from = now + self.silent_ms
             self._clock_went_back(now)

@@ -21,6 +21,8 @@ from tests.chaos.replicas_rig import Cluster, Replica
 CLIENT_S = 600.0  # a job that has not ended by then is lost; with twenty others on two cores one took over 120
 STEP_S = 15.0  # a replica that is stopped takes a connection and says nothing: not longer than this
 AGAIN_S = 0.2
+OUTAGE_S = 8.0  # longer than replicas wait for each other's beats
+STANDING_S = 5.0  # what a healthy replica needs at most after an outage
 # Shares of the asks: jobs, clients that leave, and that stay without a key; of the jobs, those that are cancelled.
 JOBS, LEAVERS, STAYERS, CANCELS = 0.2, 0.1, 0.25, 0.4
 REFUSALS = frozenset({"overloaded", "no_worker"})  # before there is a job; the client may ask again
@@ -150,7 +152,7 @@ class SimClient:
         self, replica: Replica, name: str, count: int, *, streamed: bool, begun: asyncio.Event | None = None
     ) -> bool:
         """Whether there was an answer or should have been one; False: it was refused before there was a job."""
-        life = replica.ends, replica.stops
+        life, silences = (replica.ends, replica.stops), len(replica.silences())
         try:
             job, code = await self._answered(f"{replica.url}/v1/chat/completions", count, streamed, begun)
         except (httpx.HTTPError, OSError) as error:
@@ -162,9 +164,21 @@ class SimClient:
         elif not job and code in REFUSALS:
             self._ledger.faults[code] += 1
             return False
+        elif code == "cancelled" and await self._stood_still(
+            replica, silences, OUTAGE_S + STANDING_S if begun is not None else 0.0
+        ):
+            self._ledger.faults["its replica stood still: cancelled"] += 1
         else:
             self._ledger.wrong.append(f"{name} {job}: its replica lived, and the answer ended with {code}")
         return True
+
+    async def _stood_still(self, replica: Replica, before: int, longest_s: float) -> bool:
+        """Whether a machine that is too busy kept it from saying that it lives, for longer than what was done to it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STEP_S):
+                while len(replica.silences()) <= before:  # noqa: ASYNC110 - it is told by its log alone
+                    await asyncio.sleep(AGAIN_S)
+        return max(replica.silences()[before:], default=0.0) > longest_s
 
     async def _answered(
         self, url: str, count: int, streamed: bool, begun: asyncio.Event | None = None

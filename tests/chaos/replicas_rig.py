@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,6 +74,11 @@ class Replica:
                 return
             except NotServing:
                 await asyncio.sleep(AGAIN_S)
+
+    def silences(self) -> list[float]:
+        """For how many seconds none of its beats had reached the database, each time that it was too long."""
+        text = (self._folder / f"replica{self.number}.log").read_text(errors="replace")
+        return [float(found) for found in re.findall(r"No beat reached the database for ([0-9.]+) s", text)]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""

@@ -24,7 +24,7 @@ import pytest
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (extra: postgres)")
 
 from coordinator.testing_postgres import PostgresServer, why_not  # noqa: E402
-from tests.chaos.replicas_clients import SimClient  # noqa: E402
+from tests.chaos.replicas_clients import OUTAGE_S, SimClient  # noqa: E402
 from tests.chaos.replicas_crowd import Ledger, SimWorker  # noqa: E402
 from tests.chaos.replicas_proxy import PeerProxy, PostgresProxy  # noqa: E402
 from tests.chaos.replicas_rig import Cluster  # noqa: E402
@@ -32,7 +32,7 @@ from tests.chaos.replicas_standby import Pair  # noqa: E402
 
 SEED = int(os.environ.get("BULKHEAD_COORDINATOR_SEED", "1"))
 JOBS = int(os.environ.get("BULKHEAD_COORDINATOR_JOBS", "0"))
-AWAY_S = 8.0  # longer than the others wait for a beat
+AWAY_S = OUTAGE_S
 REPLICAS = 3
 OK = "succeeded"
 STEP_MS = 30_000
