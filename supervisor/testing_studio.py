@@ -169,10 +169,14 @@ class StudioServer(Approvals):
     # ---- the socket
 
     async def connect(self, request: WebSocketRequest, worker: str, headers: dict[str, str]) -> None:
-        """One session, to its end."""
+        """One session, to its end. A client may leave at any moment of it."""
         if self.stalling:
             self.stalling -= 1
             await trio.sleep_forever()
+        with contextlib.suppress(ConnectionClosed):
+            await self._admit(request, worker, headers)
+
+    async def _admit(self, request: WebSocketRequest, worker: str, headers: dict[str, str]) -> None:
         token = headers.get("authorization", "").removeprefix("Bearer ")
         wrong = not token or self.workers.get(worker) != token
         if wrong and self.refusing == "401":
@@ -195,8 +199,6 @@ class StudioServer(Approvals):
             await self._talk(session)
         except _Violation as violation:
             await session.close(4002, "protocol_violation", str(violation))
-        except ConnectionClosed:
-            pass
         finally:
             if self.sessions.get(worker) is session:
                 del self.sessions[worker]

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import httpx
 import msgspec
 import trio
-from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
+from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
+
+from supervisor.link.upgrade import upgrade
 
 PATIENCE_S = 30.0
 SUBPROTOCOL = "studio-worker-v1"
@@ -148,16 +150,14 @@ async def connected(
     studio: StudioUnderTest, worker: str, token: str, *, greet: bool = True, **capabilities: Any
 ) -> AsyncIterator[RawWorker]:
     """A socket of a worker. Raises Refused."""
-    parts = urllib.parse.urlsplit(studio.url)
+    parts = urllib.parse.urlsplit(f"{studio.url.rstrip('/')}/graphics/api/workers/{worker}/connect")
     status = 0
     headers = [(b"Authorization", f"Bearer {token}".encode())]
-    path = f"{parts.path.rstrip('/')}/graphics/api/workers/{worker}/connect"
     async with await trio.open_tcp_stream(parts.hostname or "", parts.port or 80) as stream:
         try:
             async with trio.open_nursery() as nursery:
-                socket = await wrap_client_stream(
-                    nursery, stream, parts.netloc, path, subprotocols=[SUBPROTOCOL], extra_headers=headers
-                )
+                socket = await upgrade(nursery, stream, parts, SUBPROTOCOL, headers)
+                assert socket is not None
                 raw = RawWorker(socket, token)
                 if greet:
                     await raw.greet(**capabilities)
