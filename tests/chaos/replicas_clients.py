@@ -1,7 +1,8 @@
 """Simulated clients of many replicas: streams, jobs that are asked for again, cancels, and clients that just leave.
 
 Who has an idempotency key comes back with it, to whichever replica answers, until it knows how its job ended. Who has
-none and stays must get its answer from the replica that it asked, unless something happened to that very replica.
+none and stays must get its answer from the replica that it asked, unless something happened to that very replica, or
+its worker was lost with another one.
 """
 
 from __future__ import annotations
@@ -161,6 +162,8 @@ class SimClient:
             self._ledger.stayed[job] = count
         elif (replica.ends, replica.stops) != life:
             self._ledger.faults[f"its replica's end: {code}"] += 1
+        elif job and code == "worker_lost":  # its worker hung on another replica; `judge` bounds how many these are
+            self._ledger.faults[code] += 1
         elif not job and code in REFUSALS:
             self._ledger.faults[code] += 1
             return False
