@@ -88,8 +88,7 @@ class Claims:
         self._facts, self._clock, self._utc, self._person = facts, clock, utc, person
         self._aside_s, self._answer_s, self._ack_s, self._models = aside_s, answer_s, ack_s, models
         self.on_change: Callable[[], None] = lambda: None
-        self._native = wire.Capabilities()
-        self._draining = False
+        self._native, self._draining = wire.Capabilities(), False
         # Of this life.
         self._attempts: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._names: collections.OrderedDict[str, str] = collections.OrderedDict()  # native id -> theirs, for the log
@@ -230,7 +229,8 @@ class Claims:
     def _completed(self, key: Key, complete: wire.Complete) -> None:
         slip = self._slips.get(key)
         if complete.files or (slip is not None and slip.kind not in frames.JSON_KINDS):
-            self._forget(key, "stored")  # the upload was its end
+            self.uploads.delivered(key)  # which was its end
+            self._forget(key, "stored")
             self._proceed()
             return
         self._results[key] = complete
@@ -357,7 +357,7 @@ class Claims:
         if key in (self._held, self._offered):
             self._said.say(logging.WARNING, "offered again what is held already", extra={"job": job})
             return
-        if self._held is not None or self._offered is not None:
+        if self._held is not None or self._offered is not None or self.uploads.overtook(job):
             self._reject(theirs, BUSY, "busy")
         elif offered.claim is None:
             self._reject(theirs, offered.reason)

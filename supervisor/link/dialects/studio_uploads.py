@@ -9,6 +9,8 @@ claim, so the two may overtake each other. What is not a yes is judged by whethe
                             hold the job for this session, and offer it nothing more
     not held, 404, 409, 410 waits for its job to be offered here again, for `aside_s`
     not held, another no    tried again without end: the server is in trouble, or away
+    not held, a yes         the server has just offered the job again. That offer, when it comes, is declined as busy:
+                            there is nothing left to do for it, and to accept what is done breaks the rules
 
 A result is kept until the server has acknowledged the `fail`: where the session breaks before that, it goes on waiting
 for its job as any other, and needs no other run.
@@ -57,6 +59,7 @@ class Uploads:
         self._doubted: set[Key] = set()
         self._answers: dict[Key, int] = {}
         self._failing: dict[Key, trio.Event] = {}
+        self._overtaken: set[str] = set()  # jobs whose offer is on its way, and is of no use any more
 
     # ---- what delivery tells and asks
 
@@ -147,6 +150,17 @@ class Uploads:
         if key in self._waiting:
             self._waiting[key].set()
 
+    def delivered(self, key: Key) -> None:
+        """The server took the upload."""
+        if key != self._held():
+            self._overtaken.add(key[0])
+
+    def overtook(self, job: str) -> bool:
+        """Whether this offer is one that was made before its job's upload was taken; no later one is."""
+        overtaken = job in self._overtaken
+        self._overtaken.discard(job)
+        return overtaken
+
     def acknowledged(self, key: Key) -> bool:
         """The server knows that this claim has failed. False: it was not for an upload."""
         if key not in self._failing:
@@ -159,6 +173,7 @@ class Uploads:
         """The session is, and its claim with it."""
         self._doubted.clear()
         self._answers.clear()
+        self._overtaken.clear()
         for event in self._failing.values():
             event.set()
 
@@ -169,7 +184,8 @@ class Uploads:
             self._let_go(key)
 
     def _let_go(self, key: Key) -> None:
-        if not self._leave(key):
+        # One that was offered here again a moment ago, and has not gone on yet, is delivered in this life.
+        if key != self._held() and not self._leave(key):
             self._waiting[key].set()
 
     def forget(self, key: Key) -> None:

@@ -36,6 +36,7 @@ from supervisor.suspend import Clocks
 from supervisor.testing import FakeHost, FakeRun
 from supervisor.testing_studio import StudioServer
 
+PATIENCE_S = 90.0  # of a wait; no machine is so slow
 FAST = Timing(
     pace=Pace(beat_s=0.1, soonest_s=0.02, silent_s=5.0, connect_s=5.0, tick_s=0.02, close_s=0.1),
     poll_s=0.05,
@@ -164,13 +165,13 @@ class Bench:
 
     async def refused(self) -> str:
         """See the suite."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             await self.over.wait()
         return self.ends[-1].sentence
 
     async def empty(self) -> None:
         """See the suite."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             await self.attempts.ledger.wait_empty()
 
 

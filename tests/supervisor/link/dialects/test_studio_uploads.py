@@ -99,3 +99,28 @@ async def test_a_drain_lets_go_of_what_waits_for_its_job(nursery, left, drained_
     # Left to the next life, it is cancelled from there; what cannot be left is given up.
     assert (desk.left, desk.verdicts) == (([SLIP.key], []) if left else ([], [False]))
     nursery.cancel_scope.cancel()
+
+
+async def test_a_drain_leaves_alone_what_was_offered_here_again_a_moment_ago(nursery):
+    """Both come in one turn of the loop: its claim is ours, and it is delivered in this life."""
+    desk = Desk(None)
+    nursery.start_soon(desk.conflict)
+    await trio.testing.wait_all_tasks_blocked()
+    desk.held = SLIP.key
+    desk.uploads.taken(SLIP.key)
+    desk.uploads.drain()
+    await trio.testing.wait_all_tasks_blocked()
+    assert (desk.left, desk.verdicts) == ([], [True])
+
+
+def test_an_upload_that_is_taken_without_its_claim_has_overtaken_one_offer_of_its_session():
+    desk = Desk(None)
+    desk.uploads.delivered(SLIP.key)
+    assert not desk.uploads.overtook("other")
+    assert [desk.uploads.overtook(SLIP.job) for _ in range(2)] == [True, False]
+    desk.uploads.delivered(SLIP.key)
+    desk.uploads.over()
+    assert not desk.uploads.overtook(SLIP.job)
+    desk.held = SLIP.key
+    desk.uploads.delivered(SLIP.key)
+    assert not desk.uploads.overtook(SLIP.job), "its offer came before"
