@@ -205,6 +205,7 @@ class Attempts:
         if claim is None or not claim.kept or isinstance(claim.end, wire.Fail):
             return False
         if claim.end is None:
+            claim.leaving = claim.leaving or claim.stopped is None
             self._stop(job, attempt, Fault("worker_stopping", "The worker is stopping."))
         else:
             self._left(claim)
@@ -215,15 +216,21 @@ class Attempts:
         self.ledger.forget(claim)
 
     def stop_all(self, fault: Fault) -> None:
-        """End what still runs, with `fault`; each says so as its end."""
-        self.stop_models({claim.offer.model for claim in self.ledger}, fault)
+        """End what has not ended, with `fault`; each says so as its end. What is kept is left to the next life."""
+        for claim in self.ledger:
+            claim.leaving = claim.leaving or claim.stopped is None
+            self._stop_now(claim, fault)
 
     def stop_models(self, models: Collection[str], fault: Fault) -> None:
-        """The same for what runs on these models."""
+        """End what runs on these models, or waits for them, in the same way. What is kept is delivered without them."""
         for claim in self.ledger:
-            if claim.end is None and claim.offer.model in models:
-                claim.stopped = claim.stopped or fault
-                claim.scope.cancel()
+            if claim.offer.model in models and not claim.kept:
+                self._stop_now(claim, fault)
+
+    def _stop_now(self, claim: Claim, fault: Fault) -> None:
+        if claim.end is None:
+            claim.stopped = claim.stopped or fault
+            claim.scope.cancel()
 
     # ---- the task of one claim
 
@@ -294,10 +301,10 @@ class Attempts:
             await self._unwanted(claim)
             return
         if end is None:
-            fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
-            if claim.kept and fault.code == "worker_stopping" and not self.gave_back(claim.job):
+            if claim.kept and claim.leaving:
                 self._left(claim)
                 return
+            fault = claim.stopped or Fault("worker_stopping", "The worker is stopping.")
             end = wire.Fail(fault=fault, streamed=claim.streamed)
         if isinstance(end, wire.Fail):
             end = msgspec.structs.replace(end, fault=redacted(end.fault))

@@ -32,6 +32,7 @@ class Claim:
         kept: its result is on disk, so that only delivery is left, in this life or the next.
         at_host: whether `Host.run` has it now, which ends it more gently than the scope.
         stopped: why it was told to stop; None when it was not.
+        leaving: it was told so because this life ends: what is kept is for the next one.
         forgotten: the coordinator refuses its result for good.
     """
 
@@ -45,6 +46,7 @@ class Claim:
         self.accepted = self.kept = False
         self.at_host = False
         self.stopped: Fault | None = None
+        self.leaving = False
         self.forgotten = False
         self.started = False
         self.streamed = False

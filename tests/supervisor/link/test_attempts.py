@@ -13,7 +13,7 @@ import trio
 
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
-from protocol.faults import refuse
+from protocol.faults import Fault, refuse
 from supervisor.host.ground import Ground
 from supervisor.link import attempts as subject
 from supervisor.link.attempts import Attempts
@@ -23,6 +23,7 @@ from supervisor.store import open_store
 from supervisor.testing import FakeHost
 
 PATIENCE_S = 0.01
+STOPPING = Fault("worker_stopping", "The engine is restarted.")
 OFFER = wire.Offer(kind="image", model="m", params=msgspec.Raw(msgspec.msgpack.encode({"prompt": "x"})), upload="/u")
 
 
@@ -44,6 +45,19 @@ class Delivery:
             await trio.sleep(0 if self.at_once else patience_s)
             raise refuse("upload_failed", "nobody was there")
         self.over.set()
+
+
+class Gated(Delivery):
+    """Takes everything, once it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = trio.Event()
+
+    async def upload(self, _template, _file, _source, _until, _moved, patience_s: float) -> None:
+        self.under_way.set()
+        await self.gate.wait()
+        await super().upload(_template, _file, _source, _until, _moved, patience_s)
 
 
 class Rig:
@@ -111,8 +125,10 @@ async def test_what_a_full_disk_did_not_take_waits_for_a_coordinator_that_is_awa
 
 @pytest.mark.parametrize(("away", "at_once"), [(False, False), (True, True), (False, True)])
 async def test_one_that_is_there_gets_its_time_and_what_cannot_pass_ends_it(
-    tmp_path: Path, away: bool, at_once: bool
+    tmp_path: Path, away: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if at_once:
+        monkeypatch.setattr(subject, "UPLOAD_PATIENCE_S", 60.0)  # what is told at once is not patience that ran out
     async with rig(tmp_path, Delivery(math.inf, at_once)) as r:
         await r.painted(away)
         if away:
@@ -139,6 +155,35 @@ async def test_what_is_left_is_delivered_by_the_next_life(tmp_path: Path) -> Non
         assert len(r.attempts.ledger) == 0
     async with rig(tmp_path, Delivery(), kept=True) as r:
         assert r.attempts.ledger.held(), "it is still there"
+
+
+async def test_what_is_kept_needs_its_model_no_more_and_is_delivered_without_it(tmp_path: Path) -> None:
+    """A hold or a new start of the engine ends what runs. What is done was forgotten with it, and nobody was told."""
+    slow = Gated()
+    async with rig(tmp_path, slow, kept=True) as r:
+        await r.painted(away=False)
+        r.attempts.stop_models({"m"}, STOPPING)
+        slow.gate.set()
+        await r.posts(wire.Complete)
+        assert not [body for body in r.posted if isinstance(body, wire.Fail)]
+
+
+async def test_a_stop_that_comes_while_the_result_is_being_kept_is_told(tmp_path: Path, monkeypatch) -> None:
+    """The worker lives on, so to leave it to the next life would be to say nothing."""
+    keep = OnDisk.done
+    async with rig(tmp_path, Gated(), kept=True) as r:
+
+        async def stopped(*given):
+            parcel = await keep(*given)
+            r.attempts.stop_models({"m"}, STOPPING)
+            return parcel
+
+        monkeypatch.setattr(OnDisk, "done", stopped)
+        await r.painted(away=False)
+        failed = await r.posts(wire.Fail)
+        assert isinstance(failed, wire.Fail)
+        assert failed.fault.code == "worker_stopping"
+        assert list((tmp_path / "outbox").iterdir()) == []
 
 
 async def test_what_is_not_kept_cannot_be_left(tmp_path: Path) -> None:
