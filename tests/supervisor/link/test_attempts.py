@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ from protocol.faults import Fault, refuse
 from supervisor.host.ground import Ground
 from supervisor.link import attempts as subject
 from supervisor.link.attempts import Attempts
-from supervisor.link.keeping import OnDisk
+from supervisor.link.keeping import OnDisk, Parcel
 from supervisor.link.outbox import Outbox
 from supervisor.store import open_store
 from supervisor.testing import FakeHost
@@ -173,7 +174,7 @@ async def test_a_stop_that_comes_while_the_result_is_being_kept_is_told(tmp_path
     keep = OnDisk.done
     async with rig(tmp_path, Gated(), kept=True) as r:
 
-        async def stopped(*given):
+        async def stopped(*given: Any) -> Parcel:
             parcel = await keep(*given)
             r.attempts.stop_models({"m"}, STOPPING)
             return parcel
