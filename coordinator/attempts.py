@@ -273,11 +273,15 @@ class Attempts:
         if (failing := self.fleet.failed(worker, held, fault, now)) is None:
             return
         self.counters.events["quarantines"] += 1
-        said = f"for {failing.until - now:.0f} s: {failing.failed} tries in a row failed there, the last with"
+        rest = max(0.0, failing.until - now)
+        what = f"nothing of the model {held.model!r} for {rest:.0f} s"
+        if not rest:
+            what = f"one job of the model {held.model!r} at a time, being the only one that takes it"
+        said = f"{failing.failed} tries in a row failed there, the last with {failing.code}"
         level = logging.INFO if failing.rests > 1 else logging.WARNING
-        log.log(level, "Worker %s gets nothing of the model %r %s %s", worker.id, held.model, said, failing.code)
+        log.log(level, "Worker %s gets %s: %s", worker.id, what, said)
         self.fleet.tell(worker)
-        self._ring(failing.until - now)
+        self._ring(rest)
 
     async def _finish(self, worker: Worker, key: Key, ending: Ending) -> None:
         held = worker.attempts.pop(key, None)

@@ -6,6 +6,7 @@ there is never more than one offer at a time per free slot.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
@@ -148,21 +149,27 @@ class Fleet:
     # ---- who fails -----------------------------------------------------------------------------------------
 
     def failed(self, worker: Worker, held: HeldAttempt, fault: Fault, now: float) -> Failing | None:
-        """An attempt failed there. Returns what has failed when the worker is to rest from the model from now on."""
+        """An attempt failed there. Returns what has failed when the worker is to rest from the model from now on.
+
+        The only one that could have such a job rests for no time: it has one job at a time from now on.
+        """
+        worker.failing = self._quarantine.of(worker.id)  # what had nothing in it may have been let go meanwhile
         one = self._quarantine.failed(
-            worker.id, held.model, held.job, fault, held.since, now, sole=not self._takes(held.model, worker.id, now)
+            worker.id, held.model, held.job, fault, held.since, now, sole=not self._takes(held, worker.id, now)
         )
         if one is not None:
             self._slots.changed(worker)
         return one
 
-    def _takes(self, model: str, but: str, now: float) -> bool:
-        """Whether another worker takes the model now."""
-        serving = self._slots.serving(model).values()
-        return any(worker.id != but and worker.open_to(model, now) for worker in serving) or any(
-            worker.id != but and model in worker.view.models and worker.open_to(model, now)
-            for worker in self._afar()
-            if worker.view is not None
+    def _takes(self, held: HeldAttempt, but: str, now: float) -> bool:
+        """Whether another worker takes such jobs now; that this very one keeps off it, having failed there, is no sign.
+
+        Unlike `others`, which asks for this job alone.
+        """
+        serving = self._slots.serving(held.model).values()
+        return any(
+            worker.id != but and worker.open_to(held.model, now) and _suits(worker, held)
+            for worker in itertools.chain(serving, self._afar())
         )
 
     def succeeded(self, worker: Worker, model: str) -> Failing | None:

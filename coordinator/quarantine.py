@@ -2,7 +2,8 @@
 
 Whoever fails fastest is always the least busy: without this, one broken box would be offered every job while sound
 boxes work. What counts is different jobs in a row that failed by the engine's or the worker's doing; a success ends
-it. Each replica counts what it saw itself. Pure: times are handed in, in seconds.
+it. The only worker that a job could have gets one job at a time and no rest: there it would keep out those requests
+whose success ends it. Each replica counts what it saw itself. Pure: times are handed in, in seconds.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ FIRST_PAUSE_S = 15.0  # doubled each time that the one job after it fails, too
 LONGEST_PAUSE_S = 600.0
 MOST_WORKERS = 10_000  # names come from workers, so their number is not ours to trust
 # Of the engine or the worker by the table, and yet no sign that the next job would fail there: what callers choose
-# (a deadline, a command, a job that kills any engine), and a session that ended, which a new one begins anew.
-_TELLS_NOTHING = frozenset({"deadline_exceeded", "command_failed", "job_poisoned", "worker_stopping", "worker_lost"})
+# (a deadline, a command, a job that kills any engine), a store of files that is away, as it is for all workers, and a
+# session that ended, which a new one begins anew.
+_CALLERS = {"deadline_exceeded", "command_failed", "job_poisoned"}
+_TELLS_NOTHING = frozenset(_CALLERS | {"input_unavailable", "upload_failed", "worker_stopping", "worker_lost"})
 
 
 @dataclasses.dataclass
@@ -68,14 +71,15 @@ class Quarantine:
     def failed(
         self, worker: str, model: str, job: str, fault: Fault, since: float, now: float, *, sole: bool
     ) -> Failing | None:
-        """An attempt failed there. Returns what is counted when the worker is to rest from now until `until`.
+        """An attempt failed there. Returns what is counted when the worker is to rest from now until `until`,
+        or, being the only one, is to have one job at a time from now on.
 
         Args:
             worker, model, job: where, and which.
             fault: as the worker told it.
             since: when the attempt was offered.
             now: the same clock.
-            sole: no other worker takes the model now; its pause is not doubled, so that nobody is locked out for long.
+            sole: no other worker takes such jobs now: no pause, and none of those that follow is made longer by it.
         """
         if fault.owner not in (Owner.ENGINE, Owner.WORKER) or fault.code in _TELLS_NOTHING:
             return None
@@ -92,10 +96,13 @@ class Quarantine:
             one.jobs.add(job)
         if not one.rests and len(one.jobs) < FAILURES:
             return None
-        one.rests += 1
         one.began = now
+        if sole:
+            told, one.rests = one.rests > 0, max(one.rests, 1)
+            return None if told else one
+        one.rests += 1
         pause = FIRST_PAUSE_S * 2.0 ** min(one.rests - 1, 10)
-        one.until = now + (FIRST_PAUSE_S if sole else min(LONGEST_PAUSE_S, pause))
+        one.until = now + min(LONGEST_PAUSE_S, pause)
         return one
 
     def succeeded(self, worker: str, model: str) -> Failing | None:

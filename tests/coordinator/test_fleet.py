@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
 import pytest
 
+from coordinator import quarantine
 from coordinator.fleet import AFAR_AGAIN_S, COLD_WAITS_MS, FOREVER, Fleet, HeldAttempt, Worker
 from coordinator.quarantine import FIRST_PAUSE_S, Failing
 from coordinator.records import JobRecord, Resting, WorkerView
@@ -364,7 +366,7 @@ def test_who_fails_job_after_job_is_offered_nothing_while_others_work() -> None:
 
 
 def test_after_its_rest_it_gets_one_job_at_a_time_until_one_succeeds() -> None:
-    made = fleet(worker("bad", model(slots=4)))
+    made = fleet(worker("bad", model(slots=4)), worker("good", busy=1))
     bad = made.workers["bad"]
     fails(made, "bad", "j1", "j2", "j3")
     assert made.wants(FIRST_PAUSE_S - 0.1) == []
@@ -379,7 +381,7 @@ def test_after_its_rest_it_gets_one_job_at_a_time_until_one_succeeds() -> None:
 
 def test_an_announcement_ends_no_rest_and_a_new_session_has_it_tried() -> None:
     """A worker announces itself anew whenever an engine comes or goes, as one that crashes job after job does."""
-    made = fleet(worker("bad", model(slots=4)))
+    made = fleet(worker("bad", model(slots=4)), worker("good", busy=1))
     fails(made, "bad", "j1", "j2", "j3")
     made.announce(made.workers["bad"], made.workers["bad"].capabilities)
     assert made.wants(1.0) == []
@@ -390,24 +392,69 @@ def test_an_announcement_ends_no_rest_and_a_new_session_has_it_tried() -> None:
 
 
 def test_other_models_of_it_go_on() -> None:
-    made = fleet(worker("bad", model(), model("other")))
+    made = fleet(worker("bad", model(), model("other")), worker("good", busy=1))
     fails(made, "bad", "j1", "j2", "j3")
     assert [want.model for want in made.wants(0.0)] == ["other"]
 
 
-def test_who_is_the_only_one_rests_briefly_and_requests_are_told() -> None:
-    made = fleet(worker("bad"))
-    now = 100.0
-    fails(made, "bad", "j1", "j2", "j3", now=now)
-    for again in range(5):
-        fault = made.judge("llm", "chat", now=now)
-        assert fault is not None
-        assert (fault.code, fault.detail, fault.http_status) == ("quarantined", {"retry_after_s": FIRST_PAUSE_S}, 503)
-        now += FIRST_PAUSE_S
+def test_the_only_one_goes_on_with_one_job_at_a_time_and_refuses_nobody() -> None:
+    """A batch that fails there would keep out those whose success ends it."""
+    made = fleet(worker("bad", model(slots=4)))
+    assert fails(made, "bad", "j1", "j2", "j3") is not None
+    for again in range(50):
+        assert made.judge("llm", "chat", now=float(again)) is None
+        assert [want.limit for want in made.wants(float(again))] == [1]
+        fails(made, "bad", f"again{again}", now=float(again))
+    assert made.succeeded(made.workers["bad"], "chat") is not None
+    assert [want.limit for want in made.wants(50.0)] == [4]
+
+
+def test_of_a_fleet_that_fails_job_after_job_the_last_one_goes_on() -> None:
+    made = fleet(worker("bad"), worker("worse"))
+    for n in range(100):
+        now = float(n)
+        name = next((name for name, one in made.workers.items() if one.open_to("chat", now)), None)
+        assert name is not None
+        fails(made, name, f"j{n}", now=now)
         assert made.judge("llm", "chat", now=now) is None
-        assert fails(made, "bad", f"again{again}", now=now + 0.2) is not None
-        now += 0.2
-    assert made.judge("llm", "chat") is None  # who does not ask about now
+
+
+@pytest.mark.parametrize("lacks", ["labels", "kind", "memory"])
+@pytest.mark.parametrize("there", [False, True])
+def test_who_could_not_have_such_jobs_makes_nobody_rest(lacks: str, there: bool) -> None:
+    other_kind = model(kinds=("embed",) if lacks == "kind" else ("llm",))
+    room = 8.0 if lacks == "memory" else 80.0
+    labels = {} if lacks == "labels" else TRUSTED
+    other = (afar if there else worker)("other", other_kind)
+    other.capabilities = msgspec.structs.replace(other.capabilities, labels=labels, vram_threshold_gb=room)
+    made = fleet(worker("bad", labels=TRUSTED, vram_threshold_gb=80.0), *([] if there else [other]))
+    made.elsewhere = lambda: [other] if there else []
+    held = offered(needs=needs_of(TRUSTED, 40.0), vram_gb=40.0)
+    for n in range(4):
+        job = dataclasses.replace(held, job=f"j{n}", since=float(n))
+        made.failed(made.workers["bad"], job, Fault("engine_failed", "It broke."), n + 0.1)
+    assert made.workers["bad"].rests_from("chat", 3.1) == 0
+
+
+def test_a_job_that_keeps_off_the_other_one_after_it_failed_there_makes_nobody_the_only_one() -> None:
+    made = fleet(worker("bad"), worker("good"))
+    for job in ("j1", "j2", "j3"):
+        made.refusals.avoid(job, "good", 5.0)
+    fails(made, "bad", "j1", "j2", "j3")
+    assert made.workers["bad"].rests_from("chat", 0.0) == FIRST_PAUSE_S
+
+
+def test_what_failed_is_counted_of_a_worker_that_was_connected_before_ten_thousand_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quarantine, "MOST_WORKERS", 4)
+    made = fleet(worker("bad"), worker("good", busy=1))
+    for n in range(5):
+        passing = worker(f"w{n}", model("other"))
+        made.add(passing)
+        made.remove(passing)
+    fails(made, "bad", "j1", "j2", "j3")
+    assert (made.wants(0.0), made.workers["bad"].rests_from("chat", 0.0)) == ([], FIRST_PAUSE_S)
 
 
 def test_a_rest_grows_while_others_take_the_model_here_or_elsewhere() -> None:
@@ -422,9 +469,9 @@ def test_a_rest_grows_while_others_take_the_model_here_or_elsewhere() -> None:
 
 
 def test_a_rest_is_shown_by_who_has_it_and_known_of_who_is_elsewhere() -> None:
-    made = fleet(worker("bad", model(), model("other")))
+    made = fleet(worker("bad", model(), model("other")), worker("good"))
     fails(made, "bad", "j1", "j2", "j3")
-    (shown,) = made.views(5.0)
+    shown, _ = made.views(5.0)
     assert shown.resting == (Resting(model="chat", for_s=FIRST_PAUSE_S - 5, failed=3, code="engine_failed"),)
     there = Fleet()
     there.elsewhere = lambda: [afar("bad", model(), model("other"), resting=shown.resting)]

@@ -77,6 +77,17 @@ def test_only_the_engine_and_the_worker_are_to_blame_and_not_for_what_callers_ch
     assert {"engine_failed", "engine_crashed", "out_of_memory", "load_failed", "worker_failed", "gpu_failed"} <= blamed
     innocent = {"invalid_parameter", "payload_too_large", "cancelled", "deadline_exceeded", "command_failed"}
     assert not blamed & (innocent | {"job_poisoned", "worker_lost", "worker_stopping"})
+    assert not blamed & {"input_unavailable", "upload_failed"}  # the store of files is away, and for all workers
+
+
+def test_the_only_worker_has_one_job_at_a_time_and_no_rest_and_later_ones_grow_by_none_of_it() -> None:
+    tried = Tried()
+    told = [tried.fails(f"j{n}", sole=True) for n in range(20)]
+    assert [n for n, one in enumerate(told) if one is not None] == [2]
+    failing = tried.kept.of("w")["m"]
+    assert (failing.rests, failing.until <= tried.now, failing.failed) == (1, True, 20)
+    assert tried.fails("later") is failing
+    assert failing.until == tried.now + 2 * FIRST_PAUSE_S
 
 
 def test_a_code_of_a_newer_worker_is_an_engines_and_is_not_repeated_in_our_words() -> None:

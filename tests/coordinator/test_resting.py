@@ -78,6 +78,11 @@ def ended(http: httpx.Client, job: str) -> dict[str, Any]:
     return row
 
 
+def _serving(boss: httpx.Client, model: str) -> list[str]:
+    """Workers that are connected and have it."""
+    return [one["id"] for one in boss.get("/v1/workers").json()["data"] if model in str(one)]
+
+
 def resting(boss: httpx.Client, name: str) -> list[dict[str, Any]]:
     """What the list of workers says of one's rests."""
     found = next(one for one in boss.get("/v1/workers").json()["data"] if one["id"] == name)
@@ -168,12 +173,14 @@ def test_a_caller_who_is_wrong_again_and_again_keeps_no_worker_from_others(
         assert (len(worker.jobs), resting(boss, worker._hello.worker)) == (TRIES, [])
 
 
-def test_the_only_worker_rests_with_a_word_and_an_admin_ends_it(
+def test_who_rests_while_the_other_one_leaves_does_so_with_a_word_and_an_admin_ends_it(
     served: Running, http: httpx.Client, boss: httpx.Client, model: str, rests: None
 ) -> None:
-    name = f"only-{model}"
+    name = f"bad-{model}"
     with FakeWorker(served, offers(model), breaks("engine_failed"), name) as worker:
-        assert [chat(http, model).status_code for _ in range(FEW)] == [500] * FEW
+        with FakeWorker(served, offers(model), answers, f"good-{model}"):
+            assert [chat(http, model).status_code for _ in range(FEW)] == [500] * FEW
+        until(lambda: len(_serving(boss, model)) == 1)
         refused = chat(http, model)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "quarantined")
         assert 0 < int(refused.headers["retry-after"]) <= LONG_S
@@ -184,17 +191,36 @@ def test_the_only_worker_rests_with_a_word_and_an_admin_ends_it(
         assert resting(boss, name) == []
 
 
+def test_a_batch_that_fails_on_the_only_worker_keeps_no_request_from_it(
+    served: Running, http: httpx.Client, boss: httpx.Client, model: str, rests: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What lines of it leave behind is one job at a time, and the first request that works ends that."""
+    name = f"only-{model}"
+    with FakeWorker(served, offers(model), breaks("engine_failed"), name) as worker:
+        for line in [submit(http, model, wait_for_worker=True) for _ in range(TRIES)]:
+            assert ended(http, line)["fault"]["code"] == "engine_failed"
+        (why,) = resting(boss, name)
+        assert why["for_s"] == 0
+        assert why["failed"] >= FEW
+        worker.script = answers
+        assert [chat(http, model).status_code for _ in range(3)] == [200] * 3
+        assert resting(boss, name) == []
+    assert len([line for line in caplog.messages if f"gets one job of the model '{model}' at a time" in line]) == 1
+
+
 def test_a_new_session_is_tried_with_one_job_at_a_time(
     served: Running, http: httpx.Client, boss: httpx.Client, model: str, rests: None
 ) -> None:
     """Its owner may have mended it meanwhile."""
-    name = f"only-{model}"
+    name = f"bad-{model}"
     with FakeWorker(served, offers(model), breaks("engine_failed"), name):
-        assert [chat(http, model).status_code for _ in range(FEW)] == [500] * FEW
+        with FakeWorker(served, offers(model), answers, f"good-{model}"):
+            assert [chat(http, model).status_code for _ in range(FEW)] == [500] * FEW
+            assert resting(boss, name)[0]["for_s"] > 0
     with FakeWorker(served, offers(model), breaks("engine_failed"), name) as again:
-        assert chat(http, model).status_code == 500
-        assert chat(http, model).status_code == 503
-        assert len(again.jobs) == 1
+        with FakeWorker(served, offers(model), answers, f"good-{model}"):
+            assert [chat(http, model).status_code for _ in range(4)] == [500] + [200] * 3
+            assert len(again.jobs) == 1
     with FakeWorker(served, offers(model), answers, name):
         assert [chat(http, model).status_code for _ in range(3)] == [200] * 3
         assert resting(boss, name) == []

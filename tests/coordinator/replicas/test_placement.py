@@ -145,10 +145,12 @@ def test_a_worker_that_rests_is_known_to_rest_at_the_other_replica(two: Two, mod
         patch.setattr(quarantine, "FIRST_PAUSE_S", LONG_S)
         with FakeWorker(there, offers(model), fails, name):
             known(here, name)
-            for _ in range(quarantine.FAILURES):
-                assert ended(there, submit(there, model))["state"] == "failed"
             seen = here.coordinator.parts.dispatcher.attempts.fleet
-            until(lambda: any(one.view and one.view.resting for one in list(seen.elsewhere())))
+            with FakeWorker(there, offers(model), answers, f"good-{model}"):  # the only one would not rest
+                known(here, f"good-{model}")
+                rests = there.coordinator.parts.dispatcher.attempts.fleet.workers[name].failing
+                until(lambda: ended(there, submit(there, model)) and model in rests and rests[model].rests)
+            until(lambda: [bool(one.view and one.view.resting) for one in list(seen.elsewhere())] == [True])
             body = {"model": model, "messages": MESSAGES}
             asked = httpx.post(f"{here.url}/v1/chat/completions", json=body, headers=here.headers, timeout=PATIENCE_S)
             assert (asked.status_code, asked.json()["error"]["code"]) == (503, "quarantined")
