@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,11 +26,13 @@ import anyio
 from anyio.to_thread import run_sync
 
 from protocol.faults import FaultError, refuse
+from protocol.ids import is_safe_id
 
 WRITE_BYTES = 2**20  # a thread hop per MiB, not per network read
 LEFT_S = 3600.0  # nothing has come for so long: nobody writes there any more
 YOUNG_S = 120.0  # an upload of which nothing comes for a minute is ended by whoever receives it
 
+_PART = re.compile(r"(.+)\.([0-9]{1,10})\.[0-9a-f]{64}\Z")  # others are not ours, as what NFS leaves in a folder
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -207,8 +210,8 @@ class Drafts:
 
     def attempts(self) -> set[tuple[str, int]]:
         """Of which attempts there are parts. Blocks."""
-        names = (part.name.rsplit(".", 2) for part in (self._folder / "parts").iterdir())
-        return {(job, int(attempt)) for job, attempt, _sha256 in names}
+        names = [_PART.match(part.name) for part in (self._folder / "parts").iterdir()]
+        return {(found[1], int(found[2])) for found in names if found and is_safe_id(found[1])}
 
     def sweep(self) -> int:
         """Delete what nobody receives any more, uploads after two minutes, parts after an hour; how many. Blocks."""

@@ -67,19 +67,17 @@ class FolderBlobs(Blobs):
         """See `Blobs`."""
         self._drafts.forget(job, attempt)
         folder = self._folder / "out" / job / str(attempt)
-        with contextlib.suppress(FileNotFoundError):
-            for file in list(folder.iterdir()):
-                if f"{job}/{attempt}/{file.name}" not in keep:
-                    file.unlink(missing_ok=True)
-            if not keep:
-                with contextlib.suppress(OSError):  # something came just now: whoever received it will say so
-                    folder.rmdir()
+        for file in _inside(folder):
+            if f"{job}/{attempt}/{file.name}" not in keep:
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something is kept, or came just now: whoever received it will say so
+            folder.rmdir()
 
     def left_lately(self, since_s: float) -> dict[tuple[str, int], set[str]]:
         """See `Blobs`."""
         since = self._now_s() - since_s
         found = {whose: {""} for whose in self._drafts.attempts()}
-        for folder in (self._folder / "out").glob("*/*"):
+        for folder in (one for job in _inside(self._folder / "out") for one in _inside(job)):
             if folder.name.isdecimal() and since <= mtime(folder) < float("inf"):
                 job, attempt = folder.parent.name, int(folder.name)
                 keys = {f"{job}/{attempt}/{one.name}" for one in self._outputs(job, attempt)}
@@ -104,12 +102,19 @@ class FolderBlobs(Blobs):
 
     def _outputs(self, job: str, attempt: int) -> list[Output]:
         found = []
-        with contextlib.suppress(FileNotFoundError):
-            for file in (self._folder / "out" / job / str(attempt)).iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    status = file.stat()
-                    found.append(Output(file.name, status.st_mtime, status.st_size))
+        for file in _inside(self._folder / "out" / job / str(attempt)):
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                found.append(Output(file.name, status.st_mtime, status.st_size))
         return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in it; nothing, where it goes meanwhile or is none: another coordinator may delete it at any time."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _secret(path: Path) -> bytes:

@@ -49,6 +49,7 @@ class _Attempt:
         self.lying: dict[str, int] = {}  # name -> bytes
         self.known = False  # what lies there
         self.coming: list[Coming] = []
+        self.ends = 0  # how many have ended
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each file; one that comes again is counted once."""
@@ -81,9 +82,11 @@ class Rooms:
         of.coming.append(coming)
         try:
             async with of.loading:
-                if not of.known:
-                    of.lying = await run_sync(self._look, job, attempt)
-                    of.known = True
+                while not of.known:
+                    ends = of.ends
+                    lying = await run_sync(self._look, job, attempt)
+                    if of.ends == ends:  # else it may have been too early to see what ended meanwhile
+                        of.lying, of.known = lying, True
             if len(of.sizes()) > bounds.files + 1:
                 sentence = f"An attempt at this job has at most {bounds.files} output files and a result."
                 raise refuse("payload_too_large", sentence)
@@ -95,3 +98,4 @@ class Rooms:
             else:
                 # How it ended, whoever comes next sees on the disk; those that are coming take it to lie there.
                 of.lying[coming.key], of.known = coming.size, False
+                of.ends += 1

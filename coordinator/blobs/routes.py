@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from coordinator.blobs.answers import UNKNOWN, blob_response
 from coordinator.blobs.base import PREFIX, Blobs, plain_name, upload_scope
-from coordinator.blobs.bounds import Bounds, parse
+from coordinator.blobs.bounds import WIDEST, Bounds, parse
 from coordinator.errors import Json, fault_response
 from protocol.faults import FaultError, refuse
 
@@ -94,11 +94,11 @@ def download_route(path: str, blobs: Blobs) -> Route:
 
 
 def _bounds(request: Request, blobs: Blobs) -> Bounds:
-    """What the URL allows, which is judged here."""
+    """What the URL allows, which is judged here. One of a coordinator that did not bound it yet is as good as ever."""
     job, attempt = (request.path_params[part] for part in ("job", "attempt"))
     told = request.query_params.get("max", "")
     blobs.check("PUT", upload_scope(job, attempt, told), *_signature(request))
-    return parse(told)
+    return parse(told) if told else WIDEST
 
 
 async def _admitted(request: Request, blobs: Blobs, admit: Admit | None) -> tuple[str, int, str, Bounds]:

@@ -35,7 +35,7 @@ from obstore.store import S3Store
 from coordinator.blobs.base import ORPHAN_S, SECRET_BYTES, Blobs, Output, StoredBlob, attempt_of, object_name, part_name
 from coordinator.blobs.bounds import MAX_OUTPUT_BYTES, WIDEST, Bounds
 from coordinator.blobs.drafts import Draft, Drafts
-from protocol.faults import refuse
+from protocol.faults import FaultError, refuse
 from protocol.ids import is_safe_id
 from protocol.link_wire import RESULT_FILE
 
@@ -178,10 +178,8 @@ class S3Blobs(Blobs):
         with _spoken():
             for folder in ("out", "up"):
                 for name, when in self._listed(folder):
-                    if when >= since:
-                        key = name.partition("/")[2]
-                        keys = found.setdefault(attempt_of(key), set())
-                        keys.add(_key(key) if folder == "out" else "")
+                    if when >= since and (key := _key(name.partition("/")[2])):
+                        found.setdefault(attempt_of(key), set()).add(key if folder == "out" else "")
         return found
 
     def sweep(self, input_used: Callable[[str], bool], job_known: Callable[[str], bool]) -> int:
@@ -213,9 +211,10 @@ class S3Blobs(Blobs):
     def _files(self, folder: str, job: str, attempt: int) -> list[Output]:
         with _spoken():
             return [
-                Output(_plain(one["path"].rpartition("/")[2]), one["last_modified"].timestamp(), one["size"])
+                Output(key.rpartition("/")[2], one["last_modified"].timestamp(), one["size"])
                 for page in obstore.list(self._store, prefix=f"{folder}/{job}/{attempt}")
                 for one in page
+                if (key := _key(one["path"].partition("/")[2]))
             ]
 
     # ---- the store -----------------------------------------------------------------------------------------
@@ -280,14 +279,13 @@ def _name(key: str) -> str:
 
 
 def _key(coded: str) -> str:
-    """The key of what lies in out/ under this name."""
+    """The key of what lies in out/ or up/ under this name; "" for what is not ours: others may use the bucket."""
     folder, _, last = coded.rpartition("/")
-    return f"{folder}/{_plain(last)}"
-
-
-def _plain(last: str) -> str:
-    coded = last[65:]
-    return last[:65] + base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
+    name = last[65:]
+    with contextlib.suppress(ValueError, FaultError):
+        key = f"{folder}/{last[:65]}{base64.urlsafe_b64decode(name + '=' * (-len(name) % 4)).decode()}"
+        return key if object_name(key).startswith("out/") else ""
+    return ""
 
 
 def _left(job: str, attempt: int, name: str, sha256: str) -> str:

@@ -146,7 +146,8 @@ class JobFiles(msgspec.Struct, frozen=True):
     """How a job stands with its files.
 
     Attributes:
-        attempt: the one that is offered or running, 0 for none: all others are over for good.
+        attempt: the one that is offered or running, or with which its worker may come back while the job waits for
+            the next; 0 for none: all others are over for good.
         files: keys of its outputs.
     """
 

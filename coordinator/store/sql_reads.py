@@ -82,11 +82,12 @@ class SqlReads(SqlWatch):
 
     def job_files(self, job_id: str) -> JobFiles:
         """Which attempt is open, whoever holds it, and what outputs the job has; nothing of one that is unknown."""
-        rows = self._read("SELECT state, attempt, files FROM jobs WHERE id = :id", id=job_id)
+        rows = self._read("SELECT state, attempt, worker, files FROM jobs WHERE id = :id", id=job_id)
         if not rows:
             return JobFiles()
         [row] = rows
-        attempt = row["attempt"] if row["state"] in ("offered", "running") else 0
+        waits = row["state"] == "queued" and row["worker"] != ""  # `adopt` opens it again
+        attempt = row["attempt"] if waits or row["state"] in ("offered", "running") else 0
         return JobFiles(attempt, frozenset(file.blob for file in files_of(row["files"])))
 
     def queued(self) -> dict[tuple[str, str], int]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, suppress
+import os
+from collections.abc import AsyncGenerator, Collection, Iterator
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 
+import anyio
 import pytest
 
 from coordinator.blobs.folder import FolderBlobs
 from coordinator.dispatch_settings import DispatchSettings
+from coordinator.leftovers import Leftovers
+from coordinator.store import SqliteStore
+from coordinator.store.threads import StoreThreads
 from coordinator.testing_link import Desk, RawWorker, Said, running_desk
 from protocol import link_wire as wire
 from protocol.engine_wire import OutputFile
@@ -29,8 +34,10 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 def files(tmp_path: Path) -> list[str]:
     """All files of outputs, and of uploads that broke, by their names."""
-    found = [path for folder in ("out", "parts", "tmp") for path in (tmp_path / "blobs" / folder).rglob("*")]
-    return sorted(path.name[65:] if "-" in path.name else "part" for path in found if path.is_file())
+    tops = [tmp_path / "blobs" / folder for folder in ("out", "parts", "tmp")]
+    # `os.walk` passes over folders that go meanwhile, which `Path.rglob` does not.
+    found = [name for top in tops for _, _, names in os.walk(top) for name in names]
+    return sorted(name[65:] if "-" in name else "part" for name in found)
 
 
 async def leave_part(blobs: FolderBlobs, job: str, attempt: int) -> None:
@@ -93,6 +100,54 @@ def test_of_any_other_end_nothing_stays(desk: Desk, tmp_path: Path, end: str) ->
             assert desk.ended(record.id).state in ("failed", "cancelled")
 
 
+def requeued(desk: Desk, worker: RawWorker, job: str) -> None:
+    """The worker is lost for longer than its grace, and leftovers are looked after since."""
+    worker.drop()
+    desk.until(lambda: desk.get(job).state == "queued")
+    desk.call(desk.dispatcher.leftovers.look)
+
+
+def test_an_attempt_that_its_worker_may_still_come_back_with_keeps_what_it_left(desk: Desk, tmp_path: Path) -> None:
+    with desk.worker("w1", TOOL) as worker:
+        record = desk.submit(kind="x-tool", model="tool")
+        offer, output = litter(desk, worker)
+        requeued(desk, worker, record.id)
+    assert files(tmp_path) == ["junk", "output", "part", RESULT_FILE]
+    with RawWorker(desk.port, "w1", judge=False) as again:
+        again.hello(TOOL, held=(wire.Held(offer.job, offer.attempt, started=True),))
+        assert again.complete(offer, {"output": 1}, (output,)).verdict == "stored"
+    ended = desk.ended(record.id)
+    assert (ended.state, ended.attempt) == ("succeeded", offer.attempt)
+    assert desk.call(desk.blobs.read, ended.files[0].blob, 9) == b"output"
+    desk.until(lambda: files(tmp_path) == ["output"])
+
+
+def test_a_worker_may_upload_for_an_attempt_before_it_comes_back_with_it(desk: Desk, tmp_path: Path) -> None:
+    """As one does that was started again: it sends the results that it kept first."""
+    with desk.worker("w1", TOOL) as worker:
+        record = desk.submit(kind="x-tool", model="tool")
+        offer = worker.take()
+        requeued(desk, worker, record.id)
+        output = worker.upload(offer, "output", b"output")
+        desk.call(desk.dispatcher.leftovers.look)
+    with RawWorker(desk.port, "w1", judge=False) as again:
+        again.hello(TOOL, held=(wire.Held(offer.job, offer.attempt, started=True),))
+        assert again.complete(offer, {"output": 1}, (output,)).verdict == "stored"
+    assert desk.call(desk.blobs.read, desk.ended(record.id).files[0].blob, 9) == b"output"
+
+
+def test_what_waits_for_its_worker_goes_with_the_next_attempt(desk: Desk, tmp_path: Path) -> None:
+    with desk.worker("w1", TOOL) as worker:
+        record = desk.submit(kind="x-tool", model="tool")
+        offer, _output = litter(desk, worker)
+        requeued(desk, worker, record.id)
+        with desk.worker("w2", TOOL) as other:
+            again = other.take()
+            assert again.attempt > offer.attempt
+            desk.until(lambda: not files(tmp_path))
+            assert worker.put(offer.body.upload.replace("{name}", "output"), b"output") == 409
+
+
 def test_a_running_attempt_keeps_what_it_left_and_the_one_before_does_not(desk: Desk, tmp_path: Path) -> None:
     with desk.worker("w1", TOOL) as one, desk.worker("w2", TOOL) as two:
         record = desk.submit(kind="x-tool", model="tool")
@@ -107,6 +162,29 @@ def test_a_running_attempt_keeps_what_it_left_and_the_one_before_does_not(desk: 
         desk.until(lambda: desk.blobs.touched == {(record.id, again.attempt)})
         other.complete(again, {"output": 1}, (output,))
         desk.until(lambda: files(tmp_path) == ["output"])
+
+
+def test_one_attempt_that_cannot_be_tidied_keeps_none_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, asked = FolderBlobs(tmp_path / "blobs"), []
+
+    def broken_first(job: str, _attempt: int, _keep: Collection[str]) -> None:
+        asked.append(job)
+        if len(asked) == 1:
+            raise PermissionError("It may not be deleted.")
+
+    monkeypatch.setattr(blobs, "tidy", broken_first)
+    blobs.touched.update({("job_1", 1), ("job_2", 1), ("job_3", 1)})
+    with closing(SqliteStore(tmp_path / "jobs.sqlite")) as store:
+        leftovers = Leftovers(store, StoreThreads(), blobs)
+        with pytest.raises(PermissionError):
+            anyio.run(leftovers.look)
+        assert sorted(asked) == ["job_1", "job_2", "job_3"]
+        assert blobs.touched == {(asked[0], 1)}
+        anyio.run(leftovers.look)
+    assert asked[3:] == asked[:1]
+    assert not blobs.touched
 
 
 def test_what_came_through_a_coordinator_that_died_is_found(tmp_path: Path) -> None:

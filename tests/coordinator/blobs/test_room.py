@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +19,8 @@ import trio
 
 from coordinator.blobs.base import Blobs, StoredBlob
 from coordinator.blobs.bounds import MAX_RESULT_BYTES, NONE, WIDEST, Bounds, bounds_of, parse
+from coordinator.blobs.folder import FolderBlobs
+from coordinator.blobs.room import Rooms
 from coordinator.testing_link import pieces
 from protocol.faults import FaultError
 from protocol.link_wire import RESULT_FILE
@@ -158,6 +164,78 @@ async def test_of_an_attempt_that_is_over_only_what_is_kept_stays(make: Make) ->
     assert [await blobs.received("job_1", n, digest) for n, digest in zip((2, 1), parts, strict=True)] == [0, 2 * 2**20]
     blobs.tidy("job_1", 1, ())
     assert make().left_lately(3600.0) == {("job_1", 2): {kept.key}, ("job_10", 2): {other.key}}
+
+
+async def test_names_that_nobody_of_us_gave_are_passed_over(make: Make, tmp_path: Path) -> None:
+    blobs = make()
+    output = await blobs.put_output("job_1", 1, "a", pieces(b"a"))
+    for name in (".nfs000000000001", "job_1.x.y", f"job_1.².{DIGEST}", f"*.1.{DIGEST}"):
+        (blobs._drafts._folder / "parts" / name).write_bytes(b"x")
+    if isinstance(blobs, FolderBlobs):
+        (tmp_path / "blobs/out/.nfs000000000002").write_bytes(b"x")
+        (tmp_path / "blobs/out/job_1/.nfs000000000003").write_bytes(b"x")
+    else:
+        import obstore
+
+        for name in ("out/x", "out/job_1/x", f"out/job_1/x/{DIGEST}-YQ", f"out/job_1/1/{DIGEST}-A", "up/x/1", "up/x"):
+            obstore.put(blobs._store, name, b"x")  # type: ignore[attr-defined]
+    for again in (blobs, make()):
+        assert again.left_lately(3600.0) == {("job_1", 1): {output.key}}
+        assert await again.find_named("job_1", 1, "a") == output.key
+        await again.put_output("job_1", 1, "a", pieces(b"a"), bounds=Bounds(1, 9, 9))
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = FolderBlobs(tmp_path / "blobs")
+    for job in ("job_1", "job_2"):
+        (tmp_path / "blobs" / "out" / job / "1").mkdir(parents=True)
+    gone, scandir, listdir = tmp_path / "blobs" / "out" / "job_1", os.scandir, os.listdir
+
+    def going(look: Callable[..., Any], path: Any) -> Any:
+        if str(path) == str(gone) and gone.exists():
+            (gone / "1").rmdir()
+            gone.rmdir()
+        return look(path)
+
+    monkeypatch.setattr(os, "listdir", partial(going, listdir))
+    monkeypatch.setattr(os, "scandir", partial(going, scandir))
+    assert blobs.left_lately(3600.0) == {("job_2", 1): set()}
+
+
+async def test_what_is_made_whole_during_a_look_at_what_lies_there_is_counted(tmp_path: Path) -> None:
+    """The look began before: it may not have seen it."""
+    lying: dict[str, int] = {}
+    looking, go, looks = trio.Event(), threading.Event(), 0
+
+    def look(_job: str, _attempt: int) -> dict[str, int]:
+        nonlocal looks
+        looks += 1
+        found = dict(lying)
+        if looks == 2:
+            trio.from_thread.run_sync(looking.set)
+            assert go.wait(60.0)
+        return found
+
+    rooms, only, refused = Rooms(look), Bounds(1, 9, 9), trio.Event()
+
+    async def third() -> None:
+        with pytest.raises(FaultError, match="at most 1 output files"):
+            async with rooms.enter("job_1", 1, "c", "", 9, only):
+                pass
+        refused.set()
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            async with rooms.enter("job_1", 1, "a", DIGEST, 9, only) as first:
+                async with rooms.enter("job_1", 1, RESULT_FILE, "", 9, only):
+                    lying["0" * 64 + "-" + RESULT_FILE] = 1
+                nursery.start_soon(third)
+                await looking.wait()
+                lying[first.key] = 1
+            go.set()
+            await refused.wait()
 
 
 async def test_what_comes_for_an_attempt_while_it_is_tidied_is_refused_or_noted(make: Make) -> None:

@@ -14,6 +14,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from coordinator.blobs.bounds import NONE
 from coordinator.blobs.folder import FolderBlobs
 from coordinator.blobs.routes import blob_routes
 from coordinator.testing_link import pieces
@@ -91,6 +92,21 @@ def test_a_slash_in_the_name_leads_nowhere(client: TestClient, blobs: FolderBlob
         answer = client.put(blobs.upload_template("job_1", 1, 60).replace("{name}", name), content=b"x")
         assert answer.status_code in (400, 403, 404, 405), name
     assert [path for path in tmp_path.rglob("*escaped*")] == []
+
+
+def test_a_url_from_before_it_told_what_may_be_left_is_as_good_as_it_was(
+    client: TestClient, blobs: FolderBlobs
+) -> None:
+    """An attempt outlives the upgrade of its coordinator."""
+    path, old = "/v1/blobs/job_1/1/a", blobs._signed("PUT", "job_1/1/", 60)
+    assert client.put(f"{path}?{old}", content=b"hello").status_code == 201
+    assert client.get(f"{path}/received?{old}", headers={"X-Content-SHA256": "0" * 64}).status_code == 200
+    new = template(blobs, "a").partition("?")[2]
+    bare = new.partition("&")[2]
+    assert new.startswith("max=")
+    assert not bare.startswith("max=")
+    assert client.put(f"{path}?{bare}", content=b"hello").status_code == 403
+    assert client.put(f"{path}?max={NONE.text()}&{old}", content=b"hello").status_code == 403
 
 
 def test_without_a_signature_nothing_is_said(client: TestClient, blobs: FolderBlobs) -> None:

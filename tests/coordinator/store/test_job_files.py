@@ -18,7 +18,7 @@ def claimed(store: Store) -> int:
     return record.attempt
 
 
-def test_an_attempt_is_open_from_its_offer_to_its_end(make: Callable[[], Store]) -> None:
+def test_an_attempt_is_open_from_its_offer_until_no_worker_can_come_back_with_it(make: Callable[[], Store]) -> None:
     store = make()
     assert store.job_files("job_1") == JobFiles(0, frozenset())
     store.insert("job_1", submission())
@@ -30,7 +30,18 @@ def test_an_attempt_is_open_from_its_offer_to_its_end(make: Callable[[], Store])
     second = claimed(store)
     store.accept_many([Held("job_1", second, "w")])
     assert store.job_files("job_1").attempt == second
-    store.fail("job_1", second, "w", Fault("engine_crashed", "It crashed."))
+    store.fail("job_1", second, "w", Fault("worker_lost", "It is gone."))
+    assert store.job_files("job_1").attempt == second, "its worker may come back with it"
+    assert store.adopt("job_1", second, "w").verdict == "adopted"
+    store.fail("job_1", second, "w", Fault("worker_lost", "It is gone."))
+    store.shift_clock(60_000)
+    third = claimed(store)
+    assert store.job_files("job_1").attempt == third
+    store.release("job_1", third)
+    assert store.job_files("job_1") == JobFiles()
+    fourth = claimed(store)
+    store.accept_many([Held("job_1", fourth, "w")])
+    store.end("job_1", fourth, Fault("worker_lost", "It is gone."))
     assert store.job_files("job_1") == JobFiles()
 
 
