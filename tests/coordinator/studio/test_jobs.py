@@ -17,6 +17,7 @@ from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 
+from coordinator import attempts
 from coordinator.studio import routes
 from coordinator.testing import Running, running
 from coordinator.testing_studio import PATIENCE_S, StudioSocket
@@ -89,7 +90,10 @@ def test_rule_6_what_was_uploaded_is_neither_failed_nor_completed_after_it(house
 # ---- it runs nothing, it says ------------------------------------------------------------------------------
 
 
-def test_an_accepted_job_that_the_worker_does_not_run_goes_to_another(house: House) -> None:
+def test_an_accepted_job_that_the_worker_does_not_run_goes_to_another(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "SHUNNED_S", PATIENCE_S)  # not to the same one again, however slow the machine is
     with house.worker().session() as it:
         job = house.submit(max_attempts=2)
         it.claim()
