@@ -17,6 +17,7 @@ No assignment is asked for before the end of the last one was acknowledged: mess
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import logging
@@ -44,6 +45,7 @@ from supervisor.link.dialects.goliat_notes import Notes
 from supervisor.link.dialects.goliat_polls import Assigned, Claimed, Poll
 from supervisor.link.dialects.goliat_tell import EVERY_S, Teller
 from supervisor.link.dialects.goliat_wire import Message, Slip
+from supervisor.link.ledger import Key
 from supervisor.link.reconnect import Backoff
 from supervisor.link.session import SessionEnd, Side, Why
 from supervisor.suspend import Clocks, SleepWatch
@@ -53,6 +55,7 @@ log = logging.getLogger(__name__)
 SILENT_BEATS = 3
 HEARTBEAT_S = {"planned": 5.0, "shipped": 30.0}
 REMIND_S = 1.0
+MOST_NOT_FOUND = 10  # uploads that found no place although the assignment is listed as ours
 _Value = TypeVar("_Value")
 
 
@@ -112,6 +115,7 @@ class Goliat:
             else Assigned(http, self._machine)
         )
         self._complained = ""
+        self._not_found: collections.Counter[Key] = collections.Counter()
 
     @property
     def delivery(self) -> Delivery:
@@ -284,6 +288,7 @@ class Goliat:
         elif message is not None:
             await self._persistently(ending, lambda: self._poll.note_failure(slip, self._notes))
         self._delivery.drop(ending.slip)
+        self._not_found.pop(slip.key, None)
         self._studies.told(ending, fenced=message is None)
 
     async def _persistently(self, ending: Ending, act: Callable[[], Awaitable[_Value]]) -> _Value:
@@ -308,13 +313,18 @@ class Goliat:
         if not await self._poll.ours(slip):
             await self._left(slip, ending)
             return None
+        to_dashboard = self._shipped and self._not_found[slip.key] < MOST_NOT_FOUND
         try:
-            where = await self._delivery.hand_over(slip, ending.files, to_dashboard=self._shipped)
+            where = await self._delivery.hand_over(slip, ending.files, to_dashboard=to_dashboard)
         except FaultError as error:
             return words.fatal(error.fault.message)
         except Trouble as trouble:
-            # A proxy says the same of any page while the dashboard is put up anew: only its list is believed.
-            if trouble.status != 404 or (slip.study and await self._poll.ours(slip)):
+            # A proxy says the same of any page while the dashboard is put up anew: only its list is believed. Where
+            # that is there and the place for results is not, other studies do not wait for ever.
+            if trouble.status != 404:
+                raise
+            if slip.study and await self._poll.ours(slip):
+                self._not_found[slip.key] += 1
                 raise
             await self._left(slip, ending)
             return None

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import os
+import stat
 import urllib.parse
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -192,13 +193,22 @@ class GoliatDelivery:
 
 
 def _digests(folder: Path) -> dict[str, str] | None:
-    """Name -> sha256 of what is kept there; None when there is nothing. Raises OSError."""
-    if not folder.is_dir():
+    """Name -> sha256 of what is kept there; None when there is nothing.
+
+    Whatever people left there that cannot be read, or is no plain file, makes it something that we did not keep: empty.
+    """
+    if not os.path.lexists(folder):
         return None
     found = {}
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        for path in folder.iterdir():
+            if not stat.S_ISREG(path.lstat().st_mode):  # to open a pipe would wait for its other end
+                return {}
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        log.warning("other results are taken to be in %s: %s", folder, error)
+        return {}
     return found
 
 

@@ -104,6 +104,8 @@ class Claimed:
 
     def __init__(self, http: Http, machine: str, study: str, settle_s: float) -> None:
         self._http, self._machine, self._study, self._settle_s = http, machine, study, settle_s
+        # Assignment -> row of our latest claim: after a lost session an end is told anew, with a slip that is older.
+        self._claimed: dict[str, str] = {}
 
     async def next(self, notes: Notes, attempt: NextAttempt) -> Found | None:
         """See `Poll`."""
@@ -136,7 +138,7 @@ class Claimed:
             log.info("whether the claim got through is looked up: %s", trouble, extra={"job": slip.job})
             reply = None
         await trio.sleep(self._settle_s)
-        mine = _worker(reply) or await self._row_id()
+        mine = _worker(reply) or await self._told_row_id()
         now = next((each for each in await self._rows(slip.study) if each.id == slip.id), None)
         if now is None or now.status != "RUNNING" or (now.worker != mine if mine else reply is None):
             log.info("another worker was faster", extra={"job": slip.job})
@@ -148,17 +150,29 @@ class Claimed:
 
     async def _written(self, id_: str) -> Any:
         path = f"api/assignments/{urllib.parse.quote(id_, safe='')}/claim"
-        return await self._http.json("POST", path, body={"machineId": self._machine})
+        reply = await self._http.json("POST", path, body={"machineId": self._machine})
+        if worker := _worker(reply):
+            self._claimed[id_] = worker
+        return reply
 
     async def _row_id(self) -> str:
-        """Id of the dashboard's row of this worker; "" when it does not tell."""
+        """Id of the dashboard's row of this worker. Raises Trouble, Odd: it does not tell now."""
+        reply: Any = await self._http.json("GET", "api/heartbeat", query={"ipAddress": self._machine})
+        id_ = str(reply.get("id") or "") if isinstance(reply, Mapping) else ""
+        if not id_:
+            raise words.Odd("the dashboard's row of this worker came without an id")
+        return id_
+
+    async def _told_row_id(self) -> str:
+        """As `_row_id`; "" when an answer does not tell. Raises Trouble: there was none."""
         try:
-            reply: Any = await self._http.json("GET", "api/heartbeat", query={"ipAddress": self._machine})
+            return await self._row_id()
+        except words.Odd:
+            return ""
         except Trouble as trouble:
             if trouble.away:
                 raise
             return ""
-        return str(reply.get("id") or "") if isinstance(reply, Mapping) else ""
 
     async def ours(self, slip: Slip) -> bool:
         """See `Poll`. What an earlier life did not note cannot be looked up."""
@@ -173,24 +187,35 @@ class Claimed:
         return next((each for each in await self._rows(slip.study) if each.id == slip.id), None)
 
     async def _held(self, slip: Slip, row: Row) -> bool:
-        """Whether the row is in our name: the one of its claim, or the one that the dashboard has given us since."""
-        return slip.worker in ("", row.worker) or (row.worker != "" and row.worker == await self._row_id())
+        """Whether the row is in our name: the one of a claim, or the one that the dashboard has given us since.
+
+        Raises:
+            Trouble, Odd: that cannot be told now.
+        """
+        if slip.worker in ("", row.worker):
+            return True
+        return row.worker != "" and (row.worker == self._claimed.get(slip.id) or row.worker == await self._row_id())
 
     async def settle(self, slip: Slip, notes: Notes, again: Callable[[], Awaitable[object]]) -> None:
         """See `Poll`."""
         failed = [each for each in (await notes.all()).values() if each.failed and each.study]
         if slip.study and slip.worker:
-            for _ in range(len(failed) + SETTLE_TRIES):
-                now = await self._row(slip)
-                if now is None or now.status != "RUNNING" or not await self._held(slip, now):
+            tries = len(failed) + SETTLE_TRIES
+            while await self._runs(slip):
+                if tries == 0:
+                    log.error("the dashboard may never count the study as completed", extra={"job": slip.job})
                     break
+                tries -= 1
                 log.info("its end completed nothing, or another: it is told again", extra={"job": slip.job})
                 await self._written(slip.id)
                 await again()
-            else:
-                log.error("the dashboard may never count the study as completed", extra={"job": slip.job})
         for study in {each.study for each in failed}:
             await self._fail_again({each.id: each for each in failed if each.study == study}, study, notes)
+
+    async def _runs(self, slip: Slip) -> bool:
+        """Whether it is still listed as running in our name. Raises Trouble, Odd."""
+        now = await self._row(slip)
+        return now is not None and now.status == "RUNNING" and await self._held(slip, now)
 
     async def _fail_again(self, failed: Mapping[str, Slip], study: str, notes: Notes) -> None:
         rows = {each.id: each for each in await self._rows(study)}
@@ -198,9 +223,12 @@ class Claimed:
             row = rows.get(id_)
             if row is None or row.status not in ("RUNNING", "COMPLETED") or not await self._held(slip, row):
                 await notes.remove(slip.job)  # somebody has reset it
-            elif row.status == "COMPLETED":
+                continue
+            if row.status == "COMPLETED":
                 log.warning("the dashboard had completed an assignment that failed", extra={"job": slip.job})
                 await self._written(id_)
+            if (worker := self._claimed.get(id_, slip.worker)) != slip.worker:
+                await notes.write(msgspec.structs.replace(slip, worker=worker))
 
     async def note_failure(self, slip: Slip, notes: Notes) -> None:
         """See `Poll`."""

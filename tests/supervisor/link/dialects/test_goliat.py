@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from supervisor.link.dialects import DIALECTS
+from supervisor.link.dialects.goliat import MOST_NOT_FOUND
 from supervisor.suspend import Clocks
 from supervisor.testing_goliat import Answer, Dashboard, open_dashboard
 from tests.supervisor.link.dialects.goliat_conformance import GoliatWorkerCases, Start, read
@@ -136,6 +137,24 @@ async def test_results_that_a_proxy_does_not_find_a_place_for_are_delivered_late
             assert dashboard.ends() == ["finished"]
 
 
+async def test_results_that_a_dashboard_never_finds_a_place_for_are_kept_and_the_next_study_comes(
+    tmp_path: Path,
+) -> None:
+    async with open_dashboard() as dashboard:
+        first, second = dashboard.study(STUDY, "{}", "{}")
+        path = f"/api/assignments/{first.id}/results"
+        dashboard.stumbles[path] = [Answer(404, b"<html>404 page not found</html>")] * 1000
+        async with open_bench(tmp_path, dashboard.url, "shipped") as bench:
+            finish(await bench.next_run(), {"a.txt": b"hours of work"})
+            finish(await bench.next_run(), {"a.txt": b"b"})
+            await dashboard.until(lambda: second.status == "COMPLETED")
+            await bench.empty()
+            (message,) = dashboard.messages("fatal_error")
+            assert read(message["message"], "a.txt") == b"hours of work"
+            assert dashboard.asked.count(("POST", path)) == MOST_NOT_FOUND
+            assert (first.status, second.files) == ("RUNNING", {"a.txt": b"b"})
+
+
 async def test_results_of_a_study_that_is_gone_are_kept(tmp_path: Path) -> None:
     async with open_dashboard() as dashboard:
         (part,) = dashboard.study(STUDY, "{}")
@@ -186,6 +205,35 @@ async def test_a_study_that_ends_after_a_long_outage_is_completed_all_the_same(t
             finish(following)
             await bench.empty()
             await dashboard.until(lambda: second.status == "COMPLETED")
+
+
+async def test_a_study_whose_end_meets_two_long_outages_is_completed_all_the_same(tmp_path: Path) -> None:
+    async with open_dashboard() as dashboard:
+        (part,) = dashboard.study(STUDY, "{}")
+        async with open_bench(tmp_path, dashboard.url, "shipped") as bench:
+            run = await bench.next_run()
+            dashboard.away = True
+            finish(run, {"a.txt": b"a"})
+            await bench.until(lambda: bench.ends)
+            ends = 0
+
+            def again() -> None:  # once the assignment was claimed again: the end does not get through
+                nonlocal ends
+                if len(dashboard.known.rows) == 2 and part.worker == dashboard.workers[MACHINE].id:
+                    ends, dashboard.away = len(bench.ends), True
+                    dashboard.stumbles["/api/gui-update"] = [Answer(503)]
+
+            dashboard.before["/api/gui-update"] = again
+            dashboard.later_s += 3600
+            dashboard.away = False
+            await dashboard.until(lambda: dashboard.away)
+            await bench.until(lambda: len(bench.ends) > ends)
+            assert (part.status, part.worker) == ("RUNNING", dashboard.workers[MACHINE].id)
+            dashboard.later_s += 3600
+            dashboard.away = False
+            await bench.empty()
+            assert len(dashboard.known.rows) == 3
+            assert (part.status, part.files) == ("COMPLETED", {"a.txt": b"a"})
 
 
 async def test_a_dashboard_may_hand_what_runs_to_our_new_row(tmp_path: Path) -> None:

@@ -121,6 +121,39 @@ async def test_what_was_kept_is_never_overwritten(bench: Bench) -> None:
     assert sorted(path.name for path in (bench.folder / "kept").iterdir()) == sorted({each.name for each in folders})
 
 
+@pytest.mark.parametrize("other", ["folder", "pipe", "link", "unreadable", "file", "closed"])
+async def test_what_cannot_be_compared_counts_as_other_results(bench: Bench, other: str) -> None:
+    file = bench.file("a", b"A")
+    first, second = (bench.folder / "kept" / f"{bench.slip.job}.{number}" for number in (1, 2))
+    await bench.take(file)
+    assert Path(await bench.delivery.hand_over(bench.slip, [file], to_dashboard=False)) == first
+    match other:  # what people leave in there
+        case "folder":
+            (first / "plots").mkdir()
+        case "pipe":
+            os.mkfifo(first / "pipe")
+        case "link":
+            (first / "link").symlink_to(first / "nothing")
+        case "unreadable":
+            (first / "secret").write_bytes(b"")
+            (first / "secret").chmod(0)
+        case "file":
+            (first / "a").unlink()
+            first.rmdir()
+            first.write_bytes(b"packed")
+        case "closed":
+            (first / "more").write_bytes(b"")
+            first.chmod(0)
+    try:
+        for _ in range(2):
+            assert Path(await bench.delivery.hand_over(bench.slip, [file], to_dashboard=False)) == second
+    finally:
+        first.chmod(0o700)
+    assert (second / "a").read_bytes() == b"A"
+    assert sorted((bench.folder / "kept").iterdir()) == [first, second]
+    assert first.read_bytes() == b"packed" if other == "file" else (first / "a").read_bytes() == b"A"
+
+
 async def test_what_is_refused_for_good_is_kept_and_what_is_unknown_is_told(bench: Bench) -> None:
     file = bench.file("a", b"A")
     await bench.take(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -17,7 +18,7 @@ from supervisor.testing_goliat import Answer, Dashboard, open_dashboard
 
 class Bench:
     def __init__(self, folder: Path, dashboard: Dashboard, http: Http) -> None:
-        self.dashboard, self.notes = dashboard, Notes(folder)
+        self.dashboard, self.http, self.notes = dashboard, http, Notes(folder)
         self.claimed, self.assigned = Claimed(http, "box", "x", 0.0), Assigned(http, "box")
 
     async def claim(self) -> Slip | None:
@@ -142,6 +143,39 @@ async def test_what_is_ours_under_a_new_row_is_ours(bench: Bench) -> None:
     assert not await bench.claimed.ours(slip)
 
 
+@pytest.mark.parametrize("answer", [*map(Answer, (404, 408, 425, 429, 500)), Answer(200, []), Answer(200, {"id": ""})])
+async def test_where_our_row_is_not_told_nothing_is_said_of_an_assignment(bench: Bench, answer: Answer) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    bench.dashboard.later_s = 3600
+    part.worker = bench.dashboard.known.meet("box").id
+    bench.dashboard.stumbles["/api/heartbeat"] = [answer]
+    with pytest.raises((Trouble, Odd)):
+        await bench.claimed.ours(slip)
+    assert await bench.claimed.ours(slip)
+
+    bench.claimed = Claimed(bench.http, "box", "x", 0.0)  # the next life: only the note knows
+    await bench.claimed.note_failure(slip, bench.notes)
+    part.status = "COMPLETED"
+    bench.dashboard.stumbles["/api/heartbeat"] = [answer]
+    with pytest.raises((Trouble, Odd)):
+        await bench.claimed.settle(Slip(id="other"), bench.notes, trio.lowlevel.checkpoint)
+    assert set(await bench.notes.all()) == {slip.job}
+    await bench.claimed.settle(Slip(id="other"), bench.notes, trio.lowlevel.checkpoint)
+    assert part.status == "RUNNING"
+
+
+@pytest.mark.parametrize("answer", [Answer(404), Answer(200, [])])
+async def test_a_claim_whose_holder_is_not_told_does_not_count(bench: Bench, answer: Answer) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    bench.dashboard.stumbles[f"/api/assignments/{part.id}/claim"] = ["drop"]
+    bench.dashboard.stumbles["/api/heartbeat"] = [answer]
+    assert await bench.claim() is None
+    assert bench.dashboard.stumbles["/api/heartbeat"] == []
+    assert await bench.notes.all() == {}
+
+
 @pytest.mark.parametrize("stumble", [None, "drop", Answer(500)])
 async def test_what_an_end_from_a_new_row_did_not_complete_is_claimed_and_ended_again(
     bench: Bench, stumble: Answer | str | None
@@ -164,6 +198,49 @@ async def test_what_an_end_from_a_new_row_did_not_complete_is_claimed_and_ended_
     assert (part.status, part.worker) == ("RUNNING", "w-other")
 
 
+@pytest.mark.parametrize("answered", [True, False])
+async def test_an_outage_while_an_end_is_told_again_is_survived_too(bench: Bench, answered: bool) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    bench.dashboard.later_s += 3600
+    await bench.finished()
+    outages = 0
+
+    async def again() -> None:
+        nonlocal outages
+        if outages < 2:
+            outages += 1
+            bench.dashboard.later_s += 3600
+            if not answered:
+                bench.dashboard.stumbles["/api/super-studies/s1/assignments"] = ["drop"]
+        await bench.finished()
+
+    if not answered:
+        for _ in range(2):
+            with pytest.raises(Trouble):
+                await bench.claimed.settle(slip, bench.notes, again)
+            assert await bench.claimed.ours(slip), "the session that was lost began anew with this"
+    await bench.claimed.settle(slip, bench.notes, again)
+    assert len(bench.dashboard.known.rows) == 4
+    assert part.status == "COMPLETED"
+
+
+async def test_a_failure_is_remembered_under_the_row_of_its_last_claim(bench: Bench) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    await bench.claimed.note_failure(slip, bench.notes)
+    for _ in range(3):
+        bench.dashboard.later_s += 3600
+        bench.claimed = Claimed(bench.http, "box", "x", 0.0)  # another life
+        part.status = "COMPLETED"
+        await bench.claimed.settle(Slip(id="other"), bench.notes, trio.lowlevel.checkpoint)
+        assert part.status == "RUNNING"
+        assert (await bench.notes.all())[slip.job] == msgspec.structs.replace(slip, worker=part.worker, failed=True)
+    assert len(bench.dashboard.known.rows) == 4
+
+
 async def test_a_failed_assignment_that_another_end_completed_is_failed_again(bench: Bench) -> None:
     failed, good = bench.dashboard.study("x", {}, {})
     slip = await bench.claim()
@@ -181,7 +258,28 @@ async def test_a_failed_assignment_that_another_end_completed_is_failed_again(be
     assert slip.job not in await bench.notes.all(), "somebody has reset it: it is not ours to watch"
 
 
-async def test_a_dashboard_that_never_settles_does_not_hold_us_for_ever(bench: Bench) -> None:
+async def test_an_end_that_counts_at_the_last_try_counts(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    tries = 0
+
+    async def again() -> None:
+        nonlocal tries
+        tries += 1
+        if tries < SETTLE_TRIES:
+            await trio.lowlevel.checkpoint()
+        else:
+            await bench.finished()
+
+    await bench.claimed.settle(slip, bench.notes, again)
+    assert part.status == "COMPLETED"
+    assert "may never count" not in caplog.text
+
+
+async def test_a_dashboard_that_never_settles_does_not_hold_us_for_ever(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.dashboard.study("x", {}, {})
     slip = await bench.claim()
     assert slip is not None
@@ -197,6 +295,7 @@ async def test_a_dashboard_that_never_settles_does_not_hold_us_for_ever(bench: B
 
     await bench.claimed.settle(ours, bench.notes, ignored)
     assert tries == SETTLE_TRIES + 1
+    assert "may never count" in caplog.text
 
 
 async def test_the_planned_one_gives_and_notes(bench: Bench) -> None:
