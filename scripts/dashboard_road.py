@@ -348,7 +348,9 @@ COORDINATOR_RULES = (
     ),
     Alert(
         "BulkheadReplicaSilent",
-        f"max({COORDINATOR_PREFIX}store_replicas) < max(max_over_time({COORDINATOR_PREFIX}store_replicas[1h]))",
+        # What lasted: after an upgrade a replica's row of its former life is counted for a moment.
+        f"max({COORDINATOR_PREFIX}store_replicas) < "
+        f"max_over_time(min_over_time(max({COORDINATOR_PREFIX}store_replicas)[2m:15s])[1h:1m])",
         "5m",
         "warning",
         "Fewer replicas beat than an hour ago: {{ $value }}.",

@@ -47,3 +47,11 @@ def test_every_metric_that_an_alert_names_is_told(tmp_path: Path, monkeypatch: p
     told = {line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")}
     assert named() - told == set()
     assert len(named()) >= 8
+
+
+def test_a_replica_that_was_counted_twice_for_a_moment_is_missed_by_nobody() -> None:
+    """After an upgrade its row of its former life is there for a few seconds: only what lasted is compared with."""
+    text = (ROOT / "deploy/prometheus/alerts.yml").read_text().partition("- alert: BulkheadReplicaSilent")[2]
+    expr = text.partition('expr: "')[2].partition('"')[0]
+    now, _, before = expr.partition(" < ")
+    assert before == f"max_over_time(min_over_time({now}[2m:15s])[1h:1m])"
