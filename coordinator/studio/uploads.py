@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coordinator.blobs.base import Blobs, StoredBlob
+from coordinator.blobs.bounds import bounds_of
 from coordinator.bodies import check_length
 from coordinator.errors import Json, fault_response
 from coordinator.studio.jobs import Given, StudioJobs
@@ -38,19 +39,17 @@ from coordinator.uploads import (
 )
 from protocol.faults import Fault, FaultError, refuse
 from protocol.link_wire import Complete
-from protocol.work import Kind
 
 log = logging.getLogger(__name__)
 
 FILE_FIELD = "image"
-# Of one file, by kind; films only by what the blobs take.
-_LIMITS: dict[str, int] = {Kind.IMAGE: 128 * 2**20, Kind.AUDIO_TTS: 512 * 2**20}
 _EXT = re.compile(r"[A-Za-z0-9]{1,8}\Z", re.ASCII)
 
 
 def form_bytes(kind: str, blobs: Blobs) -> int:
     """Most bytes that a form may have with the result of a job of this kind."""
-    return min(blobs.max_output_bytes, _LIMITS.get(kind, blobs.max_output_bytes)) + FIELDS_BYTES + ENVELOPE_BYTES
+    most = bounds_of(kind).each or blobs.max_output_bytes  # of a kind without files, whose upload is refused as such
+    return min(blobs.max_output_bytes, most) + FIELDS_BYTES + ENVELOPE_BYTES
 
 
 class _Stalled(Exception):
