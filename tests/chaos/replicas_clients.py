@@ -2,7 +2,8 @@
 
 Who has an idempotency key comes back with it, to whichever replica answers, until it knows how its job ended. Who has
 none and stays must get its answer from the replica that it asked, unless something happened to that very replica, or
-its worker was lost with another one.
+its worker was lost with another one. Who stays through an outage may lose its worker only with a replica that ended, or
+on a machine that was too busy.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import asyncio
 import contextlib
 import json
 import random
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -153,7 +155,8 @@ class SimClient:
         self, replica: Replica, name: str, count: int, *, streamed: bool, begun: asyncio.Event | None = None
     ) -> bool:
         """Whether there was an answer or should have been one; False: it was refused before there was a job."""
-        life, silences = (replica.ends, replica.stops), len(replica.silences())
+        life, outage = (replica.ends, replica.stops), begun is not None
+        before = _silences(self._cluster.replicas if outage else [replica])
         try:
             job, code = await self._answered(f"{replica.url}/v1/chat/completions", count, streamed, begun)
         except (httpx.HTTPError, OSError) as error:
@@ -162,26 +165,34 @@ class SimClient:
             self._ledger.stayed[job] = count
         elif (replica.ends, replica.stops) != life:
             self._ledger.faults[f"its replica's end: {code}"] += 1
-        elif job and code == "worker_lost":  # its worker hung on another replica; `judge` bounds how many these are
-            self._ledger.faults[code] += 1
+        elif job and code == "worker_lost" and (not outage or await self._lost_with_another(job, before)):
+            self._ledger.faults[code] += 1  # `judge` bounds how many these are
         elif not job and code in REFUSALS:
             self._ledger.faults[code] += 1
             return False
         elif code == "cancelled" and await self._stood_still(
-            replica, silences, OUTAGE_S + STANDING_S if begun is not None else 0.0
+            {replica: before[replica]}, OUTAGE_S + STANDING_S if outage else 0.0
         ):
             self._ledger.faults["its replica stood still: cancelled"] += 1
         else:
             self._ledger.wrong.append(f"{name} {job}: its replica lived, and the answer ended with {code}")
         return True
 
-    async def _stood_still(self, replica: Replica, before: int, longest_s: float) -> bool:
-        """Whether a machine that is too busy kept it from saying that it lives, for longer than what was done to it."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STEP_S):
-                while len(replica.silences()) <= before:  # noqa: ASYNC110 - it is told by its log alone
-                    await asyncio.sleep(AGAIN_S)
-        return max(replica.silences()[before:], default=0.0) > longest_s
+    async def _lost_with_another(self, job: str, before: dict[Replica, int]) -> bool:
+        """Whether a replica ended that its worker was at, or one of them all stood still in an outage."""
+        if self._ledger.seats[job] - set(self._cluster.urls):
+            return True
+        return await self._stood_still(before, OUTAGE_S + STANDING_S)
+
+    async def _stood_still(self, before: dict[Replica, int], longest_s: float) -> bool:
+        """Whether a machine that is too busy kept one of them from saying that it lives, for longer than what was done
+        to it."""
+        end = time.monotonic() + STEP_S  # it is told by its log alone
+        while not any(longest > longest_s for one, seen in before.items() for longest in one.silences()[seen:]):
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(AGAIN_S)
+        return True
 
     async def _answered(
         self, url: str, count: int, streamed: bool, begun: asyncio.Event | None = None
@@ -267,6 +278,11 @@ class SimClient:
         if (text := response.json()["content"]) != answer(count):
             self._ledger.wrong.append(f"{key}: another result than was made: {text[-60:]!r}")
         return True
+
+
+def _silences(replicas: Sequence[Replica]) -> dict[Replica, int]:
+    """How often each was silent for too long up to now."""
+    return {one: len(one.silences()) for one in replicas}
 
 
 def _code(body: bytes) -> str:

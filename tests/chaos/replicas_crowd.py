@@ -63,9 +63,13 @@ class Ledger:
         left: jobs of clients without a key that left in the middle.
         stayed: jobs of those that stayed and were answered -> tokens.
         answers: idempotency key -> (job, state).
+        seats: job -> where its workers were while they had it.
     """
 
     stored: collections.defaultdict[str, set[int]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(set)
+    )
+    seats: collections.defaultdict[str, set[str]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(set)
     )
     fenced: int = 0
@@ -91,6 +95,7 @@ class SimWorker:
         self._held: dict[Key, Work] = {}
         self._session: LinkSession | None = None
         self._socket: ClientConnection | None = None
+        self._seat = ""  # the URL of the replica it is at
 
     async def run(self) -> None:
         """Connect to any replica, again and again."""
@@ -115,11 +120,13 @@ class SimWorker:
             max_size=wire.MAX_MESSAGE_BYTES,
         ) as socket:
             self._ledger.sessions += 1
+            self._seat = url
             session = LinkSession(Role.WORKER)
             offers = (wire.ModelOffer(name=MODEL, kinds=("llm",), engine="fake", slots=2, resident=True),)
             held = tuple(wire.Held(*work.key, work.started) for work in self._held.values())
             for work in self._held.values():
                 work.ended, work.sent = False, work.acknowledged
+                self._ledger.seats[work.key[0]].add(url)
             hello = wire.Hello(
                 worker=self.name,
                 low=LINK_WIRE.low,
@@ -175,6 +182,7 @@ class SimWorker:
             case wire.Offer():
                 params = msgspec.msgpack.decode(body.params)
                 work = self._held[key] = Work(key, int(params["messages"][-1]["content"]))
+                self._ledger.seats[key[0]].add(self._seat)
                 await self._say(wire.Accept(), *key)
                 work.task = asyncio.create_task(self._work(work))
             case wire.ChunkAck() if work is not None:
