@@ -228,7 +228,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX jobs_videos ON jobs (tenant, seq) WHERE kind = 'video';
     """,
     """
-    -- What is served now is read from what was claimed (`sql_turns`); of what was deleted since, `turns` says how far
+    -- What is served now is read from what was accepted (`sql_turns`); of what was deleted since, `turns` says how far
     -- it was. Jobs that start later have no turn until they are due.
     CREATE TABLE turns (
         model TEXT NOT NULL,
@@ -240,9 +240,9 @@ MIGRATIONS: tuple[str, ...] = (
     DROP INDEX jobs_front;
     DROP INDEX jobs_turns;
     -- An expression of the tenant, so that no index of a tenant's jobs is taken for it where there are no statistics.
-    CREATE INDEX jobs_turns ON jobs (model, needs, priority, (tenant || ''), vt) WHERE state = 'queued';
-    CREATE INDEX jobs_served ON jobs (model, priority, vt) WHERE attempt > 0;
-    CREATE INDEX jobs_served_line ON jobs (model, needs, priority, vt) WHERE attempt > 0;
+    CREATE INDEX jobs_turns ON jobs (model, needs, kind, priority, (tenant || ''), vt) WHERE state = 'queued';
+    CREATE INDEX jobs_served ON jobs (model, priority, vt) WHERE tries > 0;
+    CREATE INDEX jobs_served_line ON jobs (model, needs, kind, priority, vt) WHERE tries > 0;
     CREATE INDEX jobs_later ON jobs (run_after_ms) WHERE state = 'queued' AND vt >= 4611686018427387904;
     """,
 )

@@ -407,7 +407,7 @@ class SqlStore(SqlHistory, SqlShelf, SqlDeploy, SqlReads, SqlUsage, SqlVitals, S
                 "  SELECT 1 FROM input_blobs AS other WHERE other.key = mine.key AND other.job <> :id)",
                 id=job_id,
             )
-            gone += self._all("DELETE FROM jobs WHERE id = :id RETURNING model, priority, attempt, vt", id=job_id)
+            gone += self._all("DELETE FROM jobs WHERE id = :id RETURNING model, priority, tries, vt", id=job_id)
             purged.append(Purged(job_id, tuple(key["key"] for key in keys)))
         self._keep_turns(gone)
         return purged

@@ -10,20 +10,25 @@ import msgspec
 from coordinator.deploy.plan import Changes
 from coordinator.deploy.spec import Candidate, Deployment, Placement, now_called
 from coordinator.store.deployments import Plan, Standing, Wish
-from coordinator.store.rows import Row
-from coordinator.store.sql_steps import SqlSteps, whole
+from coordinator.store.rows import LATER, Row, turn_step
+from coordinator.store.sql_steps import whole
+from coordinator.store.sql_turns import SqlTurns
 from protocol.link_wire import Capabilities
 
+MOVE = 500  # jobs in one transaction, when they are to wait for another model
 FORGET_WORKER_MS = 3_600_000
 FORGET_LEAVING_MS = 366 * 86_400_000  # a worker that was away for longer keeps what it has
 # One that is to leave a worker which was not here for an hour waits for that worker, and is nothing to anybody else.
 _SHOWN = "(state <> 'leaving' OR worker IN (SELECT worker FROM presence))"
+_WAITING_FOR = (
+    "SELECT seq, needs, kind, priority, tenant FROM jobs WHERE state = 'queued' AND model = :old ORDER BY vt, seq"
+)
 _pack = msgspec.msgpack.encode
 _deployment = msgspec.msgpack.Decoder(Deployment).decode
 _capabilities = msgspec.msgpack.Decoder(Capabilities).decode
 
 
-class SqlDeploy(SqlSteps):
+class SqlDeploy(SqlTurns):
     """The part of a store that keeps deployments.
 
     Attributes:
@@ -219,14 +224,27 @@ class SqlDeploy(SqlSteps):
 
     def redirect(self) -> int:
         """Jobs that wait for a revision that answers no more, or for a name that a deployment took: to who answers."""
-        strays = self._strays()
-        return self._let_wait_for(strays) if strays else 0
+        moved = 0
+        for old, new in self._strays():
+            rows = self._read(_WAITING_FOR, old=old)
+            for first in range(0, len(rows), MOVE):
+                moved += self._let_wait_for(old, new, rows[first : first + MOVE])
+        return moved
 
     @whole
-    def _let_wait_for(self, moves: Sequence[tuple[str, str]]) -> int:
-        sql = "UPDATE jobs SET model = :new WHERE state = 'queued' AND model = :old RETURNING id"
+    def _let_wait_for(self, old: str, new: str, rows: Sequence[Row]) -> int:
+        """Each takes a turn among those that wait there, in the order that they had; the tags of two models say nothing
+        of each other. What starts later has none yet."""
+        sql = (
+            f"UPDATE jobs SET model = :model, vt = CASE WHEN vt >= {LATER} THEN vt ELSE {self._turn} END "
+            "WHERE seq = :seq AND state = 'queued' AND model = :old RETURNING id"
+        )
+        moved = 0
         with self._transaction():
-            return sum(len(self._all(sql, old=old, new=new)) for old, new in moves)
+            for row in rows:
+                names = {name: row[name] for name in ("seq", "needs", "kind", "priority", "tenant")}
+                moved += len(self._all(sql, old=old, model=new, step=turn_step(), **names))
+        return moved
 
     def _strays(self) -> list[tuple[str, str]]:
         """(model that jobs wait for, model for which they shall wait); a step of the index per model that is waited

@@ -98,7 +98,7 @@ class SqlHistory(SqlUsage, SqlTurns):
             return record(self._again(row, now))
 
     def _again(self, row: Row, now: int) -> Row:
-        names: dict[str, Any] = {name: row[name] for name in ("id", "model", "needs", "priority", "tenant")}
+        names: dict[str, Any] = {name: row[name] for name in ("id", "model", "needs", "kind", "priority", "tenant")}
         again = self._one(
             "UPDATE jobs SET state = 'queued', tries = 0, crashes = 0, spared = 0, streamed = 0, attended = 0, "
             "dead = 0, run_after_ms = 0, worker = '', fault = NULL, started_ms = NULL, finished_ms = NULL, "

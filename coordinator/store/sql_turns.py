@@ -4,12 +4,13 @@ Start-time fair queueing. A job gets a tag when it is submitted, and the lowest 
 
     tag = max(now served, last tag of its tenant's that waits) + cost / weight
 
-What is served now is the highest tag that was claimed, so a tenant with a thousand jobs does not make another wait for
-all of them, and one that has a single job waiting at any time has its whole share. Nothing that only waits says what
-is served, so a job that nobody can take holds nobody up. It is read from the jobs' own rows, by index: no row is there
+What is served now is the highest tag that a worker accepted, so a tenant with a thousand jobs does not make another
+wait for all of them, and one that has a single job waiting at any time has its whole share. Nothing that only waits
+says what is served, so a job that nobody can take holds nobody up, and neither one that was offered and declined, or
+that is to be tried again by hand (`tries` is 0 then). It is read from the jobs' own rows, by index: no row is there
 that submissions or claims of several coordinators would have to wait for.
 
-Jobs of one model that need the same stand in a line (`needs`), and each line is served at the pace of its own workers.
+Jobs of one model and kind that need the same stand in a line (`needs`), each served at the pace of its own workers.
 So a tenant's tags follow each other within a line, and what is served now is that of the line. Where that is long
 past, it is that of the whole model, so that a line that was idle does not go before the others; but what comes into a
 line stands beside the first that waits there, not behind all that waits there because other lines were faster.
@@ -30,23 +31,24 @@ from coordinator.store.rows import LATER, Row
 from coordinator.store.sql_steps import SqlSteps
 
 RIPEN = 200  # jobs that get their turn at once; more of them at the next claim
-_LINE = "model = :model AND needs = :needs AND priority = :priority"
+_SAME_NEEDS = "model = :model AND needs = :needs AND priority = :priority"
+_LINE = f"{_SAME_NEEDS} AND kind = :kind"
 # Neither max() nor min(), nor the bare tenant: before it has statistics, PostgreSQL would read all rows of them.
-_WAITING = f"SELECT vt FROM jobs WHERE state = 'queued' AND {_LINE} {{0}} LIMIT 1"
-_SERVED = f"SELECT vt FROM jobs WHERE attempt > 0 AND {{0}} AND vt < {LATER} ORDER BY vt DESC LIMIT 1"
+_WAITING = f"SELECT vt FROM jobs WHERE state = 'queued' AND {_SAME_NEEDS} {{0}} LIMIT 1"
+_SERVED = f"SELECT vt FROM jobs WHERE tries > 0 AND {{0}} AND vt < {LATER} ORDER BY vt DESC LIMIT 1"
 _OF_LINE = _SERVED.format(_LINE)
 _OF_MODEL = _SERVED.format("model = :model AND priority = :priority")
 _GONE = "SELECT vt FROM turns WHERE model = :model AND priority = :priority"
 _FIRST = _WAITING.format("ORDER BY vt")
-_LAST = _WAITING.format(f"AND tenant || '' = :tenant AND vt < {LATER} ORDER BY vt DESC")
+_LAST = _WAITING.format(f"AND kind = :kind AND tenant || '' = :tenant AND vt < {LATER} ORDER BY vt DESC")
 _RIPE = (
-    f"SELECT seq, model, needs, priority, tenant, vt - {LATER} AS step FROM jobs "
+    f"SELECT seq, model, needs, kind, priority, tenant, vt - {LATER} AS step FROM jobs "
     f"WHERE state = 'queued' AND vt >= {LATER} AND run_after_ms <= :now ORDER BY run_after_ms, seq LIMIT {RIPEN}"
 )
 _KEEP = f"""
     INSERT INTO turns (model, priority, vt)
     SELECT CAST(:model AS TEXT), :priority, :vt WHERE NOT EXISTS (
-        SELECT 1 FROM jobs WHERE attempt > 0 AND model = :model AND priority = :priority AND vt >= :vt AND vt < {LATER})
+        SELECT 1 FROM jobs WHERE tries > 0 AND model = :model AND priority = :priority AND vt >= :vt AND vt < {LATER})
     ON CONFLICT (model, priority) DO UPDATE SET vt = excluded.vt WHERE turns.vt < excluded.vt RETURNING vt
 """
 
@@ -63,7 +65,7 @@ class SqlTurns(SqlSteps):
 
     @cached_property
     def _turn(self) -> str:
-        """The tag of a job, as an expression of :model, :needs, :priority, :tenant and :step."""
+        """The tag of a job, as an expression of :model, :needs, :kind, :priority, :tenant and :step."""
         model = f"{self.MOST}(coalesce(({_OF_MODEL}), 0), coalesce(({_GONE}), 0))"
         ahead = f"{self.LEAST}({model} + :step, coalesce(({_FIRST}), {LATER}))"
         return f"{self.MOST}(coalesce(({_OF_LINE}), 0) + :step, {ahead}, coalesce(({_LAST}), 0) + :step)"
@@ -71,14 +73,14 @@ class SqlTurns(SqlSteps):
     def _ripen(self, now: int) -> None:
         """Give their turns to jobs that were asked to start later and are due by now."""
         for row in self._all(f"{_RIPE}{self.SKIP}", now=now):
-            names = {name: row[name] for name in ("seq", "model", "needs", "priority", "tenant", "step")}
+            names = {name: row[name] for name in ("seq", "model", "needs", "kind", "priority", "tenant", "step")}
             self._all(f"UPDATE jobs SET vt = {self._turn} WHERE seq = :seq RETURNING seq", **names)
 
     def _keep_turns(self, deleted: Iterable[Row]) -> None:
         """Remember how far turns were, when the rows that say so are deleted in this transaction."""
         far: dict[tuple[str, int], int] = {}
         for row in deleted:
-            if row["attempt"] and row["vt"] < LATER:
+            if row["tries"] and row["vt"] < LATER:
                 key = (row["model"], row["priority"])
                 far[key] = max(far.get(key, 0), row["vt"])
         for (model, priority), vt in sorted(far.items()):  # in one order, as others do it meanwhile

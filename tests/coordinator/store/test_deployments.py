@@ -125,6 +125,35 @@ def test_jobs_that_came_before_their_model_was_deployed_are_done(store: Store) -
     assert model_of(store, "job_1") == answers
 
 
+def test_jobs_that_move_to_another_model_stand_among_those_that_wait_there(store: Store) -> None:
+    """The tags of two models say nothing of each other."""
+    new = flipped(store)
+    later = store.now_ms() + 86_400_000
+
+    def ask(job: str, tenant: str, model: str, after: int = 0) -> None:
+        asked = Submission(kind="llm", model=model, params=b"\x80", tenant=tenant, run_after_ms=after)
+        store.insert(job, asked)
+
+    def serve(model: str) -> str:
+        [(job, _)] = store.claim([Want(model, ("llm",), 1)])
+        assert store.accept(job.id, job.attempt, "w")
+        return job.id
+
+    for n in range(30):
+        ask(f"old_{n:02}", "a", "chat")
+    for _ in range(20):
+        serve("chat")
+    ask("later", "a", "chat", later)
+    for n in range(20):
+        ask(f"new_{n:02}", "b", new)
+    assert store.redirect() == 11
+    order = [serve(new) for _ in range(20)]
+    assert [name for name in order if name.startswith("old")] == [f"old_{n:02}" for n in range(20, 30)]
+    assert sum(name.startswith("old") for name in order[:10]) in (4, 5, 6)
+    store.shift_clock(86_400_000 + 1000)
+    assert "later" in [serve(new) for _ in range(11)]
+
+
 def test_jobs_that_come_by_the_old_name_after_the_new_one_answers_are_done(store: Store) -> None:
     old, new = flipped(store), flipped(store, "b")
     wait_for(store, "job_1", old)  # by a replica that has not heard yet, or back from a worker that was lost

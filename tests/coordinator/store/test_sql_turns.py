@@ -119,6 +119,40 @@ def test_one_that_a_worker_declined_holds_nobody_up(store: Store) -> None:
     assert abs(served["b"] - served["c"]) <= 2
 
 
+def test_those_that_were_declined_hold_nobody_up(store: Store) -> None:
+    """A small worker was offered all that one tenant has, and could not take any of it."""
+    backlog(store, "b", 150)
+    for _ in range(10):
+        serve(store)
+    for record, _ in store.claim([MANY]):
+        assert store.release(record.id, record.attempt)
+    served = shares(store, {"c": {}}, 40)
+    assert abs(served["b"] - served["c"]) <= 2
+
+
+def test_one_that_is_tried_again_by_hand_holds_nobody_up(store: Store) -> None:
+    failed = submit(store, "b", max_attempts=1)
+    [(claimed, _)] = store.claim([ONE])
+    assert store.accept(failed, claimed.attempt, "w")
+    assert not store.fail(failed, claimed.attempt, "w", Fault("engine_crashed", "It crashed.")).requeued
+    busy(store)
+    assert store.retry(failed, "b") is not None
+    served = shares(store, {"c": {}}, 40)
+    assert abs(served["b"] - served["c"]) <= 2
+
+
+def test_one_of_another_kind_that_goes_first_moves_nobody_else(store: Store) -> None:
+    """A worker for embeddings alone takes the one that stands behind a long queue of its tenant's."""
+    busy(store)
+    submit(store, "b", kind="embedding")
+    assert [record.tenant for record in serve(store, Want("m", ("embedding",), 1))] == ["b"]
+    served = shares(store, {"c": {}}, 40)
+    assert abs(served["b"] - served["c"]) <= 2
+    both = Want("m", ("llm", "embedding"), 1)
+    served = shares(store, {"d": {"kind": "embedding"}}, 40, both)
+    assert served["d"] >= 12
+
+
 def test_what_starts_later_takes_no_turn_of_its_tenants_before(store: Store) -> None:
     later = backlog(store, "c", 100, run_after_ms=store.now_ms() + DAY_MS)
     busy(store)
@@ -305,7 +339,7 @@ def test_no_tag_of_a_job_that_was_claimed_is_one_of_later(store: Any) -> None:
 
 _OLD = (
     "INSERT INTO jobs (id, tenant, key_id, idempotency_key, fingerprint, kind, model, state, attempt, max_attempts, "
-    "priority, deadline_at_ms, created_ms, stream, vram_gb_estimate, traceparent, labels, params, inputs, vt, "
+    "tries, priority, deadline_at_ms, created_ms, stream, vram_gb_estimate, traceparent, labels, params, inputs, vt, "
     "run_after_ms) VALUES "
 )
 _OLD_ROWS = [
@@ -320,7 +354,7 @@ _OLD_ROWS = [
 def old_rows(nothing: str) -> str:
     """The rows as text, with the database's own word for no bytes."""
     rows = (
-        f"('{name}', '{tenant}', '', '', {nothing}, 'llm', 'm', '{state}', {attempt}, 3, 0, 0, 1, 0, 0, '', "
+        f"('{name}', '{tenant}', '', '', {nothing}, 'llm', 'm', '{state}', {attempt}, 3, {attempt}, 0, 0, 1, 0, 0, '', "
         f"{nothing}, {nothing}, {nothing}, {vt}, {after})"
         for name, tenant, state, attempt, vt, after in _OLD_ROWS
     )
@@ -390,7 +424,7 @@ def test_a_turn_is_looked_up_by_index_before_there_are_statistics(space: str) ->
         backlog(store, "b", 300)
         for _ in range(3):
             serve(store, Want("m", ("llm",), 50))
-        names = {"model": "m", "needs": "", "priority": 0, "tenant": "t", "step": 1}
+        names = {"model": "m", "needs": "", "kind": "llm", "priority": 0, "tenant": "t", "step": 1}
         rows = store._read(f"EXPLAIN SELECT {store._turn} AS turn", **names)
         plan = "\n".join(row["QUERY PLAN"] for row in rows)
     finally:
