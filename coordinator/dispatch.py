@@ -321,10 +321,11 @@ class Dispatcher:
         Trouble with the store (a full disk) is logged and tried again; it does not end the loops.
         """
         try:
-            await self._guarded(self._reconcile_first)
+            await self._guarded(lambda: self.attempts.reconcile(self.settings.startup_grace_s))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._dispatch_loop)
                 tasks.start_soon(hear, self._store, lambda: self._ring(0))
+                tasks.start_soon(self._repeat, self._beat, self.settings.sweep_s)  # beside sweeps that take long
                 tasks.start_soon(self._repeat, self._sweep, self.settings.sweep_s)
                 tasks.start_soon(self._repeat, self.leftovers.look, self.settings.sweep_s)
                 tasks.start_soon(self._repeat, self._purge, self.settings.purge_s)
@@ -400,15 +401,14 @@ class Dispatcher:
         record = msgspec.structs.replace(record, traceparent=self.attempts.traces.offered(record))
         worker.port.send(to_offer(record, left_ms, self._blobs, self.settings.blob_url_s), *held.key)
 
-    async def _reconcile_first(self) -> None:
-        await self.attempts.reconcile(self.settings.startup_grace_s)
-
-    async def _sweep(self) -> None:
+    async def _beat(self) -> None:
         beat = await self._threads.write(self._store.beat)
         for record in beat.left:
             self.attempts.stop(record, "Its client is gone.")
         if beat.lapsed:
             await self.attempts.hold_again()
+
+    async def _sweep(self) -> None:
         for record in await self._threads.write(self._store.expire, int(self.settings.deadline_slack_s * 1000)):
             self.attempts.stop(record, "The job's deadline has passed.")
         await self.attempts.give_up_offers(self.settings.offer_s)

@@ -45,6 +45,8 @@ _pack = msgspec.msgpack.encode
 LEAST_VERSION = 150_000
 CONNECTIONS = 8
 _MIGRATING = 0x62756C6B  # of the advisory lock, so that coordinators that start together do not migrate together
+# For a step of the schema, which may write every row, or wait for another coordinator that takes it.
+_PATIENT = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '30min'"
 _BETWEEN = "\x1f"
 _FORGET_GATEWAY_MS = 3_600_000
 _LIVE = "SELECT id FROM gateways WHERE beat_ms > :now - :silent"
@@ -65,7 +67,7 @@ _CLAIM = f"""
             SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = wants.model AND needs = wants.needs
             AND kind = ANY (wants.kinds) AND run_after_ms <= :now AND (deadline_at_ms = 0 OR deadline_at_ms > :now)
             AND vt < {LATER} AND vram_gb_estimate <= wants.vram AND id <> ALL (wants.but)
-            AND (wants.waited = 0 OR created_ms <= :now - wants.waited OR created_ms > :now)
+            AND (wants.waited = 0 OR created_ms <= :now - wants.waited OR created_ms > :now + wants.waited)
             ORDER BY priority DESC, vt, seq LIMIT wants.wanted FOR UPDATE SKIP LOCKED
         ) AS picked
     )
@@ -149,9 +151,9 @@ class PostgresStore(SqlStore):
             # Without a row the silence was so long that it is forgotten.
             silence_ms = self.silent_ms if before is None else now - before["beat_ms"]
             lapsed = silence_ms >= self.silent_ms
-            if lapsed:
-                log.warning("No beat reached the database for %.1f s; others may have taken over", silence_ms / 1000)
             if silence_ms >= self.silent_ms // 2:
+                may = "others may have taken over" if lapsed else "whoever judges by it may be a moment too early"
+                log.warning("No beat reached the database for %.1f s; %s", silence_ms / 1000, may)
                 self._judges_from = now + self.silent_ms
             self._clock_went_back(now)
             if now < self._judges_from:
@@ -343,6 +345,7 @@ def migrate(connection: Connection) -> None:
 def _step(connection: Connection) -> bool:
     """Take the next step; False when there is none left."""
     with connection.transaction():
+        connection.execute(_PATIENT.encode())
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATING,))
         connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)")
         row = connection.execute("SELECT coalesce(max(version), 0) AS version FROM schema_version").fetchone()
@@ -354,6 +357,11 @@ def _step(connection: Connection) -> bool:
             )
         if version == len(MIGRATIONS):
             return False
+        if version and connection.execute("SELECT 1 FROM jobs LIMIT 1").fetchone() is not None:
+            steps = (version, version + 1, len(MIGRATIONS))
+            log.warning(
+                "Bringing the database from schema %d to %d of %d; with millions of jobs this takes long", *steps
+            )
         connection.execute(MIGRATIONS[version].encode(), prepare=False)
         connection.execute("INSERT INTO schema_version VALUES (%s)", (version + 1,))
         return True

@@ -122,7 +122,7 @@ class SqliteStore(SqlStore):
         kinds = {f"kind{n}": kind for n, kind in enumerate(want.kinds)}
         but = " AND id NOT IN (SELECT value FROM json_each(:but))" if want.but else ""
         if want.waited_ms:
-            but += " AND (created_ms <= :now - :waited OR created_ms > :now)"
+            but += " AND (created_ms <= :now - :waited OR created_ms > :now + :waited)"
         return self._all(
             "SELECT seq, priority, vt FROM jobs WHERE state = 'queued' AND model = :model AND needs = :needs"
             f" AND kind IN ({', '.join(':' + name for name in kinds)})"

@@ -18,7 +18,7 @@ from coordinator.dispatch import Dispatcher
 from coordinator.dispatch_settings import DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobProgress, JobStarted, StoredInput
 from coordinator.store import SqliteStore
-from coordinator.store.base import Claimed, Want
+from coordinator.store.base import Beat, Claimed, Want
 from coordinator.submitting import MAX_PARAMS_BYTES
 from coordinator.testing_link import CHAT, PATIENCE_S, Desk, RawWorker, Said, pieces, running_desk, submission
 from protocol import link_wire as wire
@@ -318,6 +318,24 @@ def test_no_job_waits_for_the_poll(tmp_path: Path) -> None:
                 worker.send(wire.Fail(fault=Fault("engine_crashed", "It crashed.")), said.job, said.attempt)
         assert {job: desk.get(job).state for job in jobs} == dict.fromkeys(jobs, "succeeded")
         assert desk.get(failed).tries == 2
+
+
+def test_a_sweep_that_takes_long_holds_no_beat_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeping, beats, beat = threading.Event(), threading.Semaphore(0), desk.store.beat
+
+    async def reconcile(_grace_s: float) -> None:
+        sweeping.set()
+        await anyio.sleep_forever()
+
+    def counted() -> Beat:
+        beats.release()
+        return beat()
+
+    monkeypatch.setattr(desk.dispatcher.attempts, "reconcile", reconcile)
+    assert sweeping.wait(PATIENCE_S)
+    monkeypatch.setattr(desk.store, "beat", counted)
+    for _ in range(3):
+        assert beats.acquire(timeout=PATIENCE_S)
 
 
 def test_a_job_that_ends_costs_no_look_at_an_empty_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

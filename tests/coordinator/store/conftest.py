@@ -15,6 +15,7 @@ from coordinator.store import SqliteStore, Store
 if TYPE_CHECKING:
     from coordinator.testing_postgres import PostgresServer
 
+SILENT_MS = 600_000  # only the shifted clock makes a store silent, never a slow machine
 STORES = ("sqlite", "postgres")
 
 
@@ -53,7 +54,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
             from coordinator.store.postgres import PostgresStore
 
             def open_store() -> Store:
-                store: Store = PostgresStore(url)
+                store: Store = PostgresStore(url, silent_ms=SILENT_MS)
                 stack.callback(store.close)
                 return store
 

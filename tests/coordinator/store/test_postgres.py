@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (extra
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo  # noqa: E402
 
-from coordinator.store import postgres_link  # noqa: E402
+from coordinator.store import postgres, postgres_link  # noqa: E402
 from coordinator.store.postgres import PostgresStore  # noqa: E402
 from coordinator.testing_postgres import postgres_server, why_not  # noqa: E402
 
@@ -158,6 +159,19 @@ def test_a_beat_says_whether_it_comes_too_late(open_store: Open) -> None:
     store.shift_clock(SILENT_MS)
     assert store.beat().lapsed
     assert not store.beat().lapsed
+
+
+def test_every_break_of_the_beats_is_told(open_store: Open, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store()
+    assert not store.beat().lapsed
+    assert "No beat" not in caplog.text
+    store.shift_clock(SILENT_MS // 2 + 1000)
+    assert not store.beat().lapsed
+    assert re.search(r"No beat reached the database for 3\d\d\.\d s", caplog.text)
+    assert "taken over" not in caplog.text
+    store.shift_clock(SILENT_MS)
+    assert store.beat().lapsed
+    assert "others may have taken over" in caplog.text
 
 
 def test_a_worker_that_comes_to_another_coordinator_is_held_there(open_store: Open) -> None:
@@ -557,6 +571,33 @@ def test_a_schema_of_a_later_version_is_left_alone(open_store: Open, space: str)
         admin.execute("INSERT INTO schema_version VALUES (99)")
     with pytest.raises(StoreTooNew, match="later version"):
         open_store()
+
+
+def test_a_step_of_the_schema_may_take_long(
+    space: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may write every row of a large table, and wait for whoever reads them."""
+    patient = """
+        DO $$ BEGIN
+            IF current_setting('statement_timeout') <> '0' OR current_setting('lock_timeout') <> '30min' THEN
+                RAISE 'This step would be broken off.';
+            END IF;
+        END $$
+    """
+    store = PostgresStore(space)
+    store.insert("job_1", submission())
+    store.close()
+    assert "from schema" not in caplog.text
+    monkeypatch.setattr(postgres, "MIGRATIONS", (*postgres.MIGRATIONS, patient))
+    link = postgres_link.PostgresLink(space, pooled=False, connections=1)
+    try:
+        with link.connect() as connection:
+            postgres.migrate(connection)
+            row = connection.execute("SELECT current_setting('statement_timeout') AS most").fetchone()
+    finally:
+        link.close()
+    assert row == {"most": "15s"}
+    assert f"from schema {len(postgres.MIGRATIONS) - 1} to" in caplog.text
 
 
 def test_coordinators_that_start_together_make_one_schema(space: str) -> None:

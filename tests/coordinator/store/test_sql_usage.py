@@ -12,12 +12,13 @@ import pytest
 
 from coordinator.records import JobRecord, Submission
 from coordinator.store import Store
-from coordinator.store.base import SILENT_MS, Done, Outcome, Want
+from coordinator.store.base import Done, Outcome, Want
 from coordinator.store.sql_usage import FOLD
 from coordinator.usage.report import AMOUNTS, DAY_MS, GROUPS, OUTCOMES
 from protocol.faults import Fault
 
 WAIT_S = 60.0
+STEP_MS = 150_000  # a quarter of the silence that makes a store of these tests one that is gone
 CRASH = Fault("engine_crashed", "The engine crashed.", retryable=True)
 WRONG = Fault("invalid_parameter", "The grammar is wrong.")
 CANCEL = Fault("cancelled", "The client left.")
@@ -183,7 +184,7 @@ def test_unattended_jobs_are_counted(make: Callable[[], Store]) -> None:
     found = second.leave_unattended(CANCEL)
     end = time.monotonic() + WAIT_S
     while not found and time.monotonic() < end:  # over PostgreSQL, the first one is gone when it was silent for a while
-        second.shift_clock(SILENT_MS // 4)
+        second.shift_clock(STEP_MS)
         found = list(second.beat().left)
     assert [record.id for record in found] == ["a"]
     assert counts(second) == (0, 0, 1)

@@ -13,12 +13,13 @@ import pytest
 
 from coordinator.records import JobRecord, StoredFile, StoredInput, Submission
 from coordinator.store import Store, StoreError
-from coordinator.store.base import LEFT_BEHIND, SILENT_MS, Done, Held, Outcome, Purged, Want
+from coordinator.store.base import LEFT_BEHIND, Done, Held, Outcome, Purged, Want
 from protocol.faults import Fault, FaultError
 
 CRASH = Fault("engine_crashed", "The engine crashed.")
 WRONG = Fault("invalid_parameter", "The grammar is wrong.", field="grammar")
 WAIT_S = 60.0
+STEP_MS = 150_000  # a quarter of the silence that makes a store of these tests one that is gone
 CANCEL = Fault("cancelled", "The client left.")
 DONE = Outcome(
     b"\x81\xa7content\xa2ok", (StoredFile("a.png", "j/1/x-a.png", "image/png", 3, "0" * 64),), {"images": 1.0}
@@ -195,6 +196,17 @@ def test_a_clock_that_went_back_makes_no_job_young(store: Store) -> None:
     waiting = job(store)
     store.shift_clock(-3_600_000)
     assert [r.id for r in claim(store, Want("chat", ("llm",), 9, waited_ms=250))] == [waiting.id]
+
+
+def test_one_that_came_after_the_look_began_has_not_waited(store: Store) -> None:
+    """Its time is a little later than that of the claim; far later, it is of a clock that went back."""
+    patient = Want("chat", ("llm",), 9, waited_ms=600_000)
+    store.shift_clock(300_000)
+    job(store)
+    store.shift_clock(-300_000)
+    assert claim(store, patient) == []
+    store.shift_clock(-600_000)
+    assert len(claim(store, patient)) == 1
 
 
 def test_every_claim_mints_a_new_attempt(store: Store) -> None:
@@ -430,7 +442,7 @@ def test_jobs_whose_clients_hung_on_an_earlier_life_are_left(make: Callable[[], 
     found = store.leave_unattended(CANCEL)
     end = time.monotonic() + WAIT_S
     while not found and time.monotonic() < end:  # where others may share the database: when it was silent for a while
-        store.shift_clock(SILENT_MS // 4)
+        store.shift_clock(STEP_MS)
         found = list(store.beat().left)
     (left,) = found
     assert (left.id, left.state) == (attended.id, "cancelled")
@@ -634,6 +646,6 @@ def test_what_an_earlier_life_held_is_held_again(make: Callable[[], Store]) -> N
     store = make()
     end = time.monotonic() + WAIT_S
     while not store.open_attempts() and time.monotonic() < end:
-        store.shift_clock(SILENT_MS // 4)
+        store.shift_clock(STEP_MS)
         store.beat()
     assert [(one.job, one.state, one.worker) for one in store.open_attempts()] == [(held.id, "running", "w1")]
