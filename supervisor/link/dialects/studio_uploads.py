@@ -8,7 +8,8 @@ claim, so the two may overtake each other. What is not a yes is judged by whethe
     held, another no        after two more tries where another try can help, `fail`: said nothing, the server would
                             hold the job for this session, and offer it nothing more
     not held, 404, 409, 410 waits for its job to be offered here again, for `aside_s`
-    not held, another no    tried again without end: the server is in trouble, or away
+    not held, another no    tried again without end: the server is in trouble, or away. After the third such answer
+                            the result keeps no other job away any more
     not held, a yes         the server has just offered the job again. That offer, when it comes, is declined as busy:
                             there is nothing left to do for it, and to accept what is done breaks the rules
 
@@ -25,7 +26,7 @@ import trio
 from supervisor.link.dialects.studio_offers import Slip
 from supervisor.link.ledger import Key
 
-TRIES = 3  # that a server answers, within one claim of one session, with something that may pass
+TRIES = 3  # that a server answers with something that may pass: within one claim of one session, or without any claim
 
 
 class Uploads:
@@ -55,6 +56,7 @@ class Uploads:
         self._gone: set[Key] = set()
         self._waiting: dict[Key, trio.Event] = {}
         self._settled: set[Key] = set()
+        self._unwelcome: dict[Key, int] = {}  # how often the server did not take it, answering, without its claim
         # Of this session.
         self._doubted: set[Key] = set()
         self._answers: dict[Key, int] = {}
@@ -88,6 +90,7 @@ class Uploads:
         """
         key = slip.key
         if key != self._held():
+            self._unwelcome[key] = self._unwelcome.get(key, 0) + 1
             return False
         self._answers[key] = self._answers.get(key, 0) + 1
         if self._answers[key] < TRIES and not at_once:
@@ -130,8 +133,8 @@ class Uploads:
 
     @property
     def waiting(self) -> int:
-        """How many only wait for their jobs."""
-        return len(self._waiting)
+        """How many only wait, for their jobs or for a better time of the server, and keep no other job away."""
+        return len(self._waiting.keys() | {key for key, count in self._unwelcome.items() if count >= TRIES})
 
     def keeps_offers_waiting(self, held: Key | None) -> bool:
         """Whether the end of a claim is on its way here, or may be."""
@@ -147,6 +150,7 @@ class Uploads:
 
     def taken(self, key: Key) -> None:
         """Its job was offered here again."""
+        self._unwelcome.pop(key, None)
         if key in self._waiting:
             self._waiting[key].set()
 
@@ -192,3 +196,5 @@ class Uploads:
         """It has ended."""
         for marks in (self._under_way, self._gone, self._doubted, self._settled):
             marks.discard(key)
+        for counts in (self._answers, self._unwelcome):
+            counts.pop(key, None)

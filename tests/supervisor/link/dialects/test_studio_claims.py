@@ -16,6 +16,7 @@ from protocol.ids import is_safe_id
 from supervisor.link.dialects import studio_frames as frames
 from supervisor.link.dialects.studio_claims import MANY_OFFERS, Claims
 from supervisor.link.dialects.studio_offers import Facts, Slip
+from supervisor.link.dialects.studio_uploads import TRIES
 from supervisor.observe.paced import AT_ONCE
 from tests.supervisor.link.dialects.studio_rig import RESULTS, TASKS
 
@@ -373,6 +374,21 @@ async def test_a_conflict_that_the_offer_has_overtaken_is_asked_about_once_more(
     slip = Slip.read(desk.side.held["j", 1].upload)
     assert await desk.claims.uploads.taken_up(slip)
     assert not await desk.claims.uploads.taken_up(slip)
+
+
+async def test_a_result_that_the_studio_never_takes_keeps_other_jobs_away_for_a_few_tries_only():
+    """Its job has ended elsewhere, and the studio answers 500 to it: no offer was accepted any more, in any life."""
+    desk = Desk()
+    desk.side.held["j", 1] = None
+    desk.side.running = 1
+    desk.session()
+    slip = Slip(job="j", attempt=1, kind="image", model="m")
+    desk.offer("k")
+    assert desk.types() == ["Reject"]
+    for _ in range(TRIES):
+        assert not await desk.claims.uploads.refused(slip, "HTTP 500.", False), "it is tried on"
+    desk.offer("k")
+    assert ("k", 1) in desk.side.held
 
 
 @pytest.mark.parametrize("drained", [True, False])

@@ -84,6 +84,44 @@ async def test_without_its_claim_nothing_is_said_and_nothing_is_given_up(held):
     assert desk.failed == []
 
 
+async def test_without_its_claim_a_result_that_is_not_taken_keeps_other_jobs_away_for_so_many_tries():
+    desk = Desk(None)
+    waiting = []
+    for _ in range(2 * TRIES):
+        await desk.refuse()
+        desk.uploads.over()  # what another session was told counts as well
+        waiting.append(desk.uploads.waiting)
+    assert waiting == [0] * (TRIES - 1) + [1] * (TRIES + 1)
+    desk.held = SLIP.key
+    desk.uploads.taken(SLIP.key)
+    assert desk.uploads.waiting == 0
+    await desk.refuse()
+    assert (desk.failed, desk.verdicts[-1]) == ([], False), "its claim has its own tries"
+    desk.uploads.forget(SLIP.key)
+    assert desk.uploads.waiting == 0
+
+
+async def test_a_result_that_waits_for_its_job_and_was_not_taken_before_counts_once(nursery):
+    desk = Desk(None)
+    for _ in range(TRIES):
+        await desk.refuse()
+    nursery.start_soon(desk.conflict)
+    await trio.testing.wait_all_tasks_blocked()
+    assert desk.uploads.waiting == 1
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_has_ended_leaves_no_count_to_the_next_of_its_name():
+    """A job that ends and comes again in one session has its own attempt; the count is gone all the same."""
+    desk = Desk()
+    for _ in range(TRIES - 1):
+        await desk.refuse()
+    desk.uploads.forget(SLIP.key)
+    with trio.fail_after(60):
+        await desk.refuse()
+    assert (desk.failed, desk.verdicts) == ([], [False] * TRIES)
+
+
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("drained_first", [True, False])
 async def test_a_drain_lets_go_of_what_waits_for_its_job(nursery, left, drained_first):
