@@ -237,7 +237,7 @@ class PostgresStore(SqlStore):
             self._bell.ring()
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
-        self._ripen(now)
+        self._ripen(now, sum(want.limit for want in wants))
         claimed: list[Row] = []
         lines: dict[str, list[str]] = {}
         for round_ in _rounds(wants):

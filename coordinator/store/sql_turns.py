@@ -30,7 +30,8 @@ from functools import cached_property
 from coordinator.store.rows import LATER, Row
 from coordinator.store.sql_steps import SqlSteps
 
-RIPEN = 200  # jobs that get their turn at once; more of them at the next claim
+RIPEN = 200  # jobs that get their turn at once, or as many as a claim wants when these are more
+MOST_RIPE = 2_000
 _SAME_NEEDS = "model = :model AND needs = :needs AND priority = :priority"
 _LINE = f"{_SAME_NEEDS} AND kind = :kind"
 # Neither max() nor min(), nor the bare tenant: before it has statistics, PostgreSQL would read all rows of them.
@@ -43,7 +44,7 @@ _FIRST = _WAITING.format("ORDER BY vt")
 _LAST = _WAITING.format(f"AND kind = :kind AND tenant || '' = :tenant AND vt < {LATER} ORDER BY vt DESC")
 _RIPE = (
     f"SELECT seq, model, needs, kind, priority, tenant, vt - {LATER} AS step FROM jobs "
-    f"WHERE state = 'queued' AND vt >= {LATER} AND run_after_ms <= :now ORDER BY run_after_ms, seq LIMIT {RIPEN}"
+    f"WHERE state = 'queued' AND vt >= {LATER} AND run_after_ms <= :now ORDER BY run_after_ms, seq LIMIT :most"
 )
 _KEEP = f"""
     INSERT INTO turns (model, priority, vt)
@@ -70,9 +71,9 @@ class SqlTurns(SqlSteps):
         ahead = f"{self.LEAST}({model} + :step, coalesce(({_FIRST}), {LATER}))"
         return f"{self.MOST}(coalesce(({_OF_LINE}), 0) + :step, {ahead}, coalesce(({_LAST}), 0) + :step)"
 
-    def _ripen(self, now: int) -> None:
+    def _ripen(self, now: int, wanted: int = 0) -> None:
         """Give their turns to jobs that were asked to start later and are due by now."""
-        for row in self._all(f"{_RIPE}{self.SKIP}", now=now):
+        for row in self._all(f"{_RIPE}{self.SKIP}", now=now, most=min(max(RIPEN, wanted), MOST_RIPE)):
             names = {name: row[name] for name in ("seq", "model", "needs", "kind", "priority", "tenant", "step")}
             self._all(f"UPDATE jobs SET vt = {self._turn} WHERE seq = :seq RETURNING seq", **names)
 

@@ -101,7 +101,7 @@ class SqliteStore(SqlStore):
 
     def _claim(self, wants: Sequence[Want], now: int) -> list[Claimed]:
         """One writer, so what was looked at is still so when it is changed."""
-        self._ripen(now)
+        self._ripen(now, sum(want.limit for want in wants))
         claimed: list[Row] = []
         lines: dict[str, list[str]] = {}
         for want in wants:

@@ -176,6 +176,12 @@ def test_jobs_that_are_due_at_once_stand_behind_each_other(store: Store) -> None
     assert store.waiting() == {}
 
 
+def test_as_many_start_at_their_hour_as_are_wanted(store: Store) -> None:
+    names = backlog(store, "a", 3 * RIPEN, run_after_ms=store.now_ms() + DAY_MS)
+    store.shift_clock(DAY_MS + 1000)
+    assert sorted(record.id for record in serve(store, Want("m", ("llm",), 3 * RIPEN))) == names
+
+
 def test_what_starts_later_costs_what_was_said(store: Store) -> None:
     backlog(store, "a", 30, run_after_ms=store.now_ms() + DAY_MS, cost=10.0)
     busy(store)
