@@ -20,7 +20,7 @@ from coordinator.bus import Bus, Whence
 from coordinator.costs import Costs
 from coordinator.counting import Counters
 from coordinator.elsewhere import Elsewhere, Nobody
-from coordinator.fleet import FOREVER, Fleet, HeldAttempt, Key, Port, Worker
+from coordinator.fleet import Fleet, HeldAttempt, Key, Port, Worker
 from coordinator.kept_lines import KeptLines
 from coordinator.logs import JobLines, trouble
 from coordinator.plain import bounded
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SHUNNED_S = 5.0  # a job that failed waits so long for another worker that could have it, before the same one may
 HAND_OVER_LOOK_S = 0.1  # between two looks for workers that have ended what they cannot take along
+LOST_AT_ONCE = 200  # orphans given up in one look, each in a transaction: who takes over thousands has more to do
 _FOR_GOOD = ("unsupported", "too_large", "bad_offer")  # this worker will not take this job, ever
 _WHOLE_WORKER = ("paused", "draining")
 
@@ -188,15 +189,10 @@ class Attempts:
         self._ring(delay)
 
     def _block(self, worker: Worker, held: HeldAttempt, code: str, until: float) -> None:
-        refusals = self.fleet.refusals
         if code in _FOR_GOOD:
-            refusals.refuse(held.job, worker.id)
-            # When only workers elsewhere are left, the last one here is asked again now and then: so the job ends when
-            # those have refused it, too, even if they did before this replica was told.
-            refusals.avoid(held.job, worker.id, until if self.fleet.refused_here(held) else FOREVER)
-            self.fleet.tell(worker)
+            self.fleet.refuse(worker, held)
             return
-        refusals.avoid(held.job, worker.id, until)
+        self.fleet.refusals.avoid(held.job, worker.id, until)
         if code == "draining":
             worker.draining = True
         # Without this, a thousand waiting jobs would be offered and declined one after the other.
@@ -332,7 +328,7 @@ class Attempts:
         """
         rows = {(row.job, row.attempt): row for row in await self._threads.read(self._store.open_attempts)}
         now = anyio.current_time()
-        pause = max(0.0, now - self._looked - grace_s / 4)
+        pause, lost = max(0.0, now - self._looked - grace_s / 4), 0
         self._looked = now
         for orphan in self._orphans.values():
             orphan.until += pause
@@ -343,10 +339,13 @@ class Attempts:
         for key, orphan in list(self._orphans.items()):
             if key not in rows or self.fleet.holder(key) is not None:
                 self._orphans.pop(key, None)
-            elif orphan.until <= now and not self.joining.locked():
+            elif orphan.until <= now and lost < LOST_AT_ONCE and not self.joining.locked():
+                lost += 1
                 await self.lose(rows[key])
         self._notice_ends(rows)
         self.fleet.refusals.tidy(now)
+        if self.fleet.ask_again(now):
+            self._ring(0)
 
     def _notice_ends(self, rows: Container[Key]) -> None:
         """Stop attempts that another coordinator ended: their rows are open no more, in two looks, one after another.

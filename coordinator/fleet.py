@@ -42,6 +42,8 @@ class Fleet:
         self._afar_at = -FOREVER
         self.tell: Callable[[Worker], None] = lambda worker: None  # those: something of ours has changed
         self.refusals = Refusals()
+        self._refused: dict[str, HeldAttempt] = {}  # jobs that somebody here refused for good, as they were offered
+        self._refused_among: Collection[str] = ()  # who was connected at the last look at them
         self._quarantine = Quarantine()
         self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
         self._asked: Labels = frozenset()  # what waiting jobs ask for, as last looked up
@@ -112,6 +114,34 @@ class Fleet:
             return None if worker.id in shunned else True
 
         return self._slots.best(record.model, now, self._asked_for, takes)
+
+    def refuse(self, worker: Worker, held: HeldAttempt) -> None:
+        """The worker will never take this job. It is not asked again; but see `ask_again`."""
+        self._refused[held.job] = held
+        self.refusals.refuse(held.job, worker.id)
+        self.refusals.avoid(held.job, worker.id, FOREVER)
+        self.tell(worker)
+
+    def ask_again(self, now: float) -> bool:
+        """Have jobs offered here once more that everybody has refused by now, so that this refusal ends them.
+
+        That is when another replica was told too late, or when who might have taken them has gone. Where nobody new
+        has come or gone, only those are looked at that the others have just told of. Returns whether there are any.
+        """
+        self._refused = {job: held for job, held in self._refused.items() if self.refusals.refused(job)}
+        if not self._refused:
+            return False
+        afar = list(self._afar())
+        among, before = {*self.workers, *(worker.id for worker in afar)}, self._refused_among
+        self._refused_among = among
+        told = self._refused.keys() & {job for worker in afar for job in worker.refuses}
+        found = False
+        for job in told if among == before else list(self._refused):
+            if self.refused_by_all(self._refused[job]):
+                for worker in [name for name, until in self.refusals.avoided(job).items() if until > now]:
+                    self.refusals.avoid(job, worker, 0.0)
+                    found = True
+        return found
 
     def refused_by_all(self, held: HeldAttempt) -> bool:
         """Whether every connected worker that could have the job has refused it for good, here and elsewhere."""

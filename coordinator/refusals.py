@@ -23,6 +23,7 @@ class Refusals:
 
     def __init__(self) -> None:
         self._avoid: dict[str, dict[str, float]] = {}  # job -> worker -> until
+        self._avoiding: dict[str, dict[str, float]] = {}  # the same: worker -> job -> until
         self._shunned: dict[str, set[str]] = {}  # job -> workers on which it has failed
         self._refused: dict[str, set[str]] = {}  # job -> workers that will never take it; the latest last
         self._declined: Counter[str] = Counter()  # job -> declines
@@ -34,6 +35,7 @@ class Refusals:
         """Do not offer the job to this worker before `until`."""
         self._lately.add(job)
         self._avoid.setdefault(job, {})[worker] = until
+        self._avoiding.setdefault(worker, {})[job] = until
 
     def shun(self, job: str, worker: str) -> None:
         """Prefer any other worker for this job, because it failed on this one."""
@@ -80,14 +82,27 @@ class Refusals:
         return {worker: jobs[-MOST_TOLD:] for worker, jobs in found.items()}
 
     def avoided_by_all(self, workers: Iterable[str], now: float) -> tuple[str, ...]:
-        """Jobs that none of these workers is to be offered now."""
-        return tuple(
-            job for job, avoided in self._avoid.items() if all(avoided.get(worker, 0.0) > now for worker in workers)
-        )
+        """Jobs that none of these workers is to be offered now. Asked at each look at free slots, so it looks at those
+        of the worker with the fewest alone."""
+        of_each = []
+        for worker in workers:
+            if worker not in self._avoiding:
+                return ()
+            of_each.append(self._avoiding[worker])
+        fewest, *others = sorted(of_each, key=len)
+        found = [job for job, until in fewest.items() if until > now]
+        for jobs in others:
+            found = [job for job in found if jobs.get(job, 0.0) > now]
+        return tuple(found)
 
     def forget(self, job: str) -> None:
         """The job has ended."""
-        for kept in (self._avoid, self._shunned, self._refused, self._declined):
+        for worker in self._avoid.pop(job, ()):
+            jobs = self._avoiding[worker]
+            del jobs[job]
+            if not jobs:
+                del self._avoiding[worker]
+        for kept in (self._shunned, self._refused, self._declined):
             kept.pop(job, None)
         self._lately.discard(job)
         self._before.discard(job)

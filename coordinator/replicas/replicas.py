@@ -90,6 +90,8 @@ class Replicas:
         self._followed: Counter[str] = Counter()  # replica -> how many jobs it follows here
         self._following: dict[str, Subscription] = {}  # job that came in elsewhere -> the last who follows it here
         self._fleet_news = anyio.Event()
+        self._told_lately: set[str] = set()  # workers of ours that the others were told of within `FLEET_S`
+        self._untold: dict[str, Worker] = {}  # of these, those that have changed since
         self._dropped = 0  # by peers that are gone
         self._attempts: Attempts | None = None
         self._inquiry = Inquiry(self._order)
@@ -171,7 +173,14 @@ class Replicas:
             yield from fleet.values()
 
     def _tell_of(self, worker: Worker) -> None:
-        """Something of a worker of ours has changed that others go by when they place jobs."""
+        """Something of a worker of ours has changed that others go by when they place jobs.
+
+        They are told at once, and of what follows with the next turn of `_tell_of_workers`.
+        """
+        if worker.id in self._told_lately:
+            self._untold[worker.id] = worker
+            return
+        self._told_lately.add(worker.id)
         assert self._attempts is not None
         fleet = self._attempts.fleet
         if fleet.workers.get(worker.id) is worker:
@@ -359,6 +368,9 @@ class Replicas:
             with anyio.move_on_after(FLEET_S):
                 await self._fleet_news.wait()
             self._fleet_news = anyio.Event()
+            untold, self._untold, self._told_lately = self._untold, {}, set()
+            for worker in untold.values():
+                self._tell_of(worker)
 
     def _fleet_frames(self) -> list[frames.FleetFrame]:
         assert self._attempts is not None

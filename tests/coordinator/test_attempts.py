@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator import attempts
 from coordinator.dispatch_settings import DispatchSettings
 from coordinator.records import JobChunk, JobEnded, JobRecord
 from coordinator.store.base import Want
@@ -407,6 +408,18 @@ def test_a_claim_whose_answer_was_lost_is_found_again(desk: Desk, worker: RawWor
     )
     offer = worker.take()
     assert (offer.job, offer.attempt) == (record.id, 2)
+
+
+def test_of_many_orphans_a_look_gives_up_only_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a transaction, and whoever takes over thousands has to do more than that."""
+    monkeypatch.setattr(attempts, "LOST_AT_ONCE", 2)
+    with running_desk(tmp_path, msgspec.structs.replace(FAST, sweep_s=3600.0)) as desk:
+        jobs = [desk.submit(model="ghost", wait_for_worker=True) for _ in range(5)]
+        assert len(desk.store.claim([Want("ghost", ("llm",), 5)])) == 5
+        for given_up in (2, 4, 5, 5):
+            desk.portal.call(desk.dispatcher.attempts.reconcile, 0.0)
+            assert events_of(desk, "lost") == given_up
+        assert {row.id for row, _ in desk.store.claim([Want("ghost", ("llm",), 9)])} == {job.id for job in jobs}
 
 
 # ---- other coordinators ------------------------------------------------------------------------------------

@@ -538,6 +538,26 @@ def test_a_job_that_all_here_have_refused_may_be_for_a_worker_elsewhere() -> Non
     assert not made.others(offered(), "small", 0.0)
 
 
+def test_what_is_refused_is_asked_for_again_when_those_elsewhere_have_refused_it_or_have_gone() -> None:
+    made = fleet(worker("small"))
+    large = afar("large")
+    there = [large]
+    made.elsewhere = lambda: there
+    for job in ("j1", "j2", "j3"):
+        made.refuse(made.workers["small"], offered(job=job))
+    assert not made.ask_again(1.0)
+    assert made.wants(1.0)[0].but == ("j1", "j2", "j3")
+    large.refuses = frozenset({"j2", "never heard of"})
+    assert made.ask_again(1.0)
+    assert not made.ask_again(1.0)  # it was
+    assert made.wants(1.0)[0].but == ("j1", "j3")
+    there.clear()
+    assert made.ask_again(1.0)
+    assert made.wants(1.0)[0].but == ()
+    made.refusals.forget("j1")
+    assert not made.ask_again(1.0)
+
+
 @pytest.mark.parametrize("away", ["serves another model", "draining", "rests", "connected here, too"])
 def test_who_elsewhere_cannot_have_it_is_not_waited_for(away: str) -> None:
     rests = (Resting(model="chat", for_s=3.0),) if away == "rests" else ()

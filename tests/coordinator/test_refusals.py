@@ -36,6 +36,23 @@ def test_of_many_refusals_the_latest_are_told() -> None:
     assert kept.by_worker() == {"a": list(told), "b": ["j0"]}
 
 
+def test_who_avoids_nothing_costs_nothing_and_what_is_avoided_is_what_all_avoid() -> None:
+    kept = Refusals()
+    for n in range(20):
+        kept.avoid(f"j{n}", "a", 9.0)
+        if n % 2:
+            kept.avoid(f"j{n}", "b", float(n))
+    assert kept.avoided_by_all(["b", "a"], 5.0) == tuple(f"j{n}" for n in range(7, 20, 2))
+    assert kept.avoided_by_all(["a", "b", "c"], 5.0) == ()
+    kept.avoid("j7", "a", 1.0)
+    for n in range(8, 20):
+        kept.forget(f"j{n}")
+    assert kept.avoided_by_all(["a", "b"], 5.0) == ()
+    for n in range(8):
+        kept.forget(f"j{n}")
+    assert kept._avoiding == {}
+
+
 def test_jobs_that_ended_at_another_replica_are_let_go() -> None:
     kept = Refusals()
     kept.tidy(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from anyio import current_time
 
 from coordinator import fleet, quarantine, refusals
+from coordinator.replicas import frames
 from coordinator.testing import FakeWorker, OfferedJob, Running
 from protocol import link_wire as wire
 from protocol.faults import Fault
@@ -102,7 +104,7 @@ def test_a_job_that_all_workers_of_all_replicas_refuse_ends_with_the_reason(two:
 
 
 def test_who_has_refused_waits_for_one_elsewhere_that_is_busy(two: Two, model: str) -> None:
-    """It is not ended as refused by all, and asked again only now and then."""
+    """It is not ended as refused by all, and not asked again for as long as the other one is busy."""
     here, there = two
     go = threading.Event()
 
@@ -116,10 +118,54 @@ def test_who_has_refused_waits_for_one_elsewhere_that_is_busy(two: Two, model: s
         with Decliner(here, offers(model), answers, f"small-{model}") as small:
             known(here, f"large-{model}")
             job = submit(here, model)
-            until(lambda: len(small.jobs) >= 3)
+            behind = [submit(here, model) for _ in range(3)]
+            until(lambda: {one.id for one in small.jobs} == {job, *behind})
             assert row(here, job)["state"] == "queued"
             go.set()
-            assert [ended(here, each)["worker"] for each in (first, job)] == [f"large-{model}"] * 2
+            assert [ended(here, each)["worker"] for each in (first, job, *behind)] == [f"large-{model}"] * 5
+            assert len(small.jobs) == 4
+
+
+def test_what_a_replica_was_told_too_late_ends_all_the_same(two: Two, model: str) -> None:
+    """All have refused it, and each replica believed that the other one's worker may have it."""
+    here, there = two
+    with Decliner(here, offers(model), answers, f"a-{model}"), Decliner(there, offers(model), answers, f"b-{model}"):
+        known(here, f"b-{model}")
+        known(there, f"a-{model}")
+        with pytest.MonkeyPatch.context() as patch:
+            for one in two:
+                patch.setattr(one.coordinator.parts.dispatcher.attempts.fleet, "tell", lambda worker: None)
+            end = ended(here, submit(here, model))
+    assert (end["state"], end["fault"]["code"]) == ("failed", "unsupported")
+
+
+def test_of_many_refusals_the_others_hear_in_a_few_words(two: Two, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each word has all that the worker refuses: one for each refusal would be thousands a second, to every replica."""
+    here, there = two
+    name, told = f"a-{model}", list[tuple[str, ...]]()
+    with FakeWorker(here, offers(model), answers, name):
+        known(there, name)
+        mine = here.coordinator.parts.dispatcher.attempts.fleet
+        others = here.coordinator.replicas
+        assert others is not None
+        (peer,) = others.peers
+        until(lambda: peer.connected)
+        push = peer.push
+
+        def noting(frame: frames.Frame, *, urgent: bool = False) -> bool:
+            if isinstance(frame, frames.FleetFrame) and not frame.first:
+                told.extend(one.refuses for one in frame.workers)
+            return push(frame, urgent=urgent)
+
+        async def refuse_many() -> int:
+            for n in range(refusals.MOST_TOLD):
+                mine.refusals.refuse(f"{model}-{n}", name)
+                mine.tell(mine.workers[name])
+            return len(told)
+
+        monkeypatch.setattr(peer, "push", noting)
+        assert asyncio.run_coroutine_threadsafe(refuse_many(), here.loop).result(PATIENCE_S) <= 1
+        until(lambda: told and len(told[-1]) == refusals.MOST_TOLD)
 
 
 def test_who_is_busy_here_holds_no_job_back_from_who_is_idle_elsewhere(
