@@ -331,9 +331,10 @@ def test_a_sweep_that_takes_long_holds_no_beat_up(desk: Desk, monkeypatch: pytes
         beats.release()
         return beat()
 
+    monkeypatch.setattr(desk.store, "beat", counted)
+    assert beats.acquire(timeout=PATIENCE_S)  # the look at what an earlier life left is over
     monkeypatch.setattr(desk.dispatcher.attempts, "reconcile", reconcile)
     assert sweeping.wait(PATIENCE_S)
-    monkeypatch.setattr(desk.store, "beat", counted)
     for _ in range(3):
         assert beats.acquire(timeout=PATIENCE_S)
 
