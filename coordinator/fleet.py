@@ -28,6 +28,7 @@ FOREVER = float("inf")
 # and one poll.
 COLD_WAITS_MS = 250
 AFAR_AGAIN_S = 0.5  # a look at all workers of the others
+GONE_S = 15.0  # a reconnect takes about 1 s, a move to another replica 0.5 s
 MAX_REMEMBERED = 10_000  # models; names come from workers, so their number is not ours to trust
 
 
@@ -43,7 +44,8 @@ class Fleet:
         self.tell: Callable[[Worker], None] = lambda worker: None  # those: something of ours has changed
         self.refusals = Refusals()
         self._refused: dict[str, HeldAttempt] = {}  # jobs that somebody here refused for good, as they were offered
-        self._refused_among: Collection[str] = ()  # who was connected at the last look at them
+        self._among: set[str] = set()  # who was connected at the last look at them, here and elsewhere
+        self._left_at: dict[str, float] = {}  # who has gone since, and may come back
         self._quarantine = Quarantine()
         self._seen: dict[str, set[str]] = {}  # model -> kinds, of all workers since the start
         self._asked: Labels = frozenset()  # what waiting jobs ask for, as last looked up
@@ -125,18 +127,24 @@ class Fleet:
     def ask_again(self, now: float) -> bool:
         """Have jobs offered here once more that everybody has refused by now, so that this refusal ends them.
 
-        That is when another replica was told too late, or when who might have taken them has gone. Where nobody new
-        has come or gone, only those are looked at that the others have just told of. Returns whether there are any.
+        That is when another replica was told too late, or when who might have taken them has gone, and has not come
+        back for `GONE_S`. Where nobody has gone, only those are looked at that the others have told of. Returns whether
+        there are any.
         """
-        self._refused = {job: held for job, held in self._refused.items() if self.refusals.refused(job)}
-        if not self._refused:
-            return False
         afar = list(self._afar())
-        among, before = {*self.workers, *(worker.id for worker in afar)}, self._refused_among
-        self._refused_among = among
+        among = {*self.workers, *(worker.id for worker in afar)}
+        self._left_at = {name: at for name, at in self._left_at.items() if name not in among}
+        self._left_at.update(dict.fromkeys(self._among - among, now))
+        self._among = among
+        gone = [name for name, at in self._left_at.items() if now >= at + GONE_S]
+        for name in gone:
+            del self._left_at[name]
+        self._refused = {job: held for job, held in self._refused.items() if self.refusals.refused(job)}
+        if not self._refused or (self._left_at and not gone):
+            return False
         told = self._refused.keys() & {job for worker in afar for job in worker.refuses}
         found = False
-        for job in told if among == before else list(self._refused):
+        for job in list(self._refused) if gone else told:
             if self.refused_by_all(self._refused[job]):
                 for worker in [name for name, until in self.refusals.avoided(job).items() if until > now]:
                     self.refusals.avoid(job, worker, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -412,8 +413,17 @@ def test_a_claim_whose_answer_was_lost_is_found_again(desk: Desk, worker: RawWor
 
 def test_of_many_orphans_a_look_gives_up_only_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a transaction, and whoever takes over thousands has to do more than that."""
+    looks, reconcile = threading.Semaphore(0), attempts.Attempts.reconcile
+
+    async def counted(self: attempts.Attempts, grace_s: float) -> None:
+        await reconcile(self, grace_s)
+        looks.release()
+
     monkeypatch.setattr(attempts, "LOST_AT_ONCE", 2)
+    monkeypatch.setattr(attempts.Attempts, "reconcile", counted)
     with running_desk(tmp_path, msgspec.structs.replace(FAST, sweep_s=3600.0)) as desk:
+        for _ in range(2):
+            assert looks.acquire(timeout=PATIENCE_S), "the looks of its start are over"
         jobs = [desk.submit(model="ghost", wait_for_worker=True) for _ in range(5)]
         assert len(desk.store.claim([Want("ghost", ("llm",), 5)])) == 5
         for given_up in (2, 4, 5, 5):

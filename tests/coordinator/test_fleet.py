@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from coordinator import quarantine
-from coordinator.fleet import AFAR_AGAIN_S, COLD_WAITS_MS, FOREVER, Fleet, HeldAttempt, Worker
+from coordinator.fleet import AFAR_AGAIN_S, COLD_WAITS_MS, FOREVER, GONE_S, Fleet, HeldAttempt, Worker
 from coordinator.quarantine import FIRST_PAUSE_S, Failing
 from coordinator.records import JobRecord, Resting, WorkerView
 from coordinator.store.base import Want
@@ -552,10 +552,31 @@ def test_what_is_refused_is_asked_for_again_when_those_elsewhere_have_refused_it
     assert not made.ask_again(1.0)  # it was
     assert made.wants(1.0)[0].but == ("j1", "j3")
     there.clear()
-    assert made.ask_again(1.0)
-    assert made.wants(1.0)[0].but == ()
+    assert not made.ask_again(2.0), "it may only have lost its connection"
+    there.append(large)
+    assert not made.ask_again(2.0 + GONE_S)
+    there.clear()
+    assert not made.ask_again(3.0 + GONE_S)
+    assert made.ask_again(3.0 + 2 * GONE_S)
+    assert made.wants(3.0 + 2 * GONE_S)[0].but == ()
     made.refusals.forget("j1")
+    assert not made.ask_again(9 * GONE_S)
+
+
+def test_what_others_tell_waits_while_somebody_may_come_back() -> None:
+    made = fleet(worker("small"), worker("large"))
+    third = afar("third")
+    made.elsewhere = lambda: [third]
+    made.refuse(made.workers["small"], offered(job="j"))
     assert not made.ask_again(1.0)
+    made.remove(made.workers["large"])
+    third.refuses = frozenset({"j"})
+    assert not made.ask_again(2.0)
+    made.add(worker("large"))
+    assert not made.ask_again(2.0 + GONE_S), "it is back, and has not refused it"
+    made.remove(made.workers["large"])
+    assert not made.ask_again(3.0 + GONE_S)
+    assert made.ask_again(3.0 + 2 * GONE_S)
 
 
 @pytest.mark.parametrize("away", ["serves another model", "draining", "rests", "connected here, too"])

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MOST_CLAIMS = 5  # in one poll: where so many workers are faster, the next poll is soon enough
 SETTLE_TRIES = 3  # of a `finished` that completed nothing: each may come after an outage that made another row
+MOST_UNTOLD = 10
 NextAttempt = Callable[[str], int]
 
 
@@ -106,6 +107,7 @@ class Claimed:
         self._http, self._machine, self._study, self._settle_s = http, machine, study, settle_s
         # Assignment -> row of our latest claim: after a lost session an end is told anew, with a slip that is older.
         self._claimed: dict[str, str] = {}
+        self._untold = 0  # answers in a row that did not tell our row
 
     async def next(self, notes: Notes, attempt: NextAttempt) -> Found | None:
         """See `Poll`."""
@@ -189,12 +191,25 @@ class Claimed:
     async def _held(self, slip: Slip, row: Row) -> bool:
         """Whether the row is in our name: the one of a claim, or the one that the dashboard has given us since.
 
+        One that answers and never tells which is ours is not asked for ever: then the row is another worker's.
+
         Raises:
             Trouble, Odd: that cannot be told now.
         """
         if slip.worker in ("", row.worker):
             return True
-        return row.worker != "" and (row.worker == self._claimed.get(slip.id) or row.worker == await self._row_id())
+        if row.worker in ("", self._claimed.get(slip.id)):
+            return row.worker != ""
+        try:
+            mine = await self._row_id()
+        except (Trouble, words.Odd) as error:
+            is_away = isinstance(error, Trouble) and error.away
+            self._untold += not is_away
+            if is_away or self._untold <= MOST_UNTOLD:
+                raise
+            return False
+        self._untold = 0
+        return row.worker == mine
 
     async def settle(self, slip: Slip, notes: Notes, again: Callable[[], Awaitable[object]]) -> None:
         """See `Poll`."""

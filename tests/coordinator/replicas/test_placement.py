@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from anyio import current_time
 
@@ -103,9 +104,15 @@ def test_a_job_that_all_workers_of_all_replicas_refuse_ends_with_the_reason(two:
         assert "exceeds this worker's context" in end["fault"]["message"]
 
 
-def test_who_has_refused_waits_for_one_elsewhere_that_is_busy(two: Two, model: str) -> None:
+def test_who_has_refused_waits_for_one_elsewhere_that_is_busy(
+    two: Two, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not ended as refused by all, and not asked again for as long as the other one is busy."""
     here, there = two
+    for one in two:  # an offer that a slow machine leaves unanswered would be made again
+        dispatcher = one.coordinator.parts.dispatcher
+        patient = msgspec.structs.replace(dispatcher.settings, offer_s=10 * PATIENCE_S)
+        monkeypatch.setattr(dispatcher, "settings", patient)
     go = threading.Event()
 
     def waits(job: OfferedJob) -> None:

@@ -11,7 +11,7 @@ import trio
 
 from supervisor.link.dialects.goliat_http import Http, Trouble
 from supervisor.link.dialects.goliat_notes import Notes
-from supervisor.link.dialects.goliat_polls import MOST_CLAIMS, SETTLE_TRIES, Assigned, Claimed
+from supervisor.link.dialects.goliat_polls import MOST_CLAIMS, MOST_UNTOLD, SETTLE_TRIES, Assigned, Claimed
 from supervisor.link.dialects.goliat_wire import Odd, Slip
 from supervisor.testing_goliat import Answer, Dashboard, open_dashboard
 
@@ -164,6 +164,21 @@ async def test_where_our_row_is_not_told_nothing_is_said_of_an_assignment(bench:
     assert set(await bench.notes.all()) == {slip.job}
     await bench.claimed.settle(Slip(id="other"), bench.notes, trio.lowlevel.checkpoint)
     assert part.status == "RUNNING"
+
+
+async def test_a_dashboard_that_never_tells_our_row_is_not_asked_for_ever(bench: Bench) -> None:
+    (part,) = bench.dashboard.study("x", {})
+    slip = await bench.claim()
+    assert slip is not None
+    part.worker = "w-other"
+    bench.dashboard.stumbles["/api/heartbeat"] = ["drop", *[Answer(404)] * (MOST_UNTOLD + 2)]
+    for _ in range(MOST_UNTOLD + 1):
+        with pytest.raises(Trouble):
+            await bench.claimed.ours(slip)
+    assert not await bench.claimed.ours(slip)
+    bench.dashboard.stumbles["/api/heartbeat"] = ["drop"]
+    with pytest.raises(Trouble):  # no answer at all says nothing, however often
+        await bench.claimed.ours(slip)
 
 
 @pytest.mark.parametrize("answer", [Answer(404), Answer(200, [])])
