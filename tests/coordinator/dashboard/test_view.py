@@ -59,8 +59,9 @@ def test_what_a_worker_declines_for_a_while_is_shown_until_then() -> None:
 
 
 def test_why_a_worker_rests_is_said_of_it_and_of_the_queue() -> None:
-    fleet, one = Fleet(), worker("w", chat())
+    fleet, one, other = Fleet(), worker("w", chat()), worker("other", chat())
     fleet.add(one)
+    fleet.add(other)  # the only one that could have a job would not rest
     rows = view.WorkerRows()
     assert rows([one], 1.0)["w"]["resting"] == []
     for n in range(3):
@@ -69,6 +70,8 @@ def test_why_a_worker_rests_is_said_of_it_and_of_the_queue() -> None:
     (why,) = rows([one], 1.0)["w"]["resting"]
     assert why.startswith("chat: 3 tries in a row failed, the last with engine_failed")
     loads = [QueueLoad(kind="llm", model="chat", waiting=3)]
+    assert view.queues(loads, fleet, 1.0)["llm/chat"]["why"] == ""
+    fleet.remove(other)
     assert "rests" in view.queues(loads, fleet, 1.0)["llm/chat"]["why"]
     assert view.queues(loads, fleet, 100.0)["llm/chat"]["why"] == ""
     one.view = fleet.views(1.0)[0]  # as another replica shows it
